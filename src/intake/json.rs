@@ -1,0 +1,237 @@
+//! JSON as it is found on disk: skimmed for its shape, decoded only where somebody asks for a value.
+//!
+//! What serde would refuse or lose is read here all the same, because a valid object must never be turned away:
+//!
+//! * Members come as raw text, each with its key, in the order of the file. So a field of the wrong type, a key that
+//!   comes twice and a string that can't be decoded harm only who looks at them.
+//! * Skimming keeps its stack on the heap (serde_json's `RawValue`): nesting has no limit. One level is opened
+//!   at a time, so nothing here recurses.
+//! * Strings are decoded here ([`string`]): a surrogate without its partner and U+0000, which Postgres stores in neither
+//!   `text` nor `jsonb`, become U+FFFD. That happens while decoding, never by editing raw text: in `\\u0000` the
+//!   backslash is itself escaped and the rest are letters.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// What stands in for text that can't be kept.
+const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
+
+/// Calls `visit` with key (decoded) and raw value of each member of the object `json`.
+///
+/// Errors where `json` is not exactly one object; members before the fault were visited.
+pub(super) fn members<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+where
+    F: FnMut(&str, &'a str),
+{
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    deserializer.deserialize_map(Members { visit })?;
+    deserializer.end()
+}
+
+/// Calls `visit` with the raw text of each item of the array `json`; errors where it is no array.
+pub(super) fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+where
+    F: FnMut(&'a str),
+{
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    deserializer.deserialize_seq(Items { visit })?;
+    deserializer.end()
+}
+
+/// A decoded string and whether it had to be mended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Text<'a> {
+    pub(super) text: Cow<'a, str>,
+    pub(super) is_mended: bool,
+}
+
+/// Decodes the string literal `raw`; `None` where it is none. Borrows where nothing is escaped.
+///
+/// `raw` has been skimmed: its escapes are well-formed and it holds no raw control characters.
+pub(super) fn string(raw: &str) -> Option<Text<'_>> {
+    let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
+    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+        return Some(Text { text: Cow::Borrowed(inner), is_mended: false });
+    }
+    let mut text = String::with_capacity(inner.len());
+    let mut is_mended = false;
+    let mut rest = inner;
+    while let Some((plain, escape)) = rest.split_once('\\') {
+        text.push_str(plain);
+        let (character, after) = match escape.as_bytes().first()? {
+            b'u' => {
+                let (code, after) = code_unit(escape.get(1..)?)?;
+                match code {
+                    0xD800..=0xDBFF => match low_surrogate(after) {
+                        Some((low, after)) => {
+                            let point = 0x1_0000 + ((u32::from(code) - 0xD800) << 10) + (u32::from(low) - 0xDC00);
+                            (char::from_u32(point)?, after)
+                        }
+                        None => (REPLACEMENT, after),
+                    },
+                    0xDC00..=0xDFFF | 0 => (REPLACEMENT, after),
+                    _ => (char::from_u32(u32::from(code))?, after),
+                }
+            }
+            b'n' => ('\n', escape.get(1..)?),
+            b't' => ('\t', escape.get(1..)?),
+            b'r' => ('\r', escape.get(1..)?),
+            b'b' => ('\u{8}', escape.get(1..)?),
+            b'f' => ('\u{c}', escape.get(1..)?),
+            b'"' => ('"', escape.get(1..)?),
+            b'/' => ('/', escape.get(1..)?),
+            b'\\' => ('\\', escape.get(1..)?),
+            _ => return None,
+        };
+        // The escape of U+FFFD itself is no damage.
+        is_mended |= character == REPLACEMENT && !escape.get(1..5).is_some_and(|hex| hex.eq_ignore_ascii_case("fffd"));
+        text.push(character);
+        rest = after;
+    }
+    text.push_str(rest);
+    Some(Text { text: Cow::Owned(text), is_mended })
+}
+
+/// The code unit written as the first four hexadecimal digits of `text`, and what follows them.
+fn code_unit(text: &str) -> Option<(u16, &str)> {
+    let (digits, after) = text.split_at_checked(4)?;
+    if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    Some((u16::from_str_radix(digits, 16).ok()?, after))
+}
+
+/// The low surrogate escaped at the start of `text`, and what follows it.
+fn low_surrogate(text: &str) -> Option<(u16, &str)> {
+    let (code, after) = code_unit(text.strip_prefix("\\u")?)?;
+    (0xDC00..=0xDFFF).contains(&code).then_some((code, after))
+}
+
+struct Members<F> {
+    visit: F,
+}
+
+impl<'a, F> Visitor<'a> for Members<F>
+where
+    F: FnMut(&str, &'a str),
+{
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(mut self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<&'a RawValue>()? {
+            let value = map.next_value::<&'a RawValue>()?;
+            let key = string(key.get()).ok_or_else(|| A::Error::custom("a key is no string"))?;
+            (self.visit)(&key.text, value.get());
+        }
+        Ok(())
+    }
+}
+
+struct Items<F> {
+    visit: F,
+}
+
+impl<'a, F> Visitor<'a> for Items<F>
+where
+    F: FnMut(&'a str),
+{
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'a>>(mut self, mut seq: A) -> Result<(), A::Error> {
+        while let Some(item) = seq.next_element::<&'a RawValue>()? {
+            (self.visit)(item.get());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn decoded(raw: &str) -> (String, bool) {
+        let text = string(raw).unwrap();
+        (text.text.into_owned(), text.is_mended)
+    }
+
+    #[test]
+    fn a_string_without_escapes_is_borrowed() {
+        assert!(matches!(string(r#""plain""#), Some(Text { text: Cow::Borrowed("plain"), is_mended: false })));
+    }
+
+    #[test]
+    fn what_is_no_string_is_none() {
+        for raw in ["1", "null", "{}", "\"", "", "[\"a\"]"] {
+            assert_eq!(string(raw), None, "{raw}");
+        }
+    }
+
+    #[test]
+    fn lone_surrogates_are_replaced_and_pairs_are_kept() {
+        assert_eq!(decoded(r#""a\ud83db""#), ("a\u{fffd}b".into(), true));
+        assert_eq!(decoded(r#""\ude00""#), ("\u{fffd}".into(), true));
+        assert_eq!(decoded(r#""\ud83d\ud83d\ude00""#), ("\u{fffd}😀".into(), true));
+        assert_eq!(decoded(r#""\ud83d\n""#), ("\u{fffd}\n".into(), true));
+        assert_eq!(decoded(r#""\uD83D\uDE00""#), ("😀".into(), false));
+    }
+
+    #[test]
+    fn escaped_nul_is_replaced_and_the_letters_of_it_are_not() {
+        assert_eq!(decoded(r#""a\u0000b""#), ("a\u{fffd}b".into(), true));
+        assert_eq!(decoded(r#""a\\u0000b\\ud83d""#), ("a\\u0000b\\ud83d".into(), false));
+        assert_eq!(decoded(r#""\\\u0000""#), ("\\\u{fffd}".into(), true));
+    }
+
+    #[test]
+    fn an_escaped_replacement_character_is_no_damage() {
+        assert_eq!(decoded(r#""\ufffd\uFFFD""#), ("\u{fffd}\u{fffd}".into(), false));
+    }
+
+    #[test]
+    fn duplicate_keys_and_escaped_keys_are_visited() {
+        let mut seen = Vec::new();
+        members(r#"{"a":1,"\u0061":[2], "b\ud83d" : {"c":"\ud83d"}}"#, |key, value| {
+            seen.push(format!("{key}={value}"))
+        })
+        .unwrap();
+        assert_eq!(seen, ["a=1", "a=[2]", "b\u{fffd}={\"c\":\"\\ud83d\"}"]);
+    }
+
+    #[test]
+    fn nesting_has_no_limit() {
+        let deep = format!("{{\"a\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+        let mut length = 0;
+        members(&deep, |_, value| length = value.len()).unwrap();
+        assert_eq!(length, 200_000);
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_agrees_with_serde(text in any::<String>()) {
+            let raw = serde_json::to_string(&text).unwrap();
+            let (ours, is_mended) = decoded(&raw);
+            prop_assert_eq!(ours, text.replace('\0', "\u{fffd}"));
+            prop_assert_eq!(is_mended, text.contains('\0'));
+        }
+
+        #[test]
+        fn decoding_never_panics(raw in any::<String>(), escapes in "\"(\\\\u[0-9a-fA-F]{0,4}|\\\\[a-z\\\\\"]|[a-zä]){0,8}\"") {
+            string(&raw);
+            if let Some(text) = string(&escapes) {
+                prop_assert!(!text.text.contains('\0'));
+            }
+        }
+    }
+}
