@@ -1,0 +1,142 @@
+//! The process's surroundings as a value: variables, current folder, home and user.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::path::{Component, Path, PathBuf};
+use std::{fmt, io};
+
+use super::{Place, Problem};
+
+/// What surrounds the process. An argument everywhere, so that a test needs no environment of its own.
+#[derive(Clone)]
+pub struct Environment {
+    variables: BTreeMap<OsString, OsString>,
+    folder: PathBuf,
+    home: Option<PathBuf>,
+    user: Option<String>,
+}
+
+impl Environment {
+    /// The surroundings of this process.
+    ///
+    /// # Errors
+    /// When the current folder is gone.
+    pub fn of_process() -> io::Result<Self> {
+        let mut environment = Self::new(std::env::current_dir()?, std::env::vars_os());
+        // These two also look into the system's user database.
+        environment.home = std::env::home_dir().filter(|home| home.is_absolute());
+        environment.user = environment.user.or_else(user_of_process);
+        Ok(environment)
+    }
+
+    /// Surroundings made up from a current folder (absolute) and variables; home and user come from `HOME` and `USER`
+    /// or `LOGNAME`.
+    pub fn new<K, V>(folder: impl Into<PathBuf>, variables: impl IntoIterator<Item = (K, V)>) -> Self
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        let variables: BTreeMap<OsString, OsString> =
+            variables.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        let set = |name: &str| variables.get(OsStr::new(name)).filter(|value| !value.is_empty());
+        let home = set("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
+        let user = set("USER").or_else(|| set("LOGNAME")).and_then(|user| user.to_str()).map(str::to_owned);
+        Environment { folder: folder.into(), home, user, variables }
+    }
+
+    /// The current folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn home(&self) -> Option<&Path> {
+        self.home.as_deref()
+    }
+
+    /// Name of the user whose process this is.
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// Claude Code's own folder: `CLAUDE_CONFIG_DIR`, else `~/.claude`; `None` without a home.
+    pub fn claude_folder(&self) -> Option<PathBuf> {
+        match self.set("CLAUDE_CONFIG_DIR") {
+            Some(moved) => Some(absolute(&self.folder, Path::new(moved))),
+            None => self.home.as_ref().map(|home| home.join(".claude")),
+        }
+    }
+
+    /// A variable that is set and not empty, as text.
+    pub(super) fn text(&self, name: &str) -> Result<Option<&str>, Problem> {
+        self.set(name)
+            .map(|value| {
+                value.to_str().ok_or_else(|| Problem {
+                    place: Place::Variable(name.to_owned()),
+                    key: None,
+                    message: "expected UTF-8 text".to_owned(),
+                })
+            })
+            .transpose()
+    }
+
+    /// A variable that is set and not empty.
+    pub(super) fn set(&self, name: &str) -> Option<&OsStr> {
+        self.variables.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
+    }
+
+    /// All variables whose names are UTF-8 and start with `prefix`, empty ones too, by name.
+    pub(super) fn starting_with<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a OsStr)> {
+        self.variables
+            .iter()
+            .filter_map(|(name, value)| Some((name.to_str()?, value.as_os_str())))
+            .filter(move |(name, _)| name.starts_with(prefix))
+    }
+
+    /// The absolute path meant by `text`: `~` is the home, `~/.claude` is Claude Code's folder wherever it was moved,
+    /// and what is relative is relative to `base`. The error says what was expected.
+    pub(super) fn locate(&self, text: &str, base: &Path) -> Result<PathBuf, String> {
+        let Some(rest) = text.strip_prefix('~') else {
+            return Ok(absolute(base, Path::new(text)));
+        };
+        if !(rest.is_empty() || rest.starts_with('/')) {
+            return Err("expected the folder written out: only ~ and ~/ are expanded".to_owned());
+        }
+        let below = Path::new(rest.trim_start_matches('/'));
+        let place = match below.strip_prefix(".claude") {
+            Ok(inner) => self.claude_folder().map(|folder| folder.join(inner)),
+            Err(_) => self.home.as_ref().map(|home| home.join(below)),
+        };
+        place
+            .map(|place| absolute(base, &place))
+            .ok_or_else(|| "expected an absolute path: HOME is not set, so ~ means nothing".to_owned())
+    }
+}
+
+/// Shows names only: values may be secrets.
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Environment")
+            .field("variables", &self.variables.keys())
+            .field("folder", &self.folder)
+            .field("home", &self.home)
+            .field("user", &self.user)
+            .finish()
+    }
+}
+
+/// `path` below `base` without `.` and doubled slashes. `..` stays: a link before it may lead elsewhere.
+pub(super) fn absolute(base: &Path, path: &Path) -> PathBuf {
+    base.join(path).components().filter(|part| *part != Component::CurDir).collect()
+}
+
+/// Name of the user that owns this process, where the system keeps a plain list of users (containers often set no `USER`).
+fn user_of_process() -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let uid = std::fs::metadata("/proc/self").ok()?.uid().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").ok()?;
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then(|| name.to_owned())
+    })
+}
