@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# All tests, against a throw-away PostgreSQL of their own. Arguments go to `cargo nextest run`.
+#
+# What the tests get:
+#   HEADSPACE_TEST_DATABASE_URL  a running server, as its superuser; each test makes a database of its own in it
+#   HEADSPACE_TEST_PG_BIN        the folder of initdb, pg_ctl and postgres, for tests that need a server to themselves
+#                                (or simply: scripts/dev-postgres.sh start --throwaway)
+#   HEADSPACE_TEST_PG_USER       only when called by root: the user to run such servers as
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+postgres=$root/scripts/dev-postgres.sh
+cd "$root"
+
+die() {
+  printf 'test: %s\n' "$2" >&2
+  exit "$1"
+}
+
+# The tests choose what the program sees; nothing of the caller's own set-up may leak into them.
+# shellcheck disable=SC2086 # a list of names
+unset DATABASE_URL NOTIFY_SOCKET RUST_LOG ${!PG@} ${!HEADSPACE_@} ${!CLAUDE@}
+
+command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+command -v cargo >/dev/null 2>&1 ||
+  die 69 "cargo is not installed: get Rust from https://rustup.rs, then try again"
+
+cluster=''
+clean_up() {
+  trap '' INT TERM HUP
+  [ -z "$cluster" ] || "$postgres" stop "$cluster" >/dev/null 2>&1 || true
+}
+# With a trap of their own the signals end the script through its exit, so that the server never stays behind.
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+HEADSPACE_TEST_PG_BIN=$("$postgres" bin)
+if [ "$(id -u)" -eq 0 ]; then
+  HEADSPACE_TEST_PG_USER=$("$postgres" user)
+  export HEADSPACE_TEST_PG_USER
+fi
+cluster=$("$postgres" start --throwaway)
+HEADSPACE_TEST_DATABASE_URL=$("$postgres" url "$cluster")
+export HEADSPACE_TEST_DATABASE_URL HEADSPACE_TEST_PG_BIN
+
+if ! cargo nextest --version >/dev/null 2>&1; then
+  cargo install --locked --quiet cargo-nextest || true
+fi
+
+cargo build --locked
+# Not exec: the server is stopped afterwards. The runner's summary stays the last thing printed.
+if cargo nextest --version >/dev/null 2>&1; then
+  cargo nextest run --locked "$@"
+else
+  printf 'test: cargo-nextest could not be installed; running cargo test instead\n' >&2
+  [ $# -eq 0 ] || printf 'test: arguments for nextest are passed over: %s\n' "$*" >&2
+  cargo test --locked
+fi
