@@ -18,12 +18,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+mod database;
 mod environment;
 mod keys;
 mod load;
 mod problem;
 mod yaml;
 
+pub use database::{ChannelBinding, ClientCertificate, DatabaseHost, DatabaseTarget, Keepalive, Ssl, SslMode};
 pub use environment::Environment;
 pub use keys::document;
 pub use problem::{ConfigError, Place, Problem};
@@ -199,20 +201,32 @@ impl fmt::Display for Secret {
     }
 }
 
-/// `database.url` as it was given: it may hold a password, and knows who gave it for messages.
+/// `database.url` as it was given: it may hold a password, and knows who gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionString {
     text: Secret,
-    /// For messages: `database.url in config.yaml`.
-    origin: String,
+    place: Place,
     /// Folder to which paths in it are relative.
     folder: PathBuf,
 }
 
 impl ConnectionString {
-    /// `text` as `origin` (for messages) gave it; relative paths in it are relative to `folder`.
-    pub fn new(text: &str, origin: &str, folder: &Path) -> Self {
-        ConnectionString { text: Secret::new(text), origin: origin.to_owned(), folder: folder.to_owned() }
+    /// `text` as it was given at `place`; relative paths in it are relative to `folder`.
+    ///
+    /// # Errors
+    /// What is wrong with it, without any secret.
+    pub fn parse(text: &str, place: Place, folder: &Path) -> Result<Self, String> {
+        database::parse(text)?;
+        Ok(ConnectionString { text: Secret::new(text), place, folder: folder.to_owned() })
+    }
+
+    /// Who gave it, for messages: `database.url in config.yaml`.
+    fn source(&self) -> String {
+        match &self.place {
+            Place::File { path, .. } => format!("database.url in {}", path.display()),
+            Place::Variable(name) => name.clone(),
+            Place::Default => "database.url".to_owned(),
+        }
     }
 }
 

@@ -129,7 +129,9 @@ pub(super) fn absolute(base: &Path, path: &Path) -> PathBuf {
     base.join(path).components().filter(|part| *part != Component::CurDir).collect()
 }
 
-/// Name of the user that owns this process, where the system keeps a plain list of users (containers often set no `USER`).
+/// Name of the user that owns this process, where the system keeps a plain list of users.
+///
+/// For containers, which often set no `USER`.
 fn user_of_process() -> Option<String> {
     use std::os::unix::fs::MetadataExt;
     let uid = std::fs::metadata("/proc/self").ok()?.uid().to_string();

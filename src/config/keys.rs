@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Config, ConnectionString, HookCapture, Secret, TableName};
+use super::{Config, ConnectionString, HookCapture, Place, Secret, TableName};
 
 /// A section, in the order of the file.
 pub(super) struct Section {
@@ -74,8 +74,7 @@ pub(super) enum Unit {
 
 /// Who gave a text, for values that are read again later.
 pub(super) struct Giver<'a> {
-    /// `database.url in config.yaml`.
-    pub words: &'a str,
+    pub place: &'a Place,
     /// Folder to which relative paths are relative.
     pub folder: &'a Path,
 }
@@ -266,16 +265,22 @@ pub(super) const KEYS: &[Key] = &[
         default: "null",
         about: &[
             "postgresql://user@host/db?sslmode=verify-full, or libpq's key=value form.",
-            "Where it is null, DATABASE_URL serves, then libpq's PG* variables; they also fill in what the URL leaves out.",
+            "Where it is null, DATABASE_URL serves, then libpq's PG* variables; these also fill what a URL leaves out.",
             "Keep passwords out of this file: PGPASSWORD or ~/.pgpass.",
         ],
         kind: Kind::Text {
             expected: "a URL like postgresql://user@host/db",
             nullable: true,
             secret: true,
-            set: |config, text, giver| {
-                config.database.url = text.map(|text| ConnectionString::new(text, giver.words, giver.folder));
-                Verdict::Taken
+            set: |config, text, giver| match text
+                .map(|text| ConnectionString::parse(text, giver.place.clone(), giver.folder))
+                .transpose()
+            {
+                Ok(url) => {
+                    config.database.url = url;
+                    Verdict::Taken
+                }
+                Err(message) => Verdict::Because(message),
             },
         },
     },

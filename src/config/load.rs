@@ -294,12 +294,7 @@ impl Reading<'_> {
 
     /// Stores a value that its key accepts; else remembers why it doesn't.
     fn take(&mut self, key: &Key, given: &Given, place: Place) {
-        let words = match &place {
-            Place::File { path, .. } => format!("{} in {}", key.path(), path.display()),
-            Place::Variable(name) => name.clone(),
-            Place::Default | Place::Words(_) => key.path(),
-        };
-        let giver = Giver { words: &words, folder: self.folder };
+        let giver = Giver { place: &place, folder: self.folder };
         match accept(key, given, &giver, self.environment, &mut self.config) {
             Verdict::Taken => {
                 self.places.insert(key.path(), place);
@@ -537,7 +532,7 @@ fn lies_in(inner: &Path, outer: &Path) -> bool {
 const NEAR: f64 = 0.6;
 
 /// The one of `known` that is most like `name`, when it is like it at all.
-fn nearest<T>(name: &str, known: impl Iterator<Item = T>, text: impl Fn(&T) -> String) -> Option<T> {
+pub(super) fn nearest<T>(name: &str, known: impl Iterator<Item = T>, text: impl Fn(&T) -> String) -> Option<T> {
     known
         .map(|candidate| (strsim::normalized_damerau_levenshtein(name, &text(&candidate)), candidate))
         .filter(|(similarity, _)| *similarity >= NEAR)

@@ -10,8 +10,6 @@ pub enum Place {
     File { path: PathBuf, line: Option<usize>, column: Option<usize> },
     /// In a variable of the environment.
     Variable(String),
-    /// In several variables at once, or in none: the words stand for themselves.
-    Words(String),
     /// Nowhere: the built-in default.
     Default,
 }
@@ -30,7 +28,6 @@ impl fmt::Display for Place {
                 Ok(())
             }
             Place::Variable(name) => write!(f, "environment {name}"),
-            Place::Words(words) => f.write_str(words),
             Place::Default => f.write_str("built-in default"),
         }
     }
