@@ -311,3 +311,6 @@ impl fmt::Display for TableName {
 fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,789 @@
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use super::keys::{KEYS, Key, Kind, SECTIONS};
+use super::*;
+
+/// A folder with a `config.yaml` of its own.
+struct Desk {
+    folder: tempfile::TempDir,
+    variables: Vec<(OsString, OsString)>,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Desk { folder: tempfile::tempdir().unwrap(), variables: vec![("HOME".into(), "/home/ada".into())] }
+    }
+
+    fn with(text: impl AsRef<[u8]>) -> Self {
+        let desk = Desk::new();
+        std::fs::write(desk.folder.path().join(CONFIG_FILE), text).unwrap();
+        desk
+    }
+
+    fn set(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.variables.push((name.into(), value.into()));
+        self
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.folder.path().join(below)
+    }
+
+    fn environment(&self) -> Environment {
+        Environment::new(self.folder.path(), self.variables.clone())
+    }
+
+    fn load(&self) -> Result<Loaded, ConfigError> {
+        Config::load(None, &self.environment())
+    }
+
+    fn config(&self) -> Config {
+        self.load().unwrap_or_else(|error| panic!("{error}")).config
+    }
+
+    /// The lines of the error.
+    fn errors(&self) -> Vec<String> {
+        self.load().unwrap_err().to_string().lines().map(str::to_owned).collect()
+    }
+}
+
+/// Asserts that a file is refused with exactly these lines.
+#[track_caller]
+fn refuses(text: &str, expected: &[&str]) {
+    assert_eq!(Desk::with(text).errors(), expected);
+}
+
+/// Asserts that a variable is refused with exactly this line.
+#[track_caller]
+fn refuses_variable(name: &str, value: &str, expected: &str) {
+    assert_eq!(Desk::new().set(name, value).errors(), [expected]);
+}
+
+#[test]
+fn without_a_file_the_defaults_of_the_contract_serve() {
+    let desk = Desk::new();
+    let loaded = desk.load().unwrap();
+    assert_eq!(loaded.file, None);
+    assert!(loaded.variables.is_empty());
+    let expected = Config {
+        claude: ClaudeConfig { projects_path: "/home/ada/.claude/projects".into() },
+        file_watcher: FileWatcherConfig {
+            polling_interval: Duration::from_secs(2),
+            inactivity_timeout: Duration::from_secs(5400),
+            debounce_interval: Duration::ZERO,
+            max_line_bytes: 67_108_864,
+        },
+        event_system: EventSystemConfig {
+            write_retry_attempts: 3,
+            write_retry_delay: Duration::from_millis(100),
+            write_retry_max_delay: Duration::from_millis(2000),
+            max_restarts_per_minute: 5,
+            shutdown_timeout: Duration::from_secs(2),
+            max_event_bytes: 16_777_216,
+        },
+        database: DatabaseConfig {
+            url: None,
+            pool_size: 2,
+            connect_timeout: Duration::from_millis(1000),
+            statement_timeout: Duration::from_millis(5000),
+            events_table: TableName { schema: None, table: "events".to_owned() },
+            auto_migrate: true,
+            notify_channel: None,
+        },
+        queue: QueueConfig {
+            path: desk.path("data/queue"),
+            spool_path: desk.path("data/spool"),
+            max_pending_bytes: 4_294_967_296,
+            drain_window: 256,
+        },
+        http: HttpConfig {
+            listen: Some("127.0.0.1:5056".parse().unwrap()),
+            socket: desk.path("data/watcher.sock"),
+            token: None,
+        },
+        schemas: SchemasConfig { path: None },
+        hooks: HooksConfig { capture: HookCapture::Summary },
+        redact: RedactConfig { enabled: false, patterns: Vec::new() },
+    };
+    assert_eq!(loaded.config, expected);
+}
+
+#[test]
+fn the_shipped_file_equals_the_defaults_and_names_every_key() {
+    let shipped = include_str!("../../config.yaml");
+    let desk = Desk::with(shipped);
+    let folder = Desk { folder: tempfile::tempdir_in(desk.folder.path()).unwrap(), variables: desk.variables.clone() };
+    let by_file = Config::load(Some(&desk.path(CONFIG_FILE)), &folder.environment()).unwrap().config;
+    std::fs::remove_file(desk.path(CONFIG_FILE)).unwrap();
+    assert_eq!(by_file, desk.config());
+
+    for key in KEYS {
+        let line = format!("  {}: {}", key.name, key.default);
+        assert!(shipped.lines().any(|found| found == line), "{}", key.path());
+    }
+}
+
+#[test]
+fn the_shipped_file_says_the_range_that_is_enforced_above_each_key() {
+    let lines: Vec<&str> = include_str!("../../config.yaml").lines().collect();
+    let mut section = "";
+    let mut keys = 0;
+    for (index, line) in lines.iter().enumerate() {
+        if let Some(name) = line.strip_suffix(':').filter(|name| !name.starts_with(['#', ' '])) {
+            section = name;
+        } else if let Some((name, _)) = line.strip_prefix("  ").and_then(|line| line.split_once(": "))
+            && !name.starts_with('#')
+        {
+            keys += 1;
+            let key = keys::find(section, name).unwrap();
+            let documented = lines[index - 1].to_lowercase();
+            let enforced = format!("{}. default {}.", key.expected().to_lowercase(), key.default.to_lowercase());
+            assert_eq!(documented, format!("  # {enforced}"));
+        }
+    }
+    assert_eq!(keys, KEYS.len());
+}
+
+#[test]
+fn every_key_stands_once_in_a_known_section_and_says_what_it_means() {
+    let paths: BTreeSet<String> = KEYS.iter().map(Key::path).collect();
+    assert_eq!(paths.len(), KEYS.len());
+    for key in KEYS {
+        assert!(SECTIONS.iter().any(|section| section.name == key.section), "{}", key.path());
+        assert!(!key.about.is_empty() && key.about.iter().all(|line| !line.is_empty()), "{}", key.path());
+    }
+}
+
+/// Loads with nothing but `key` set, to `value`; the lines about that key.
+fn tried(key: &Key, value: &str) -> Vec<String> {
+    let file = Desk::with(format!("{}:\n  {}: {value}\n", key.section, key.name)).load();
+    let variable = Desk::new().set(&key.variable(), value).load();
+    let own = |loaded: Result<Loaded, ConfigError>| -> Vec<String> {
+        let problems = loaded.err().map(|error| error.problems().to_vec()).unwrap_or_default();
+        // Other keys may have something to say about a value at the end of its range.
+        let own = problems.into_iter().map(|problem| problem.message).filter(|line| !line.contains("not below"));
+        own.collect()
+    };
+    let (file, variable) = (own(file), own(variable));
+    assert_eq!(file, variable, "{} {value}: file and environment differ", key.path());
+    file
+}
+
+#[test]
+fn ranges_hold_at_both_ends_in_file_and_environment() {
+    let mut tried_keys = 0;
+    for key in KEYS {
+        let (min, max, below, above) = match key.kind {
+            Kind::Whole { min, max, .. } | Kind::Milliseconds { min, max, .. } => {
+                let below = if min == 0 { "-1".to_owned() } else { (min - 1).to_string() };
+                (min.to_string(), max.to_string(), below, (max + 1).to_string())
+            }
+            Kind::Seconds { min, max, .. } => {
+                (min.to_string(), max.to_string(), (min - 0.01).to_string(), (max + 0.01).to_string())
+            }
+            _ => continue,
+        };
+        tried_keys += 1;
+        assert_eq!(tried(key, &min), [""; 0], "{}", key.path());
+        assert_eq!(tried(key, &max), [""; 0], "{}", key.path());
+        for wrong in [below, above] {
+            assert_eq!(tried(key, &wrong), [format!("expected {}, found {wrong}", key.expected())]);
+        }
+    }
+    assert_eq!(tried_keys, 15);
+}
+
+#[test]
+fn values_land_in_their_fields() {
+    let desk = Desk::with(
+        "claude: {projects_path: /srv/projects}\n\
+         file_watcher: {polling_interval: 0.25, inactivity_timeout: 90.5, debounce_interval: .5, max_line_bytes: 5000}\n\
+         event_system: {write_retry_attempts: 4, write_retry_delay_ms: 7, write_retry_max_delay_ms: 70,\n\
+         \x20 max_restarts_per_minute: 6, shutdown_timeout_seconds: 1.5, max_event_bytes: 2048}\n\
+         database: {url: 'postgresql://ada@db/head', pool_size: 8, connect_timeout_ms: 20, statement_timeout_ms: 300,\n\
+         \x20 events_table: log.events, auto_migrate: false, notify_channel: news}\n\
+         queue: {path: q, spool_path: s, max_pending_bytes: 2000000, drain_window: 1}\n\
+         http: {listen: 'localhost:80', socket: w.sock, token: sesame-open}\n\
+         schemas: {path: schemas}\n\
+         hooks: {capture: full}\n\
+         redact: {enabled: true, patterns: ['a{1,2}', \"b\"]}\n",
+    );
+    let Config { claude, file_watcher, event_system, database, queue, http, schemas, hooks, redact } = desk.config();
+    assert_eq!(claude.projects_path, Path::new("/srv/projects"));
+    assert_eq!(file_watcher.polling_interval, Duration::from_millis(250));
+    assert_eq!(file_watcher.inactivity_timeout, Duration::from_millis(90_500));
+    assert_eq!(file_watcher.debounce_interval, Duration::from_millis(500));
+    assert_eq!(file_watcher.max_line_bytes, 5000);
+    assert_eq!((event_system.write_retry_attempts, event_system.max_restarts_per_minute), (4, 6));
+    assert_eq!(event_system.write_retry_delay, Duration::from_millis(7));
+    assert_eq!(event_system.write_retry_max_delay, Duration::from_millis(70));
+    assert_eq!(event_system.shutdown_timeout, Duration::from_millis(1500));
+    assert_eq!(event_system.max_event_bytes, 2048);
+    assert_eq!(database.url.unwrap().text.reveal(), "postgresql://ada@db/head");
+    assert_eq!((database.pool_size, database.auto_migrate), (8, false));
+    assert_eq!(database.connect_timeout, Duration::from_millis(20));
+    assert_eq!(database.statement_timeout, Duration::from_millis(300));
+    assert_eq!(database.events_table.quoted(), r#""log"."events""#);
+    assert_eq!(database.notify_channel.as_deref(), Some("news"));
+    assert_eq!((queue.path, queue.spool_path), (desk.path("q"), desk.path("s")));
+    assert_eq!((queue.max_pending_bytes, queue.drain_window), (2_000_000, 1));
+    assert_eq!(http.listen, Some("127.0.0.1:80".parse().unwrap()));
+    assert_eq!(http.socket, desk.path("w.sock"));
+    assert_eq!(http.token.unwrap().reveal(), "sesame-open");
+    assert_eq!(schemas.path, Some(desk.path("schemas")));
+    assert_eq!(hooks.capture, HookCapture::Full);
+    assert_eq!((redact.enabled, redact.patterns), (true, vec!["a{1,2}".to_owned(), "b".to_owned()]));
+}
+
+// The file.
+
+#[test]
+fn empty_files_and_empty_sections_are_the_defaults() {
+    let defaults = Desk::new();
+    for text in ["", "\n", "# nothing\n", "---\n", "queue:\nhttp: null\n", "queue: {}\n", "\u{feff}queue:\n"] {
+        let desk = Desk { folder: tempfile::tempdir_in(defaults.folder.path()).unwrap(), ..Desk::new() };
+        std::fs::write(desk.path(CONFIG_FILE), text).unwrap();
+        let config = desk.config();
+        assert_eq!(config.queue.path, desk.path("data/queue"), "{text:?}");
+        assert_eq!(config.event_system, defaults.config().event_system, "{text:?}");
+        assert_eq!(desk.load().unwrap().file, Some(desk.path(CONFIG_FILE)));
+    }
+}
+
+#[test]
+fn a_file_that_is_named_must_exist() {
+    let desk = Desk::new();
+    let error = Config::load(Some(Path::new("other.yaml")), &desk.environment()).unwrap_err();
+    assert_eq!(error.to_string(), "other.yaml: expected a configuration file, found none");
+}
+
+#[test]
+fn the_named_file_serves_instead_of_the_one_in_the_current_folder() {
+    let desk = Desk::with("queue: {path: here}\n");
+    std::fs::create_dir(desk.path("etc")).unwrap();
+    std::fs::write(desk.path("etc/other.yaml"), "queue: {path: there}\n").unwrap();
+    let loaded = Config::load(Some(Path::new("./etc/other.yaml")), &desk.environment()).unwrap();
+    assert_eq!(loaded.file, Some(desk.path("etc/other.yaml")));
+    // Relative to the file, also what the file leaves to its default.
+    assert_eq!(loaded.config.queue.path, desk.path("etc/there"));
+    assert_eq!(loaded.config.queue.spool_path, desk.path("etc/data/spool"));
+}
+
+#[test]
+fn a_folder_in_place_of_the_file_is_named() {
+    let desk = Desk::new();
+    std::fs::create_dir(desk.path(CONFIG_FILE)).unwrap();
+    assert_eq!(desk.errors(), ["config.yaml: expected a configuration file, found a folder"]);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_says_why() {
+    let desk = Desk::new();
+    std::os::unix::fs::symlink("config.yaml", desk.path(CONFIG_FILE)).unwrap();
+    let errors = desk.errors();
+    assert_eq!(errors.len(), 1);
+    assert!(errors[0].starts_with("config.yaml: could not read the configuration: "), "{errors:?}");
+}
+
+#[test]
+fn a_link_to_nowhere_is_no_missing_file() {
+    let desk = Desk::new();
+    std::os::unix::fs::symlink("gone.yaml", desk.path(CONFIG_FILE)).unwrap();
+    assert_eq!(desk.errors(), ["config.yaml: expected a configuration file, found none"]);
+}
+
+#[test]
+fn a_huge_file_is_no_configuration() {
+    let desk = Desk::with(vec![b'\n'; (1 << 20) + 1]);
+    assert_eq!(desk.errors(), ["config.yaml: expected a configuration of at most 1048576 bytes, found more"]);
+}
+
+#[test]
+fn bytes_that_are_no_utf8_are_found_by_line() {
+    let desk = Desk::with(b"queue:\n  path: caf\xe9\n");
+    assert_eq!(desk.errors(), ["config.yaml:2: expected UTF-8 text, found other bytes; save the file as UTF-8"]);
+}
+
+#[test]
+fn syntax_errors_name_line_and_column() {
+    refuses("queue:\n\tpath: x\n", &["config.yaml:2:1: a tab indents this line; YAML wants spaces"]);
+    refuses("a: 1\n---\nb: 1\n", &["config.yaml:2:1: a second document starts here; expected only one"]);
+    let unclosed = Desk::with("queue:\n  path: \"x\n").errors();
+    assert!(unclosed.len() == 1 && unclosed[0].starts_with("config.yaml:"), "{unclosed:?}");
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest() {
+    refuses(
+        "\n\n\n\n\nfile_watcher:\n  polling_intervall: 2\n",
+        &["config.yaml:7: file_watcher.polling_intervall: unknown key; did you mean \"polling_interval\"?"],
+    );
+    refuses(
+        "event_system:\n  write_retry_delay: 1\n",
+        &["config.yaml:2: event_system.write_retry_delay: unknown key; did you mean \"write_retry_delay_ms\"?"],
+    );
+    refuses("queue:\n  Path: x\n", &["config.yaml:2: queue.Path: unknown key; did you mean \"path\"?"]);
+}
+
+#[test]
+fn an_unknown_key_of_another_section_names_that_section() {
+    refuses(
+        "queue:\n  pool_size: 2\n",
+        &["config.yaml:2: queue.pool_size: unknown key; did you mean \"database.pool_size\"?"],
+    );
+}
+
+#[test]
+fn an_unknown_key_like_no_other_is_told_which_there_are() {
+    refuses("http:\n  xyzzy: 2\n", &["config.yaml:2: http.xyzzy: unknown key; there are listen, socket, token"]);
+}
+
+#[test]
+fn an_unknown_section_names_the_nearest() {
+    refuses("que:\n  path: x\n", &["config.yaml:1: que: unknown section; did you mean \"queue\"?"]);
+    refuses("databse:\n  url: x\n", &["config.yaml:1: databse: unknown section; did you mean \"database\"?"]);
+    refuses(
+        "pool_size: 3\n",
+        &["config.yaml:1: pool_size: unknown section; did you mean pool_size below \"database:\"?"],
+    );
+    refuses("queue.path: x\n", &["config.yaml:1: queue.path: unknown section; did you mean path below \"queue:\"?"]);
+    refuses(
+        "xyzzy: 3\n",
+        &["config.yaml:1: xyzzy: unknown section; there are claude, file_watcher, event_system, database, queue, \
+           http, schemas, hooks, redact"],
+    );
+}
+
+#[test]
+fn keys_and_sections_stand_once() {
+    refuses(
+        "queue:\n  path: a\n  drain_window: 1\n  path: b\n",
+        &["config.yaml:4: queue.path: expected each key once, found it again: it is already on line 2"],
+    );
+    refuses(
+        "queue:\n  path: a\nhttp:\nqueue:\n  path: b\n",
+        &[
+            "config.yaml:4: queue: expected each section once, found it again: it is already on line 1",
+            "config.yaml:5: queue.path: expected each key once, found it again: it is already on line 2",
+        ],
+    );
+}
+
+#[test]
+fn what_is_no_mapping_is_named() {
+    refuses("- a\n", &["config.yaml:1: expected sections such as \"queue:\", found a list"]);
+    let text = "a single text (is there a space after the colon?)";
+    refuses("queue\n", &[&format!("config.yaml:1: expected sections such as \"queue:\", found {text}")]);
+    refuses("queue: 3\n", &[&format!("config.yaml:1: queue: expected keys with values below it, found {text}")]);
+    refuses("queue:\n  - a\n", &["config.yaml:2: queue: expected keys with values below it, found a list"]);
+    refuses(
+        "[a]: 1\nqueue:\n  {b: 1}: 2\n",
+        &[
+            "config.yaml:1: expected a name made of letters, digits and _, then a colon and a space",
+            "config.yaml:3: queue: expected a name made of letters, digits and _, then a colon and a space",
+        ],
+    );
+}
+
+#[test]
+fn wrong_types_say_what_was_expected_and_found() {
+    refuses(
+        "database:\n  pool_size: many\n",
+        &["config.yaml:2: database.pool_size: expected a whole number from 1 to 64, found \"many\""],
+    );
+    let size =
+        |found: &str| format!("config.yaml:2: database.pool_size: expected a whole number from 1 to 64, found {found}");
+    for (value, found) in [
+        ("", "nothing"),
+        ("null", "nothing"),
+        ("~", "nothing"),
+        ("0", "0"),
+        ("65", "65"),
+        ("-1", "-1"),
+        ("2.0", "2.0"),
+        ("0x10", "\"0x10\""),
+        ("1e1", "1e1"),
+        ("99999999999999999999", "99999999999999999999"),
+        ("true", "\"true\""),
+        ("'8'", "the quoted text \"8\""),
+        ("[1]", "a list"),
+        ("\n    - 1", "a list"),
+        ("{a: 1}", "a section"),
+        ("\"a\\nb\"", "the quoted text \"a\\nb\""),
+        ("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "a text of 70 characters"),
+    ] {
+        refuses(&format!("database:\n  pool_size: {value}\n"), &[&size(found)]);
+    }
+    let seconds = "config.yaml:2: file_watcher.polling_interval: expected a number of seconds from 0.05 to 3600, found";
+    for (value, found) in
+        [("2s", "\"2s\""), ("-2", "-2"), (".inf", "\".inf\""), ("inf", "\"inf\""), (".nan", "\".nan\""), ("1e2", "1e2")]
+    {
+        refuses(&format!("file_watcher:\n  polling_interval: {value}\n"), &[&format!("{seconds} {found}")]);
+    }
+    for value in ["yes", "1", "on"] {
+        let errors = Desk::with(format!("redact:\n  enabled: {value}\n")).errors();
+        assert!(errors[0].starts_with("config.yaml:2: redact.enabled: expected true or false, found "), "{errors:?}");
+    }
+    for (text, line) in [
+        ("queue:\n  path:\n", "config.yaml:2: queue.path: expected a path, found nothing"),
+        ("queue:\n  path: ''\n", "config.yaml:2: queue.path: expected a path, found the quoted text \"\""),
+        ("queue:\n  path: [a]\n", "config.yaml:2: queue.path: expected a path, found a list"),
+        ("schemas:\n  path: [a]\n", "config.yaml:2: schemas.path: expected a path or null, found a list"),
+        ("hooks:\n  capture: all\n", "config.yaml:2: hooks.capture: expected summary or full, found \"all\""),
+        (
+            "http:\n  listen: 5056\n",
+            "config.yaml:2: http.listen: expected an address with a port, like 127.0.0.1:5056, or null, found 5056",
+        ),
+        (
+            "database:\n  events_table: a.b.c\n",
+            "config.yaml:2: database.events_table: expected a name of a table, or schema.table, each of 1 to 63 bytes, \
+             found \"a.b.c\"",
+        ),
+        (
+            "database:\n  events_table: null\n",
+            "config.yaml:2: database.events_table: expected a name of a table, or schema.table, each of 1 to 63 bytes, \
+             found nothing",
+        ),
+        (
+            "database:\n  notify_channel: ''\n",
+            "config.yaml:2: database.notify_channel: expected a name of 1 to 63 bytes, or null, found the quoted text \"\"",
+        ),
+        (
+            "redact:\n  patterns: a\n",
+            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found \"a\"",
+        ),
+        (
+            "redact:\n  patterns:\n    - a\n    - [b]\n",
+            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found another \
+             entry 2",
+        ),
+    ] {
+        refuses(text, &[line]);
+    }
+    let many = format!("redact:\n  patterns: [{}]\n", vec!["a"; 101].join(","));
+    refuses(
+        &many,
+        &[
+            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found 101 entries",
+        ],
+    );
+}
+
+#[test]
+fn all_mistakes_are_told_at_once_in_the_order_of_the_file() {
+    let desk = Desk::with("http:\n  token: x\nqueue:\n  drain_window: 0\n  pth: x\nfoo: 1\n")
+        .set("HEADSPACE_DATABASE__POOL_SIZE", "many");
+    assert_eq!(
+        desk.errors(),
+        [
+            "config.yaml:2: http.token: expected 8 to 256 visible ASCII characters without spaces, or null, found \
+             something else (not shown: it may be secret)",
+            "config.yaml:4: queue.drain_window: expected a whole number from 1 to 4096, found 0",
+            "config.yaml:5: queue.pth: unknown key; did you mean \"path\"?",
+            "config.yaml:6: foo: unknown section; there are claude, file_watcher, event_system, database, queue, http, \
+             schemas, hooks, redact",
+            "environment HEADSPACE_DATABASE__POOL_SIZE: expected a whole number from 1 to 64, found \"many\"",
+        ]
+    );
+    assert_eq!(desk.load().unwrap_err().problems().len(), 5);
+}
+
+// The environment.
+
+#[test]
+fn every_key_has_a_twin_in_the_environment_that_overrides_the_file() {
+    let desk = Desk::with("queue:\n  path: from-file\n").set("HEADSPACE_QUEUE__PATH", "from-environment");
+    let loaded = desk.load().unwrap();
+    assert_eq!(loaded.config.queue.path, desk.path("from-environment"));
+    assert_eq!(loaded.variables, ["HEADSPACE_QUEUE__PATH"]);
+    for key in KEYS {
+        let desk = Desk::new().set(&key.variable(), key.default);
+        assert_eq!(
+            desk.config(),
+            Desk { variables: vec![("HOME".into(), "/home/ada".into())], ..desk }.config(),
+            "{}",
+            key.path()
+        );
+    }
+}
+
+#[test]
+fn an_empty_variable_is_null_where_null_may_be() {
+    let nullable = ["DATABASE__URL", "DATABASE__NOTIFY_CHANNEL", "HTTP__LISTEN", "HTTP__TOKEN", "SCHEMAS__PATH"];
+    let text = "database: {url: postgresql://a@b/c, notify_channel: x}\nhttp: {token: 12345678}\nschemas: {path: x}\n";
+    let desk = nullable.iter().fold(Desk::with(text), |desk, name| desk.set(&format!("HEADSPACE_{name}"), ""));
+    let config = desk.config();
+    assert_eq!((config.database.url, config.database.notify_channel), (None, None));
+    assert_eq!((config.http.listen, config.http.token, config.schemas.path), (None, None, None));
+    refuses_variable(
+        "HEADSPACE_DATABASE__POOL_SIZE",
+        "",
+        "environment HEADSPACE_DATABASE__POOL_SIZE: expected a whole number from 1 to 64, found nothing",
+    );
+    refuses_variable("HEADSPACE_QUEUE__PATH", "", "environment HEADSPACE_QUEUE__PATH: expected a path, found nothing");
+}
+
+#[test]
+fn lists_in_the_environment_stand_with_commas_or_as_in_yaml() {
+    for (value, expected) in [
+        ("", vec![]),
+        ("a", vec!["a"]),
+        ("a, b,c", vec!["a", "b", "c"]),
+        ("[]", vec![]),
+        (r#"['a{1,2}', "b"]"#, vec!["a{1,2}", "b"]),
+    ] {
+        assert_eq!(Desk::new().set("HEADSPACE_REDACT__PATTERNS", value).config().redact.patterns, expected, "{value}");
+    }
+    refuses_variable(
+        "HEADSPACE_REDACT__PATTERNS",
+        "[a",
+        "environment HEADSPACE_REDACT__PATTERNS: expected a list of at most 100 texts of 1 to 1000 characters, found \"[a\"",
+    );
+}
+
+#[test]
+fn an_unknown_variable_names_the_nearest() {
+    for (name, near) in [
+        ("HEADSPACE_QUEUE__PTH", "HEADSPACE_QUEUE__PATH"),
+        ("HEADSPACE_QUEUES__DRAIN_WINDOW", "HEADSPACE_QUEUE__DRAIN_WINDOW"),
+        ("HEADSPACE_QUEUE__POOL_SIZE", "HEADSPACE_DATABASE__POOL_SIZE"),
+        ("HEADSPACE_queue__path", "HEADSPACE_QUEUE__PATH"),
+    ] {
+        refuses_variable(name, "x", &format!("environment {name}: no key has this variable; did you mean \"{near}\"?"));
+    }
+    refuses_variable(
+        "HEADSPACE_FOO__BAR",
+        "x",
+        "environment HEADSPACE_FOO__BAR: no key has this variable; see config.yaml for all keys",
+    );
+}
+
+#[test]
+fn variables_without_two_underscores_are_left_alone() {
+    let desk = Desk::new().set("HEADSPACE_HOME", "x").set("HEADSPACE_CONFIG", "y").set("HEADSPACEX__Y", "z");
+    assert!(desk.load().unwrap().variables.is_empty());
+}
+
+#[test]
+fn variables_that_are_no_text_are_refused() {
+    let desk = Desk::new().set("HEADSPACE_QUEUE__PATH", OsString::from_vec(vec![b'a', 0xe9]));
+    assert_eq!(desk.errors(), ["environment HEADSPACE_QUEUE__PATH: expected UTF-8 text, found other bytes"]);
+}
+
+// Paths.
+
+#[test]
+fn home_is_expanded_at_the_start_of_a_path_only() {
+    let desk = Desk::with("queue: {path: '~/q', spool_path: a/~/b}\nschemas: {path: '~'}\n");
+    let config = desk.config();
+    assert_eq!(config.queue.path, Path::new("/home/ada/q"));
+    assert_eq!(config.queue.spool_path, desk.path("a/~/b"));
+    assert_eq!(config.schemas.path.as_deref(), Some(Path::new("/home/ada")));
+    refuses(
+        "queue:\n  path: ~bob/q\n",
+        &["config.yaml:2: queue.path: expected the folder written out: only ~ and ~/ are expanded, found \"~bob/q\""],
+    );
+}
+
+#[test]
+fn without_a_home_the_tilde_is_refused_where_it_stands() {
+    let desk = Desk { variables: Vec::new(), ..Desk::with("queue:\n  path: ~/q\n") };
+    let expected = "expected an absolute path: HOME is not set, so ~ means nothing, found";
+    assert_eq!(
+        desk.errors(),
+        [
+            format!("config.yaml:2: queue.path: {expected} \"~/q\""),
+            format!("built-in default: claude.projects_path: {expected} \"~/.claude/projects\""),
+        ]
+    );
+    let desk = Desk { variables: Vec::new(), ..Desk::with("claude:\n  projects_path: /p\n") };
+    assert_eq!(desk.config().claude.projects_path, Path::new("/p"));
+}
+
+#[test]
+fn claude_config_dir_moves_what_lies_in_the_claude_folder() {
+    let moved = |text: &str| Desk::with(text).set("CLAUDE_CONFIG_DIR", "/srv/claude").config().claude.projects_path;
+    assert_eq!(moved(""), Path::new("/srv/claude/projects"));
+    assert_eq!(moved("claude: {projects_path: ~/.claude/projects}\n"), Path::new("/srv/claude/projects"));
+    assert_eq!(moved("claude: {projects_path: ~/.claude/}\n"), Path::new("/srv/claude"));
+    assert_eq!(moved("claude: {projects_path: ~/.claude-2/projects}\n"), Path::new("/home/ada/.claude-2/projects"));
+    assert_eq!(moved("claude: {projects_path: /other}\n"), Path::new("/other"));
+    let desk = Desk::new().set("CLAUDE_CONFIG_DIR", "/srv/claude").set("HEADSPACE_CLAUDE__PROJECTS_PATH", "/other");
+    assert_eq!(desk.config().claude.projects_path, Path::new("/other"));
+    // Also where there is no home at all.
+    let desk = Desk { variables: Vec::new(), ..Desk::new() }.set("CLAUDE_CONFIG_DIR", "claude");
+    assert_eq!(desk.config().claude.projects_path, desk.path("claude/projects"));
+    assert_eq!(desk.environment().claude_folder(), Some(desk.path("claude")));
+    assert_eq!(
+        Desk::new().set("CLAUDE_CONFIG_DIR", "").config().claude.projects_path,
+        Path::new("/home/ada/.claude/projects")
+    );
+}
+
+// Keys together.
+
+#[test]
+fn the_longest_pause_is_not_below_the_first() {
+    refuses(
+        "event_system:\n  write_retry_max_delay_ms: 50\n",
+        &[
+            "config.yaml:2: event_system.write_retry_max_delay_ms: expected event_system.write_retry_max_delay_ms not below \
+           event_system.write_retry_delay_ms, found 50 below 100",
+        ],
+    );
+    // The one that was given is the one to mend.
+    refuses(
+        "event_system:\n  write_retry_delay_ms: 2001\n",
+        &[
+            "config.yaml:2: event_system.write_retry_delay_ms: expected event_system.write_retry_max_delay_ms not below \
+           event_system.write_retry_delay_ms, found 2000 below 2001",
+        ],
+    );
+}
+
+#[test]
+fn sessions_do_not_end_between_two_rescans() {
+    refuses(
+        "file_watcher:\n  inactivity_timeout: 1.5\n",
+        &["config.yaml:2: file_watcher.inactivity_timeout: expected file_watcher.inactivity_timeout not below \
+           file_watcher.polling_interval, found 1.5 below 2"],
+    );
+}
+
+#[test]
+fn the_largest_event_fits_into_the_queue() {
+    refuses(
+        "queue:\n  max_pending_bytes: 1048576\n",
+        &["config.yaml:2: queue.max_pending_bytes: expected queue.max_pending_bytes not below \
+           event_system.max_event_bytes, found 1048576 below 16777216"],
+    );
+}
+
+#[test]
+fn queue_spool_and_socket_do_not_lie_in_each_other() {
+    let refused = |text: &str, keys: &str| {
+        let errors = Desk::with(text).errors();
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].contains(keys), "{errors:?}");
+    };
+    refused("queue: {path: a, spool_path: a}\n", "expected queue.spool_path outside of queue.path, found ");
+    refused("queue: {path: a, spool_path: a/b/../../a/b}\n", "expected queue.spool_path outside of queue.path, found ");
+    refused("queue: {path: a/q, spool_path: a}\n", "expected queue.path outside of queue.spool_path, found ");
+    refused("queue: {path: a}\nhttp: {socket: a/s}\n", "expected http.socket outside of queue.path, found ");
+    refused(
+        "queue: {spool_path: a}\nhttp: {socket: a/s}\n",
+        "expected http.socket outside of queue.spool_path, found ",
+    );
+}
+
+#[test]
+fn listening_beyond_loopback_needs_a_token() {
+    for address in ["0.0.0.0:80", "192.168.1.2:80", "'[::]:80'", "'[::ffff:10.0.0.1]:80'"] {
+        refuses(
+            &format!("http:\n  listen: {address}\n"),
+            &[
+                "config.yaml:2: http.listen: expected a loopback address such as 127.0.0.1:5056 while http.token is null: \
+               others could read and post; set http.token (HEADSPACE_HTTP__TOKEN) to listen beyond this machine",
+            ],
+        );
+        Desk::with(format!("http: {{listen: {address}, token: 12345678}}\n")).config();
+    }
+    for address in ["127.0.0.1:80", "127.1.2.3:80", "'[::1]:80'", "'[::ffff:127.0.0.1]:80'", "localhost:80", "null"] {
+        Desk::with(format!("http: {{listen: {address}}}\n")).config();
+    }
+}
+
+#[test]
+fn a_socket_path_that_no_socket_can_have_is_refused() {
+    let long = format!("/{}", "s".repeat(120));
+    let errors = Desk::with(format!("http:\n  socket: {long}\n")).errors();
+    assert_eq!(errors.len(), 1);
+    assert!(errors[0].starts_with("config.yaml:2: http.socket: expected a path of at most 10"), "{errors:?}");
+    assert!(errors[0].contains(&format!("found 121: {long}")), "{errors:?}");
+}
+
+// Secrets.
+
+#[test]
+fn no_error_shows_a_secret() {
+    let secret = "hunter2";
+    for text in [
+        "database:\n  url: mysql://ada:hunter2@db/x\n",
+        "database:\n  url: hunter2\n",
+        "database:\n  url: [postgresql://ada:hunter2@db/x]\n",
+        "database:\n  url: {postgresql://ada:hunter2@db/x: 1}\n",
+        "database:\n  url: postgresql://ada:hunter2/x@db/x\n",
+        "database:\n  url: postgresql://ada:p?hunter2=x@db/x\n",
+        "database:\n  url: postgresql://ada:p%hunter2@db/x\n",
+        "database:\n  url: 'password=pass hunter2=x'\n",
+        "database:\n  url: 'password=pass port=hunter2'\n",
+        "database:\n  url:postgresql://ada:hunter2@db/x\n",
+        "database:\n  {url:postgresql://ada:hunter2@db/x, pool_size: 2}\n",
+        "database:url:postgresql://ada:hunter2@db/x\n",
+        "database:\n  url: &hunter2\n",
+        "database:\n  url: *hunter2\n",
+        "database:\n  url: !hunter2\n",
+        "database:\n  pool_size: postgresql://ada:hunter2@db/x\n",
+        "http:\n  token: hunter2\n",
+        "http:\n  token: [hunter2]\n",
+        "http:\n  token: 'hunter2\n",
+        "http:\n  token: @hunter2\n",
+        "http:\n  token: \"\\hunter2\"\n",
+    ] {
+        let error = Desk::with(text).load().expect_err(text);
+        assert!(!format!("{error} {error:?}").contains(secret), "{error}");
+        assert!(error.to_string().starts_with("config.yaml:"), "{error}");
+    }
+    for name in ["HEADSPACE_DATABASE__URL", "HEADSPACE_HTTP__TOKEN", "HEADSPACE_DATABASE__PASSWORD"] {
+        let error = Desk::new().set(name, secret).load().unwrap_err();
+        assert!(!format!("{error} {error:?}").contains(secret), "{error}");
+    }
+}
+
+#[test]
+fn debug_shows_no_secret() {
+    let desk = Desk::with("database: {url: 'postgresql://ada:hunter2@db/x'}\nhttp: {token: hunter2hunter2}\n")
+        .set("PGPASSWORD", "hunter2");
+    let shown = format!("{:?} {:?}", desk.load().unwrap(), desk.environment());
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert_eq!(format!("{0} {0:?}", Secret::new("hunter2")), "*** ***");
+}
+
+#[test]
+fn a_secret_matches_itself_alone() {
+    let secret = Secret::new("hunter22");
+    assert!(secret.matches("hunter22"));
+    for other in ["", "hunter2", "hunter222", "hunter23", "Hunter22"] {
+        assert!(!secret.matches(other), "{other}");
+    }
+}
+
+// Names of tables.
+
+#[test]
+fn table_names_are_quoted_for_sql() {
+    for (text, quoted) in [
+        ("events", r#""events""#),
+        ("log.events", r#""log"."events""#),
+        ("Log.Events", r#""Log"."Events""#),
+        (r#""a.b".c"#, r#""a.b"."c""#),
+        (r#""a""b""#, r#""a""b""#),
+        (r#"x;drop"#, r#""x;drop""#),
+        ("ereignisse_ä", r#""ereignisse_ä""#),
+    ] {
+        assert_eq!(TableName::parse(text).unwrap().quoted(), quoted, "{text}");
+    }
+    let long = "x".repeat(64);
+    for text in ["", ".", "a.", ".a", "a.b.c", "a b", r#"a"b"#, r#""a"#, r#""a"b"#, r#""""#, long.as_str(), "\"a\0\""] {
+        assert_eq!(TableName::parse(text), None, "{text}");
+    }
+}
+
+#[test]
+fn a_table_beside_another_shares_its_schema() {
+    let events = TableName::parse("log.events").unwrap();
+    assert_eq!(events.beside("event_receipts").quoted(), r#""log"."event_receipts""#);
+    assert_eq!(events.to_string(), "log.events");
+}
