@@ -1,9 +1,9 @@
 //! What is still whole on a line that is no JSON object.
 //!
 //! Seen in the wild: a record cut off with the next one following on the same line, two records on one line, runs of NUL
-//! before a record (power loss). A record found after damage is only believed when nothing but another record or the end
-//! of the line follows it and it looks like a line of its own: else the objects *inside* a damaged record, such as the
-//! messages nested in `progress` lines, would come back as lines that nobody wrote.
+//! before a record (power loss). Not every whole object is believed to be a record (see [`is_a_record`]): else the
+//! objects *inside* a damaged one, such as the messages nested in `progress` lines, would come back as lines that nobody
+//! wrote.
 //!
 //! # Cost
 //!
@@ -21,8 +21,8 @@ use super::claude_code::looks_like_a_line;
 /// How records start: 99.9 % of lines have one of these as their first key.
 const PREFIXES: [&[u8]; 2] = [b"{\"parentUuid\"", b"{\"type\""];
 
-/// Unclosed objects that are tried; each costs a pass over the rest of the line.
-const UNCLOSED_MAX: usize = 64;
+/// Unclosed objects that are tried; each costs a pass over the rest of the line. Real lines nest at most 10 deep.
+const UNCLOSED_MAX: usize = 16;
 
 /// Records taken from one line; what follows counts as lost.
 const RECORDS_MAX: usize = 4096;
@@ -78,7 +78,7 @@ fn pieces(line: &[u8]) -> Vec<Segment> {
         between_records &= line.get(next) == Some(&b'{');
         let Some(start) = (if between_records { Some(next) } else { next_candidate(line, position) }) else { break };
         match attempt(line, start) {
-            Attempt::Whole { end } if between_records || is_a_line_of_its_own(line, start..end) => {
+            Attempt::Whole { end } if is_a_record(line, start..end, between_records) => {
                 push_lost(&mut found, line, lost_from..start);
                 found.push(Segment::Record(start..end));
                 records += 1;
@@ -122,10 +122,15 @@ fn attempt(line: &[u8], start: usize) -> Attempt {
     }
 }
 
-/// Whether the object at `range`, found after damage, is a record and not a part of one.
-fn is_a_line_of_its_own(line: &[u8], range: Range<usize>) -> bool {
-    matches!(line.get(skip_blanks(line, range.end)), None | Some(b'{'))
-        && line.get(range).is_some_and(|record| looks_like_a_line(&String::from_utf8_lossy(record)))
+/// Whether the object at `range` is a record and not a part of one: two of three signs are enough, namely that it stands
+/// where a record must start, that one may start where it ends, and that it looks like a line.
+fn is_a_record(line: &[u8], range: Range<usize>, between_records: bool) -> bool {
+    let ends_well = matches!(line.get(skip_blanks(line, range.end)), None | Some(b'{'));
+    match (between_records, ends_well) {
+        (true, true) => true,
+        (false, false) => false,
+        _ => line.get(range).is_some_and(|record| looks_like_a_line(&String::from_utf8_lossy(record))),
+    }
 }
 
 /// The first place at or after `position` where a record may start.
