@@ -1,3 +1,2 @@
-pub mod config;
 pub mod event;
-pub mod intake;
+pub mod queue;

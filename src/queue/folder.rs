@@ -1,0 +1,470 @@
+//! The queue's folder: who holds it, which generation is the current one, and what to do when it is damaged.
+//!
+//! ```text
+//! <path>/lock         held while open; says the process id of the holder
+//! <path>/CURRENT      "format 1\nsled-<n>\n": replaced by renaming, so it is always whole
+//! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
+//! <path>/DAMAGED      set when a running queue met pages it could not read: the next opening starts anew
+//! <path>.damaged-<UTC time>/   a folder that could not be opened, kept as it was
+//! ```
+//!
+//! sled's files never shrink. When the queue is empty and they are large, the writer makes generation n + 1,
+//! copies cursors, dead letters and counters, syncs it, renames CURRENT and removes generation n. Every step may be
+//! the last one of a process: until the rename nothing has happened, after it only a left-over stays.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::codec::{self, CodecError, Counters};
+use super::faults;
+use super::reader;
+use super::store::{self, Changes, Store, StoreError, StoreRepair};
+use super::{QueueConfig, QueueError, salvage};
+use crate::event::Timestamp;
+
+/// Version of the layout of the folder that CURRENT speaks of.
+const FORMAT: u32 = 1;
+
+const DAMAGED_MARK: &str = "DAMAGED";
+
+/// Keys removed in one batch when left-overs of a crash are cleared.
+const CLEAR_KEYS_MAX: usize = 1024;
+
+/// Something opening had to put right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Repair {
+    /// The process died while sled wrote a snapshot.
+    UnfinishedSnapshotRemoved { file: PathBuf },
+    /// sled did not open with its snapshots, but did without.
+    SnapshotsSetAside { cause: String },
+    /// Records of a batch whose commit was never reached.
+    UncommittedRemoved { keys: u64 },
+    /// A generation that is not the current one: the process died during compaction.
+    GenerationRemoved { folder: PathBuf },
+    /// CURRENT was missing or unreadable; the newest whole generation was taken.
+    PointerRebuilt { generation: u64 },
+    /// The counters could not be read and were counted anew.
+    CountersRebuilt { cause: String },
+    /// The queue could not be read: it was moved away and a new one was started.
+    QueueSetAside { to: PathBuf, cause: String, salvaged: u64 },
+}
+
+impl Repair {
+    /// Whether something may be missing now: somebody should look.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Repair::QueueSetAside { .. } | Repair::CountersRebuilt { .. })
+    }
+}
+
+impl fmt::Display for Repair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Repair::UnfinishedSnapshotRemoved { file } => {
+                write!(f, "removed unfinished snapshot {}", file.display())
+            }
+            Repair::SnapshotsSetAside { cause } => {
+                write!(f, "set snapshots aside and read the whole log: {cause}")
+            }
+            Repair::UncommittedRemoved { keys } => {
+                write!(f, "removed {keys} records that had not been acknowledged")
+            }
+            Repair::GenerationRemoved { folder } => write!(f, "removed left-over {}", folder.display()),
+            Repair::PointerRebuilt { generation } => {
+                write!(f, "CURRENT was not readable, took generation {generation}")
+            }
+            Repair::CountersRebuilt { cause } => write!(f, "counted the queue anew: {cause}"),
+            Repair::QueueSetAside { to, cause, salvaged } => write!(
+                f,
+                "queue was not readable ({cause}); kept it in {}, started a new one, salvaged {salvaged} events; \
+                 transcripts are read again from their beginning",
+                to.display()
+            ),
+        }
+    }
+}
+
+/// Holding it is holding the queue; the system lets go of it when the process ends, however it ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+/// A queue's folder, opened.
+pub struct Opened {
+    pub lock: Lock,
+    pub store: Store,
+    pub generation: u64,
+    pub counters: Counters,
+    pub repairs: Vec<Repair>,
+}
+
+/// Opens the folder for work: makes it where it is missing, repairs what can be, sets aside what can't.
+pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
+    let path = &config.path;
+    let io = |error: io::Error| storage(path, &error);
+    let mut repairs = Vec::new();
+    make_folder(path).map_err(io)?;
+    let mut lock = take_lock(path)?;
+    faults::reach("open-locked");
+
+    let attempt = if path.join(DAMAGED_MARK).exists() {
+        Err(Failed::Damaged("a page could not be read while the queue was running".into()))
+    } else {
+        open_current(path, &mut repairs)
+    };
+    let (store, generation, counters) = match attempt {
+        Ok(opened) => opened,
+        Err(Failed::Queue(error)) => return Err(error),
+        Err(Failed::Damaged(cause)) => {
+            let to = set_aside(path).map_err(io)?;
+            make_folder(path).map_err(io)?;
+            // The lock went away with the folder: whoever opens the new one must find it held.
+            lock = take_lock(path)?;
+            let opened = create_generation(path, 1, unused_sequence())?;
+            write_pointer(path, 1).map_err(io)?;
+            let (counters, salvaged) =
+                salvage::events_of(&to, &opened.0, opened.1).map_err(|error| storage(path, &error))?;
+            repairs.push(Repair::QueueSetAside { to, cause, salvaged });
+            (opened.0, 1, counters)
+        }
+    };
+    remove_uncommitted(&store, counters.next_sequence, &mut repairs)
+        // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
+        .and_then(|()| store.sync())
+        .map_err(|error| storage(path, &error))?;
+    restrict(path);
+    restrict(store.folder());
+    faults::reach("open-recovered");
+    Ok(Opened { lock, store, generation, counters, repairs })
+}
+
+/// Opens the folder to look at: nothing is created, removed or set aside, and no record is changed.
+pub fn inspect(path: &Path) -> Result<(Lock, Store, Counters), QueueError> {
+    let missing = || QueueError::NotFound { path: path.to_owned() };
+    if !path.is_dir() {
+        return Err(missing());
+    }
+    let generation = match read_pointer(path)? {
+        Pointer::Generation(generation) => generation,
+        Pointer::Missing | Pointer::Unreadable => {
+            *generations(path).map_err(|error| storage(path, &error))?.last().ok_or_else(missing)?
+        }
+    };
+    let folder = generation_folder(path, generation);
+    if !folder.join("db").is_file() {
+        return Err(missing());
+    }
+    let lock = take_lock(path)?;
+    let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
+    let open = || -> Result<(Store, Counters), StoreError> {
+        let (store, _) = Store::open(&folder)?;
+        let counters = match read_counters(&store)? {
+            Ok(counters) => counters,
+            Err(_) => reader::recount(&store, 1)?,
+        };
+        Ok((store, counters))
+    };
+    match open() {
+        Ok((store, counters)) => Ok((lock, store, counters)),
+        Err(StoreError::Corrupt(cause)) => Err(damaged(cause)),
+        Err(error) => Err(storage(path, &error)),
+    }
+}
+
+/// Asks the next opening to set this queue aside, because its pages can't be read.
+pub fn mark_damaged(path: &Path) {
+    // Best effort: without the mark the next opening only meets the damage again.
+    let _ = File::create(path.join(DAMAGED_MARK)).and_then(|file| file.sync_all());
+}
+
+/// Makes generation `number`, empty but for its counters, durable in itself; nobody points to it yet.
+pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result<(Store, Counters), QueueError> {
+    let counters = Counters::new(next_sequence);
+    let create = || -> Result<Store, StoreError> {
+        let folder = generation_folder(path, number);
+        fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder)?;
+        let (store, _) = Store::open(&folder)?;
+        let mut changes = Changes::default();
+        changes.insert(&store::counters_key(), &codec::encode_counters(&counters).map_err(corrupt)?);
+        store.apply(changes)?;
+        store.sync()?;
+        store.sync_folder()?;
+        Ok(store)
+    };
+    create().map(|store| (store, counters)).map_err(|error| storage(path, &error))
+}
+
+/// Points CURRENT to generation `number`, durably; before the return the old one, after it the new one.
+pub fn write_pointer(path: &Path, number: u64) -> io::Result<()> {
+    let new = path.join("CURRENT.new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    write!(file, "format {FORMAT}\nsled-{number}\n")?;
+    file.sync_all()?;
+    fs::rename(&new, path.join("CURRENT"))?;
+    store::sync_folder(path)?;
+    if let Some(parent) = path.parent() {
+        store::sync_folder(parent)?;
+    }
+    Ok(())
+}
+
+pub fn generation_folder(path: &Path, number: u64) -> PathBuf {
+    path.join(format!("sled-{number}"))
+}
+
+pub fn read_counters(store: &Store) -> Result<Result<Counters, CodecError>, StoreError> {
+    let record = store.get(&store::counters_key())?;
+    Ok(record.map_or(Err(CodecError::Short(0)), |record| codec::decode_counters(&record)))
+}
+
+pub fn storage(path: &Path, error: &dyn fmt::Display) -> QueueError {
+    QueueError::Storage { path: path.to_owned(), cause: error.to_string() }
+}
+
+/// The codec refusing what we ourselves made: as bad as damage.
+pub fn corrupt(error: CodecError) -> StoreError {
+    StoreError::Corrupt(error.to_string())
+}
+
+enum Failed {
+    Queue(QueueError),
+    Damaged(String),
+}
+
+impl From<QueueError> for Failed {
+    fn from(error: QueueError) -> Self {
+        Failed::Queue(error)
+    }
+}
+
+fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, Counters), Failed> {
+    let io = |error: io::Error| Failed::Queue(storage(path, &error));
+    let found = generations(path).map_err(io)?;
+    let generation = match read_pointer(path)? {
+        Pointer::Generation(generation) if found.contains(&generation) => generation,
+        Pointer::Missing if found.is_empty() => {
+            let (store, counters) = create_generation(path, 1, 1)?;
+            faults::reach("open-generation-created");
+            write_pointer(path, 1).map_err(io)?;
+            faults::reach("open-pointer-written");
+            return Ok((store, 1, counters));
+        }
+        Pointer::Generation(_) | Pointer::Missing | Pointer::Unreadable => {
+            return rebuild_pointer(path, &found, repairs);
+        }
+    };
+    for left_over in found.into_iter().filter(|&number| number != generation) {
+        let folder = generation_folder(path, left_over);
+        fs::remove_dir_all(&folder).map_err(io)?;
+        repairs.push(Repair::GenerationRemoved { folder });
+    }
+    let (store, counters) = open_generation(path, generation, repairs)?;
+    Ok((store, generation, counters))
+}
+
+/// Takes the newest generation that has counters: they are written last when one is made.
+fn rebuild_pointer(path: &Path, found: &[u64], repairs: &mut Vec<Repair>) -> Result<(Store, u64, Counters), Failed> {
+    let mut cause = "CURRENT names no generation that exists".to_owned();
+    for &generation in found.iter().rev() {
+        // One without counters is the beginning of a generation that nobody has pointed to yet.
+        let mut here = Vec::new();
+        match open_generation(path, generation, &mut here) {
+            Ok((store, counters)) if !here.iter().any(Repair::is_loss) => {
+                write_pointer(path, generation).map_err(|error| storage(path, &error))?;
+                repairs.append(&mut here);
+                repairs.push(Repair::PointerRebuilt { generation });
+                return Ok((store, generation, counters));
+            }
+            Ok(_) => {}
+            Err(Failed::Damaged(damage)) => cause = damage,
+            Err(Failed::Queue(error)) => return Err(Failed::Queue(error)),
+        }
+    }
+    // A first opening that died before its counters were written: nothing was ever in there.
+    if let &[only] = found
+        && !path.join("CURRENT").exists()
+        && is_unused(path, only)
+    {
+        fs::remove_dir_all(generation_folder(path, only)).map_err(|error| storage(path, &error))?;
+        repairs.push(Repair::GenerationRemoved { folder: generation_folder(path, only) });
+        return open_current(path, repairs);
+    }
+    Err(Failed::Damaged(cause))
+}
+
+/// Whether a generation without counters holds no record at all.
+fn is_unused(path: &Path, generation: u64) -> bool {
+    let folder = generation_folder(path, generation);
+    if fs::metadata(folder.join("db")).map_or(0, |db| db.len()) <= 4096 {
+        return true;
+    }
+    Store::open(&folder).and_then(|(store, _)| Ok(store.last_key(vec![]..=vec![u8::MAX])?.is_none())).unwrap_or(false)
+}
+
+fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
+    let failed = |error: StoreError| match error {
+        StoreError::Corrupt(cause) => Failed::Damaged(cause),
+        error @ StoreError::Io(_) => Failed::Queue(storage(path, &error)),
+    };
+    let (store, store_repairs) = Store::open(&generation_folder(path, generation)).map_err(failed)?;
+    repairs.extend(store_repairs.into_iter().map(|repair| match repair {
+        StoreRepair::SnapshotUnfinished { file } => Repair::UnfinishedSnapshotRemoved { file },
+        StoreRepair::SnapshotsSetAside { cause } => Repair::SnapshotsSetAside { cause },
+    }));
+    let counters = match read_counters(&store).map_err(failed)? {
+        Ok(counters) => counters,
+        Err(CodecError::TooNew { found }) => {
+            let (found, supported) = (u32::from(found), u32::from(codec::VERSION));
+            return Err(Failed::Queue(QueueError::TooNew { path: path.to_owned(), found, supported }));
+        }
+        Err(error) => {
+            repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
+            let counters = reader::recount(&store, unused_sequence()).map_err(failed)?;
+            let mut changes = Changes::default();
+            changes.insert(
+                &store::counters_key(),
+                &codec::encode_counters(&counters).map_err(|error| failed(corrupt(error)))?,
+            );
+            store.apply(changes).map_err(failed)?;
+            counters
+        }
+    };
+    Ok((store, counters))
+}
+
+/// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
+fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
+    let mut keys = 0;
+    loop {
+        let mut changes = Changes::default();
+        let mut here = 0;
+        reader::uncommitted(store, next_sequence, |key| {
+            changes.remove(key);
+            here += 1;
+            if here < CLEAR_KEYS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        if here == 0 {
+            break;
+        }
+        keys += here as u64;
+        store.apply(changes)?;
+    }
+    if keys > 0 {
+        repairs.push(Repair::UncommittedRemoved { keys });
+    }
+    Ok(())
+}
+
+/// A number that no earlier queue can have reached: the clock in microseconds runs ahead of any counting by ones.
+fn unused_sequence() -> u64 {
+    u64::try_from(Timestamp::now().as_microsecond()).unwrap_or(1).max(1)
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent()
+        && !parent.as_os_str().is_empty()
+    {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        other => other,
+    }
+}
+
+/// Takes the rights of others from the files of `folder`. Best effort: the folder itself already keeps them out.
+fn restrict(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o600));
+        }
+    }
+}
+
+fn take_lock(path: &Path) -> Result<Lock, QueueError> {
+    let io = |error: io::Error| storage(path, &error);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path.join("lock"))
+        .map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            // The holder may be just writing it: then it stays unnamed.
+            let _ = file.read_to_string(&mut holder);
+            return Err(QueueError::InUse { path: path.to_owned(), pid: holder.trim().parse().ok() });
+        }
+        Err(fs::TryLockError::Error(error)) => return Err(io(error)),
+    }
+    file.set_len(0).map_err(io)?;
+    writeln!(file, "{}", std::process::id()).map_err(io)?;
+    Ok(Lock { _file: file })
+}
+
+enum Pointer {
+    Generation(u64),
+    Missing,
+    Unreadable,
+}
+
+fn read_pointer(path: &Path) -> Result<Pointer, QueueError> {
+    let text = match fs::read(path.join("CURRENT")) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Pointer::Missing),
+        Err(error) => return Err(storage(path, &error)),
+    };
+    let mut lines = text.lines();
+    let format = lines.next().and_then(|line| line.strip_prefix("format ")?.parse::<u32>().ok());
+    match format {
+        Some(found) if found > FORMAT => Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT }),
+        Some(_) => Ok(lines.next().and_then(generation_number).map_or(Pointer::Unreadable, Pointer::Generation)),
+        None => Ok(Pointer::Unreadable),
+    }
+}
+
+/// The generations in the folder, oldest first.
+fn generations(path: &Path) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir()
+            && let Some(number) = entry.file_name().to_str().and_then(generation_number)
+        {
+            found.push(number);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+fn generation_number(name: &str) -> Option<u64> {
+    name.strip_prefix("sled-")?.parse().ok()
+}
+
+/// Moves the folder away under a name that says when.
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for attempt in 0..100 {
+        let suffix = if attempt == 0 { String::new() } else { format!("-{attempt}") };
+        let to = path.with_file_name(format!("{name}.damaged-{time}{suffix}"));
+        if !to.exists() {
+            fs::rename(path, &to)?;
+            if let Some(parent) = to.parent() {
+                store::sync_folder(parent)?;
+            }
+            return Ok(to);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::AlreadyExists, "no free name for the damaged queue"))
+}

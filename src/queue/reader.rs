@@ -1,0 +1,234 @@
+//! Reading the queue: on the caller's thread, beside the writer, without changing anything.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use super::codec::{self, CodecError, Content, Counters};
+use super::store::{self, Store, StoreError, chunk_key, content_key, event_key, key_sequence, letter_key};
+use crate::event::{
+    Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
+};
+
+/// Bytes a page holds at most, above one element.
+pub const PAGE_BYTES_MAX: u64 = 16 << 20;
+
+/// Envelopes that were asked for, and the sequences that could not be read back.
+#[derive(Default)]
+pub struct Envelopes {
+    pub envelopes: Vec<Envelope>,
+    pub damaged: Vec<Sequence>,
+}
+
+/// The pending events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
+pub fn envelopes(store: &Store, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Envelopes, StoreError> {
+    let mut found = Envelopes::default();
+    if first > last || limit == 0 {
+        return Ok(found);
+    }
+    let mut bytes = 0;
+    for pair in store.range(store::sequence_range(b'e', first, last))? {
+        let (key, head) = pair?;
+        let Some(sequence) = key_sequence(&key) else { continue };
+        let length = codec::record_bytes(&head).unwrap_or(head.len()) as u64;
+        if !found.envelopes.is_empty() && bytes + length > bytes_max {
+            break;
+        }
+        match event_record(store, sequence, &head)? {
+            Ok(stored) => {
+                bytes += length;
+                found.envelopes.push(Envelope {
+                    sequence,
+                    event: stored.event,
+                    captured_at: stored.captured_at,
+                    attempts: stored.attempts,
+                });
+            }
+            // Between the head and its chunks it may have been settled: then it is not damaged but gone.
+            Err(_) if store.get(&key)?.as_deref() != Some(&*head) => {}
+            Err(_) => found.damaged.push(sequence),
+        }
+        if found.envelopes.len() + found.damaged.len() >= limit {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// The event whose first chunk is `head`.
+pub fn event_record(
+    store: &Store,
+    sequence: Sequence,
+    head: &[u8],
+) -> Result<Result<codec::StoredEvent, CodecError>, StoreError> {
+    if codec::record_bytes(head) == Ok(head.len()) {
+        return Ok(codec::decode_event(head));
+    }
+    let record = store.record(head, |index| chunk_key(sequence.get(), index))?;
+    Ok(codec::decode_event(&record))
+}
+
+/// Dead letters from `first` on, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
+pub fn dead_letters(store: &Store, first: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
+    let mut letters = Vec::new();
+    if limit == 0 {
+        return Ok(letters);
+    }
+    let mut bytes = 0;
+    for pair in store.range(store::sequence_range(b'd', first, u64::MAX))? {
+        let (key, record) = pair?;
+        let Some(sequence) = key_sequence(&key) else { continue };
+        let head = store.get(&content_key(sequence.get()))?;
+        let length = head.as_ref().map_or(0, |head| codec::record_bytes(head).unwrap_or(head.len())) as u64;
+        if !letters.is_empty() && bytes + length > PAGE_BYTES_MAX {
+            break;
+        }
+        bytes += length;
+        let letter = assemble(store, sequence, &record, head.as_deref())?;
+        // Dropped or put back while it was read.
+        if store.get(&key)?.is_some() {
+            letters.push(letter);
+        }
+        if letters.len() >= limit {
+            break;
+        }
+    }
+    Ok(letters)
+}
+
+pub fn dead_letter(store: &Store, sequence: Sequence) -> Result<Option<DeadLetter>, StoreError> {
+    let Some(record) = store.get(&letter_key(sequence.get()))? else { return Ok(None) };
+    let head = store.get(&content_key(sequence.get()))?;
+    assemble(store, sequence, &record, head.as_deref()).map(Some)
+}
+
+/// A letter is always shown, also when its own record or its content can't be read any more.
+fn assemble(store: &Store, sequence: Sequence, letter: &[u8], head: Option<&[u8]>) -> Result<DeadLetter, StoreError> {
+    let content = match head {
+        Some(head) => store.record(head, |index| chunk_key(sequence.get(), index))?,
+        None => Vec::new(),
+    };
+    let letter = codec::decode_letter(letter).unwrap_or_else(|error| codec::Letter {
+        failed_at: Timestamp::UNIX_EPOCH,
+        failure: damage(&error),
+        content: Content::Raw,
+        attempts: 0,
+    });
+    let decoded = match letter.content {
+        Content::Event => codec::decode_event(&content).map(|stored| DeadContent::Event {
+            event: stored.event,
+            captured_at: stored.captured_at,
+            attempts: letter.attempts,
+        }),
+        Content::Input => codec::decode_input(&content, letter.failure.clone()).map(DeadContent::Input),
+        Content::Raw => Ok(raw(store, &letter.failure, content.clone())),
+    };
+    let (failure, content) = match decoded {
+        Ok(decoded) => (letter.failure, decoded),
+        Err(error) => {
+            let failure = Failure {
+                kind: FailureKind::Damaged,
+                message: format!("{}; set aside before because: {}", damage(&error).message, letter.failure.message),
+                sqlstate: letter.failure.sqlstate,
+            };
+            let content = raw(store, &failure, content);
+            (failure, content)
+        }
+    };
+    Ok(DeadLetter { sequence, failed_at: letter.failed_at, failure, content })
+}
+
+/// The failure of a record that can't be read back.
+pub fn damage(error: &CodecError) -> Failure {
+    Failure {
+        kind: FailureKind::Damaged,
+        message: format!("could not read the record back from the queue: {error}"),
+        sqlstate: None,
+    }
+}
+
+/// Bytes nobody can read any more. Where they were seen is lost with them, so their origin is the queue's own folder.
+fn raw(store: &Store, failure: &Failure, bytes: Vec<u8>) -> DeadContent {
+    let path = store.folder().to_string_lossy().as_ref().into();
+    DeadContent::Input(Rejection {
+        failure: failure.clone(),
+        event_type: None,
+        origin: Origin::Transcript { path, offset: 0 },
+        bytes,
+    })
+}
+
+/// All cursors; one that can't be read is left out, which only reads its file again.
+pub fn cursors(store: &Store) -> Result<Vec<(PathBuf, Cursor)>, StoreError> {
+    let mut cursors = Vec::new();
+    for pair in store.range(store::prefix_range(b'c'))? {
+        let (key, head) = pair?;
+        let record = store.record(&head, |index| store::cursor_chunk_key(&key, index))?;
+        if let Ok(cursor) = codec::decode_cursor(&record) {
+            cursors.push(cursor);
+        }
+    }
+    Ok(cursors)
+}
+
+/// The oldest pending event at `first` or after, and when it was captured.
+pub fn oldest(store: &Store, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
+    if first > last {
+        return Ok(None);
+    }
+    let Some(pair) = store.range(store::sequence_range(b'e', first, last))?.next() else { return Ok(None) };
+    let (key, head) = pair?;
+    let captured_at = codec::captured_at(&head).unwrap_or(Timestamp::UNIX_EPOCH);
+    Ok(key_sequence(&key).map(|sequence| (sequence, captured_at)))
+}
+
+/// The newest pending event that was committed.
+pub fn newest(store: &Store, counters: &Counters) -> Result<Option<Sequence>, StoreError> {
+    if counters.pending == 0 {
+        return Ok(None);
+    }
+    let range = store::sequence_range(b'e', 1, counters.next_sequence.saturating_sub(1));
+    Ok(store.last_key(range)?.and_then(|key| key_sequence(&key)))
+}
+
+/// Visits every key that was written but never committed.
+pub fn uncommitted(
+    store: &Store,
+    next_sequence: u64,
+    mut visit: impl FnMut(&[u8]) -> ControlFlow<()>,
+) -> Result<(), StoreError> {
+    for prefix in [b'e', b'd', b'f', b'x'] {
+        for pair in store.range(store::sequence_range(prefix, next_sequence, u64::MAX))? {
+            let (key, _) = pair?;
+            if visit(&key).is_break() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Counters of a store whose own can't be read: counts everything there is. Numbers from `next_sequence` on are new.
+pub fn recount(store: &Store, next_sequence: u64) -> Result<Counters, StoreError> {
+    let mut counters = Counters::new(next_sequence);
+    for pair in store.range(store::prefix_range(b'e'))? {
+        let (key, head) = pair?;
+        counters.pending += 1;
+        counters.pending_bytes += codec::record_bytes(&head).unwrap_or(head.len()) as u64;
+        counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
+    }
+    for pair in store.range(store::prefix_range(b'd'))? {
+        let (key, _) = pair?;
+        counters.dead_letters += 1;
+        let sequence = key_sequence(&key).map_or(0, Sequence::get);
+        if let Some(head) = store.get(&content_key(sequence))? {
+            counters.dead_letter_bytes += codec::record_bytes(&head).unwrap_or(head.len()) as u64;
+        }
+        counters.next_sequence = counters.next_sequence.max(sequence + 1);
+    }
+    Ok(counters)
+}
+
+/// The first chunk of a pending event.
+pub fn event_head(store: &Store, sequence: Sequence) -> Result<Option<sled::IVec>, StoreError> {
+    store.get(&event_key(sequence.get()))
+}

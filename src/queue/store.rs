@@ -1,0 +1,439 @@
+//! One generation of the queue on disk: a sled database, and what sled 0.34.7 does not do by itself.
+//!
+//! # What is added
+//!
+//! * **Syncing.** `sled::Db::flush` ends in `sync_file_range`, which promises nothing about a power cut. So the store
+//!   holds a descriptor of its own on `db` and [`Store::sync`] calls `fdatasync` (macOS: `F_FULLFSYNC`) after the flush.
+//! * **One batch, one sync.** When sled begins a new segment (every 512 KiB) it writes into its header up to where the
+//!   log is "stable", and recovery trusts that without looking. Stable means `sync_file_range`. During an
+//!   `apply_batch` the mark can't pass the batch's beginning, because the batch's manifest is held back until it is
+//!   sealed (`PageCache::pin_log`, `StabilityIntervals`). So if everything *before* a batch is on the platter, a power cut
+//!   leaves the batch whole or not at all. [`Store::apply`] therefore syncs what an earlier batch left unsynced.
+//! * **Chunks.** A leaf of sled holds up to 16 values, for moments some more, and a page above 131,052 bytes is moved
+//!   to `blobs/`, which is never synced. No value is longer than [`CHUNK_BYTES`], so no page comes near it.
+//! * **Opening.** See [`Store::open`].
+//!
+//! # Keys
+//!
+//! One tree. `S` is a sequence as u64, `I` an index from 1 on as u32, `H` the xxh3-128 of a path; all big endian, so
+//! that the order of the keys is the order of acceptance.
+//!
+//! ```text
+//! m        counters                                    always written in the same batch as what they count
+//! e S      first chunk of a pending event
+//! d S      letter: why and when S was set aside
+//! f S      first chunk of what was set aside: an event, an input, or unreadable bytes
+//! x S I    further chunks of S, wherever its first chunk is
+//! c H      first chunk of a cursor
+//! k H I    further chunks of a cursor
+//! ```
+//!
+//! The counters are the commit: whatever stands at `next_sequence` or above was never acknowledged, is not shown,
+//! and is removed at the next opening. So chunks may be written in earlier batches than the counters.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::RangeInclusive;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sled::IVec;
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::codec;
+use crate::event::Sequence;
+
+/// Longest value in sled. 20 of them and their keys still make a page of 83 KB, well below the blobs' threshold.
+pub const CHUNK_BYTES: usize = 4096;
+
+/// Pages sled keeps in memory.
+const CACHE_BYTES: u64 = 8 << 20;
+
+/// How long opening waits for sled's own lock: only threads of a handle that was just dropped can hold it.
+const SLED_LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Why the store could not do what was asked.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The system refused: full disk, missing permission, failing device.
+    #[error("{0}")]
+    Io(String),
+    /// What is on disk is not what was written.
+    #[error("{0}")]
+    Corrupt(String),
+}
+
+impl From<sled::Error> for StoreError {
+    fn from(error: sled::Error) -> Self {
+        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+        match error {
+            // sled reads beyond the end of a cut file, or decodes what is not its own.
+            sled::Error::Io(error) if matches!(error.kind(), UnexpectedEof | InvalidData | InvalidInput) => {
+                StoreError::Corrupt(error.to_string())
+            }
+            sled::Error::Io(error) => StoreError::Io(error.to_string()),
+            other => StoreError::Corrupt(other.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for StoreError {
+    fn from(error: io::Error) -> Self {
+        StoreError::Io(error.to_string())
+    }
+}
+
+/// What opening a store had to put right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreRepair {
+    /// A snapshot that was being written when the process died; with it there sled never opens again.
+    SnapshotUnfinished { file: PathBuf },
+    /// Snapshots with which sled did not open; without them it reads its whole log.
+    SnapshotsSetAside { cause: String },
+}
+
+/// Changes that become visible and durable together.
+#[derive(Default)]
+pub struct Changes {
+    batch: sled::Batch,
+    bytes: usize,
+}
+
+impl Changes {
+    pub fn insert(&mut self, key: &[u8], value: &[u8]) {
+        self.bytes += key.len() + value.len();
+        self.batch.insert(key, value);
+    }
+
+    pub fn remove(&mut self, key: &[u8]) {
+        self.bytes += key.len();
+        self.batch.remove(key);
+    }
+
+    /// Keys and values, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+}
+
+/// An open generation. Reading is for everybody; [`Store::apply`] and [`Store::sync`] are for the one writer.
+pub struct Store {
+    /// `None` only while it is being dropped.
+    db: Option<sled::Db>,
+    /// Our own descriptor of sled's `db`.
+    file: File,
+    folder: PathBuf,
+    unsynced: AtomicBool,
+    /// Remove the folder once the last reader has let go.
+    retired: AtomicBool,
+    syncs: AtomicU64,
+    hooks: Mutex<Hooks>,
+}
+
+/// What tests put between the store and the disk.
+#[derive(Default)]
+pub struct Hooks {
+    /// Called before each sync; an error is that of the sync.
+    #[cfg(test)]
+    pub before_sync: Option<std::sync::Arc<dyn Fn() -> io::Result<()> + Send + Sync>>,
+}
+
+impl Store {
+    /// Opens the sled database in `folder`, or makes one where there is none.
+    ///
+    /// Snapshots are only a cache of the log, so unfinished ones are removed, and if sled does not open with the finished ones
+    /// they are renamed and it opens without. sled panics on some kinds of damage: such a panic counts as [`StoreError::Corrupt`].
+    pub fn open(folder: &Path) -> Result<(Store, Vec<StoreRepair>), StoreError> {
+        let mut repairs = Vec::new();
+        let snapshots = snapshots(folder)?;
+        for file in snapshots.iter().filter(|file| file.extension().is_some_and(|end| end == "generating")) {
+            fs::remove_file(file)?;
+            repairs.push(StoreRepair::SnapshotUnfinished { file: file.clone() });
+        }
+        let db = match open_sled(folder) {
+            Err(StoreError::Corrupt(cause)) if set_snapshots_aside(folder)? => {
+                repairs.push(StoreRepair::SnapshotsSetAside { cause });
+                open_sled(folder)?
+            }
+            other => other?,
+        };
+        let store = Store {
+            db: Some(db),
+            file: File::open(folder.join("db"))?,
+            folder: folder.to_owned(),
+            unsynced: AtomicBool::new(true),
+            retired: AtomicBool::new(false),
+            syncs: AtomicU64::new(0),
+            hooks: Mutex::default(),
+        };
+        Ok((store, repairs))
+    }
+
+    /// Makes the folder's own entries durable: what sled created in it and its name in its parent.
+    pub fn sync_folder(&self) -> Result<(), StoreError> {
+        File::open(self.folder.join("conf"))?.sync_all()?;
+        self.file.sync_all()?;
+        sync_folder(&self.folder)?;
+        if let Some(parent) = self.folder.parent() {
+            sync_folder(parent)?;
+        }
+        Ok(())
+    }
+
+    /// Makes `changes` visible at once and as a whole; durable after the next [`Store::sync`].
+    pub fn apply(&self, changes: Changes) -> Result<(), StoreError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.sync()?;
+        // Before, not after: when the batch fails half-way nothing must be taken for synced.
+        self.unsynced.store(true, Ordering::Release);
+        guarded(|| self.db()?.apply_batch(changes.batch).map_err(StoreError::from))
+    }
+
+    /// Makes everything that was applied durable against power loss. Costs nothing when there is nothing to do.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        if !self.unsynced.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        guarded(|| self.db()?.flush().map_err(StoreError::from))?;
+        super::faults::reach("append-flushed");
+        #[cfg(test)]
+        if let Some(before_sync) = self.hooks().before_sync.clone() {
+            before_sync()?;
+        }
+        self.file.sync_data()?;
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        self.unsynced.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    pub fn is_unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::Acquire)
+    }
+
+    /// How often the disk was waited for.
+    pub fn syncs(&self) -> u64 {
+        self.syncs.load(Ordering::Relaxed)
+    }
+
+    pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
+        guarded(|| Ok(self.db()?.get(key)?))
+    }
+
+    /// Keys and values in `range`, in order. Each step sees what is there at that moment.
+    pub fn range(&self, range: RangeInclusive<Vec<u8>>) -> Result<Range, StoreError> {
+        Ok(Range { iter: guarded(|| Ok(self.db()?.range(range)))? })
+    }
+
+    /// The last key in `range`.
+    pub fn last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
+        guarded(|| Ok(self.db()?.range(range).next_back().transpose()?.map(|(key, _)| key)))
+    }
+
+    /// The whole record of which `head` is the first chunk, as far as its further chunks are there.
+    ///
+    /// A record whose header makes no sense is `head` alone: the codec will refuse it.
+    pub fn record(&self, head: &[u8], further: impl Fn(u32) -> Vec<u8>) -> Result<Vec<u8>, StoreError> {
+        let length = codec::record_bytes(head).unwrap_or(head.len());
+        let mut record = Vec::with_capacity(length);
+        record.extend_from_slice(head);
+        for index in 1..chunk_count(length) {
+            match self.get(&further(index))? {
+                Some(chunk) => record.extend_from_slice(&chunk),
+                None => break,
+            }
+        }
+        Ok(record)
+    }
+
+    /// Bytes of the database on disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.file.metadata().map(|metadata| metadata.len()).unwrap_or(0)
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The folder goes when the last one who reads from it has finished.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    pub fn hooks(&self) -> std::sync::MutexGuard<'_, Hooks> {
+        self.hooks.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn db(&self) -> Result<&sled::Db, StoreError> {
+        self.db.as_ref().ok_or_else(|| StoreError::Io("store is closed".into()))
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let db = self.db.take();
+        // sled flushes when it is dropped, and panics when that fails. Whatever was acknowledged is already synced.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+        if self.retired.load(Ordering::Acquire) {
+            // What stays is removed at the next opening.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Iterator over a range of keys.
+pub struct Range {
+    iter: sled::Iter,
+}
+
+impl Iterator for Range {
+    type Item = Result<(IVec, IVec), StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        guarded(|| Ok(self.iter.next().transpose()?)).transpose()
+    }
+}
+
+/// How many chunks a record of `bytes` has; the first one included.
+pub fn chunk_count(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(CHUNK_BYTES).max(1)).unwrap_or(u32::MAX)
+}
+
+pub fn counters_key() -> Vec<u8> {
+    vec![b'm']
+}
+
+pub fn event_key(sequence: u64) -> Vec<u8> {
+    sequence_key(b'e', sequence)
+}
+
+pub fn letter_key(sequence: u64) -> Vec<u8> {
+    sequence_key(b'd', sequence)
+}
+
+pub fn content_key(sequence: u64) -> Vec<u8> {
+    sequence_key(b'f', sequence)
+}
+
+pub fn chunk_key(sequence: u64, index: u32) -> Vec<u8> {
+    let mut key = sequence_key(b'x', sequence);
+    key.extend_from_slice(&index.to_be_bytes());
+    key
+}
+
+pub fn cursor_key(path: &Path) -> Vec<u8> {
+    let mut key = vec![b'c'];
+    key.extend_from_slice(&path_hash(path));
+    key
+}
+
+/// The key of a further chunk of the cursor at `cursor_key`.
+pub fn cursor_chunk_key(cursor_key: &[u8], index: u32) -> Vec<u8> {
+    let mut key = vec![b'k'];
+    key.extend_from_slice(cursor_key.get(1..).unwrap_or_default());
+    key.extend_from_slice(&index.to_be_bytes());
+    key
+}
+
+/// All keys of the kind `prefix` from sequence `first` to `last`, chunks included.
+pub fn sequence_range(prefix: u8, first: u64, last: u64) -> RangeInclusive<Vec<u8>> {
+    let mut end = sequence_key(prefix, last);
+    end.extend_from_slice(&[u8::MAX; 4]);
+    sequence_key(prefix, first)..=end
+}
+
+/// All keys of the kind `prefix`.
+pub fn prefix_range(prefix: u8) -> RangeInclusive<Vec<u8>> {
+    vec![prefix]..=[&[prefix], [u8::MAX; 24].as_slice()].concat()
+}
+
+/// The sequence in a key of an event, a letter, a content or a chunk.
+pub fn key_sequence(key: &[u8]) -> Option<Sequence> {
+    let number = key.get(1..)?.first_chunk::<8>()?;
+    Sequence::new(u64::from_be_bytes(*number))
+}
+
+fn sequence_key(prefix: u8, sequence: u64) -> Vec<u8> {
+    let mut key = Vec::with_capacity(16);
+    key.push(prefix);
+    key.extend_from_slice(&sequence.to_be_bytes());
+    key
+}
+
+fn path_hash(path: &Path) -> [u8; 16] {
+    use std::os::unix::ffi::OsStrExt;
+    xxh3_128(path.as_os_str().as_bytes()).to_be_bytes()
+}
+
+/// Makes the entries of `folder` durable.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    File::open(folder)?.sync_all()
+}
+
+fn open_sled(folder: &Path) -> Result<sled::Db, StoreError> {
+    let deadline = Instant::now() + SLED_LOCK_WAIT;
+    loop {
+        let opened = guarded(|| {
+            sled::Config::new()
+                .path(folder)
+                .cache_capacity(CACHE_BYTES)
+                .flush_every_ms(None)
+                .use_compression(false)
+                .open()
+                .map_err(StoreError::from)
+        });
+        match opened {
+            Err(StoreError::Io(cause)) if cause.contains("could not acquire lock") && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Runs `work` and takes a panic of sled for damage.
+fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let message = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        Err(StoreError::Corrupt(format!("sled panicked: {message}")))
+    })
+}
+
+fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
+}
+
+/// Renames the snapshots so that sled does not see them; `false` when there are none.
+fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
+    let files = snapshots(folder)?;
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        fs::rename(file, folder.join(format!("aside.{name}")))?;
+    }
+    Ok(!files.is_empty())
+}

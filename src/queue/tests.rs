@@ -1,0 +1,101 @@
+//! What the queue promises, each as a test that has been seen to fail.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::event::{
+    DeadContent, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
+};
+
+mod basics;
+
+/// A queue in a folder of its own, removed at the end.
+struct Fixture {
+    folder: TempDir,
+    config: QueueConfig,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Self::with_room(u64::MAX / 2)
+    }
+
+    fn with_room(max_pending_bytes: u64) -> Self {
+        let folder = TempDir::new().unwrap();
+        let config = QueueConfig { path: folder.path().join("data/queue"), max_pending_bytes };
+        Fixture { folder, config }
+    }
+
+    fn open(&self) -> Queue {
+        let (queue, recovery) = Queue::open(&self.config).unwrap();
+        assert_eq!(recovery.repairs, []);
+        queue
+    }
+
+    /// The sled folder of the current generation.
+    fn generation(&self) -> PathBuf {
+        let pointer = std::fs::read_to_string(self.config.path.join("CURRENT")).unwrap();
+        self.config.path.join(pointer.lines().nth(1).unwrap())
+    }
+}
+
+fn event(number: u64, payload_bytes: usize) -> Event {
+    let text = "x".repeat(payload_bytes);
+    Event::from_checked_parts(EventParts {
+        id: EventId::derived(&number.to_be_bytes()),
+        event_type: EventType::new("turn_detected"),
+        timestamp: Timestamp::from_nanosecond(1_700_000_000_123_456_789 + i128::from(number)).unwrap(),
+        payload: Payload::from_json(format!(r#"{{"number":{number},"text":"{text}"}}"#)),
+        refs: ForeignKeys { project_id: Some(7), turn_id: Some(-1), ..ForeignKeys::default() },
+        origin: Origin::Transcript { path: "/home/someone/a.jsonl".into(), offset: number },
+    })
+}
+
+fn batch(numbers: std::ops::Range<u64>) -> Batch {
+    Batch { events: numbers.map(|number| event(number, 900)).collect(), ..Batch::default() }
+}
+
+fn cursor(offset: u64) -> Cursor {
+    Cursor {
+        file: FileIdentity { device: 1, inode: 2 },
+        offset,
+        fingerprint: 99,
+        project_path: Some("/home/someone".into()),
+    }
+}
+
+fn rejection(bytes: &[u8]) -> Rejection {
+    Rejection {
+        failure: Failure { kind: FailureKind::Unreadable, message: "no JSON object".into(), sqlstate: None },
+        event_type: None,
+        origin: Origin::Transcript { path: "/home/someone/a.jsonl".into(), offset: 5 },
+        bytes: bytes.to_vec(),
+    }
+}
+
+fn refused(message: &str) -> Outcome {
+    let failure = Failure { kind: FailureKind::Refused, message: message.into(), sqlstate: Some("22P05".into()) };
+    Outcome::Refused { failure, attempts: 3 }
+}
+
+fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
+    envelopes.iter().map(|envelope| envelope.sequence.get()).collect()
+}
+
+fn sequence(number: u64) -> Sequence {
+    Sequence::new(number).unwrap()
+}
+
+fn everything(queue: &Queue) -> Vec<Envelope> {
+    let mut all: Vec<Envelope> = Vec::new();
+    loop {
+        let page = queue.page(all.last().map(|envelope| envelope.sequence), 1000).unwrap();
+        if page.is_empty() {
+            return all;
+        }
+        all.extend(page);
+    }
+}

@@ -1,0 +1,521 @@
+//! The one thread that changes the queue.
+//!
+//! A round: take all that has arrived, stage it as one batch, apply, answer settlements, sync, publish, answer appends.
+//! A batch above [`STAGE_BYTES_MAX`] is applied and synced in parts; its commit (the counters) is in the last one.
+
+use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::codec::{self, Content, Counters, Letter};
+use super::faults;
+use super::folder::{Lock, corrupt};
+use super::reader;
+use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError, chunk_count};
+use super::submission::{EncodedBatch, EncodedCursor, Reply, Work};
+use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
+use crate::event::{DeadContent, Failure, Sequence, Timestamp};
+
+/// Bytes of one sled batch. Above it the staged part is applied and synced first.
+const STAGE_BYTES_MAX: usize = 1 << 20;
+
+/// How long changes that nobody waits for may stay unsynced. Longer than an append takes to follow another in a burst,
+/// so that they share its sync; short enough that an append after a pause does not have to sync them first.
+const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
+
+/// How long closing waits for readers to let go.
+const READERS_WAIT: Duration = Duration::from_secs(2);
+
+pub struct Writer {
+    shared: Arc<Shared>,
+    store: Arc<Store>,
+    lock: Lock,
+    generation: u64,
+    /// As staged: what the commit that comes next will say.
+    counters: Counters,
+    stage: Stage,
+    /// The newest number given to an event, durable after the next sync.
+    newest_event: Option<Sequence>,
+    /// Whether `counters` differ from those last applied.
+    counters_changed: bool,
+    /// Pending bytes with which the last refused batch would fit.
+    room_wanted: Option<u64>,
+}
+
+#[derive(Default)]
+struct Stage {
+    changes: Changes,
+    /// Events that `changes` removes: the store still has them.
+    removed: HashSet<Sequence>,
+}
+
+/// How answers wait for the end of their round.
+#[derive(Default)]
+struct Round {
+    after_apply: Vec<Reply<()>>,
+    after_sync: Vec<Answer>,
+    /// Whether somebody waits for the disk.
+    needs_sync: bool,
+    close: Option<Reply<()>>,
+    compact: Vec<Reply<bool>>,
+}
+
+enum Answer {
+    Append(Reply<Accepted>, Result<Accepted, QueueError>),
+    Retry(Reply<RetryOutcome>, Result<RetryOutcome, QueueError>),
+    Drop(Reply<bool>, bool),
+}
+
+impl Answer {
+    /// The asker may have gone; then nobody needs the answer.
+    fn give(self) {
+        match self {
+            Answer::Append(reply, answer) => drop(reply.send(answer)),
+            Answer::Retry(reply, answer) => drop(reply.send(answer)),
+            Answer::Drop(reply, answer) => drop(reply.send(Ok(answer))),
+        }
+    }
+
+    fn refuse(self, error: &QueueError) {
+        match self {
+            Answer::Append(reply, _) => drop(reply.send(Err(error.clone()))),
+            Answer::Retry(reply, _) => drop(reply.send(Err(error.clone()))),
+            Answer::Drop(reply, _) => drop(reply.send(Err(error.clone()))),
+        }
+    }
+}
+
+impl Writer {
+    pub fn new(shared: Arc<Shared>, store: Arc<Store>, lock: Lock, generation: u64, counters: Counters) -> Self {
+        Writer {
+            shared,
+            store,
+            lock,
+            generation,
+            counters,
+            stage: Stage::default(),
+            newest_event: None,
+            counters_changed: false,
+            room_wanted: None,
+        }
+    }
+
+    /// Works until it is told to close or the storage fails.
+    pub fn run(mut self) {
+        let mut lazy_since: Option<Instant> = None;
+        loop {
+            let patience = lazy_since.map(|since| LAZY_SYNC_AFTER.saturating_sub(since.elapsed()));
+            let Some(works) = self.shared.inbox.take(patience) else {
+                // A reader met an error that ended the queue.
+                return self.release();
+            };
+            let idle = works.is_empty();
+            let mut round = Round::default();
+            // A panic must not leave callers waiting for ever: it ends the queue like any storage error.
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(works, idle, &mut round)))
+                .unwrap_or_else(|_| Err(StoreError::Corrupt("writer panicked".into())));
+            if let Err(error) = outcome {
+                let error = self.shared.fail(&error);
+                round.after_sync.into_iter().for_each(|answer| answer.refuse(&error));
+                round.after_apply.into_iter().for_each(|reply| drop(reply.send(Err(error.clone()))));
+                round.compact.into_iter().for_each(|reply| drop(reply.send(Err(error.clone()))));
+                let closing = round.close;
+                self.release();
+                if let Some(reply) = closing {
+                    let _ = reply.send(Err(error));
+                }
+                return;
+            }
+            if let Some(reply) = round.close {
+                self.release();
+                let _ = reply.send(Ok(()));
+                return;
+            }
+            lazy_since = self.store.is_unsynced().then(|| lazy_since.unwrap_or_else(Instant::now));
+        }
+    }
+
+    fn round(&mut self, works: Vec<Work>, idle: bool, round: &mut Round) -> Result<(), StoreError> {
+        for work in works {
+            match work {
+                Work::Append(batch, reply) => {
+                    let only_cursors = batch.events.is_empty() && batch.rejections.is_empty();
+                    let answer = self.append(batch);
+                    round.needs_sync |= answer.is_ok() && !only_cursors;
+                    match answer {
+                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer)),
+                        Err(error) => {
+                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default())));
+                            return Err(error);
+                        }
+                    }
+                }
+                Work::Settle(outcomes, reply) => {
+                    round.after_apply.push(reply);
+                    self.settle(outcomes)?;
+                }
+                Work::SetAside(sequences, reply) => {
+                    round.after_apply.push(reply);
+                    self.set_aside(&sequences)?;
+                }
+                Work::Retry(sequence, reply) => {
+                    let answer = self.retry(sequence)?;
+                    round.needs_sync |= matches!(answer, Ok(RetryOutcome::Queued(_)));
+                    round.after_sync.push(Answer::Retry(reply, answer));
+                }
+                Work::Drop(sequence, reply) => {
+                    let answer = self.drop_dead_letter(sequence)?;
+                    round.needs_sync |= answer;
+                    round.after_sync.push(Answer::Drop(reply, answer));
+                }
+                Work::Compact(reply) => round.compact.push(reply),
+                Work::Close(reply) => round.close = Some(reply),
+            }
+            if round.close.is_some() {
+                break;
+            }
+        }
+        faults::reach("append-before-apply");
+        self.apply_stage()?;
+        faults::reach(if round.needs_sync { "append-applied" } else { "settle-applied" });
+        self.publish_applied()?;
+        for reply in round.after_apply.drain(..) {
+            let _ = reply.send(Ok(()));
+        }
+        if round.needs_sync || idle || round.close.is_some() {
+            self.store.sync()?;
+            faults::reach("append-synced");
+            self.publish_synced();
+        }
+        for answer in round.after_sync.drain(..) {
+            answer.give();
+        }
+        Ok(())
+    }
+
+    /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
+    fn append(&mut self, batch: EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
+        if let Err(error) = self.admit(&batch) {
+            return Ok(Err(error));
+        }
+        let mut next = self.counters;
+        let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
+        for record in &batch.events {
+            let sequence = take_sequence(&mut next)?;
+            self.put_record(&store::event_key(sequence.get()), record, |index| {
+                store::chunk_key(sequence.get(), index)
+            })?;
+            next.pending += 1;
+            next.pending_bytes += record.len() as u64;
+            accepted.sequences.push(sequence);
+        }
+        for rejection in &batch.rejections {
+            let sequence = take_sequence(&mut next)?;
+            self.put_record(&store::content_key(sequence.get()), &rejection.content, |index| {
+                store::chunk_key(sequence.get(), index)
+            })?;
+            self.put(&store::letter_key(sequence.get()), &rejection.letter)?;
+            next.dead_letters += 1;
+            next.dead_letter_bytes += rejection.content.len() as u64;
+        }
+        // From here on it is all in one sled batch with the counters: a cursor stands in its old place until the commit.
+        for cursor in &batch.cursors {
+            self.stage_cursor(cursor);
+        }
+        if next != self.counters {
+            self.commit(next);
+        }
+        if let Some(&last) = accepted.sequences.last() {
+            self.newest_event = Some(last);
+        }
+        Ok(Ok(accepted))
+    }
+
+    /// Whether there is room, and no refused batch before this one whose events its cursors would pass over.
+    fn admit(&mut self, batch: &EncodedBatch) -> Result<(), QueueError> {
+        let full = QueueError::Full { pending_bytes: self.counters.pending_bytes, max: self.shared.max_pending_bytes };
+        let mut state = self.shared.state();
+        let follows_refused = batch.refusals_seen != state.refusals && !batch.cursors.is_empty();
+        let fits = batch.events.is_empty()
+            || self.counters.pending == 0
+            || self.counters.pending_bytes + batch.event_bytes <= self.shared.max_pending_bytes;
+        if fits && !follows_refused {
+            return Ok(());
+        }
+        if !fits {
+            // Before the answer, so that whoever has heard it submits with the new number.
+            state.refusals += 1;
+            let wanted = self.shared.max_pending_bytes.saturating_sub(batch.event_bytes);
+            self.room_wanted = Some(wanted);
+            state.stats.full = true;
+        }
+        Err(full)
+    }
+
+    fn stage_cursor(&mut self, cursor: &EncodedCursor) {
+        let record = cursor.record.as_deref().unwrap_or_default();
+        match record.split_at_checked(CHUNK_BYTES).unwrap_or((record, &[])) {
+            ([], _) => self.stage.changes.remove(&cursor.key),
+            (head, _) => self.stage.changes.insert(&cursor.key, head),
+        }
+        let chunks = record.chunks(CHUNK_BYTES);
+        for (index, chunk) in (1..CURSOR_CHUNKS_MAX).zip(chunks.skip(1).map(Some).chain(std::iter::repeat(None))) {
+            let key = store::cursor_chunk_key(&cursor.key, index);
+            match chunk {
+                Some(chunk) => self.stage.changes.insert(&key, chunk),
+                None => self.stage.changes.remove(&key),
+            }
+        }
+    }
+
+    fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
+        let now = Timestamp::now();
+        for (sequence, outcome) in outcomes {
+            if self.stage.removed.contains(&sequence) {
+                continue;
+            }
+            let Some(head) = reader::event_head(&self.store, sequence)? else { continue };
+            match outcome {
+                Outcome::Delivered => self.remove_event(sequence, &head, true)?,
+                Outcome::Refused { failure, attempts } => {
+                    let letter = Letter { failed_at: now, failure, content: Content::Event, attempts };
+                    self.bury(sequence, &head, &letter)?;
+                }
+            }
+            if self.stage.changes.bytes() > STAGE_BYTES_MAX {
+                self.apply_stage()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Events that a reader could not decode become dead letters, if they really can't be decoded.
+    fn set_aside(&mut self, sequences: &[Sequence]) -> Result<(), StoreError> {
+        self.apply_stage()?;
+        let now = Timestamp::now();
+        for &sequence in sequences {
+            let Some(head) = reader::event_head(&self.store, sequence)? else { continue };
+            let Err(error) = reader::event_record(&self.store, sequence, &head)? else { continue };
+            let failure: Failure = reader::damage(&error);
+            let letter = Letter { failed_at: now, failure, content: Content::Raw, attempts: 0 };
+            self.bury(sequence, &head, &letter)?;
+            self.apply_stage()?;
+        }
+        Ok(())
+    }
+
+    /// Turns a pending event into a dead letter; its further chunks stay where they are.
+    fn bury(&mut self, sequence: Sequence, head: &[u8], letter: &Letter) -> Result<(), StoreError> {
+        let letter = codec::encode_letter(letter).map_err(corrupt)?;
+        self.remove_event(sequence, head, false)?;
+        self.stage.changes.insert(&store::letter_key(sequence.get()), &letter);
+        self.stage.changes.insert(&store::content_key(sequence.get()), head);
+        let mut next = self.counters;
+        next.dead_letters += 1;
+        next.dead_letter_bytes += stored_bytes(head);
+        self.commit(next);
+        Ok(())
+    }
+
+    fn remove_event(&mut self, sequence: Sequence, head: &[u8], with_chunks: bool) -> Result<(), StoreError> {
+        self.stage.changes.remove(&store::event_key(sequence.get()));
+        if with_chunks {
+            self.remove_chunks(sequence, head)?;
+        }
+        self.stage.removed.insert(sequence);
+        let mut next = self.counters;
+        next.pending = next.pending.saturating_sub(1);
+        next.pending_bytes = next.pending_bytes.saturating_sub(stored_bytes(head));
+        if next.pending == 0 {
+            // A damaged length can have put it out of step.
+            next.pending_bytes = 0;
+        }
+        self.commit(next);
+        Ok(())
+    }
+
+    fn remove_chunks(&mut self, sequence: Sequence, head: &[u8]) -> Result<(), StoreError> {
+        if codec::record_bytes(head) == Ok(head.len()) {
+            return Ok(());
+        }
+        // Asks what is there: the length in a damaged head says nothing.
+        let number = sequence.get();
+        for pair in self.store.range(store::sequence_range(b'x', number, number))? {
+            let (key, _) = pair?;
+            self.stage.changes.remove(&key);
+        }
+        Ok(())
+    }
+
+    fn retry(&mut self, old: Sequence) -> Result<Result<RetryOutcome, QueueError>, StoreError> {
+        self.apply_stage()?;
+        let Some(letter) = reader::dead_letter(&self.store, old)? else { return Ok(Ok(RetryOutcome::NotFound)) };
+        let DeadContent::Event { event, captured_at, attempts } = letter.content else {
+            return Ok(Ok(RetryOutcome::NotAnEvent));
+        };
+        let record = codec::encode_event(&event, captured_at, attempts).map_err(corrupt)?;
+        let refusals_seen = self.shared.state().refusals;
+        let batch = EncodedBatch {
+            event_bytes: record.len() as u64,
+            events: vec![record],
+            rejections: Vec::new(),
+            cursors: Vec::new(),
+            refusals_seen,
+        };
+        let accepted = match self.append(batch)? {
+            Ok(accepted) => accepted,
+            Err(error) => return Ok(Err(error)),
+        };
+        // Nothing was applied since the event was staged whole, or only parts below the commit: one sled batch has both.
+        self.unbury(old)?;
+        Ok(Ok(accepted.sequences.first().map_or(RetryOutcome::NotFound, |&new| RetryOutcome::Queued(new))))
+    }
+
+    fn drop_dead_letter(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
+        self.apply_stage()?;
+        if self.store.get(&store::letter_key(sequence.get()))?.is_none() {
+            return Ok(false);
+        }
+        self.unbury(sequence)?;
+        Ok(true)
+    }
+
+    /// Stages the removal of a dead letter with all that belongs to it.
+    fn unbury(&mut self, sequence: Sequence) -> Result<(), StoreError> {
+        let content = store::content_key(sequence.get());
+        let mut next = self.counters;
+        if let Some(head) = self.store.get(&content)? {
+            self.remove_chunks(sequence, &head)?;
+            next.dead_letter_bytes = next.dead_letter_bytes.saturating_sub(stored_bytes(&head));
+        }
+        self.stage.changes.remove(&store::letter_key(sequence.get()));
+        self.stage.changes.remove(&content);
+        next.dead_letters = next.dead_letters.saturating_sub(1);
+        self.commit(next);
+        Ok(())
+    }
+
+    /// Stages a record in chunks; what is staged before it may be applied on the way.
+    fn put_record(
+        &mut self,
+        head_key: &[u8],
+        record: &[u8],
+        further: impl Fn(u32) -> Vec<u8>,
+    ) -> Result<(), StoreError> {
+        let mut chunks = record.chunks(CHUNK_BYTES);
+        let head = chunks.next().unwrap_or_default();
+        for (index, chunk) in (1..chunk_count(record.len())).zip(chunks) {
+            self.put(&further(index), chunk)?;
+        }
+        self.put(head_key, head)
+    }
+
+    /// Stages a value at a number that is not committed yet.
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        if self.stage.changes.bytes() + key.len() + value.len() > STAGE_BYTES_MAX {
+            self.apply_stage()?;
+            faults::reach("append-between-parts");
+        }
+        self.stage.changes.insert(key, value);
+        Ok(())
+    }
+
+    fn commit(&mut self, counters: Counters) {
+        self.counters = counters;
+        self.counters_changed = true;
+    }
+
+    /// Applies what is staged, together with the counters as they are committed by now.
+    fn apply_stage(&mut self) -> Result<(), StoreError> {
+        if self.counters_changed {
+            let record = codec::encode_counters(&self.counters).map_err(corrupt)?;
+            self.stage.changes.insert(&store::counters_key(), &record);
+            self.counters_changed = false;
+        }
+        let stage = std::mem::take(&mut self.stage);
+        self.store.apply(stage.changes)?;
+        if stage.removed.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.shared.state();
+        if state.stats.oldest.is_none_or(|(oldest, _)| stage.removed.contains(&oldest)) {
+            // To be looked up once the round is applied.
+            state.stats.oldest = None;
+        }
+        Ok(())
+    }
+
+    /// Tells what readers may see by now, synced or not: fewer events, more room.
+    fn publish_applied(&mut self) -> Result<(), StoreError> {
+        let (first, oldest_known) = {
+            let state = self.shared.state();
+            (state.first_pending, state.stats.oldest)
+        };
+        let last = self.counters.next_sequence - 1;
+        let oldest = match oldest_known {
+            Some(known) => Some(known),
+            None if self.counters.pending == 0 => None,
+            None => reader::oldest(&self.store, first, last)?,
+        };
+        let mut state = self.shared.state();
+        state.stats.oldest = oldest;
+        state.first_pending = oldest.map_or(self.counters.next_sequence, |(sequence, _)| sequence.get());
+        state.stats.pending = self.counters.pending;
+        state.stats.pending_bytes = self.counters.pending_bytes;
+        state.stats.dead_letters = self.counters.dead_letters;
+        state.stats.last_sequence = Sequence::new(last);
+        state.dead_letter_bytes = self.counters.dead_letter_bytes;
+        let full = self.counters.pending > 0
+            && (self.counters.pending_bytes >= self.shared.max_pending_bytes
+                || self.room_wanted.is_some_and(|wanted| self.counters.pending_bytes > wanted));
+        let room_appeared = state.stats.full && !full;
+        state.stats.full = full;
+        drop(state);
+        if room_appeared {
+            self.room_wanted = None;
+            self.shared.room.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Tells what is durable by now.
+    fn publish_synced(&mut self) {
+        let disk_bytes = self.store.disk_bytes();
+        let mut state = self.shared.state();
+        state.durable = self.counters.next_sequence - 1;
+        state.stats.disk_bytes = disk_bytes;
+        drop(state);
+        if let Some(newest) = self.newest_event.take() {
+            self.shared.newest.send_replace(Some(newest));
+        }
+    }
+
+    /// Lets go of files and lock, and refuses whatever still comes.
+    fn release(self) {
+        let Writer { shared, store, lock, .. } = self;
+        shared.inbox.end(QueueError::Closed);
+        shared.state().closed = true;
+        shared.room.notify_all();
+        drop(shared.store.write().unwrap_or_else(PoisonError::into_inner).take());
+        // The lock goes last: who opens next must not find sled's own lock held by a reader of ours.
+        let readers = Arc::downgrade(&store);
+        drop(store);
+        let deadline = Instant::now() + READERS_WAIT;
+        while readers.strong_count() > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(lock);
+    }
+}
+
+fn take_sequence(counters: &mut Counters) -> Result<Sequence, StoreError> {
+    let sequence = Sequence::new(counters.next_sequence);
+    counters.next_sequence += 1;
+    sequence.ok_or_else(|| StoreError::Corrupt("sequence 0 was to be given".into()))
+}
+
+/// What a record adds to the counters, from its first chunk.
+fn stored_bytes(head: &[u8]) -> u64 {
+    codec::record_bytes(head).unwrap_or(head.len()) as u64
+}
