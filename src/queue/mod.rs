@@ -56,7 +56,7 @@ pub use self::submission::Ticket;
 
 use self::codec::{CodecError, Content, Letter};
 use self::store::{Store, StoreError};
-use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Reply, Work};
+use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Refusals, Reply, Work};
 use crate::event::{Cursor, DeadLetter, Envelope, Event, Failure, Rejection, Sequence, Timestamp};
 
 /// Where the queue is and how large it may become.
@@ -185,6 +185,7 @@ struct Shared {
     path: PathBuf,
     max_pending_bytes: u64,
     inbox: Inbox,
+    refusals: Arc<Refusals>,
     /// The current generation; `None` once closed. Readers clone it and let go.
     store: RwLock<Option<Arc<Store>>>,
     state: Mutex<State>,
@@ -202,8 +203,6 @@ struct State {
     durable: u64,
     /// No pending event has a smaller number.
     first_pending: u64,
-    /// Batches refused for want of room so far.
-    refusals: u64,
     failure: Option<QueueError>,
     closed: bool,
 }
@@ -237,6 +236,7 @@ impl Queue {
             path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
             inbox: Inbox::default(),
+            refusals: Arc::default(),
             store: RwLock::new(Some(Arc::clone(&store))),
             state: Mutex::new(State {
                 stats,
@@ -278,17 +278,26 @@ impl Queue {
     /// Hands `batch` to the writer and returns; the ticket says when it is durable.
     ///
     /// Blocks only while more than 16 MiB wait for the writer. Batches submitted by one thread are taken in that order.
-    /// When one is refused as full, so are all that were submitted before its ticket said so, if they are about events
-    /// or cursors: else a cursor of a later batch could pass over the events of the refused one.
+    /// When one with cursors is refused, so is every other with cursors that was submitted before the caller heard of it
+    /// from its ticket: else a later cursor could pass over the events of the refused batch.
     pub fn submit(&self, batch: Batch) -> Ticket {
         self.submit_captured(batch, Timestamp::now())
     }
 
     fn submit_captured(&self, batch: Batch, captured_at: Timestamp) -> Ticket {
-        match self.handle.shared.encode(&batch, captured_at) {
-            Ok(encoded) => self.send(|reply| Work::Append(encoded, reply)),
-            Err(error) => Ticket::answered(Err(error)),
+        let shared = &self.handle.shared;
+        let refusals = (!batch.cursors.is_empty()).then(|| Arc::clone(&shared.refusals));
+        let (reply, ticket) = Ticket::new(refusals);
+        match shared.encode(&batch, captured_at) {
+            Ok(encoded) => shared.inbox.send(Work::Append(encoded, reply)),
+            Err(error) => {
+                if !batch.cursors.is_empty() {
+                    shared.refusals.give();
+                }
+                let _ = reply.send(Err(error));
+            }
         }
+        ticket
     }
 
     /// Takes `batch` in: all or nothing, and durable against power loss on return. Blocks.
@@ -419,7 +428,7 @@ impl Queue {
     }
 
     fn send<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
-        let (reply, ticket) = Ticket::new();
+        let (reply, ticket) = Ticket::new(None);
         self.handle.shared.inbox.send(work(reply));
         ticket
     }
@@ -435,7 +444,7 @@ impl Handle {
     fn close(&self) -> Result<(), QueueError> {
         let thread = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(thread) = thread else { return Ok(()) };
-        let (reply, ticket) = Ticket::new();
+        let (reply, ticket) = Ticket::new(None);
         self.shared.inbox.send(Work::Close(reply));
         let answer = ticket.wait();
         // The thread catches its own panics; there is nothing in its result.
@@ -483,10 +492,8 @@ impl Shared {
 
     fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
         let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
-        let (refusals_seen, dead_letter_bytes) = {
-            let state = self.state();
-            (state.refusals, state.dead_letter_bytes)
-        };
+        let refusals_heard = (!batch.cursors.is_empty()).then(|| self.refusals.heard());
+        let dead_letter_bytes = self.state().dead_letter_bytes;
         let events = batch
             .events
             .iter()
@@ -507,7 +514,7 @@ impl Shared {
             .collect::<Result<Vec<_>, _>>()
             .map_err(too_large)?;
         let event_bytes = events.iter().map(|record| record.len() as u64).sum();
-        Ok(EncodedBatch { events, rejections, cursors, event_bytes, refusals_seen })
+        Ok(EncodedBatch { events, rejections, cursors, event_bytes, refusals_heard })
     }
 }
 

@@ -13,7 +13,7 @@ use super::faults;
 use super::folder::{Lock, corrupt};
 use super::reader;
 use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError, chunk_count};
-use super::submission::{EncodedBatch, EncodedCursor, Reply, Work};
+use super::submission::{EncodedBatch, EncodedCursor, Refusals, Reply, Work};
 use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
 use crate::event::{DeadContent, Failure, Sequence, Timestamp};
 
@@ -62,7 +62,7 @@ struct Round {
 }
 
 enum Answer {
-    Append(Reply<Accepted>, Result<Accepted, QueueError>),
+    Append(Reply<Accepted>, Result<Accepted, QueueError>, Option<Arc<Refusals>>),
     Retry(Reply<RetryOutcome>, Result<RetryOutcome, QueueError>),
     Drop(Reply<bool>, bool),
 }
@@ -71,7 +71,12 @@ impl Answer {
     /// The asker may have gone; then nobody needs the answer.
     fn give(self) {
         match self {
-            Answer::Append(reply, answer) => drop(reply.send(answer)),
+            Answer::Append(reply, answer, refusals) => {
+                if let (Err(Err(_)), Some(refusals)) = (reply.send(answer), refusals) {
+                    // Nobody listens any more: nobody who has not heard can submit after it.
+                    refusals.hear();
+                }
+            }
             Answer::Retry(reply, answer) => drop(reply.send(answer)),
             Answer::Drop(reply, answer) => drop(reply.send(Ok(answer))),
         }
@@ -79,7 +84,7 @@ impl Answer {
 
     fn refuse(self, error: &QueueError) {
         match self {
-            Answer::Append(reply, _) => drop(reply.send(Err(error.clone()))),
+            Answer::Append(reply, ..) => drop(reply.send(Err(error.clone()))),
             Answer::Retry(reply, _) => drop(reply.send(Err(error.clone()))),
             Answer::Drop(reply, _) => drop(reply.send(Err(error.clone()))),
         }
@@ -141,12 +146,13 @@ impl Writer {
             match work {
                 Work::Append(batch, reply) => {
                     let only_cursors = batch.events.is_empty() && batch.rejections.is_empty();
+                    let refusals = batch.refusals_heard.map(|_| Arc::clone(&self.shared.refusals));
                     let answer = self.append(batch);
-                    round.needs_sync |= answer.is_ok() && !only_cursors;
+                    round.needs_sync |= matches!(answer, Ok(Ok(_))) && !only_cursors;
                     match answer {
-                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer)),
+                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer, refusals)),
                         Err(error) => {
-                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default())));
+                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default()), None));
                             return Err(error);
                         }
                     }
@@ -235,20 +241,18 @@ impl Writer {
     /// Whether there is room, and no refused batch before this one whose events its cursors would pass over.
     fn admit(&mut self, batch: &EncodedBatch) -> Result<(), QueueError> {
         let full = QueueError::Full { pending_bytes: self.counters.pending_bytes, max: self.shared.max_pending_bytes };
-        let mut state = self.shared.state();
-        let follows_refused = batch.refusals_seen != state.refusals && !batch.cursors.is_empty();
+        let follows_refused = batch.refusals_heard.is_some_and(|heard| heard != self.shared.refusals.given());
         let fits = batch.events.is_empty()
             || self.counters.pending == 0
             || self.counters.pending_bytes + batch.event_bytes <= self.shared.max_pending_bytes;
         if fits && !follows_refused {
             return Ok(());
         }
+        if batch.refusals_heard.is_some() {
+            self.shared.refusals.give();
+        }
         if !fits {
-            // Before the answer, so that whoever has heard it submits with the new number.
-            state.refusals += 1;
-            let wanted = self.shared.max_pending_bytes.saturating_sub(batch.event_bytes);
-            self.room_wanted = Some(wanted);
-            state.stats.full = true;
+            self.room_wanted = Some(self.shared.max_pending_bytes.saturating_sub(batch.event_bytes));
         }
         Err(full)
     }
@@ -355,13 +359,12 @@ impl Writer {
             return Ok(Ok(RetryOutcome::NotAnEvent));
         };
         let record = codec::encode_event(&event, captured_at, attempts).map_err(corrupt)?;
-        let refusals_seen = self.shared.state().refusals;
         let batch = EncodedBatch {
             event_bytes: record.len() as u64,
             events: vec![record],
             rejections: Vec::new(),
             cursors: Vec::new(),
-            refusals_seen,
+            refusals_heard: None,
         };
         let accepted = match self.append(batch)? {
             Ok(accepted) => accepted,
