@@ -245,7 +245,7 @@ holds_only_ours() {
   local name
   for name in "$dir"/* "$dir"/.[!.]*; do
     case ${name##*/} in
-      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | cluster.new) ;;
+      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | starting | cluster.new) ;;
       *) return 1 ;;
     esac
   done
@@ -364,34 +364,64 @@ cluster_name = 'headspace-watcher'
 SETTINGS
 }
 
-# Moves a stale lock out of the server's way without disarming it: with an id that cannot be alive postgres still looks
-# for processes that use the cluster's shared memory, which removing the file would stop it from doing.
-release_stale_lock() {
-  local file
+# Moves what a killed server left behind out of the next one's way, for when its id lives on in some other process or
+# in a zombie. The lock of the data is not removed but given an id that cannot be alive: so postgres still looks for
+# processes that use the cluster's shared memory, which is what guards the data.
+release_stale_locks() {
+  local file folder
+  folder=$(socket_folder)
+  as_owner rm -f "$folder/.s.PGSQL.5432" "$folder/.s.PGSQL.5432.lock"
   file=$dir/cluster/postmaster.pid
-  [ -f "$file" ] && ! postmaster >/dev/null || return 0
+  [ -f "$file" ] || return 0
   as_owner sh -c 'sed "1s/.*/$2/" "$1" >"$1.stale" && mv "$1.stale" "$1"' sh "$file" "$NO_SUCH_PID"
 }
 
+# One start at a time in a folder: two would take each other's unfinished work for leftovers.
+lock_starting() {
+  local deadline=$((SECONDS + START_SECONDS_MAX)) holder
+  until as_owner mkdir "$dir/starting" 2>/dev/null; do
+    [ -w "$dir" ] || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
+    holder=$(cat "$dir/starting/pid" 2>/dev/null) || holder=''
+    if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
+      as_owner rm -rf "$dir/starting"
+    elif [ "$SECONDS" -ge "$deadline" ]; then
+      die 69 "could not start PostgreSQL in $dir: another start (pid ${holder:-unknown}) has been at it for $START_SECONDS_MAX s; when there is none, remove $dir/starting"
+    else
+      sleep 0.1
+    fi
+  done
+  trap 'as_owner rm -rf "$dir/starting"' EXIT
+  as_owner sh -c 'echo "$2" >"$1/starting/pid"' sh "$dir" "$$"
+}
+
+unlock_starting() {
+  as_owner rm -rf "$dir/starting"
+  trap - EXIT
+}
+
 start_server() {
-  local output deadline
-  if ! postmaster >/dev/null; then
-    release_stale_lock
-    prepare_socket_folder
-    write_settings
-    if [ -f "$dir/log" ] && [ "$(wc -c <"$dir/log")" -gt 10485760 ]; then as_owner mv "$dir/log" "$dir/log.1"; fi
-    # A failure may also mean that another start was faster; what counts is whether it serves in the end.
-    output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1) || true
-  fi
+  local output='' deadline
   deadline=$((SECONDS + START_SECONDS_MAX))
   while ! accepts_connections; do
-    if ! postmaster >/dev/null || [ "$SECONDS" -ge "$deadline" ]; then
-      [ -z "${output-}" ] || printf '%s\n' "$output" >&2
-      tail -n 5 "$dir/log" >&2 || true
-      die 69 "could not start PostgreSQL in $dir (its last words are above, the rest in $dir/log)"
+    if ! postmaster >/dev/null; then
+      # The first time round, and again while the last processes of a killed server are still going.
+      case $output in
+        '' | *'shared memory block'*) ;;
+        *) break ;;
+      esac
+      prepare_socket_folder
+      release_stale_locks
+      write_settings
+      if [ -f "$dir/log" ] && [ "$(wc -c <"$dir/log")" -gt 10485760 ]; then as_owner mv "$dir/log" "$dir/log.1"; fi
+      # A failure may also mean that another start was faster; what counts is whether it serves in the end.
+      output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1) ||
+        output="$output: $(tail -n 5 "$dir/log" 2>/dev/null)"
     fi
-    sleep 0.1
+    [ "$SECONDS" -lt "$deadline" ] || break
+    accepts_connections || sleep 0.1
   done
+  accepts_connections || die 69 "could not start PostgreSQL in $dir: ${output:-it does not accept connections}
+dev-postgres: the whole log is $dir/log"
 }
 
 percent_encoded() {
@@ -413,6 +443,7 @@ url() {
 
 start() {
   choose_owner "$dir"
+  if accepts_connections; then return; fi
   prepare_folder
   [ -z "$throwaway" ] || as_owner touch "$dir/throwaway"
   local major=''
@@ -420,8 +451,10 @@ start() {
   need_bin "$major"
   # Installing may have made the user `postgres`, who gets the folder then.
   prepare_folder
+  lock_starting
   [ -d "$dir/cluster" ] || make_cluster
   start_server
+  unlock_starting
 }
 
 stop() {
