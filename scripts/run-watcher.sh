@@ -1,0 +1,523 @@
+#!/usr/bin/env bash
+# Keeps headspace-watcher running: the supervisor.
+#
+#   watcher ends with             then
+#   0                             ends too, with 0: it was asked to stop, or --until-idle is done
+#   64 usage, 78 configuration    ends too, with that code: trying again cannot help
+#   74 its queue can't be written tries for ever, with a pause growing from 1 s to 60 s: a full disk is no crash loop
+#   anything else, or a signal    restarts it, at first at once, then after 0.5, 1, 2, 4, 4 ... s;
+#                                 after 5 restarts within 60 s the next end is the last: ERROR, exit 1
+#
+# The limit is event_system.max_restarts_per_minute. TERM, INT and HUP are passed on, each time they come. After TERM or
+# INT the supervisor ends with the watcher's code; a watcher still there 1 s after its shutdown_timeout_seconds is killed.
+# HUP is left to the watcher: when it dies of it, so does the supervisor; when it goes on, so does the supervisor.
+#
+# Written for bash 3.2, which is what macOS has: no wait -n, no mapfile, no empty arrays under set -u.
+# No set -e: a supervisor that dies of a failed `date` on a full disk is of no use.
+set -uo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: scripts/run-watcher.sh [--config FILE] [--log-format auto|text|json] [--log-level LEVEL] [--log-file FILE]
+                              [what `headspace-watcher run` takes, such as --until-idle]
+
+Builds headspace-watcher if need be, starts a private PostgreSQL in data/postgres when no database is configured, and
+runs the watcher, restarting it when it ends unexpectedly.
+
+  --config FILE       default: config.yaml of this project
+  --log-file FILE     everything goes there instead of to the terminal; rotated at 10 MiB, five files in all
+                      (FILE, FILE.1 ... FILE.4)
+
+Environment:
+  HEADSPACE_WATCHER_BIN          run this program and build nothing
+  HEADSPACE_CRASH_WINDOW_SECONDS the minute in which restarts are counted (60)
+
+Example: scripts/run-watcher.sh --until-idle
+USAGE
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P) || exit 70
+project=$(dirname "$here")
+postgres=$here/dev-postgres.sh
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+log_format=auto
+
+# As the watcher itself: text for people on a terminal, JSON for everything else.
+log() { # LEVEL MESSAGE
+  local now format=$log_format
+  now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+  [ "$format" != auto ] || { if [ -t 2 ]; then format=text; else format=json; fi; }
+  if [ "$format" = json ]; then
+    printf '{"timestamp":"%s","level":"%s","fields":{"message":"%s"},"target":"run-watcher"}\n' "$now" "$1" \
+      "$(printf '%s' "$2" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+  else
+    printf '%s %5s run-watcher: %s\n' "$now" "$1" "$2"
+  fi >&2
+}
+
+die() { # EXIT_CODE MESSAGE
+  log ERROR "$2"
+  exit "$1"
+}
+
+readonly LOG_FILE_BYTES_MAX=10485760 LOG_FILES_MAX=5
+
+# Writes its input to FILE and its predecessors. dd, because it passes on what it reads at once and whole; 64 reads of at
+# most 64 KiB at a time, so that the size is looked at often enough. Ends at the end of input only: if it went away on a
+# full disk, or at a signal meant for the others, the watcher would die of its own log.
+write_rotating() { # FILE
+  trap '' TERM INT HUP
+  local before after number
+  while :; do
+    before=$(wc -c <"$1" 2>/dev/null || echo 0)
+    if ! dd bs=65536 count=64 2>/dev/null >>"$1"; then
+      sleep 1
+      continue
+    fi
+    after=$(wc -c <"$1" 2>/dev/null || echo 0)
+    [ "$after" -ne "$before" ] || return 0
+    if [ "$after" -ge $LOG_FILE_BYTES_MAX ]; then
+      number=$((LOG_FILES_MAX - 1))
+      while [ "$number" -gt 1 ]; do
+        mv -f "$1.$((number - 1))" "$1.$number" 2>/dev/null
+        number=$((number - 1))
+      done
+      mv -f "$1" "$1.1"
+    fi
+  done
+}
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+config=''
+
+# One value out of the configuration file: a plain `key: value` below a top-level `section:`. Empty when it is not there.
+from_config_file() { # SECTION KEY
+  [ -f "$config" ] || return 0
+  awk -v section="$1" -v key="$2" '
+    { sub(/\r$/, "") }
+    /^[ \t]*(#|$)/ { next }
+    /^[^ \t]/ { inside = index($0, section ":") == 1; next }
+    inside {
+      sub(/^[ \t]+/, "")
+      if (index($0, key ":") != 1) next
+      value = substr($0, length(key) + 2)
+      sub(/^[ \t]+/, "", value)
+      quote = substr(value, 1, 1)
+      if (quote == "\"" || quote == "\047") {
+        value = substr(value, 2)
+        sub(quote ".*$", "", value)
+      } else {
+        sub(/(^|[ \t]+)#.*$/, "", value)
+        sub(/[ \t]+$/, "", value)
+      }
+      print value
+      exit
+    }' "$config"
+}
+
+is_null() {
+  case $1 in
+    '' | null | Null | NULL | '~') return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
+# A whole number from the environment, else from the file; nonsense is left for the watcher to complain about.
+whole_number() { # FROM_ENVIRONMENT SECTION KEY DEFAULT
+  local value=$1
+  [ -n "$value" ] || value=$(from_config_file "$2" "$3")
+  value=${value%%.*}
+  case $value in
+    '' | *[!0-9]*) value=$4 ;;
+  esac
+  printf '%s\n' "$((10#$value))"
+}
+
+database_is_configured() {
+  [ -z "${DATABASE_URL-}${PGHOST-}${PGHOSTADDR-}${PGPORT-}${PGDATABASE-}${PGUSER-}${PGSERVICE-}" ] || return 0
+  is_null "${HEADSPACE_DATABASE__URL-}" || return 0
+  ! is_null "$(from_config_file database url)"
+}
+
+absolute() {
+  case $1 in
+    /*) printf '%s\n' "$1" ;;
+    *) printf '%s/%s\n' "$PWD" "$1" ;;
+  esac
+}
+
+# ---- one supervisor at a time ----------------------------------------------------------------------------------------
+
+lock=''
+
+# The command line of a living process; nothing for a dead one, or for a zombie.
+command_of() { # PID
+  case $1 in
+    '' | *[!0-9]*) return 0 ;;
+  esac
+  if [ -d /proc/self ]; then
+    tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" || true
+  else
+    ps -o command= -p "$1" 2>/dev/null || true
+  fi
+} 2>/dev/null
+
+take_lock() { # FOLDER
+  local holder tries=0
+  mkdir -p "$(dirname "$1")" || die 74 "could not make $(dirname "$1"): run this as the owner of $project"
+  until mkdir "$1" 2>/dev/null; do
+    [ -d "$1" ] || die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
+    holder=$(cat "$1/pid" 2>/dev/null)
+    case $(command_of "$holder") in
+      *run-watcher*)
+        die 69 "another supervisor (pid $holder) runs the watcher already; stop it with \"kill $holder\", or let it be"
+        ;;
+    esac
+    # It may just be writing its pid.
+    if [ -z "$holder" ] && [ "$tries" -lt 10 ]; then
+      tries=$((tries + 1))
+      sleep 0.1
+      continue
+    fi
+    # Moved first: of two who find it stale only one gets it.
+    if mv "$1" "$1.stale.$$" 2>/dev/null; then
+      orphan=$(cat "$1.stale.$$/watcher" 2>/dev/null)
+      rm -rf "$1.stale.$$"
+    fi
+  done
+  lock=$1
+  echo $$ >"$lock/pid" || die 74 "could not write $lock/pid: is there space on the disk?"
+}
+
+# A supervisor that was killed leaves its watcher behind, which holds the queue: a second watcher would be refused over
+# and over. So the old one is asked to stop first; it loses nothing by that.
+stop_orphan() {
+  case $(command_of "$orphan") in
+    *"$binary"*) ;;
+    *) return 0 ;;
+  esac
+  log WARN "the last supervisor was killed, but its watcher (pid $orphan) still runs; stopping it"
+  kill -s TERM "$orphan" 2>/dev/null
+  local deadline=$((SECONDS + kill_after_seconds))
+  while [ -n "$(command_of "$orphan")" ]; do
+    if [ "$SECONDS" -gt "$deadline" ]; then
+      kill -s KILL "$orphan" 2>/dev/null || die 69 "could not stop the old watcher (pid $orphan): stop it by hand"
+    fi
+    sleep 0.05
+  done
+}
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+binary=''
+
+find_binary() {
+  if [ -n "${HEADSPACE_WATCHER_BIN-}" ]; then
+    binary=$(absolute "$HEADSPACE_WATCHER_BIN")
+    [ -x "$binary" ] || die 78 "could not run $binary, which HEADSPACE_WATCHER_BIN names: give the path of a program"
+    return
+  fi
+  local target=${CARGO_TARGET_DIR:-target}
+  case $target in
+    /*) ;;
+    *) target=$project/$target ;;
+  esac
+  binary=$target/release/headspace-watcher
+  if [ -x "$binary" ] && [ -z "$(find "$project/src" "$project/schemas" "$project/Cargo.toml" "$project/Cargo.lock" \
+    -newer "$binary" 2>/dev/null)" ]; then
+    return
+  fi
+  command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+  command -v cargo >/dev/null 2>&1 ||
+    die 69 "could not build headspace-watcher: cargo is not installed; get Rust from https://rustup.rs, then try again"
+  log INFO "building headspace-watcher"
+  # In the project's folder, so that settings of the caller's folder stay out of it.
+  (cd "$project" && cargo build --release --locked) ||
+    die 70 "could not build headspace-watcher: the compiler's words are above"
+}
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+watcher=''        # its pid while it runs
+stop_signal=''    # TERM or INT, once it came; HUP when it came between two runs
+hung_up=''        # HUP was passed on to this watcher
+undelivered=''    # came while the watcher was being started
+trap_ran=''       # wait was, or may have been, cut short
+pauser='' killer=''
+
+on_signal() { # NAME
+  trap_ran=1
+  [ "$1" = HUP ] || stop_signal=$1
+  if [ -n "$watcher" ]; then
+    deliver "$1"
+  elif [ -n "$pauser" ]; then
+    stop_signal=$1
+    kill "$pauser" 2>/dev/null
+  else
+    undelivered=$1
+  fi
+}
+
+deliver() { # NAME
+  log INFO "SIG$1 passed on to the watcher (pid $watcher)"
+  kill -s "$1" "$watcher" 2>/dev/null
+  if [ "$1" = HUP ]; then
+    hung_up=1
+  elif [ -z "$killer" ]; then
+    set -m
+    (
+      sleep "$kill_after_seconds"
+      kill -s KILL -- "-$watcher"
+    ) </dev/null >/dev/null 2>&1 &
+    killer=$!
+    set +m
+  fi
+}
+
+stop_killer() {
+  [ -n "$killer" ] || return 0
+  kill -s KILL -- "-$killer" 2>/dev/null
+  wait "$killer" 2>/dev/null
+  killer=''
+}
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+start_watcher() {
+  hung_up=''
+  # Job control for this one start gives the watcher a process group of its own: Ctrl-C on a terminal goes to the whole
+  # group, so it would come twice, once from the terminal and once from here, and the second one ends it at once.
+  set -m
+  "${command[@]}" </dev/null &
+  watcher=$!
+  set +m
+  echo "$watcher" 2>/dev/null >"$lock/watcher"
+  if [ -n "$undelivered" ]; then
+    deliver "$undelivered"
+    undelivered=''
+  fi
+}
+
+status=0
+
+# wait returns early when a trap has run, with a status that is not the watcher's.
+wait_for_watcher() {
+  local again
+  while :; do
+    trap_ran=''
+    wait "$watcher" 2>/dev/null
+    status=$?
+    [ -n "$trap_ran" ] || break
+    if kill -0 "$watcher" 2>/dev/null; then continue; fi
+    # It ended about when the trap ran: its status is either the one at hand, or still to be fetched.
+    wait "$watcher" 2>/dev/null
+    again=$?
+    [ "$again" -eq 127 ] || status=$again
+    break
+  done
+  watcher=''
+  stop_killer
+}
+
+reason() { # STATUS
+  local name
+  if [ "$1" -gt 128 ] && name=$(kill -l "$(($1 - 128))" 2>/dev/null) && [ -n "$name" ]; then
+    printf 'signal SIG%s' "${name#SIG}"
+  else
+    printf 'exit code %s' "$1"
+  fi
+}
+
+# Cut short by the signals.
+pause() { # SECONDS
+  [ "$1" != 0 ] || return 0
+  sleep "$1" >/dev/null 2>&1 &
+  pauser=$!
+  [ -z "$stop_signal" ] || kill "$pauser" 2>/dev/null
+  while kill -0 "$pauser" 2>/dev/null; do wait "$pauser" 2>/dev/null; done
+  pauser=''
+}
+
+# The times of the restarts within the last minute.
+restarts=''
+restarts_within_window() {
+  local time kept='' number=0
+  for time in $restarts; do
+    if [ $((SECONDS - time)) -lt "$window_seconds" ]; then
+      kept="$kept $time"
+      number=$((number + 1))
+    fi
+  done
+  restarts=$kept
+  recent=$number
+}
+
+finish() {
+  local code=$?
+  trap '' TERM INT HUP
+  stop_killer
+  [ -z "$watcher" ] || kill -s TERM "$watcher" 2>/dev/null
+  # After the watcher, so that its stop is not held up.
+  [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null
+  if [ -n "$logger" ]; then
+    exec >/dev/null 2>&1
+    local tries=0
+    while kill -0 "$logger" 2>/dev/null && [ "$tries" -lt 20 ]; do
+      sleep 0.05
+      tries=$((tries + 1))
+    done
+  fi
+  [ -z "$lock" ] || rm -rf "$lock"
+  exit "$code"
+}
+
+# ---- from the top ----------------------------------------------------------------------------------------------------
+
+log_file='' log_level='' logger='' postgres_is_ours='' private_postgres='' orphan=''
+run=(run)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --config | --log-format | --log-level | --log-file)
+      [ $# -ge 2 ] || die 64 "$1 wants a value; see scripts/run-watcher.sh --help"
+      name=$1 value=$2
+      shift 2
+      ;;
+    --config=* | --log-format=* | --log-level=* | --log-file=*)
+      name=${1%%=*} value=${1#*=}
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      run+=("$1")
+      shift
+      continue
+      ;;
+  esac
+  case $name in
+    --config) config=$(absolute "$value") ;;
+    --log-format) log_format=$value ;;
+    --log-level) log_level=$value ;;
+    --log-file) log_file=$(absolute "$value") ;;
+  esac
+done
+
+lock_name='run-watcher.lock'
+if [ -n "$config" ]; then
+  [ -f "$config" ] || die 78 "no configuration file $config: give the path of an existing file to --config"
+  # Another configuration has another queue; side by side they are no harm to each other.
+  [ "$config" -ef "$project/config.yaml" ] || lock_name=run-watcher-$(printf '%s' "$config" | cksum | awk '{ print $1 }').lock
+elif [ -f "$project/config.yaml" ]; then
+  config=$project/config.yaml
+fi
+
+window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" '' '' 60)
+restarts_max=$(whole_number "${HEADSPACE_EVENT_SYSTEM__MAX_RESTARTS_PER_MINUTE-}" event_system max_restarts_per_minute 5)
+kill_after_seconds=$(($(whole_number "${HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS-}" event_system shutdown_timeout_seconds 2) + 1))
+
+trap finish EXIT
+take_lock "$project/data/$lock_name"
+
+if [ -n "$log_file" ]; then
+  { : >>"$log_file"; } 2>/dev/null || die 74 "could not write $log_file: give --log-file a file in a folder you may write to"
+  mkfifo "$lock/log" || die 74 "could not make $lock/log"
+  write_rotating "$log_file" <"$lock/log" &
+  logger=$!
+  exec >"$lock/log" 2>&1
+fi
+
+find_binary
+
+command=("$binary")
+[ -z "$config" ] || command+=(--config "$config")
+[ "$log_format" = auto ] || command+=(--log-format "$log_format")
+[ -z "$log_level" ] || command+=(--log-level "$log_level")
+command+=("${run[@]}")
+
+if ! database_is_configured; then
+  private_postgres=1
+  # Said before it starts, so that a start that is cut short is cleaned up as well.
+  "$postgres" status >/dev/null 2>&1 || postgres_is_ours=1
+  # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
+  # at all is for the user to mend.
+  DATABASE_URL=$("$postgres" start) || DATABASE_URL=$("$postgres" url 2>/dev/null) ||
+    die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); mend that, or set database.url in config.yaml"
+  export DATABASE_URL
+  log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
+fi
+
+trap 'on_signal TERM' TERM
+trap 'on_signal INT' INT
+trap 'on_signal HUP' HUP
+
+stop_orphan
+
+recent=0 storage_failures=0
+while :; do
+  started=$SECONDS
+  start_watcher
+  log INFO "watcher started (pid $watcher)"
+  pid=$watcher
+  wait_for_watcher
+  lasted=$((SECONDS - started))
+  ended="watcher (pid $pid) ended after $lasted s: $(reason "$status")"
+
+  if [ -n "$stop_signal" ]; then
+    if [ "$status" -eq 137 ]; then
+      log ERROR "$ended; it had not stopped within $kill_after_seconds s of SIG$stop_signal and was killed"
+    else
+      log INFO "$ended, after SIG$stop_signal"
+    fi
+    exit "$status"
+  fi
+  if [ -n "$hung_up" ] && [ "$status" -eq 129 ]; then
+    log INFO "$ended, which was passed on to it"
+    exit 129
+  fi
+  case $status in
+    0)
+      log INFO "$ended"
+      exit 0
+      ;;
+    64 | 78)
+      log ERROR "$ended; not restarted, for it would end the same way: mend the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
+      exit "$status"
+      ;;
+    74)
+      [ "$lasted" -lt "$window_seconds" ] || storage_failures=0
+      delay=$((storage_failures < 6 ? 1 << storage_failures : 60))
+      storage_failures=$((storage_failures + 1))
+      log ERROR "$ended: its queue cannot be written, is the disk full? Restart in $delay s, and so on until it can; this is not counted as a crash"
+      ;;
+    *)
+      storage_failures=0
+      restarts_within_window
+      if [ "$recent" -ge "$restarts_max" ]; then
+        log ERROR "$ended; giving up after $recent restarts in $window_seconds s. See above for the cause, or run \"$binary check\"; then start again"
+        exit 1
+      fi
+      case $recent in
+        0) delay=0 ;;
+        1) delay=0.5 ;;
+        2) delay=1 ;;
+        3) delay=2 ;;
+        *) delay=4 ;;
+      esac
+      restarts="$restarts $SECONDS"
+      log WARN "$ended; restart $((recent + 1)) of at most $restarts_max in $window_seconds s, $([ "$delay" = 0 ] && echo "at once" || echo "in $delay s")"
+      ;;
+  esac
+
+  # In the background: the watcher captures without a database, and must be back soon.
+  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null & fi
+  pause "$delay"
+  if [ -n "$stop_signal" ]; then
+    log INFO "SIG$stop_signal came while the watcher was not running; nothing to stop"
+    exit 0
+  fi
+done
