@@ -71,12 +71,12 @@ write_rotating() { # FILE
   trap '' TERM INT HUP
   local before after number
   while :; do
-    before=$(wc -c <"$1" 2>/dev/null || echo 0)
+    before=$(wc -c 2>/dev/null <"$1" || echo 0)
     if ! dd bs=65536 count=64 2>/dev/null >>"$1"; then
       sleep 1
       continue
     fi
-    after=$(wc -c <"$1" 2>/dev/null || echo 0)
+    after=$(wc -c 2>/dev/null <"$1" || echo 0)
     [ "$after" -ne "$before" ] || return 0
     if [ "$after" -ge $LOG_FILE_BYTES_MAX ]; then
       number=$((LOG_FILES_MAX - 1))
@@ -151,7 +151,7 @@ absolute() {
 
 # ---- one supervisor at a time ----------------------------------------------------------------------------------------
 
-lock=''
+lock='' orphan='' # the lock's folder, and the watcher of a supervisor that was killed
 
 # The command line of a living process; nothing for a dead one, or for a zombie.
 command_of() { # PID
@@ -185,6 +185,7 @@ take_lock() { # FOLDER
     # Moved first: of two who find it stale only one gets it.
     if mv "$1" "$1.stale.$$" 2>/dev/null; then
       orphan=$(cat "$1.stale.$$/watcher" 2>/dev/null)
+      [ ! -e "$1.stale.$$/postgres" ] || postgres_is_ours=1
       rm -rf "$1.stale.$$"
     fi
   done
@@ -234,9 +235,17 @@ find_binary() {
   command -v cargo >/dev/null 2>&1 ||
     die 69 "could not build headspace-watcher: cargo is not installed; get Rust from https://rustup.rs, then try again"
   log INFO "building headspace-watcher"
-  # In the project's folder, so that settings of the caller's folder stay out of it.
-  (cd "$project" && cargo build --release --locked) ||
-    die 70 "could not build headspace-watcher: the compiler's words are above"
+  # In the project's folder, so that settings of the caller's folder stay out of it. In the background, because a trap
+  # waits for what runs in the foreground, and a build is long; in a group of its own, to be ended as a whole.
+  set -m
+  (cd "$project" && exec cargo build --release --locked) </dev/null &
+  build=$!
+  set +m
+  heed_early_signal
+  wait_for "$build"
+  build=''
+  heed_early_signal
+  [ "$status" -eq 0 ] || die 70 "could not build headspace-watcher: the compiler's words are above"
 }
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
@@ -246,12 +255,15 @@ stop_signal=''    # TERM or INT, once it came; HUP when it came between two runs
 hung_up=''        # HUP was passed on to this watcher
 undelivered=''    # came while the watcher was being started
 trap_ran=''       # wait was, or may have been, cut short
-pauser='' killer=''
+pauser='' killer='' build=''
+early=1           # no watcher has been started yet
 
 on_signal() { # NAME
   trap_ran=1
   [ "$1" = HUP ] || stop_signal=$1
-  if [ -n "$watcher" ]; then
+  if [ -n "$early" ]; then
+    stop_signal=$1
+  elif [ -n "$watcher" ]; then
     deliver "$1"
   elif [ -n "$pauser" ]; then
     stop_signal=$1
@@ -259,6 +271,14 @@ on_signal() { # NAME
   else
     undelivered=$1
   fi
+}
+
+# Before there is a watcher, a signal ends the supervisor between two steps.
+heed_early_signal() {
+  [ -n "$stop_signal" ] || return 0
+  [ -z "$build" ] || kill -s TERM -- "-$build" 2>/dev/null
+  log INFO "SIG$stop_signal came before the watcher was started; ending"
+  exit $((128 + $(kill -l "$stop_signal")))
 }
 
 deliver() { # NAME
@@ -303,23 +323,22 @@ start_watcher() {
 
 status=0
 
-# wait returns early when a trap has run, with a status that is not the watcher's.
-wait_for_watcher() {
+# wait returns early when a trap has run, with a status that is not the process's.
+wait_for() { # PID
   local again
   while :; do
     trap_ran=''
-    wait "$watcher" 2>/dev/null
+    wait "$1" 2>/dev/null
     status=$?
-    [ -n "$trap_ran" ] || break
-    if kill -0 "$watcher" 2>/dev/null; then continue; fi
+    [ -n "$trap_ran" ] || return 0
+    [ -z "$early" ] || heed_early_signal
+    if kill -0 "$1" 2>/dev/null; then continue; fi
     # It ended about when the trap ran: its status is either the one at hand, or still to be fetched.
-    wait "$watcher" 2>/dev/null
+    wait "$1" 2>/dev/null
     again=$?
     [ "$again" -eq 127 ] || status=$again
-    break
+    return 0
   done
-  watcher=''
-  stop_killer
 }
 
 reason() { # STATUS
@@ -376,12 +395,15 @@ finish() {
 
 # ---- from the top ----------------------------------------------------------------------------------------------------
 
-log_file='' log_level='' logger='' postgres_is_ours='' private_postgres='' orphan=''
+log_file='' log_level='' logger='' postgres_is_ours='' private_postgres=''
 run=(run)
 while [ $# -gt 0 ]; do
   case $1 in
     --config | --log-format | --log-level | --log-file)
-      [ $# -ge 2 ] || die 64 "$1 wants a value; see scripts/run-watcher.sh --help"
+      if [ $# -lt 2 ]; then
+        echo "run-watcher: $1 wants a value; see scripts/run-watcher.sh --help" >&2
+        exit 64
+      fi
       name=$1 value=$2
       shift 2
       ;;
@@ -421,7 +443,11 @@ restarts_max=$(whole_number "${HEADSPACE_EVENT_SYSTEM__MAX_RESTARTS_PER_MINUTE-}
 kill_after_seconds=$(($(whole_number "${HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS-}" event_system shutdown_timeout_seconds 2) + 1))
 
 trap finish EXIT
+trap 'on_signal TERM' TERM
+trap 'on_signal INT' INT
+trap 'on_signal HUP' HUP
 take_lock "$project/data/$lock_name"
+heed_early_signal
 
 if [ -n "$log_file" ]; then
   { : >>"$log_file"; } 2>/dev/null || die 74 "could not write $log_file: give --log-file a file in a folder you may write to"
@@ -443,19 +469,20 @@ if ! database_is_configured; then
   private_postgres=1
   # Said before it starts, so that a start that is cut short is cleaned up as well.
   "$postgres" status >/dev/null 2>&1 || postgres_is_ours=1
+  [ -z "$postgres_is_ours" ] || : >"$lock/postgres"
   # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
   # at all is for the user to mend.
-  DATABASE_URL=$("$postgres" start) || DATABASE_URL=$("$postgres" url 2>/dev/null) ||
+  heed_early_signal
+  DATABASE_URL=$("$postgres" start) || heed_early_signal
+  [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null) ||
     die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); mend that, or set database.url in config.yaml"
   export DATABASE_URL
   log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
 fi
 
-trap 'on_signal TERM' TERM
-trap 'on_signal INT' INT
-trap 'on_signal HUP' HUP
-
 stop_orphan
+early=''
+heed_early_signal
 
 recent=0 storage_failures=0
 while :; do
@@ -463,7 +490,9 @@ while :; do
   start_watcher
   log INFO "watcher started (pid $watcher)"
   pid=$watcher
-  wait_for_watcher
+  wait_for "$watcher"
+  watcher=''
+  stop_killer
   lasted=$((SECONDS - started))
   ended="watcher (pid $pid) ended after $lasted s: $(reason "$status")"
 
