@@ -1,2 +1,10 @@
+pub mod config;
 pub mod event;
+pub mod health;
+pub mod http;
+pub mod intake;
+pub mod listing;
 pub mod queue;
+pub mod service;
+pub mod sink;
+pub mod telemetry;

@@ -1,0 +1,287 @@
+//! The commands. Errors go to stderr as one line each; exit codes follow sysexits (`Exit`).
+
+mod check;
+mod client;
+mod migrate;
+mod queue_dump;
+mod run;
+mod status;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use headspace_watcher::config::{Config, Environment, Loaded};
+use headspace_watcher::event::Sequence;
+use headspace_watcher::listing::Filter;
+use headspace_watcher::queue::QueueError;
+use headspace_watcher::service::ServiceError;
+use headspace_watcher::sink::postgres::TargetSource;
+use headspace_watcher::sink::{DeliverError, Verdict};
+use headspace_watcher::telemetry::{self, LogFormat};
+
+/// Watches Claude Code sessions and moves every event into Postgres, exactly once and in order, through a durable
+/// local queue.
+#[derive(Parser)]
+#[command(name = "headspace-watcher", version, arg_required_else_help = true)]
+struct Arguments {
+    /// Configuration file [default: ./config.yaml if there is one, else built-in defaults]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How log lines look; auto is text on a terminal, else JSON
+    #[arg(long, global = true, value_enum, default_value = "auto")]
+    log_format: LogFormatArgument,
+    /// Least level that is logged: error, warn, info, debug or trace
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
+    log_level: tracing::Level,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormatArgument {
+    Auto,
+    Text,
+    Json,
+}
+
+impl From<LogFormatArgument> for LogFormat {
+    fn from(argument: LogFormatArgument) -> Self {
+        match argument {
+            LogFormatArgument::Auto => LogFormat::Auto,
+            LogFormatArgument::Text => LogFormat::Text,
+            LogFormatArgument::Json => LogFormat::Json,
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Capture events and drain them into Postgres until told to stop
+    #[command(after_help = "Example:\n  headspace-watcher run --until-idle   # back-fill what is there, then end")]
+    Run(RunArguments),
+    /// Show what waits in the local queue, oldest first
+    #[command(
+        after_help = "Examples:\n  headspace-watcher queue-dump --limit 20\n  headspace-watcher queue-dump --format jsonl --payload | jq .payload.text\n  headspace-watcher queue-dump --dead-letters"
+    )]
+    QueueDump(QueueDumpArguments),
+    /// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
+    #[command(after_help = "Example:\n  headspace-watcher status --json | jq .queue.pending")]
+    Status(StatusArguments),
+    /// Check configuration, schemas, folders and database, and say how to mend what is wrong
+    #[command(after_help = "Example:\n  headspace-watcher check --no-database")]
+    Check(CheckArguments),
+    /// Create or bring up to date what is needed in Postgres
+    #[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
+    Migrate(MigrateArguments),
+}
+
+#[derive(Args)]
+struct RunArguments {
+    /// Read all that is there, drain the queue empty, then end
+    #[arg(long)]
+    until_idle: bool,
+}
+
+#[derive(Args)]
+struct QueueDumpArguments {
+    /// table on a terminal, else jsonl, when not given
+    #[arg(long, value_enum)]
+    format: Option<DumpFormat>,
+    /// At most so many events
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// Only events after this sequence number
+    #[arg(long, value_name = "SEQ")]
+    after: Option<u64>,
+    /// Only events of this type
+    #[arg(long = "type", value_name = "T")]
+    event_type: Option<String>,
+    /// Only events of this session
+    #[arg(long, value_name = "UUID")]
+    session: Option<String>,
+    /// Whole payloads; without it no text is shown
+    #[arg(long)]
+    payload: bool,
+    /// What was set aside or rejected, with reasons
+    #[arg(long)]
+    dead_letters: bool,
+}
+
+impl QueueDumpArguments {
+    fn filter(&self) -> Filter {
+        Filter {
+            after: self.after.and_then(Sequence::new),
+            limit: self.limit,
+            event_type: self.event_type.clone(),
+            session: self.session.clone(),
+            payload: self.payload,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DumpFormat {
+    Table,
+    Jsonl,
+}
+
+#[derive(Args)]
+struct StatusArguments {
+    /// The object of GET /health
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct CheckArguments {
+    /// Leave the database out
+    #[arg(long)]
+    no_database: bool,
+}
+
+#[derive(Args)]
+struct MigrateArguments {
+    /// Print the SQL instead of running it
+    #[arg(long)]
+    print: bool,
+}
+
+/// Exit codes, as sysexits has them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Exit {
+    Fine = 0,
+    CheckFailed = 1,
+    NotRunning = 3,
+    Usage = 64,
+    Unavailable = 69,
+    Internal = 70,
+    Io = 74,
+    Configuration = 78,
+}
+
+/// Why a command ends with other than 0: a code and one line (or one line for each mistake).
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl Failure {
+    fn new(exit: Exit, message: impl fmt::Display) -> Self {
+        Failure { exit, message: message.to_string() }
+    }
+}
+
+impl From<QueueError> for Failure {
+    fn from(error: QueueError) -> Self {
+        let exit = match &error {
+            QueueError::TooNew { .. } => Exit::Configuration,
+            QueueError::InUse { .. } | QueueError::NotFound { .. } => Exit::Unavailable,
+            _ => Exit::Io,
+        };
+        Failure::new(exit, error)
+    }
+}
+
+impl From<ServiceError> for Failure {
+    fn from(error: ServiceError) -> Self {
+        match error {
+            ServiceError::Queue(error) => error.into(),
+            ServiceError::Schemas(_) | ServiceError::Socket { .. } => Failure::new(Exit::Configuration, error),
+            ServiceError::Unconfigured => Failure::new(Exit::Unavailable, error),
+            ServiceError::Ended(_) => Failure::new(Exit::Internal, error),
+        }
+    }
+}
+
+impl From<DeliverError> for Failure {
+    fn from(error: DeliverError) -> Self {
+        let exit = match error.verdict {
+            Verdict::Operator => Exit::Configuration,
+            Verdict::Again | Verdict::Event => Exit::Unavailable,
+        };
+        Failure::new(exit, error)
+    }
+}
+
+/// What every command starts from.
+struct Context {
+    loaded: Loaded,
+    environment: Environment,
+    log_format: LogFormat,
+    log_level: tracing::Level,
+}
+
+impl Context {
+    fn config(&self) -> &Config {
+        &self.loaded.config
+    }
+
+    fn start_logging(&self) {
+        telemetry::start_logging(self.log_format, self.log_level);
+    }
+
+    /// Looks up where Postgres is, anew each time; and whether anything is configured now.
+    fn target(&self) -> Result<(TargetSource, bool), Failure> {
+        let database = self.config().database.clone();
+        let environment = self.environment.clone();
+        let resolve = move || database.resolve(&environment).map_err(|error| error.to_string().replace('\n', "; "));
+        let now = resolve().map_err(|error| Failure::new(Exit::Configuration, error))?;
+        Ok((Arc::new(resolve), now.is_some()))
+    }
+}
+
+pub fn main() -> ExitCode {
+    // What we create (queue, spool, socket) is for its owner only, from birth.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { exit(Exit::Usage) } else { exit(Exit::Fine) };
+        }
+    };
+    match perform(arguments) {
+        Ok(code) => exit(code),
+        Err(failure) => {
+            for line in failure.message.lines() {
+                eprintln!("headspace-watcher: {line}");
+            }
+            exit(failure.exit)
+        }
+    }
+}
+
+fn exit(code: Exit) -> ExitCode {
+    ExitCode::from(code as u8)
+}
+
+fn perform(arguments: Arguments) -> Result<Exit, Failure> {
+    let environment = Environment::of_process()
+        .map_err(|error| Failure::new(Exit::Io, format!("the current folder can't be used: {error}")))?;
+    let loaded = Config::load(arguments.config.as_deref(), &environment)
+        .map_err(|error| Failure::new(Exit::Configuration, error))?;
+    let context =
+        Context { loaded, environment, log_format: arguments.log_format.into(), log_level: arguments.log_level };
+    match arguments.command {
+        Command::Run(arguments) => run::run(context, &arguments),
+        Command::QueueDump(arguments) => queue_dump::queue_dump(&context, &arguments),
+        Command::Status(arguments) => status::status(&context, &arguments),
+        Command::Check(arguments) => check::check(&context, &arguments),
+        Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
+    }
+}
+
+/// A small runtime for commands that ask something and end.
+fn block_on<T>(task: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Internal, format!("could not start the runtime: {error}")))?;
+    let result = runtime.block_on(task);
+    runtime.shutdown_timeout(std::time::Duration::from_millis(100));
+    Ok(result)
+}

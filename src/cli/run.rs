@@ -1,0 +1,92 @@
+//! `run`: capture and drain until told to stop.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::time::Duration;
+
+use headspace_watcher::service::{Service, Until};
+use headspace_watcher::telemetry::Metrics;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::info;
+
+use super::{Context, Exit, Failure, RunArguments};
+
+/// How long threads that hang in a system call are waited for at the very end.
+const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
+
+pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
+    context.start_logging();
+    let (target, has_database) = context.target()?;
+    let until = if arguments.until_idle { Until::Idle } else { Until::Stopped };
+    // Built by hand: dropping a runtime waits for ever on a thread that hangs.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Internal, format!("could not start the runtime: {error}")))?;
+    let metrics = Arc::new(Metrics::default());
+    let result = runtime.block_on(async {
+        let stop = stop_on_signals()?;
+        let progress =
+            (until == Until::Idle && std::io::stderr().is_terminal()).then(|| show_progress(metrics.clone()));
+        let config = context.loaded.config.clone();
+        let result = Service { config, target, has_database, until, stop, metrics }.run().await;
+        if let Some(progress) = progress {
+            progress.abort();
+        }
+        result.map_err(Failure::from)
+    });
+    runtime.shutdown_timeout(RUNTIME_SHUTDOWN_TIMEOUT);
+    result.map(|()| Exit::Fine)
+}
+
+/// Turns true at the first SIGTERM or SIGINT; the second ends the process at once.
+fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
+    let problem = |error| Failure::new(Exit::Internal, format!("could not listen for signals: {error}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(problem)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(problem)?;
+    // Without a terminal to lose and without a file to read anew, SIGHUP means nothing to us.
+    let mut hang_up = signal(SignalKind::hangup()).map_err(problem)?;
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
+        let mut signals = 0;
+        loop {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+                _ = hang_up.recv() => continue,
+            };
+            signals += 1;
+            if signals > 1 {
+                // As a process that the signal itself had ended.
+                std::process::exit(if name == "SIGTERM" { 143 } else { 130 });
+            }
+            info!(signal = name, "told to stop");
+            sender.send_replace(true);
+        }
+    });
+    Ok(receiver)
+}
+
+/// A bar of what was captured and what of it has left the queue.
+fn show_progress(metrics: Arc<Metrics>) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        let style = ProgressStyle::with_template("{elapsed_precise} {bar:32} {pos}/{len} events {per_sec} {msg}");
+        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        loop {
+            tick.tick().await;
+            let left =
+                metrics.events_delivered.get() + metrics.events_duplicate.get() + metrics.events_dead_lettered.get();
+            bar.set_length(metrics.events_captured.get().max(left));
+            bar.set_position(left);
+            bar.set_message(format!(
+                "{} lines read, database {}",
+                metrics.lines_read.get(),
+                metrics.database().state.as_str()
+            ));
+        }
+    })
+}

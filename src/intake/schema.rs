@@ -1,0 +1,326 @@
+//! The taxonomy: one JSON Schema per type of event, and the only way to an [`Event`].
+//!
+//! The schemas in `schemas/` are compiled into the program; a folder of `*.json` (`schemas.path`) adds types or
+//! replaces built-in ones. A file's stem is its type's name. Nothing else in the program knows the types' fields,
+//! so a new type is a new file.
+//!
+//! This is the only user of the `jsonschema` crate. Promise: **nothing unchecked is queued**, as only
+//! [`Schemas::check`] makes an [`Event`].
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use jsonschema::error::ValidationErrorKind;
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::event::{Event, EventId, EventParts, EventType, ForeignKeys, Origin, Payload, Timestamp};
+
+/// The schemas that come with the program.
+static BUILT_IN: include_dir::Dir<'_> = include_dir::include_dir!("$CARGO_MANIFEST_DIR/schemas");
+
+/// Longest name of a type: what `events.event_type` holds in the database.
+const TYPE_NAME_BYTES_MAX: usize = 50;
+
+/// An event on its way in: everything but the proof that it fits.
+pub struct Candidate {
+    pub id: EventId,
+    pub event_type: String,
+    pub timestamp: Timestamp,
+    pub payload: Map<String, Value>,
+    pub refs: ForeignKeys,
+    pub origin: Origin,
+}
+
+/// Why a candidate is no event. Names fields and rules, never values.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Invalid {
+    #[error("unknown event type{}", nearest_clause(.nearest))]
+    UnknownType { nearest: Option<String> },
+    #[error("{event_type}: {field}: {problem}")]
+    Payload { event_type: EventType, field: String, problem: String },
+    #[error("{event_type}: the event has {bytes} bytes, more than max_event_bytes ({bytes_max})")]
+    TooLarge { event_type: EventType, bytes: u64, bytes_max: u64 },
+}
+
+impl Invalid {
+    /// The field at fault, as a dotted path within the payload.
+    pub fn field(&self) -> &str {
+        match self {
+            Invalid::UnknownType { .. } => "event_type",
+            Invalid::Payload { field, .. } => field,
+            Invalid::TooLarge { .. } => "payload",
+        }
+    }
+}
+
+fn nearest_clause(nearest: &Option<String>) -> String {
+    nearest.as_ref().map(|name| format!("; did you mean \"{name}\"?")).unwrap_or_default()
+}
+
+/// Why the schemas can't be used.
+#[derive(Debug, Error)]
+pub enum SchemaError {
+    #[error("could not read the schemas folder {path}: {source}; check schemas.path in the configuration")]
+    Folder { path: String, source: std::io::Error },
+    #[error("could not read schema {path}: {source}")]
+    File { path: String, source: std::io::Error },
+    #[error("schema {name} is not valid JSON: {source}")]
+    Json { name: String, source: serde_json::Error },
+    #[error("schema {name} is not a valid JSON Schema: {problem}")]
+    Schema { name: String, problem: String },
+    #[error(
+        "schema {name}: a file's stem is its type's name: lower-case letters, digits and _, at most {TYPE_NAME_BYTES_MAX}"
+    )]
+    Name { name: String },
+}
+
+struct Schema {
+    event_type: EventType,
+    validator: jsonschema::Validator,
+}
+
+/// The compiled taxonomy.
+pub struct Schemas {
+    by_type: BTreeMap<String, Schema>,
+    event_bytes_max: u64,
+}
+
+impl Schemas {
+    /// The built-in schemas, then those of `folder`, which add to and replace them.
+    pub fn load(folder: Option<&Path>, event_bytes_max: u64) -> Result<Schemas, SchemaError> {
+        let mut schemas = Schemas { by_type: BTreeMap::new(), event_bytes_max };
+        for file in BUILT_IN.files() {
+            let name = file.path().file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            schemas.add(name, file.contents_utf8().unwrap_or_default())?;
+        }
+        if let Some(folder) = folder {
+            schemas.add_folder(folder)?;
+        }
+        Ok(schemas)
+    }
+
+    /// The types that are known, in alphabetical order.
+    pub fn types(&self) -> impl Iterator<Item = &EventType> {
+        self.by_type.values().map(|schema| &schema.event_type)
+    }
+
+    /// The event, when its type is known and its payload fits the type's schema.
+    pub fn check(&self, candidate: Candidate) -> Result<Event, (Invalid, Candidate)> {
+        let Some(schema) = self.by_type.get(&candidate.event_type) else {
+            let nearest = self.nearest(&candidate.event_type);
+            return Err((Invalid::UnknownType { nearest }, candidate));
+        };
+        let event_type = schema.event_type.clone();
+        let Candidate { id, event_type: name, timestamp, payload, refs, origin } = candidate;
+        let payload = Value::Object(payload);
+        if !schema.validator.is_valid(&payload) {
+            let (field, problem) = first_problem(&schema.validator, &payload);
+            let Value::Object(payload) = payload else { unreachable!("made from an object above") };
+            let candidate = Candidate { id, event_type: name, timestamp, payload, refs, origin };
+            return Err((Invalid::Payload { event_type, field, problem }, candidate));
+        }
+        let json = payload.to_string();
+        let bytes = json.len() as u64;
+        if bytes > self.event_bytes_max {
+            let Value::Object(payload) = payload else { unreachable!("made from an object above") };
+            let candidate = Candidate { id, event_type: name, timestamp, payload, refs, origin };
+            return Err((Invalid::TooLarge { event_type, bytes, bytes_max: self.event_bytes_max }, candidate));
+        }
+        let payload = Payload::from_json(json);
+        Ok(Event::from_checked_parts(EventParts { id, event_type, timestamp, payload, refs, origin }))
+    }
+
+    fn nearest(&self, name: &str) -> Option<String> {
+        self.by_type
+            .keys()
+            .map(|known| (strsim::jaro_winkler(known, name), known))
+            .filter(|(likeness, _)| *likeness > 0.8)
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+            .map(|(_, known)| known.clone())
+    }
+
+    fn add_folder(&mut self, folder: &Path) -> Result<(), SchemaError> {
+        let folder_error = |source| SchemaError::Folder { path: folder.display().to_string(), source };
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(folder_error)? {
+            let path = entry.map_err(folder_error)?.path();
+            if path.extension().is_some_and(|extension| extension == "json") {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        for path in paths {
+            let text = std::fs::read_to_string(&path)
+                .map_err(|source| SchemaError::File { path: path.display().to_string(), source })?;
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            self.add(stem, &text)?;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, name: &str, text: &str) -> Result<(), SchemaError> {
+        let well_formed = !name.is_empty()
+            && name.len() <= TYPE_NAME_BYTES_MAX
+            && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+        if !well_formed {
+            return Err(SchemaError::Name { name: name.to_owned() });
+        }
+        let json: Value =
+            serde_json::from_str(text).map_err(|source| SchemaError::Json { name: name.to_owned(), source })?;
+        let validator = jsonschema::options()
+            .should_validate_formats(true)
+            .build(&json)
+            .map_err(|error| SchemaError::Schema { name: name.to_owned(), problem: error.to_string() })?;
+        self.by_type.insert(name.to_owned(), Schema { event_type: EventType::new(name), validator });
+        Ok(())
+    }
+}
+
+/// Names the field and the rule it breaks; the value itself is masked.
+fn first_problem(validator: &jsonschema::Validator, payload: &Value) -> (String, String) {
+    let Some(error) = validator.iter_errors(payload).next() else {
+        return ("payload".to_owned(), "does not fit the schema".to_owned());
+    };
+    let place = dotted(&error.instance_path().to_string());
+    let within = |field: &str| if place.is_empty() { field.to_owned() } else { format!("{place}.{field}") };
+    match error.kind() {
+        ValidationErrorKind::Required { property } => {
+            (within(property.as_str().unwrap_or_default()), "required field is missing".to_owned())
+        }
+        ValidationErrorKind::AdditionalProperties { unexpected } => (
+            within(unexpected.first().map(String::as_str).unwrap_or_default()),
+            "unknown field; free-form extras go into \"metadata\"".to_owned(),
+        ),
+        _ => {
+            let field = if place.is_empty() { "payload".to_owned() } else { place };
+            (field, error.masked_with("value").to_string())
+        }
+    }
+}
+
+/// `/metadata/x/0` → `metadata.x.0`.
+fn dotted(pointer: &str) -> String {
+    pointer.trim_start_matches('/').replace('/', ".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn schemas() -> Schemas {
+        Schemas::load(None, 1 << 20).unwrap()
+    }
+
+    fn candidate(event_type: &str, payload: Value) -> Candidate {
+        let Value::Object(payload) = payload else { panic!("a payload is an object") };
+        Candidate {
+            id: EventId::new(),
+            event_type: event_type.to_owned(),
+            timestamp: Timestamp::UNIX_EPOCH,
+            payload,
+            refs: ForeignKeys::default(),
+            origin: Origin::Cli,
+        }
+    }
+
+    fn problem(event_type: &str, payload: Value) -> String {
+        schemas().check(candidate(event_type, payload)).map(|_| ()).unwrap_err().0.to_string()
+    }
+
+    /// One payload of each type that has its required fields only.
+    fn least() -> [(&'static str, Value); 5] {
+        [
+            ("session_registered", json!({"session_uuid": "s", "project_path": "/p", "working_directory": "/p"})),
+            ("session_ended", json!({"session_uuid": "s", "reason": "timeout"})),
+            (
+                "turn_detected",
+                json!({"session_uuid": "s", "actor": "user", "text": "", "source": "polling",
+                       "turn_timestamp": "2026-01-02T03:04:05.678Z"}),
+            ),
+            (
+                "state_transition",
+                json!({"agent_id": 1, "command_id": 2, "from_state": "a", "to_state": "b", "trigger": "turn"}),
+            ),
+            ("hook_received", json!({"hook_type": "Stop", "claude_session_id": "s", "working_directory": "/p"})),
+        ]
+    }
+
+    #[test]
+    fn each_type_is_accepted_with_its_required_fields_only() {
+        for (event_type, payload) in least() {
+            let event = schemas().check(candidate(event_type, payload.clone())).map_err(|(e, _)| e).unwrap();
+            assert_eq!(event.event_type().as_str(), event_type);
+            assert_eq!(serde_json::from_str::<Value>(event.payload().as_json()).unwrap(), payload);
+        }
+    }
+
+    #[test]
+    fn each_required_field_is_named_when_it_is_missing() {
+        for (event_type, payload) in least() {
+            for field in payload.as_object().unwrap().keys() {
+                let mut without = payload.clone();
+                without.as_object_mut().unwrap().remove(field);
+                assert_eq!(problem(event_type, without), format!("{event_type}: {field}: required field is missing"));
+            }
+        }
+    }
+
+    #[test]
+    fn each_type_refuses_an_unknown_field_by_name_and_takes_metadata() {
+        for (event_type, mut payload) in least() {
+            payload["metadata"] = json!({"anything": [1, 2]});
+            assert!(schemas().check(candidate(event_type, payload.clone())).is_ok());
+            payload["surprise"] = json!(1);
+            assert_eq!(
+                problem(event_type, payload),
+                format!("{event_type}: surprise: unknown field; free-form extras go into \"metadata\"")
+            );
+        }
+    }
+
+    #[test]
+    fn an_error_never_shows_the_value() {
+        let mut payload = least()[2].1.clone();
+        payload["actor"] = json!("a secret thing");
+        let message = problem("turn_detected", payload);
+        assert!(message.starts_with("turn_detected: actor: "), "{message}");
+        assert!(!message.contains("secret"), "{message}");
+    }
+
+    #[test]
+    fn an_unknown_type_is_refused_with_the_nearest_known_one() {
+        assert_eq!(problem("turn_detectd", json!({})), "unknown event type; did you mean \"turn_detected\"?");
+        assert_eq!(problem("zebra", json!({})), "unknown event type");
+    }
+
+    #[test]
+    fn an_event_above_the_limit_is_refused_with_its_size() {
+        let mut payload = least()[2].1.clone();
+        payload["text"] = json!("x".repeat(2 << 20));
+        assert!(problem("turn_detected", payload).contains("more than max_event_bytes (1048576)"));
+    }
+
+    #[test]
+    fn a_new_type_is_a_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let schema = json!({"type": "object", "required": ["id"], "properties": {"id": {"type": "integer"}}});
+        std::fs::write(folder.path().join("build_finished.json"), schema.to_string()).unwrap();
+        let schemas = Schemas::load(Some(folder.path()), 1 << 20).unwrap();
+        assert!(schemas.check(candidate("build_finished", json!({"id": 1}))).is_ok());
+        assert!(schemas.check(candidate("build_finished", json!({}))).is_err());
+        assert_eq!(schemas.types().count(), 6);
+    }
+
+    #[test]
+    fn a_broken_schema_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("broken.json"), "{").unwrap();
+        let error = Schemas::load(Some(folder.path()), 1).err().unwrap().to_string();
+        assert!(error.starts_with("schema broken is not valid JSON"), "{error}");
+        std::fs::write(folder.path().join("broken.json"), r#"{"type": "nonsense"}"#).unwrap();
+        let error = Schemas::load(Some(folder.path()), 1).err().unwrap().to_string();
+        assert!(error.starts_with("schema broken is not a valid JSON Schema"), "{error}");
+    }
+}

@@ -1,0 +1,257 @@
+//! What waits in the queue and what was set aside, as lines of JSON: the one shape of `queue-dump`, `GET /queue` and
+//! `GET /dead-letters`.
+
+use std::io;
+
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::event::{DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
+use crate::queue::{Inspector, Queue, QueueError};
+
+/// Records that are read from the queue at once.
+const PAGE_RECORDS: usize = 128;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Listing {
+    Pending,
+    DeadLetters,
+}
+
+/// Which records are listed.
+#[derive(Clone, Default, Debug)]
+pub struct Filter {
+    pub after: Option<Sequence>,
+    pub limit: Option<u64>,
+    pub event_type: Option<String>,
+    /// The payload's session_uuid or claude_session_id.
+    pub session: Option<String>,
+    /// Whole payloads; without it no text is shown.
+    pub payload: bool,
+}
+
+/// Where a listing is read from: the open queue, or one that nobody holds. At the end a page is empty.
+pub trait Pages {
+    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError>;
+    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError>;
+}
+
+impl Pages for Queue {
+    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
+        Queue::page(self, after, limit)
+    }
+
+    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
+        Queue::dead_letters(self, after, limit)
+    }
+}
+
+impl Pages for Inspector {
+    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
+        Inspector::page(self, after, limit)
+    }
+
+    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
+        Inspector::dead_letters(self, after, limit)
+    }
+}
+
+/// Gives the listing, oldest first, in pieces of whole lines of JSON. Takes the memory of one page.
+pub fn write_lines(
+    queue: &impl Pages,
+    listing: Listing,
+    filter: &Filter,
+    mut write: impl FnMut(Vec<u8>) -> io::Result<()>,
+) -> Result<(), ListingError> {
+    let mut after = filter.after;
+    let mut left = filter.limit.unwrap_or(u64::MAX);
+    loop {
+        let mut lines = Vec::new();
+        let last = match listing {
+            Listing::Pending => {
+                let page = queue.page(after, PAGE_RECORDS)?;
+                for envelope in page.iter().filter(|envelope| matches(&envelope.event, filter)) {
+                    if left > 0 {
+                        left -= 1;
+                        push(&mut lines, &pending_line(envelope, filter));
+                    }
+                }
+                page.last().map(|envelope| envelope.sequence)
+            }
+            Listing::DeadLetters => {
+                let page = queue.dead_letters(after, PAGE_RECORDS)?;
+                for letter in page.iter().filter(|letter| letter_matches(letter, filter)) {
+                    if left > 0 {
+                        left -= 1;
+                        push(&mut lines, &dead_line(letter, filter));
+                    }
+                }
+                page.last().map(|letter| letter.sequence)
+            }
+        };
+        if !lines.is_empty() {
+            write(lines).map_err(ListingError::Reader)?;
+        }
+        match last {
+            Some(sequence) if left > 0 => after = Some(sequence),
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// Why a listing ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ListingError {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("could not write the listing: {0}")]
+    Reader(io::Error),
+}
+
+/// One line of a listing.
+#[derive(Serialize)]
+struct Line<'a> {
+    sequence: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_id: Option<String>,
+    event_type: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    captured_at: Option<String>,
+    bytes: usize,
+    attempts: u32,
+    origin: OriginLine<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sqlstate: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failed_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payload: Option<Box<RawValue>>,
+    /// Input that never became an event, as text; what is no UTF-8 is replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    input: Option<String>,
+}
+
+#[derive(Serialize)]
+struct OriginLine<'a> {
+    kind: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+impl<'a> From<&'a Origin> for OriginLine<'a> {
+    fn from(origin: &'a Origin) -> Self {
+        match origin {
+            Origin::Transcript { path, offset } => {
+                OriginLine { kind: origin.kind(), path: Some(path), offset: Some(*offset) }
+            }
+            Origin::Hook | Origin::Http | Origin::Cli => OriginLine { kind: origin.kind(), path: None, offset: None },
+        }
+    }
+}
+
+fn pending_line<'a>(envelope: &'a Envelope, filter: &Filter) -> Line<'a> {
+    let event = &envelope.event;
+    Line {
+        sequence: envelope.sequence.get(),
+        event_id: Some(event.id().to_string()),
+        event_type: Some(event.event_type().as_str()),
+        timestamp: Some(event.timestamp().to_string()),
+        captured_at: Some(envelope.captured_at.to_string()),
+        bytes: event.payload().as_json().len(),
+        attempts: envelope.attempts,
+        origin: event.origin().into(),
+        reason: None,
+        message: None,
+        sqlstate: None,
+        failed_at: None,
+        payload: filter.payload.then(|| raw_payload(event)).flatten(),
+        input: None,
+    }
+}
+
+fn dead_line<'a>(letter: &'a DeadLetter, filter: &Filter) -> Line<'a> {
+    let failure = &letter.failure;
+    let line = match &letter.content {
+        DeadContent::Event { event, captured_at, attempts } => Line {
+            sequence: letter.sequence.get(),
+            event_id: Some(event.id().to_string()),
+            event_type: Some(event.event_type().as_str()),
+            timestamp: Some(event.timestamp().to_string()),
+            captured_at: Some(captured_at.to_string()),
+            bytes: event.payload().as_json().len(),
+            attempts: *attempts,
+            origin: event.origin().into(),
+            reason: None,
+            message: None,
+            sqlstate: None,
+            failed_at: None,
+            payload: filter.payload.then(|| raw_payload(event)).flatten(),
+            input: None,
+        },
+        DeadContent::Input(rejection) => Line {
+            sequence: letter.sequence.get(),
+            event_id: None,
+            event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str()),
+            timestamp: None,
+            captured_at: None,
+            bytes: rejection.bytes.len(),
+            attempts: 0,
+            origin: (&rejection.origin).into(),
+            reason: None,
+            message: None,
+            sqlstate: None,
+            failed_at: None,
+            payload: None,
+            input: filter.payload.then(|| String::from_utf8_lossy(&rejection.bytes).into_owned()),
+        },
+    };
+    Line {
+        reason: Some(failure.kind.as_str()),
+        message: Some(&failure.message),
+        sqlstate: failure.sqlstate.as_deref(),
+        failed_at: Some(letter.failed_at.to_string()),
+        ..line
+    }
+}
+
+fn raw_payload(event: &Event) -> Option<Box<RawValue>> {
+    RawValue::from_string(event.payload().as_json().to_owned()).ok()
+}
+
+fn matches(event: &Event, filter: &Filter) -> bool {
+    filter.event_type.as_deref().is_none_or(|wanted| event.event_type().as_str() == wanted)
+        && filter.session.as_deref().is_none_or(|wanted| is_of_session(event, wanted))
+}
+
+fn letter_matches(letter: &DeadLetter, filter: &Filter) -> bool {
+    match &letter.content {
+        DeadContent::Event { event, .. } => matches(event, filter),
+        DeadContent::Input(rejection) => {
+            let event_type = rejection.event_type.as_ref().map(|event_type| event_type.as_str());
+            filter.event_type.as_deref().is_none_or(|wanted| event_type == Some(wanted)) && filter.session.is_none()
+        }
+    }
+}
+
+fn is_of_session(event: &Event, wanted: &str) -> bool {
+    let payload: Value = serde_json::from_str(event.payload().as_json()).unwrap_or_default();
+    ["session_uuid", "claude_session_id"].iter().any(|field| payload.get(field).and_then(Value::as_str) == Some(wanted))
+}
+
+fn push(lines: &mut Vec<u8>, line: &Line<'_>) {
+    let start = lines.len();
+    if serde_json::to_writer(&mut *lines, line).is_err() {
+        lines.truncate(start);
+        return;
+    }
+    lines.push(b'\n');
+}

@@ -1,0 +1,415 @@
+//! The running pipeline: puts the layers together, starts them, and ends them in time.
+//!
+//! ```text
+//! thread "transcripts"   Follower  ─┐
+//!                                   ├─► queue (its own writer thread) ─► task Drainer ─► Postgres
+//! tasks  HTTP, socket    router    ─┘
+//! ```
+//!
+//! Stopping takes `shutdown_timeout` at most, whatever hangs: the follower ends after its chunk, the drainer after the
+//! answers in flight or 300 ms; who has not ended after three fifths of the time is named once and left behind, which
+//! is harmless as every step can be repeated; then the queue is flushed and synced.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tracing::{error, info, warn};
+
+use crate::config::{Config, HttpConfig};
+use crate::event::Timestamp;
+use crate::health::HealthSource;
+use crate::http::{self, Access, Api};
+use crate::intake::Intake;
+use crate::intake::schema::{SchemaError, Schemas};
+use crate::intake::transcripts::{Doorbell, FollowConfig, Follower};
+use crate::queue::{Queue, QueueConfig, QueueError};
+use crate::sink::drain::{DrainConfig, Drainer};
+use crate::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
+use crate::telemetry::{Database, DatabaseState, Metrics};
+
+/// How often the counters are summed up in the log while something happens.
+const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often a look is taken whether everything is read and delivered (`--until-idle`).
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How often binding the TCP port is tried again.
+const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Longest path of a Unix socket, on Linux; macOS has 103.
+const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
+
+/// Why the pipeline could not start or had to end.
+#[derive(Debug, Error)]
+pub enum ServiceError {
+    #[error(transparent)]
+    Schemas(#[from] SchemaError),
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("could not listen on {path}: {problem}")]
+    Socket { path: PathBuf, problem: String },
+    #[error("no database is configured, so nothing can be drained; set database.url, DATABASE_URL or PGHOST")]
+    Unconfigured,
+    #[error("{0} ended unexpectedly; this is a fault of the program, please report it")]
+    Ended(&'static str),
+}
+
+/// When the pipeline ends by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Until {
+    Stopped,
+    /// Everything on disk is read and the queue is empty.
+    Idle,
+}
+
+/// What it takes to run.
+pub struct Service {
+    pub config: Config,
+    pub target: TargetSource,
+    /// Whether `target` names a database at all.
+    pub has_database: bool,
+    pub until: Until,
+    /// Turns true when the pipeline is to end. Owned by the caller.
+    pub stop: watch::Receiver<bool>,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Service {
+    /// Runs until stopped, until idle, or until something fails that only a restart can mend.
+    pub async fn run(self) -> Result<(), ServiceError> {
+        let started = Instant::now();
+        let config = &self.config;
+        if self.until == Until::Idle && !self.has_database {
+            return Err(ServiceError::Unconfigured);
+        }
+        let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
+        let queue = open_queue(config)?;
+        let intake = Arc::new(Intake::new(schemas, queue.clone(), self.metrics.clone()));
+        let health = Arc::new(HealthSource {
+            queue: queue.clone(),
+            metrics: self.metrics.clone(),
+            started_at: Timestamp::now(),
+            started,
+            polling_interval: config.file_watcher.polling_interval,
+        });
+        let api = Api { health, queue: queue.clone() };
+        let mut parts = Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None };
+        let started = self.start(&mut parts, api, intake);
+        let result = match started {
+            Ok(running) => {
+                info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
+                      projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
+                      pending = queue.stats().pending, "ready");
+                tell_systemd(&[sd_notify::NotifyState::Ready]);
+                self.wait(running, &parts).await
+            }
+            Err(error) => Err(error),
+        };
+        tell_systemd(&[sd_notify::NotifyState::Stopping]);
+        parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
+    }
+
+    /// Starts the parts.
+    fn start(&self, parts: &mut Parts, api: Api, intake: Arc<Intake>) -> Result<Running, ServiceError> {
+        let config = &self.config;
+        let socket = bind_socket(&config.http.socket)?;
+        parts.tasks.push(("socket", serve_socket(socket, http::router(api.clone(), None))));
+        if let Some(address) = config.http.listen {
+            parts.tasks.push(("http", serve_tcp(address, api, &config.http)));
+        }
+        let (drained, drainer) = oneshot::channel();
+        if self.has_database {
+            let task = self.drainer(&api_queue(&intake)).run(parts.stop.subscribe());
+            let task = tokio::spawn(async move {
+                // The receiver is gone when we are stopping already.
+                let _ = drained.send(task.await);
+            });
+            parts.tasks.push(("drainer", task));
+        } else {
+            self.metrics.set_database(DatabaseState {
+                state: Database::Unconfigured,
+                since: Timestamp::now(),
+                last_error: None,
+            });
+            warn!("no database is configured; events are kept in the queue. Set database.url, DATABASE_URL or PGHOST");
+            // Keeps the channel open: nothing ends that never began.
+            parts.tasks.push((
+                "drainer",
+                tokio::spawn(async move {
+                    let _keep = drained;
+                    std::future::pending::<()>().await;
+                }),
+            ));
+        }
+        let follower = Follower::new(
+            FollowConfig {
+                projects: config.claude.projects_path.clone(),
+                polling_interval: config.file_watcher.polling_interval,
+                debounce: config.file_watcher.debounce_interval,
+                line_bytes_max: config.file_watcher.max_line_bytes,
+            },
+            intake,
+        )?;
+        let bell = follower.doorbell();
+        let idle = bell.idle();
+        parts.bell = Some(bell);
+        let (read, reader) = oneshot::channel();
+        let (ended, end) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("transcripts".to_owned())
+            .spawn(move || {
+                let result = follower.run();
+                // The receivers are gone when we are stopping already.
+                let _ = read.send(result);
+                let _ = ended.send(());
+            })
+            .map_err(|_| ServiceError::Ended("the thread that follows transcripts"))?;
+        parts.tasks.push((
+            "transcripts",
+            tokio::spawn(async move {
+                let _ = end.await;
+            }),
+        ));
+        Ok(Running { drainer, reader, idle })
+    }
+
+    fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
+        let config = &self.config;
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let sink = PostgresSink::new(connect_settings(config, self.target.clone()), host);
+        let drain = DrainConfig {
+            window: config.queue.drain_window,
+            attempts_max: config.event_system.write_retry_attempts,
+            delay_first: config.event_system.write_retry_delay,
+            delay_max: config.event_system.write_retry_max_delay,
+        };
+        Drainer::new(queue.clone(), sink, drain, self.metrics.clone())
+    }
+
+    /// Waits for whatever ends the run.
+    async fn wait(&self, running: Running, parts: &Parts) -> Result<(), ServiceError> {
+        let Running { mut drainer, mut reader, idle } = running;
+        let mut stop = self.stop.clone();
+        let mut failed = parts.queue.failed();
+        let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
+        let mut summary = tokio::time::interval(SUMMARY_INTERVAL);
+        summary.reset();
+        let mut summed_up = 0;
+        loop {
+            tokio::select! {
+                // An error means that the sender is gone, and nobody could stop us any more.
+                _ = stop.wait_for(|stopped| *stopped) => {
+                    info!(pending = parts.queue.stats().pending, "stopping");
+                    return Ok(());
+                }
+                ended = &mut drainer => return Err(ended_early(ended, "the drainer")),
+                ended = &mut reader => return Err(ended_early(ended, "the thread that follows transcripts")),
+                Ok(problem) = changed_to_some(&mut failed) => {
+                    error!(error = problem, "the queue can't be written; ending, so that the supervisor starts anew");
+                    return parts.queue.append(Default::default()).map(|_| ()).map_err(ServiceError::from);
+                }
+                _ = idle_check.tick(), if self.until == Until::Idle => {
+                    if *idle.borrow() && parts.queue.stats().pending == 0 {
+                        info!("everything is read and delivered");
+                        return Ok(());
+                    }
+                }
+                _ = summary.tick() => self.sum_up(&parts.queue, &mut summed_up),
+            }
+        }
+    }
+
+    /// One line a minute while something happens.
+    fn sum_up(&self, queue: &Queue, summed_up: &mut u64) {
+        let metrics = &self.metrics;
+        let happened = metrics.events_captured.get() + metrics.events_delivered.get() + metrics.bad_lines.get();
+        if happened == *summed_up {
+            return;
+        }
+        *summed_up = happened;
+        let stats = queue.stats();
+        info!(
+            captured = metrics.events_captured.get(),
+            delivered = metrics.events_delivered.get(),
+            duplicates = metrics.events_duplicate.get(),
+            rejected = metrics.events_rejected.get(),
+            bad_lines = metrics.bad_lines.get(),
+            pending = stats.pending,
+            dead_letters = stats.dead_letters,
+            database = metrics.database().state.as_str(),
+            "since start"
+        );
+    }
+}
+
+/// How the sink reaches Postgres under this configuration.
+pub fn connect_settings(config: &Config, target: TargetSource) -> ConnectSettings {
+    ConnectSettings {
+        target,
+        pool_size: config.database.pool_size,
+        connect_timeout: config.database.connect_timeout,
+        statement_timeout: config.database.statement_timeout,
+        events_table: config.database.events_table.clone(),
+        auto_migrate: config.database.auto_migrate,
+        notify_channel: config.database.notify_channel.clone(),
+    }
+}
+
+async fn changed_to_some(failed: &mut watch::Receiver<Option<String>>) -> Result<String, watch::error::RecvError> {
+    failed.wait_for(Option::is_some).await.map(|problem| problem.clone().unwrap_or_default())
+}
+
+/// The ends of the parts that are watched.
+struct Running {
+    drainer: oneshot::Receiver<Result<(), QueueError>>,
+    reader: oneshot::Receiver<Result<(), QueueError>>,
+    idle: watch::Receiver<bool>,
+}
+
+fn ended_early(ended: Result<Result<(), QueueError>, oneshot::error::RecvError>, part: &'static str) -> ServiceError {
+    match ended {
+        Ok(Err(error)) => ServiceError::Queue(error),
+        // It ended though nobody had stopped it, or it panicked.
+        Ok(Ok(())) | Err(_) => ServiceError::Ended(part),
+    }
+}
+
+/// What must be ended.
+struct Parts {
+    queue: Queue,
+    stop: watch::Sender<bool>,
+    tasks: Vec<(&'static str, JoinHandle<()>)>,
+    bell: Option<Doorbell>,
+}
+
+impl Parts {
+    async fn end(self, timeout: Duration, socket: &Path, result: Result<(), ServiceError>) -> Result<(), ServiceError> {
+        let begun = Instant::now();
+        self.stop.send_replace(true);
+        if let Some(bell) = &self.bell {
+            bell.stop();
+        }
+        let mut late = Vec::new();
+        for (name, mut task) in self.tasks {
+            if matches!(name, "socket" | "http") {
+                task.abort();
+                continue;
+            }
+            let left = (timeout * 3 / 5).saturating_sub(begun.elapsed());
+            if tokio::time::timeout(left, &mut task).await.is_err() {
+                task.abort();
+                late.push(name);
+            }
+        }
+        if !late.is_empty() {
+            warn!(parts = late.join(", "), "did not end in time and are left behind; nothing is lost by that");
+        }
+        let _ = std::fs::remove_file(socket);
+        let pending = self.queue.stats().pending;
+        let queue = self.queue;
+        let closing = tokio::task::spawn_blocking(move || queue.close());
+        let left = timeout.saturating_sub(begun.elapsed()).max(timeout / 10);
+        let closed = match tokio::time::timeout(left, closing).await {
+            Ok(Ok(closed)) => closed.map_err(ServiceError::from),
+            Ok(Err(_)) => Err(ServiceError::Ended("the queue")),
+            Err(_) => {
+                warn!("the queue could not be closed in time; what was accepted is durable all the same");
+                Ok(())
+            }
+        };
+        let result = result.and(closed);
+        if result.is_ok() {
+            info!(pending, stop_milliseconds = begun.elapsed().as_millis() as u64, "stopped");
+        }
+        result
+    }
+}
+
+fn api_queue(intake: &Intake) -> Queue {
+    intake.queue().clone()
+}
+
+fn open_queue(config: &Config) -> Result<Queue, QueueError> {
+    let queue_config =
+        QueueConfig { path: config.queue.path.clone(), max_pending_bytes: config.queue.max_pending_bytes };
+    let (queue, recovery) = Queue::open(&queue_config)?;
+    for repair in &recovery.repairs {
+        if repair.is_loss() {
+            error!(queue = %config.queue.path.display(), "{repair}");
+        } else {
+            warn!(queue = %config.queue.path.display(), "{repair}");
+        }
+    }
+    Ok(queue)
+}
+
+/// Binds the socket for the commands. Whoever holds the queue owns the socket: one that is left over is removed.
+fn bind_socket(path: &Path) -> Result<UnixListener, ServiceError> {
+    let failed = |problem: String| ServiceError::Socket { path: path.to_owned(), problem };
+    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(failed(format!(
+            "the path is longer than {SOCKET_PATH_BYTES_MAX} bytes; set http.socket to a shorter one"
+        )));
+    }
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|error| failed(format!("{error}; set http.socket to another path")))?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(failed("another process listens there; set http.socket to another path".to_owned()));
+    }
+    let _ = std::fs::remove_file(path);
+    // The process's umask makes it private from birth; this also covers a socket folder with default ACLs.
+    let listener = UnixListener::bind(path).map_err(|error| failed(error.to_string()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .map_err(|error| failed(error.to_string()))?;
+    Ok(listener)
+}
+
+fn serve_socket(listener: UnixListener, router: axum::Router) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            error!(error = %error, "the socket for the commands has ended");
+        }
+    })
+}
+
+/// Serves on TCP, trying again where the port is taken: what captures must not fail for want of a port.
+fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<()> {
+    let router = http::router(api, Some(Access { token: config.token.clone(), listen: address.ip() }));
+    tokio::spawn(async move {
+        let mut said = false;
+        loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => {
+                    if said {
+                        info!(%address, "the HTTP port is free now");
+                    }
+                    if let Err(error) = axum::serve(listener, router.clone()).await {
+                        error!(error = %error, "serving HTTP has ended; beginning anew");
+                    }
+                }
+                Err(error) if !said => {
+                    said = true;
+                    warn!(%address, error = %error,
+                          "can't listen for HTTP, trying on; the commands use the socket. Set http.listen to another port or null");
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(BIND_RETRY_INTERVAL).await;
+        }
+    })
+}
+
+/// Tells systemd, where it listens.
+fn tell_systemd(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(error = %error, "could not tell systemd");
+    }
+}
