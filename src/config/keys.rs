@@ -57,7 +57,7 @@ pub(super) enum Kind {
         expected: &'static str,
         nullable: bool,
         secret: bool,
-        set: fn(&mut Config, Option<&str>, &Giver) -> Verdict,
+        set: fn(&mut Config, Option<&str>, &Giver) -> Result<(), Refusal>,
     },
     Texts {
         entries_max: usize,
@@ -79,19 +79,12 @@ pub(super) struct Giver<'a> {
     pub folder: &'a Path,
 }
 
-/// Whether a text could be read.
-pub(super) enum Verdict {
-    Taken,
+/// Why a value is not taken.
+pub(super) enum Refusal {
     /// It is not what the key expects.
     Other,
-    /// As `Other`, with a reason of its own that shows no secret.
+    /// A reason of its own, which shows no secret.
     Because(String),
-}
-
-impl From<bool> for Verdict {
-    fn from(taken: bool) -> Self {
-        if taken { Verdict::Taken } else { Verdict::Other }
-    }
 }
 
 impl Key {
@@ -272,15 +265,10 @@ pub(super) const KEYS: &[Key] = &[
             expected: "a URL like postgresql://user@host/db",
             nullable: true,
             secret: true,
-            set: |config, text, giver| match text
-                .map(|text| ConnectionString::parse(text, giver.place.clone(), giver.folder))
-                .transpose()
-            {
-                Ok(url) => {
-                    config.database.url = url;
-                    Verdict::Taken
-                }
-                Err(message) => Verdict::Because(message),
+            set: |config, text, giver| {
+                let parse = |text| ConnectionString::parse(text, giver.place.clone(), giver.folder);
+                config.database.url = text.map(parse).transpose().map_err(Refusal::Because)?;
+                Ok(())
             },
         },
     },
@@ -324,12 +312,8 @@ pub(super) const KEYS: &[Key] = &[
             nullable: false,
             secret: false,
             set: |config, text, _| {
-                let table = text.and_then(TableName::parse);
-                let taken = table.is_some();
-                if let Some(table) = table {
-                    config.database.events_table = table;
-                }
-                taken.into()
+                config.database.events_table = text.and_then(TableName::parse).ok_or(Refusal::Other)?;
+                Ok(())
             },
         },
     },
@@ -350,8 +334,9 @@ pub(super) const KEYS: &[Key] = &[
             nullable: true,
             secret: false,
             set: |config, text, _| {
-                config.database.notify_channel = text.map(str::to_owned);
-                text.is_none_or(|name| (1..=63).contains(&name.len()) && !name.contains(char::is_control)).into()
+                let is_name = |name: &&str| (1..=63).contains(&name.len()) && !name.contains(char::is_control);
+                config.database.notify_channel = read(text, |text| Some(text).filter(is_name).map(str::to_owned))?;
+                Ok(())
             },
         },
     },
@@ -403,8 +388,8 @@ pub(super) const KEYS: &[Key] = &[
             nullable: true,
             secret: false,
             set: |config, text, _| {
-                config.http.listen = text.and_then(address);
-                (text.is_some() == config.http.listen.is_some()).into()
+                config.http.listen = read(text, address)?;
+                Ok(())
             },
         },
     },
@@ -428,9 +413,10 @@ pub(super) const KEYS: &[Key] = &[
             nullable: true,
             secret: true,
             set: |config, text, _| {
-                config.http.token = text.map(Secret::new);
-                text.is_none_or(|token| (8..=256).contains(&token.len()) && token.bytes().all(|b| b.is_ascii_graphic()))
-                    .into()
+                let is_token =
+                    |text: &&str| (8..=256).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+                config.http.token = read(text, |text| Some(text).filter(is_token).map(Secret::new))?;
+                Ok(())
             },
         },
     },
@@ -457,9 +443,9 @@ pub(super) const KEYS: &[Key] = &[
                 config.hooks.capture = match text {
                     Some("summary") => HookCapture::Summary,
                     Some("full") => HookCapture::Full,
-                    _ => return Verdict::Other,
+                    _ => return Err(Refusal::Other),
                 };
-                Verdict::Taken
+                Ok(())
             },
         },
     },
@@ -491,6 +477,11 @@ pub(super) fn find(section: &str, name: &str) -> Option<&'static Key> {
 /// `number`, which its key's range keeps far below the type's.
 fn whole<T: TryFrom<u64>>(number: u64) -> T {
     T::try_from(number).unwrap_or_else(|_| unreachable!("ranges in KEYS fit their fields; a test tries their ends"))
+}
+
+/// What `parse` makes of a text; null stays null.
+fn read<T>(text: Option<&str>, parse: impl Fn(&str) -> Option<T>) -> Result<Option<T>, Refusal> {
+    text.map(|text| parse(text).ok_or(Refusal::Other)).transpose()
 }
 
 fn address(text: &str) -> Option<SocketAddr> {

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use super::environment::{Environment, absolute};
-use super::keys::{self, Giver, KEYS, Key, Kind, SECTIONS, VARIABLE_PREFIX, Verdict};
+use super::keys::{self, Giver, KEYS, Key, Kind, Refusal, SECTIONS, VARIABLE_PREFIX};
 use super::problem::{ConfigError, Place, Problem};
 use super::yaml::{self, Node, Value};
 use super::{
@@ -295,20 +295,17 @@ impl Reading<'_> {
     /// Stores a value that its key accepts; else remembers why it doesn't.
     fn take(&mut self, key: &Key, given: &Given, place: Place) {
         let giver = Giver { place: &place, folder: self.folder };
-        match accept(key, given, &giver, self.environment, &mut self.config) {
-            Verdict::Taken => {
+        let message = match accept(key, given, &giver, self.environment, &mut self.config) {
+            Ok(()) => {
                 self.places.insert(key.path(), place);
+                return;
             }
-            verdict => {
-                // A wrong value in the environment leaves no other one to be checked against the rest.
-                self.places.remove(&key.path());
-                let message = match verdict {
-                    Verdict::Because(message) => message,
-                    _ => format!("expected {}, found {}", key.expected(), given.describe(key.is_secret())),
-                };
-                self.problem(place, Some(key.path()), message);
-            }
-        }
+            Err(Refusal::Because(message)) => message,
+            Err(Refusal::Other) => format!("expected {}, found {}", key.expected(), given.describe(key.is_secret())),
+        };
+        // A right value of the file goes too: it will not serve, so nothing is checked against it.
+        self.places.remove(&key.path());
+        self.problem(place, Some(key.path()), message);
     }
 
     /// Checks what no key can know alone.
@@ -396,102 +393,68 @@ impl Reading<'_> {
 }
 
 /// Checks `given` against `key` and stores it.
-fn accept(key: &Key, given: &Given, giver: &Giver, environment: &Environment, config: &mut Config) -> Verdict {
-    let plain = match given {
-        Given::Text { text, plain: true } => Some(text.trim()),
-        _ => None,
-    };
+fn accept(
+    key: &Key,
+    given: &Given,
+    giver: &Giver,
+    environment: &Environment,
+    config: &mut Config,
+) -> Result<(), Refusal> {
     let text = match given {
         Given::Text { text, .. } => Some(text.as_str()),
         _ => None,
     };
+    let plain = match given {
+        Given::Text { text, plain: true } => Some(text.trim()),
+        _ => None,
+    };
+    let within = |min: u64, max: u64| {
+        let number = plain.and_then(|text| text.parse().ok()).filter(|number| (min..=max).contains(number));
+        number.ok_or(Refusal::Other)
+    };
     match &key.kind {
-        Kind::Whole { min, max, set, .. } => match plain.and_then(|text| text.parse().ok()) {
-            Some(number) if (*min..=*max).contains(&number) => {
-                set(config, number);
-                Verdict::Taken
-            }
-            _ => Verdict::Other,
-        },
-        Kind::Milliseconds { min, max, set } => match plain.and_then(|text| text.parse().ok()) {
-            Some(number) if (*min..=*max).contains(&number) => {
-                set(config, Duration::from_millis(number));
-                Verdict::Taken
-            }
-            _ => Verdict::Other,
-        },
-        Kind::Seconds { min, max, set } => match plain.and_then(decimal) {
-            Some(number) if (*min..=*max).contains(&number) => {
-                set(config, Duration::from_secs_f64(number));
-                Verdict::Taken
-            }
-            _ => Verdict::Other,
-        },
+        Kind::Whole { min, max, set, .. } => set(config, within(*min, *max)?),
+        Kind::Milliseconds { min, max, set } => set(config, Duration::from_millis(within(*min, *max)?)),
+        Kind::Seconds { min, max, set } => {
+            let number = plain.and_then(decimal).filter(|number| (*min..=*max).contains(number));
+            set(config, Duration::from_secs_f64(number.ok_or(Refusal::Other)?));
+        }
         Kind::Flag { set } => match plain.map(str::to_ascii_lowercase).as_deref() {
-            Some("true") => {
-                set(config, true);
-                Verdict::Taken
-            }
-            Some("false") => {
-                set(config, false);
-                Verdict::Taken
-            }
-            _ => Verdict::Other,
+            Some("true") => set(config, true),
+            Some("false") => set(config, false),
+            _ => return Err(Refusal::Other),
         },
-        Kind::Path { set } => match text.map(|text| path(text, giver.folder, environment)) {
-            Some(Ok(path)) => {
-                set(config, path);
-                Verdict::Taken
-            }
-            Some(Err(verdict)) => verdict,
-            None => Verdict::Other,
-        },
-        Kind::OptionalPath { set } => match (given, text.map(|text| path(text, giver.folder, environment))) {
-            (Given::Null, _) => {
-                set(config, None);
-                Verdict::Taken
-            }
-            (_, Some(Ok(path))) => {
-                set(config, Some(path));
-                Verdict::Taken
-            }
-            (_, Some(Err(verdict))) => verdict,
-            (_, None) => Verdict::Other,
+        Kind::Path { set } => set(config, path(text, giver.folder, environment)?),
+        Kind::OptionalPath { set } => match given {
+            Given::Null => set(config, None),
+            _ => set(config, Some(path(text, giver.folder, environment)?)),
         },
         Kind::Text { nullable, set, .. } => match (given, text) {
-            (Given::Null, _) if *nullable => set(config, None, giver),
-            (_, Some(text)) => set(config, Some(text), giver),
-            _ => Verdict::Other,
+            (Given::Null, _) if *nullable => set(config, None, giver)?,
+            (_, Some(text)) => set(config, Some(text), giver)?,
+            _ => return Err(Refusal::Other),
         },
         Kind::Texts { entries_max, chars_max, set } => {
-            let Given::List(items) = given else { return Verdict::Other };
+            let Given::List(items) = given else { return Err(Refusal::Other) };
+            let found = |what: String| Refusal::Because(format!("expected {}, found {what}", key.expected()));
             if items.len() > *entries_max {
-                return Verdict::Because(format!("expected {}, found {} entries", key.expected(), items.len()));
+                return Err(found(format!("{} entries", items.len())));
             }
+            let fits = |text: &&String| (1..=*chars_max).contains(&text.chars().count());
             let mut texts = Vec::with_capacity(items.len());
             for (index, item) in items.iter().enumerate() {
-                match item {
-                    Some(text) if (1..=*chars_max).contains(&text.chars().count()) => texts.push(text.clone()),
-                    _ => {
-                        return Verdict::Because(format!(
-                            "expected {}, found another entry {}",
-                            key.expected(),
-                            index + 1
-                        ));
-                    }
-                }
+                let text = item.as_ref().filter(fits);
+                texts.push(text.ok_or_else(|| found(format!("another entry {}", index + 1)))?.clone());
             }
             set(config, texts);
-            Verdict::Taken
         }
     }
+    Ok(())
 }
 
-fn path(text: &str, base: &Path, environment: &Environment) -> Result<PathBuf, Verdict> {
-    if text.is_empty() || text.contains('\0') {
-        return Err(Verdict::Other);
-    }
-    environment.locate(text, base).map_err(|expected| Verdict::Because(format!("{expected}, found {text:?}")))
+fn path(text: Option<&str>, base: &Path, environment: &Environment) -> Result<PathBuf, Refusal> {
+    let text = text.filter(|text| !text.is_empty() && !text.contains('\0')).ok_or(Refusal::Other)?;
+    environment.locate(text, base).map_err(|expected| Refusal::Because(format!("{expected}, found {text:?}")))
 }
 
 /// A number written with digits and at most one point: no exponents, no infinities.

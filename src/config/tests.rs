@@ -199,7 +199,8 @@ fn ranges_hold_at_both_ends_in_file_and_environment() {
 fn values_land_in_their_fields() {
     let desk = Desk::with(
         "claude: {projects_path: /srv/projects}\n\
-         file_watcher: {polling_interval: 0.25, inactivity_timeout: 90.5, debounce_interval: .5, max_line_bytes: 5000}\n\
+         file_watcher: {polling_interval: 0.25, inactivity_timeout: 90.5, debounce_interval: .5,\n\
+         \x20 max_line_bytes: 5000}\n\
          event_system: {write_retry_attempts: 4, write_retry_delay_ms: 7, write_retry_max_delay_ms: 70,\n\
          \x20 max_restarts_per_minute: 6, shutdown_timeout_seconds: 1.5, max_event_bytes: 2048}\n\
          database: {url: 'postgresql://ada@db/head', pool_size: 8, connect_timeout_ms: 20, statement_timeout_ms: 300,\n\
@@ -448,7 +449,8 @@ fn wrong_types_say_what_was_expected_and_found() {
         ),
         (
             "database:\n  notify_channel: ''\n",
-            "config.yaml:2: database.notify_channel: expected a name of 1 to 63 bytes, or null, found the quoted text \"\"",
+            "config.yaml:2: database.notify_channel: expected a name of 1 to 63 bytes, or null, found the \
+             quoted text \"\"",
         ),
         (
             "redact:\n  patterns: a\n",
@@ -456,8 +458,8 @@ fn wrong_types_say_what_was_expected_and_found() {
         ),
         (
             "redact:\n  patterns:\n    - a\n    - [b]\n",
-            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found another \
-             entry 2",
+            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, \
+             found another entry 2",
         ),
     ] {
         refuses(text, &[line]);
@@ -465,9 +467,8 @@ fn wrong_types_say_what_was_expected_and_found() {
     let many = format!("redact:\n  patterns: [{}]\n", vec!["a"; 101].join(","));
     refuses(
         &many,
-        &[
-            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found 101 entries",
-        ],
+        &["config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, \
+             found 101 entries"],
     );
 }
 
@@ -539,7 +540,8 @@ fn lists_in_the_environment_stand_with_commas_or_as_in_yaml() {
     refuses_variable(
         "HEADSPACE_REDACT__PATTERNS",
         "[a",
-        "environment HEADSPACE_REDACT__PATTERNS: expected a list of at most 100 texts of 1 to 1000 characters, found \"[a\"",
+        "environment HEADSPACE_REDACT__PATTERNS: expected a list of at most 100 texts of 1 to 1000 characters, \
+         found \"[a\"",
     );
 }
 
@@ -628,18 +630,25 @@ fn claude_config_dir_moves_what_lies_in_the_claude_folder() {
 fn the_longest_pause_is_not_below_the_first() {
     refuses(
         "event_system:\n  write_retry_max_delay_ms: 50\n",
-        &[
-            "config.yaml:2: event_system.write_retry_max_delay_ms: expected event_system.write_retry_max_delay_ms not below \
-           event_system.write_retry_delay_ms, found 50 below 100",
-        ],
+        &["config.yaml:2: event_system.write_retry_max_delay_ms: expected \
+           event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 50 below 100"],
     );
     // The one that was given is the one to mend.
     refuses(
         "event_system:\n  write_retry_delay_ms: 2001\n",
-        &[
-            "config.yaml:2: event_system.write_retry_delay_ms: expected event_system.write_retry_max_delay_ms not below \
-           event_system.write_retry_delay_ms, found 2000 below 2001",
-        ],
+        &["config.yaml:2: event_system.write_retry_delay_ms: expected \
+           event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 2000 below 2001"],
+    );
+}
+
+#[test]
+fn a_wrong_override_is_the_only_complaint_about_its_key() {
+    let desk = Desk::with("event_system:\n  write_retry_max_delay_ms: 50\n")
+        .set("HEADSPACE_EVENT_SYSTEM__WRITE_RETRY_MAX_DELAY_MS", "x");
+    assert_eq!(
+        desk.errors(),
+        ["environment HEADSPACE_EVENT_SYSTEM__WRITE_RETRY_MAX_DELAY_MS: expected a whole number of milliseconds from \
+             1 to 600000, found \"x\""]
     );
 }
 
@@ -683,10 +692,9 @@ fn listening_beyond_loopback_needs_a_token() {
     for address in ["0.0.0.0:80", "192.168.1.2:80", "'[::]:80'", "'[::ffff:10.0.0.1]:80'"] {
         refuses(
             &format!("http:\n  listen: {address}\n"),
-            &[
-                "config.yaml:2: http.listen: expected a loopback address such as 127.0.0.1:5056 while http.token is null: \
-               others could read and post; set http.token (HEADSPACE_HTTP__TOKEN) to listen beyond this machine",
-            ],
+            &["config.yaml:2: http.listen: expected a loopback address such as 127.0.0.1:5056 while http.token \
+               is null: others could read and post; set http.token (HEADSPACE_HTTP__TOKEN) to listen beyond \
+               this machine"],
         );
         Desk::with(format!("http: {{listen: {address}, token: 12345678}}\n")).config();
     }
