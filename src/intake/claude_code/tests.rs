@@ -109,6 +109,7 @@ mod places {
             format!("../{SESSION}.jsonl"),
             format!("/-p/{SESSION}.jsonl"),
             "-p/memory/agent-a1.jsonl".into(),
+            "-p/memory/subagents/agent-a1.jsonl".into(),
             "-p/agent-.jsonl".into(),
             "-p/notes.jsonl".into(),
             "agent-a1.jsonl".into(),
@@ -371,6 +372,7 @@ mod queued_turns {
             assert_eq!(said(&queued(attachment.clone())), None, "{attachment}");
         }
         assert_eq!(said(&with(queued(json!({"prompt": "x"})), "isSidechain", true)), None);
+        assert_eq!(said(&with(queued(json!({"prompt": "x"})), "origin", json!({"kind": "peer"}))), None);
     }
 }
 
@@ -598,14 +600,14 @@ mod bad_lines {
 mod salvaging {
     use super::*;
 
-    /// The records found on `line`, without NULs, and the ranges that are lost.
-    fn found(line: &[u8]) -> (Vec<Vec<u8>>, Vec<std::ops::Range<usize>>) {
+    /// The records found on `line`, without NULs, and where the lost pieces start and end.
+    fn found(line: &[u8]) -> (Vec<Vec<u8>>, Vec<(usize, usize)>) {
         let mut records = Vec::new();
         let mut lost = Vec::new();
         for segment in salvage(line) {
             match segment {
                 Segment::Record(range) => records.push(line[range].iter().copied().filter(|byte| *byte != 0).collect()),
-                Segment::Lost(range) => lost.push(range),
+                Segment::Lost(range) => lost.push((range.start, range.end)),
             }
         }
         (records, lost)
@@ -634,7 +636,7 @@ mod salvaging {
             for length in 1..cut.len() {
                 let line = [&cut[..length], &next].concat();
                 let lost = cut[..length].trim_ascii_end().len();
-                assert_eq!(found(&line), (vec![next.clone()], vec![0..lost]), "cut at {length}");
+                assert_eq!(found(&line), (vec![next.clone()], vec![(0, lost)]), "cut at {length}");
             }
         }
     }
@@ -645,7 +647,7 @@ mod salvaging {
         for length in 1..cut.len() {
             for part in [&cut[..length], &cut[length..]] {
                 let start = part.len() - part.trim_ascii_start().len();
-                assert_eq!(found(part), (vec![], vec![start..part.trim_ascii_end().len()]), "cut at {length}");
+                assert_eq!(found(part), (vec![], vec![(start, part.trim_ascii_end().len())]), "cut at {length}");
             }
         }
     }
@@ -658,15 +660,15 @@ mod salvaging {
         let line = [&one[..], b"{\"summary\":1}", &two, b"{}"].concat();
         assert_eq!(found(&line).0.len(), 4);
         let line = [&one[..], b" garbage"].concat();
-        assert_eq!(found(&line), (vec![one.clone()], vec![one.len() + 1..one.len() + 8]));
-        assert_eq!(found(b"{\"a\":1},garbage"), (vec![], vec![0..15]));
+        assert_eq!(found(&line), (vec![one.clone()], vec![(one.len() + 1, one.len() + 8)]));
+        assert_eq!(found(b"{\"a\":1},garbage"), (vec![], vec![(0, 15)]));
     }
 
     #[test]
     fn a_whole_record_then_a_cut_one_then_a_whole_one() {
         let (one, two) = (rich_record(), next_record());
         let line = [&one[..], &one[..200], &two].concat();
-        assert_eq!(found(&line), (vec![one.clone(), two], vec![one.len()..one.len() + 200]));
+        assert_eq!(found(&line), (vec![one.clone(), two], vec![(one.len(), one.len() + 200)]));
     }
 
     #[test]
