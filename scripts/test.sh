@@ -17,9 +17,14 @@ die() {
   exit "$1"
 }
 
-# The tests choose what the program sees; nothing of the caller's own set-up may leak into them.
+# The tests choose what the program sees; nothing of the caller's own set-up may leak into them, but for how long the
+# long proofs are (scripts/torture.sh).
+rounds=${HEADSPACE_TORTURE_ROUNDS-}
+seed=${HEADSPACE_TEST_SEED-}
 # shellcheck disable=SC2086 # a list of names
 unset DATABASE_URL NOTIFY_SOCKET RUST_LOG ${!PG@} ${!HEADSPACE_@} ${!CLAUDE@}
+[ -z "$rounds" ] || export HEADSPACE_TORTURE_ROUNDS=$rounds
+[ -z "$seed" ] || export HEADSPACE_TEST_SEED=$seed
 
 command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
 command -v cargo >/dev/null 2>&1 ||

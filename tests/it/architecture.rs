@@ -1,0 +1,119 @@
+//! The layers, read off the sources: who may import whom, and which outside crate is known where.
+
+use std::path::{Path, PathBuf};
+
+use crate::stage::project;
+
+/// Every source file of the library and the program with its text, test modules left out.
+fn sources() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    collect(&project().join("src"), &mut files);
+    files
+        .into_iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap().to_owned();
+            let name = path.strip_prefix(project().join("src")).unwrap().to_str().unwrap().to_owned();
+            (name, text)
+        })
+        .filter(|(name, _)| !name.contains("tests"))
+        .collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// The module a file belongs to: `queue/store.rs` → `queue`.
+fn module(file: &str) -> &str {
+    file.split(['/', '.']).next().unwrap()
+}
+
+/// Files with code that mentions `word`, comments left out.
+fn mentions(word: &str) -> Vec<String> {
+    let code = |text: &str| text.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(word));
+    sources().into_iter().filter(|(_, text)| code(text)).map(|(file, _)| file).collect()
+}
+
+#[test]
+fn a_layer_imports_only_what_lies_below_it() {
+    let leaves = ["config", "telemetry", "event"];
+    let allowed = |layer: &str| -> &[&str] {
+        match layer {
+            "event" | "telemetry" => &[],
+            "config" => &[],
+            "queue" => &["queue"],
+            "intake" => &["intake", "queue"],
+            "sink" => &["sink", "queue"],
+            "listing" | "health" => &["queue"],
+            "http" => &["health", "listing", "queue", "intake"],
+            "service" => &["http", "health", "listing", "intake", "sink", "queue"],
+            _ => panic!("{layer} is a new module: say here what it may import"),
+        }
+    };
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        let layer = module(&file);
+        if matches!(layer, "main" | "lib" | "cli") {
+            continue;
+        }
+        for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            for (_, after) in line.match_indices("crate::").map(|(at, found)| (at, &line[at + found.len()..])) {
+                let imported = after.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+                let is_leaf = leaves.contains(&imported) && !leaves.contains(&layer);
+                if imported != layer && !is_leaf && !allowed(layer).contains(&imported) {
+                    wrong.push(format!("{file}: {}", line.trim()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn an_outside_crate_is_known_in_one_place() {
+    for (name, place) in [
+        ("sled::", "queue"),
+        ("bincode::", "queue/codec.rs"),
+        ("jsonschema::", "intake/schema.rs"),
+        ("notify::recommended_watcher", "intake/transcripts"),
+        ("tokio_postgres::", "sink/postgres"),
+        ("bb8::", "sink/postgres"),
+        ("bb8_postgres::", "sink/postgres"),
+        ("rustls::", "sink/postgres"),
+        ("axum::", "http"),
+        ("serde_saphyr::", "config"),
+    ] {
+        let found = mentions(name);
+        // `http.rs` serves, and the service starts the serving.
+        let elsewhere: Vec<&String> = found
+            .iter()
+            .filter(|file| !file.starts_with(place) && !(name == "axum::" && *file == "service.rs"))
+            .collect();
+        assert!(!found.is_empty(), "{name} is used nowhere: mend this table");
+        assert!(elsewhere.is_empty(), "{name} is used in {elsewhere:?}");
+    }
+}
+
+#[test]
+fn only_the_schemas_make_an_event_and_only_the_queue_reads_one_back() {
+    let mut makers = mentions("from_checked_parts");
+    makers.sort();
+    assert_eq!(makers, ["event.rs", "intake/schema.rs", "queue/codec.rs"]);
+}
+
+#[test]
+fn no_module_is_named_after_nothing() {
+    for (file, _) in sources() {
+        for word in ["util", "helper", "common", "manager", "models", "types", "misc"] {
+            assert!(!file.contains(word), "{file}: name it after what it is");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The commands as a user types them: output, exit codes, and what they say when something is wrong.
+
+use crate::stage::{SOON, Server, Stage, wait_until};
+
+#[test]
+fn version_and_help_are_there_and_nonsense_is_a_usage_error() {
+    let stage = Stage::with(None);
+    let version = stage.run(&["--version"]);
+    assert_eq!(
+        (version.code(), version.output().trim()),
+        (0, concat!("headspace-watcher ", env!("CARGO_PKG_VERSION")))
+    );
+    for command in ["run", "queue-dump", "status", "check", "migrate"] {
+        let help = stage.run(&[command, "--help"]);
+        assert_eq!(help.code(), 0);
+        assert!(help.output().contains("Example"), "{}", help.output());
+    }
+    for arguments in [&["nonsense"][..], &["run", "--nonsense"], &[]] {
+        assert_eq!(stage.run(arguments).code(), 64, "{arguments:?}");
+    }
+}
+
+#[test]
+fn the_queue_is_dumped_by_the_watcher_and_without_it_and_looking_changes_nothing() {
+    let server = Server::start();
+    let stage = Stage::with(Some(server.database.another()));
+    server.stop("fast");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let texts = transcript.say_many("a secret text", 300);
+    let watcher = stage.start();
+    wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 301);
+    let from_watcher = stage.run(&["queue-dump"]).output();
+    let payloads = stage.run(&["queue-dump", "--payload", "--type", "turn_detected"]).lines();
+    watcher.stop();
+    let from_folder = stage.run(&["queue-dump"]).output();
+    assert_eq!(from_watcher, from_folder);
+    assert_eq!(from_folder, stage.run(&["queue-dump"]).output());
+    assert!(!from_folder.contains("secret"), "text is shown only when asked for");
+    assert_eq!(payloads.iter().map(|line| line["payload"]["text"].as_str().unwrap()).collect::<Vec<_>>(), texts);
+    let sequences: Vec<u64> =
+        stage.run(&["queue-dump"]).lines().iter().map(|line| line["sequence"].as_u64().unwrap()).collect();
+    assert!(sequences.is_sorted());
+    let few = stage.run(&["queue-dump", "--after", &sequences[9].to_string(), "--limit", "5"]).lines();
+    assert_eq!(few.iter().map(|line| line["sequence"].as_u64().unwrap()).collect::<Vec<_>>(), sequences[10..15]);
+    assert_eq!(stage.run(&["queue-dump", "--session", &transcript.session]).lines().len(), 301);
+    assert_eq!(stage.run(&["queue-dump", "--session", "another"]).lines().len(), 0);
+    let table = stage.run(&["queue-dump", "--format", "table", "--limit", "1"]).output();
+    assert!(table.contains("SEQUENCE") && table.contains("session_registered"), "{table}");
+    assert_eq!(stage.run(&["status"]).code(), 3);
+}
+
+#[test]
+fn status_tells_health_and_its_exit_code() {
+    let stage = Stage::new();
+    assert_eq!(stage.run(&["status"]).code(), 3);
+    let watcher = stage.start();
+    watcher.wait_for_log("database connected");
+    let status = stage.run(&["status"]);
+    assert_eq!(status.code(), 0);
+    assert!(status.output().starts_with("status    pass\n"), "{}", status.output());
+    let json = &stage.run(&["status", "--json"]).lines()[0];
+    for field in ["status", "running", "pid", "version", "started_at", "uptime_seconds", "ready"] {
+        assert!(!json[field].is_null(), "{field}: {json}");
+    }
+    assert_eq!(json["pid"], watcher.pid());
+    let has = |section: &str, fields: &[&str]| {
+        for field in fields {
+            assert!(json[section].get(*field).is_some(), "{section}.{field}: {json}");
+        }
+    };
+    has("queue", &["pending", "pending_bytes", "oldest_age_seconds", "dead_letters", "disk_bytes", "full"]);
+    has("database", &["state", "since", "last_error"]);
+    has("writes", &["succeeded", "failed", "duplicates", "last_write_timestamp"]);
+    has("watcher", &["files", "sessions", "lines", "bad_lines", "last_rescan"]);
+    assert_eq!(watcher.get("/livez").unwrap(), (200, "{\"ok\":true}".to_owned()));
+    assert_eq!(watcher.get("/readyz").unwrap(), (200, "{\"ok\":true}".to_owned()));
+}
+
+#[test]
+fn check_finds_what_is_wrong_and_says_how_to_mend_it() {
+    let mut stage = Stage::new();
+    let fine = stage.run(&["check"]);
+    assert_eq!(fine.code(), 0, "{}", fine.output());
+    assert!(fine.output().contains("will be created at the start"), "{}", fine.output());
+    stage.set("database.auto_migrate", "false");
+    let missing = stage.run(&["check"]);
+    assert_eq!(missing.code(), 78);
+    assert!(missing.output().contains("headspace-watcher migrate"), "{}", missing.output());
+    assert_eq!(stage.run(&["check", "--no-database"]).code(), 0);
+    stage.set("schemas.path", "/nowhere");
+    let schemas = stage.run(&["check", "--no-database"]);
+    assert_eq!(schemas.code(), 78);
+    assert!(schemas.output().contains("check schemas.path"), "{}", schemas.output());
+}
+
+#[test]
+fn migrate_prints_the_sql_that_makes_what_it_makes() {
+    let stage = Stage::new();
+    let sql = stage.run(&["migrate", "--print"]).output();
+    stage.database().query(&sql);
+    let done = stage.run(&["migrate"]);
+    assert_eq!((done.code(), done.output().trim()), (0, "nothing to do: the tables are there"));
+}
+
+#[test]
+fn a_wrong_configuration_is_an_error_with_file_line_key_and_the_nearest_known_one() {
+    let stage = Stage::with(None);
+    let file = stage.folder().join("config.yaml");
+    std::fs::write(&file, "file_watcher:\n  polling_intervall: 2\n").unwrap();
+    let ran = stage.run(&["check"]);
+    assert_eq!(ran.code(), 78);
+    let expected = "config.yaml:2: file_watcher.polling_intervall: unknown key; did you mean \"polling_interval\"?";
+    assert!(ran.error().contains(expected), "{}", ran.error());
+    assert_eq!(stage.run(&["--config", "/nowhere.yaml", "check"]).code(), 78);
+}
+
+#[test]
+fn a_second_watcher_on_the_same_queue_is_refused_with_the_others_pid() {
+    let mut stage = Stage::new();
+    let watcher = stage.start();
+    stage.set("http.socket", "data/other.sock");
+    let ran = stage.run(&["run"]);
+    assert_eq!(ran.code(), 69);
+    assert!(ran.error().contains(&format!("held by process {}", watcher.pid())), "{}", ran.error());
+}
+
+#[test]
+fn without_a_database_events_are_kept_and_health_says_so() {
+    let stage = Stage::with(None);
+    stage.transcript("-home-me-app", 1).say("hello");
+    let watcher = stage.start();
+    wait_until("the line is queued", SOON, || watcher.health()["queue"]["pending"] == 2);
+    assert_eq!(watcher.health()["database"]["state"], "unconfigured");
+    assert_eq!(watcher.stop().0.code(), Some(0));
+    assert_eq!(stage.run(&["run", "--until-idle"]).code(), 69);
+}

@@ -1,0 +1,13 @@
+//! The promises, each against the real program and a real Postgres. Run by `scripts/test.sh`.
+//!
+//! `stage` sets the scene: a folder with transcripts, a database, the watcher as a process, servers to break. Every
+//! other module is a promise or a part of the contract, and the names of its tests are claims.
+
+mod stage;
+
+mod architecture;
+mod capture;
+mod commands;
+mod delivery;
+mod stopping;
+mod torture;

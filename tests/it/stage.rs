@@ -1,0 +1,537 @@
+//! The scene of a test: a folder of its own, a database of its own, the watcher as a process.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio_postgres::{NoTls, SimpleQueryMessage};
+
+/// How long anything may take that should happen soon. Generous: the machine may be busy.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` gives something, or fails the test saying `what` did not happen.
+#[track_caller]
+pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {within:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// [`wait_for`] with a yes or no.
+#[track_caller]
+pub fn wait_until(what: &str, within: Duration, mut condition: impl FnMut() -> bool) {
+    wait_for(what, within, || condition().then_some(()));
+}
+
+/// The project's folder.
+pub fn project() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A number that no other test of this process uses.
+fn unique() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A database, spoken to in plain SQL.
+#[derive(Clone, Debug)]
+pub struct Database {
+    pub url: String,
+}
+
+impl Database {
+    /// A new one on the server that the test run brought up.
+    pub fn new() -> Database {
+        let url = std::env::var("HEADSPACE_TEST_DATABASE_URL")
+            .expect("HEADSPACE_TEST_DATABASE_URL is not set: run the tests with scripts/test.sh");
+        Database { url }.another()
+    }
+
+    /// A new one beside this one.
+    pub fn another(&self) -> Database {
+        let name = format!("test_{}_{}", std::process::id(), unique());
+        self.query(&format!("CREATE DATABASE {name}"));
+        let (server, parameters) = self.url.split_once('?').map_or((&*self.url, ""), |(server, rest)| (server, rest));
+        let (address, _) = server.rsplit_once('/').expect("a URL has a path");
+        Database { url: format!("{address}/{name}?{parameters}") }
+    }
+
+    /// The rows as text, or the server's error.
+    pub fn try_query(&self, sql: &str) -> Result<Vec<Vec<Option<String>>>, tokio_postgres::Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (client, connection) = tokio_postgres::connect(&self.url, NoTls).await?;
+            let connection = tokio::spawn(connection);
+            let messages = client.simple_query(sql).await?;
+            drop(client);
+            let _ = connection.await;
+            Ok(messages
+                .iter()
+                .filter_map(|message| match message {
+                    SimpleQueryMessage::Row(row) => {
+                        Some((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
+                    }
+                    _ => None,
+                })
+                .collect())
+        })
+    }
+
+    #[track_caller]
+    pub fn query(&self, sql: &str) -> Vec<Vec<Option<String>>> {
+        self.try_query(sql).unwrap_or_else(|error| panic!("{sql}: {error:?}"))
+    }
+
+    /// The single value of a query.
+    #[track_caller]
+    pub fn value(&self, sql: &str) -> String {
+        self.query(sql)[0][0].clone().unwrap_or_default()
+    }
+
+    /// Number of rows in `events`; 0 while there is no such table.
+    pub fn count(&self) -> u64 {
+        let there = "SELECT to_regclass('events') IS NOT NULL";
+        if self.value(there) != "t" { 0 } else { self.value("SELECT count(*) FROM events").parse().unwrap() }
+    }
+
+    /// The texts of all turns in the order of the table.
+    pub fn texts(&self) -> Vec<String> {
+        self.query("SELECT payload->>'text' FROM events WHERE event_type = 'turn_detected' ORDER BY id")
+            .into_iter()
+            .map(|mut row| row.remove(0).unwrap_or_default())
+            .collect()
+    }
+}
+
+/// A Postgres server for one test alone, to be stopped, killed and paused.
+pub struct Server {
+    folder: TempDir,
+    pub database: Database,
+}
+
+impl Server {
+    pub fn start() -> Server {
+        let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
+        // Another user runs the server when the tests run as root, and must get in.
+        std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let mut server = Server { folder, database: Database { url: String::new() } };
+        server.script(&["start"]);
+        server.database.url = server.script(&["url"]);
+        server
+    }
+
+    /// Lets it come up again after [`Server::stop`] or [`Server::kill`].
+    pub fn start_again(&self) {
+        self.script(&["start"]);
+    }
+
+    /// `mode`: smart, fast or immediate.
+    pub fn stop(&self, mode: &str) {
+        self.script(&["stop", "--mode", mode]);
+    }
+
+    /// kill -9 of the postmaster; its children notice and end.
+    pub fn kill(&self) {
+        let pid = self.postmaster();
+        signal(pid, "KILL");
+        wait_until("the postmaster is gone", SOON, || !Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    /// SIGSTOP (`pause` true) or SIGCONT to the postmaster and all its children.
+    pub fn pause(&self, pause: bool) {
+        let postmaster = self.postmaster();
+        let children = Command::new("ps").args(["-o", "pid=", "--ppid", &postmaster.to_string()]).output().unwrap();
+        let children = String::from_utf8(children.stdout).unwrap();
+        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap()).chain([postmaster]);
+        for pid in pids {
+            signal(pid, if pause { "STOP" } else { "CONT" });
+        }
+    }
+
+    pub fn postmaster(&self) -> u32 {
+        let file = self.data().join("postmaster.pid");
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        text.lines().next().unwrap().parse().unwrap()
+    }
+
+    /// The data folder.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("cluster")
+    }
+
+    fn script(&self, arguments: &[&str]) -> String {
+        let output = Command::new(project().join("scripts/dev-postgres.sh"))
+            .args(arguments)
+            .arg(self.folder.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let script = project().join("scripts/dev-postgres.sh");
+        let _ = Command::new(script).args(["stop", "--mode", "immediate"]).arg(self.folder.path()).output();
+    }
+}
+
+/// Sends a signal (without SIG) to a process.
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
+    assert!(status.success(), "kill -{name} {pid}");
+}
+
+/// A folder with transcripts, configuration and queue, and a database.
+pub struct Stage {
+    folder: TempDir,
+    pub database: Option<Database>,
+    /// Environment of every process started here; overrides the configuration.
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Stage {
+    /// With a database of its own.
+    pub fn new() -> Stage {
+        Stage::with(Some(Database::new()))
+    }
+
+    pub fn with(database: Option<Database>) -> Stage {
+        let folder = tempfile::Builder::new().prefix("hw").tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("projects")).unwrap();
+        std::fs::create_dir(folder.path().join("home")).unwrap();
+        let config = "claude:\n  projects_path: projects\nhttp:\n  listen: null\n";
+        std::fs::write(folder.path().join("config.yaml"), config).unwrap();
+        Stage { folder, database, environment: BTreeMap::new() }
+    }
+
+    /// Sets a configuration key through its twin in the environment: `set("queue.drain_window", "1")`.
+    pub fn set(&mut self, key: &str, value: &str) -> &mut Self {
+        let (section, name) = key.split_once('.').expect("section.key");
+        let variable = format!("HEADSPACE_{}__{}", section.to_uppercase(), name.to_uppercase());
+        self.environment.insert(variable, value.to_owned());
+        self
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn projects(&self) -> PathBuf {
+        self.folder().join("projects")
+    }
+
+    pub fn database(&self) -> &Database {
+        self.database.as_ref().expect("this stage has a database")
+    }
+
+    /// The transcript of session number `number` in project `project`; made at the first line.
+    pub fn transcript(&self, project: &str, number: u32) -> Transcript {
+        let session = format!("{number:08x}-0000-4000-8000-000000000000");
+        let path = self.projects().join(project).join(format!("{session}.jsonl"));
+        Transcript { path, session, lines: 0 }
+    }
+
+    /// The program with this stage's configuration and nothing of the caller's environment that could steer it.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_headspace-watcher"));
+        command.args(arguments).current_dir(self.folder()).env_clear().stdin(Stdio::null());
+        for name in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        command.env("HOME", self.folder().join("home"));
+        if let Some(database) = &self.database {
+            command.env("DATABASE_URL", &database.url);
+        }
+        command.envs(&self.environment);
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn run(&self, arguments: &[&str]) -> Ran {
+        Ran(self.command(arguments).output().unwrap())
+    }
+
+    /// `run`, once it is ready.
+    #[track_caller]
+    pub fn start(&self) -> Watcher {
+        let watcher = self.start_with(&[]);
+        watcher.wait_for_log("ready");
+        watcher
+    }
+
+    /// `run` with further arguments; does not wait.
+    pub fn start_with(&self, arguments: &[&str]) -> Watcher {
+        let log = self.folder().join(format!("log-{}", unique()));
+        let file = File::create(&log).unwrap();
+        let mut command = self.command(&["--log-format", "json", "--log-level", "debug", "run"]);
+        let child = command.args(arguments).stderr(file.try_clone().unwrap()).stdout(file).spawn().unwrap();
+        Watcher { child, log, socket: self.folder().join("data/watcher.sock") }
+    }
+
+    /// Starts the watcher, waits until all is read and delivered, and checks that it ended well.
+    #[track_caller]
+    pub fn run_until_idle(&self) {
+        let ran = self.run(&["run", "--until-idle"]);
+        assert_eq!(ran.code(), 0, "{}", ran.error());
+    }
+
+    /// Waits until so many rows are there.
+    #[track_caller]
+    pub fn wait_for_rows(&self, count: u64) {
+        wait_until(&format!("{count} rows, there are {}", self.database().count()), SOON, || {
+            self.database().count() >= count
+        });
+    }
+}
+
+/// What a command left.
+pub struct Ran(Output);
+
+impl Ran {
+    pub fn code(&self) -> i32 {
+        self.0.status.code().unwrap_or(-1)
+    }
+
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&self.0.stdout).into_owned()
+    }
+
+    pub fn error(&self) -> String {
+        String::from_utf8_lossy(&self.0.stderr).into_owned()
+    }
+
+    /// The output as lines of JSON.
+    #[track_caller]
+    pub fn lines(&self) -> Vec<Value> {
+        let output = self.output();
+        output.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+    }
+}
+
+/// A running watcher. Killed when dropped.
+pub struct Watcher {
+    child: Child,
+    log: PathBuf,
+    socket: PathBuf,
+}
+
+impl Watcher {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Lines of the log with this message.
+    pub fn logged(&self, message: &str) -> Vec<Value> {
+        self.log()
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|line| line["message"].as_str().is_some_and(|found| found.contains(message)))
+            .collect()
+    }
+
+    #[track_caller]
+    pub fn wait_for_log(&self, message: &str) -> Value {
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(line) = self.logged(message).pop() {
+                return line;
+            }
+            assert!(Instant::now() < deadline, "\"{message}\" is not logged: {}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// `GET` over the socket: status code and body.
+    pub fn get(&self, target: &str) -> Option<(u16, String)> {
+        use std::io::Read;
+        let mut stream = std::os::unix::net::UnixStream::connect(&self.socket).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        write!(stream, "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let code = answer.split(' ').nth(1)?.parse().ok()?;
+        Some((code, answer.split_once("\r\n\r\n")?.1.to_owned()))
+    }
+
+    #[track_caller]
+    pub fn health(&self) -> Value {
+        wait_for("health answers", SOON, || serde_json::from_str(&self.get("/health")?.1).ok())
+    }
+
+    /// SIGTERM, then its status and how long it took.
+    #[track_caller]
+    pub fn stop(mut self) -> (ExitStatus, Duration) {
+        let begun = Instant::now();
+        signal(self.pid(), "TERM");
+        (self.wait(), begun.elapsed())
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let log = self.log.clone();
+        let child = &mut self.child;
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it goes on: {}", std::fs::read_to_string(log).unwrap_or_default());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// kill -9.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let status = self.child.wait().unwrap();
+        assert_eq!(status.signal(), Some(9), "it had ended before: {}", self.log());
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Writes lines as Claude Code does.
+#[derive(Clone)]
+pub struct Transcript {
+    pub path: PathBuf,
+    pub session: String,
+    lines: u32,
+}
+
+impl Transcript {
+    /// A human prompt as a line of JSON, without newline. Its uuid follows from the session and the text.
+    pub fn prompt(&self, text: &str) -> String {
+        json!({
+            "parentUuid": null, "isSidechain": false, "type": "user", "userType": "external",
+            "message": {"role": "user", "content": text}, "uuid": self.uuid(text),
+            "timestamp": "2026-01-02T03:04:05.678Z", "cwd": "/home/me/app", "sessionId": self.session,
+            "version": "2.1.219", "gitBranch": "main"
+        })
+        .to_string()
+    }
+
+    /// The agent's answer as a line of JSON, without newline.
+    pub fn answer(&self, text: &str) -> String {
+        json!({
+            "parentUuid": null, "isSidechain": false, "type": "assistant", "userType": "external",
+            "message": {"role": "assistant", "id": "msg_1", "type": "message", "model": "claude-opus-4-8",
+                        "content": [{"type": "text", "text": text}], "stop_reason": "end_turn"},
+            "uuid": self.uuid(text), "timestamp": "2026-01-02T03:04:06.789Z", "cwd": "/home/me/app",
+            "sessionId": self.session, "version": "2.1.219", "gitBranch": "main"
+        })
+        .to_string()
+    }
+
+    fn uuid(&self, text: &str) -> String {
+        uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, format!("{}/{text}", self.session).as_bytes()).to_string()
+    }
+
+    /// Appends bytes as they are.
+    pub fn append(&mut self, bytes: impl AsRef<[u8]>) {
+        std::fs::create_dir_all(self.path.parent().unwrap()).unwrap();
+        let mut file = OpenOptions::new().create(true).append(true).open(&self.path).unwrap();
+        file.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Appends a human prompt with this text.
+    pub fn say(&mut self, text: &str) {
+        let line = self.prompt(text);
+        self.append(line + "\n");
+        self.lines += 1;
+    }
+
+    /// Appends `count` prompts in one write; their texts are `<prefix> <number>`. Gives the texts.
+    pub fn say_many(&mut self, prefix: &str, count: u32) -> Vec<String> {
+        let texts: Vec<String> = (0..count).map(|number| format!("{prefix} {number}")).collect();
+        let mut lines = String::new();
+        for text in &texts {
+            let _ = writeln!(lines, "{}", self.prompt(text));
+        }
+        self.append(lines);
+        texts
+    }
+}
+
+/// Appends numbered lines on a thread of its own until it is ended.
+pub struct Writer {
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<String>>,
+}
+
+impl Writer {
+    pub fn start(mut transcript: Transcript, pause: Duration) -> Writer {
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = end.clone();
+        let thread = std::thread::spawn(move || {
+            let mut texts = Vec::new();
+            while !ended.load(Ordering::Relaxed) {
+                texts.extend(transcript.say_many(&format!("burst {}", texts.len()), 3));
+                std::thread::sleep(pause);
+            }
+            texts
+        });
+        Writer { end, thread }
+    }
+
+    /// The texts, in the order they were written.
+    pub fn finish(self) -> Vec<String> {
+        self.end.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// A number from a seed; good enough for random moments, and printed so that a failure can be repeated.
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(name: &str) -> Dice {
+        let seed = std::env::var("HEADSPACE_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or_else(|| uuid::Uuid::now_v7().as_u128() as u64 | 1);
+        eprintln!("{name}: HEADSPACE_TEST_SEED={seed}");
+        Dice(seed)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Rounds of a long proof: few in a test run, many under `scripts/torture.sh`.
+pub fn rounds(few: u32) -> u32 {
+    std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(few)
+}

@@ -1,0 +1,88 @@
+//! SIGTERM and SIGINT: exit 0 within two seconds, queue flushed, whatever is pending or hanging.
+
+use std::time::Duration;
+
+use crate::stage::{SOON, Server, Stage, signal, wait_until};
+
+const LIMIT: Duration = Duration::from_secs(2);
+
+#[test]
+fn it_stops_at_once_when_nothing_is_to_be_done() {
+    let stage = Stage::new();
+    for name in ["TERM", "INT"] {
+        let mut watcher = stage.start();
+        watcher.wait_for_log("database connected");
+        let begun = std::time::Instant::now();
+        signal(watcher.pid(), name);
+        assert_eq!(watcher.wait().code(), Some(0));
+        assert!(begun.elapsed() < LIMIT, "{name}: {:?}", begun.elapsed());
+        assert_eq!(watcher.logged("stopped").len(), 1);
+        assert!(!stage.folder().join("data/watcher.sock").exists());
+    }
+}
+
+#[test]
+fn it_stops_in_time_with_postgres_down_and_much_pending_and_keeps_it_all() {
+    let server = Server::start();
+    let stage = Stage::with(Some(server.database.another()));
+    server.stop("fast");
+    let texts = stage.transcript("-home-me-app", 1).say_many("line", 20_000);
+    let watcher = stage.start();
+    wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 20_001);
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    assert_eq!(stage.run(&["queue-dump"]).lines().len(), 20_001);
+    server.start_again();
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+}
+
+#[test]
+fn it_stops_in_time_while_it_reads_and_delivers_and_goes_on_later() {
+    let stage = Stage::new();
+    let texts = stage.transcript("-home-me-app", 1).say_many("line", 30_000);
+    let watcher = stage.start();
+    wait_until("the first rows", SOON, || stage.database().count() > 100);
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    let before = stage.database().count();
+    assert!(before < 30_001, "it was to be stopped half-way");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+}
+
+#[test]
+fn it_stops_in_time_while_postgres_hangs() {
+    let server = Server::start();
+    let stage = Stage::with(Some(server.database.another()));
+    let watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    stage.wait_for_rows(2);
+    server.pause(true);
+    transcript.say("two");
+    wait_until("the line is queued", SOON, || watcher.health()["queue"]["pending"] == 1);
+    let (status, took) = watcher.stop();
+    server.pause(false);
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["one", "two"]);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let server = Server::start();
+    let mut stage = Stage::with(Some(server.database.another()));
+    stage.set("event_system.shutdown_timeout_seconds", "30");
+    let mut watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    stage.wait_for_rows(2);
+    signal(watcher.pid(), "TERM");
+    signal(watcher.pid(), "TERM");
+    let status = watcher.wait();
+    assert!(matches!(status.code(), Some(0 | 143)), "{status:?}");
+}

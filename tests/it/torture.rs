@@ -1,0 +1,76 @@
+//! Proofs that grow with their rounds: few here, hundreds under `scripts/torture.sh`.
+
+use std::time::Duration;
+
+use crate::stage::{Dice, SOON, Server, Stage, Writer, rounds, wait_until};
+
+#[test]
+fn every_turn_is_stored_once_and_in_order_though_the_watcher_is_killed_and_postgres_stopped() {
+    let rounds = rounds(6);
+    let mut dice = Dice::new("kills");
+    let server = Server::start();
+    let mut stage = Stage::with(Some(server.database.another()));
+    stage.set("file_watcher.polling_interval", "0.5");
+    let writer = Writer::start(stage.transcript("-home-me-app", 1), Duration::from_millis(2));
+    for round in 0..rounds {
+        let watcher = stage.start_with(&[]);
+        let moment = Duration::from_millis(20 + dice.below(400));
+        if round % 3 == 1 {
+            std::thread::sleep(moment / 2);
+            server.stop("immediate");
+            std::thread::sleep(moment / 2);
+            watcher.kill();
+            server.start_again();
+        } else if round % 3 == 2 {
+            std::thread::sleep(moment / 2);
+            server.kill();
+            server.start_again();
+            std::thread::sleep(moment / 2);
+            watcher.kill();
+        } else {
+            std::thread::sleep(moment);
+            watcher.kill();
+        }
+    }
+    let texts = writer.finish();
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+    assert_eq!(stage.database().value("SELECT count(*) FROM event_receipts"), (texts.len() + 1).to_string());
+}
+
+#[test]
+fn what_was_settled_is_durable_though_the_window_ended_in_a_duplicate_or_broke() {
+    // kill -9 of the postmaster right after the queue is empty: whatever left the queue must still be there.
+    let rounds = rounds(3);
+    let server = Server::start();
+    // A wide gap between commit and flush by itself makes what was not flushed explicitly vanish.
+    server.database.query("ALTER SYSTEM SET wal_writer_delay = '10s'");
+    server.database.query("ALTER SYSTEM SET wal_writer_flush_after = '1GB'");
+    server.stop("fast");
+    server.start_again();
+    let stage = Stage::with(Some(server.database.another()));
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let known = transcript.prompt("known");
+    transcript.append(known.clone() + "\n");
+    stage.run_until_idle();
+    let watcher = stage.start();
+    let mut texts = vec!["known".to_owned()];
+    for round in 0..rounds {
+        // The last line of the window was stored long ago.
+        let mut lines = String::new();
+        for number in 0..5 {
+            let text = format!("round {round} line {number}");
+            lines.push_str(&(transcript.prompt(&text) + "\n"));
+            texts.push(text);
+        }
+        transcript.append(lines + &known + "\n");
+        wait_until("the queue is empty", SOON, || {
+            let health = watcher.health();
+            health["queue"]["pending"] == 0 && health["writes"]["succeeded"].as_u64().unwrap() >= texts.len() as u64 - 1
+        });
+        server.kill();
+        server.start_again();
+        assert_eq!(stage.database().texts(), texts, "round {round}");
+        wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
+    }
+}
