@@ -4,9 +4,14 @@
 //! <path>/lock         held while open; says the process id of the holder
 //! <path>/CURRENT      "format 1\nsled-<n>\n": replaced by renaming, so it is always whole
 //! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
-//! <path>/DAMAGED      set when a running queue met pages it could not read: the next opening starts anew
+//! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
+//! <path>/DAMAGED      set when a running queue met damage: the next opening reads all, and starts anew if it can't
 //! <path>.damaged-<UTC time>/   a folder that could not be opened, kept as it was
 //! ```
+//!
+//! HIGHEST costs one small write and tells what nothing else can: that the log came back shorter than it was
+//! acknowledged to be (a disk that lies about syncing, a restored copy, a file cut by a repair of the file system).
+//! sled takes such a log for a whole one.
 //!
 //! sled's files never shrink. When the queue is empty and they are large, the writer makes generation n + 1,
 //! copies cursors, dead letters and counters, syncs it, renames CURRENT and removes generation n. Every step may be
@@ -16,7 +21,7 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::codec::{self, CodecError, Counters};
@@ -34,6 +39,9 @@ const DAMAGED_MARK: &str = "DAMAGED";
 /// Keys removed in one batch when left-overs of a crash are cleared.
 const CLEAR_KEYS_MAX: usize = 1024;
 
+/// Bytes copied in one batch from one generation to the next.
+const COPY_BYTES_MAX: usize = 1 << 20;
+
 /// Something opening had to put right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -48,6 +56,10 @@ pub enum Repair {
     GenerationRemoved { folder: PathBuf },
     /// CURRENT was missing or unreadable; the newest whole generation was taken.
     PointerRebuilt { generation: u64 },
+    /// A running queue had met damage, but all of it could be read now.
+    Reread,
+    /// The log is shorter than it was: what had been acknowledged from `from` to `to` is gone.
+    LogCut { from: u64, to: u64 },
     /// The counters could not be read and were counted anew.
     CountersRebuilt { cause: String },
     /// The queue could not be read: it was moved away and a new one was started.
@@ -57,7 +69,7 @@ pub enum Repair {
 impl Repair {
     /// Whether something may be missing now: somebody should look.
     pub fn is_loss(&self) -> bool {
-        matches!(self, Repair::QueueSetAside { .. } | Repair::CountersRebuilt { .. })
+        matches!(self, Repair::QueueSetAside { .. } | Repair::CountersRebuilt { .. } | Repair::LogCut { .. })
     }
 }
 
@@ -77,6 +89,12 @@ impl fmt::Display for Repair {
             Repair::PointerRebuilt { generation } => {
                 write!(f, "CURRENT was not readable, took generation {generation}")
             }
+            Repair::LogCut { from, to } => write!(
+                f,
+                "the disk lost what it had confirmed: events numbered {from} to {to}, unless delivered, are gone; \
+                 those from transcripts are read again"
+            ),
+            Repair::Reread => write!(f, "the queue had stopped at damage; everything in it was readable now"),
             Repair::CountersRebuilt { cause } => write!(f, "counted the queue anew: {cause}"),
             Repair::QueueSetAside { to, cause, salvaged } => write!(
                 f,
@@ -94,9 +112,42 @@ pub struct Lock {
     _file: File,
 }
 
+/// The file HIGHEST, open for writing.
+pub struct Mark {
+    file: File,
+    written: u64,
+}
+
+impl Mark {
+    fn open(path: &Path) -> io::Result<Mark> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path.join("HIGHEST"))?;
+        let mut text = Vec::new();
+        (&mut file).take(64).read_to_end(&mut text)?;
+        // What can't be read says nothing: it is a safeguard, not a record.
+        let written = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        Ok(Mark { file, written })
+    }
+
+    /// Notes that everything up to `highest` is durable.
+    pub fn raise(&mut self, highest: u64) -> io::Result<()> {
+        if highest > self.written {
+            self.file.write_all_at(format!("{highest:020}\n").as_bytes(), 0)?;
+            self.written = highest;
+        }
+        Ok(())
+    }
+}
+
 /// A queue's folder, opened.
 pub struct Opened {
     pub lock: Lock,
+    pub mark: Mark,
     pub store: Store,
     pub generation: u64,
     pub counters: Counters,
@@ -112,12 +163,19 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     let mut lock = take_lock(path)?;
     faults::reach("open-locked");
 
-    let attempt = if path.join(DAMAGED_MARK).exists() {
-        Err(Failed::Damaged("a page could not be read while the queue was running".into()))
-    } else {
-        open_current(path, &mut repairs)
-    };
-    let (store, generation, counters) = match attempt {
+    let marked = path.join(DAMAGED_MARK).exists();
+    let attempt = open_current(path, &mut repairs).and_then(|opened| {
+        if marked {
+            read_all(&opened.0).map_err(|error| match error {
+                StoreError::Corrupt(cause) => Failed::Damaged(cause),
+                error @ StoreError::Io(_) => Failed::Queue(storage(path, &error)),
+            })?;
+            fs::remove_file(path.join(DAMAGED_MARK)).map_err(|error| storage(path, &error))?;
+            repairs.push(Repair::Reread);
+        }
+        Ok(opened)
+    });
+    let (store, generation, mut counters) = match attempt {
         Ok(opened) => opened,
         Err(Failed::Queue(error)) => return Err(error),
         Err(Failed::Damaged(cause)) => {
@@ -125,14 +183,20 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
             make_folder(path).map_err(io)?;
             // The lock went away with the folder: whoever opens the new one must find it held.
             lock = take_lock(path)?;
-            let opened = create_generation(path, 1, unused_sequence())?;
+            let (store, counters) = create_generation(path, 1, unused_sequence())?;
+            let salvaged = salvage::run(&generation_folders(&to), &store, counters);
+            let (counters, salvaged) = salvaged.map_err(|error| storage(path, &error))?;
             write_pointer(path, 1).map_err(io)?;
-            let (counters, salvaged) =
-                salvage::events_of(&to, &opened.0, opened.1).map_err(|error| storage(path, &error))?;
             repairs.push(Repair::QueueSetAside { to, cause, salvaged });
-            (opened.0, 1, counters)
+            (store, 1, counters)
         }
     };
+    let mark = Mark::open(path).map_err(io)?;
+    if mark.written >= counters.next_sequence {
+        repairs.push(Repair::LogCut { from: counters.next_sequence, to: mark.written });
+        counters.next_sequence = mark.written + 1;
+        write_counters(&store, &counters).map_err(|error| storage(path, &error))?;
+    }
     remove_uncommitted(&store, counters.next_sequence, &mut repairs)
         // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
         .and_then(|()| store.sync())
@@ -140,7 +204,7 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     restrict(path);
     restrict(store.folder());
     faults::reach("open-recovered");
-    Ok(Opened { lock, store, generation, counters, repairs })
+    Ok(Opened { lock, mark, store, generation, counters, repairs })
 }
 
 /// Opens the folder to look at: nothing is created, removed or set aside, and no record is changed.
@@ -189,14 +253,46 @@ pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result
         let folder = generation_folder(path, number);
         fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder)?;
         let (store, _) = Store::open(&folder)?;
-        let mut changes = Changes::default();
-        changes.insert(&store::counters_key(), &codec::encode_counters(&counters).map_err(corrupt)?);
-        store.apply(changes)?;
+        write_counters(&store, &counters)?;
         store.sync()?;
         store.sync_folder()?;
         Ok(store)
     };
     create().map(|store| (store, counters)).map_err(|error| storage(path, &error))
+}
+
+/// Makes generation `number` with everything of `old` that is not a pending event, durable in itself.
+///
+/// The counters are written last: a generation that has them is whole.
+pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counters) -> Result<Store, StoreError> {
+    let folder = generation_folder(path, number);
+    remove_generation(path, number);
+    fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    let (new, _) = Store::open(&folder)?;
+    *new.hooks() = old.hooks().clone();
+    let mut changes = Changes::default();
+    for prefix in *b"ckdfx" {
+        for pair in old.range(store::prefix_range(prefix))? {
+            let (key, value) = pair?;
+            changes.insert(&key, &value);
+            if changes.bytes() > COPY_BYTES_MAX {
+                new.apply(std::mem::take(&mut changes))?;
+            }
+        }
+    }
+    new.apply(changes)?;
+    faults::reach("compact-copied");
+    write_counters(&new, counters)?;
+    new.sync()?;
+    new.sync_folder()?;
+    restrict(&folder);
+    faults::reach("compact-synced");
+    Ok(new)
+}
+
+/// Best effort: what stays is removed at the next opening.
+pub fn remove_generation(path: &Path, number: u64) {
+    let _ = fs::remove_dir_all(generation_folder(path, number));
 }
 
 /// Points CURRENT to generation `number`, durably; before the return the old one, after it the new one.
@@ -220,6 +316,12 @@ pub fn generation_folder(path: &Path, number: u64) -> PathBuf {
 pub fn read_counters(store: &Store) -> Result<Result<Counters, CodecError>, StoreError> {
     let record = store.get(&store::counters_key())?;
     Ok(record.map_or(Err(CodecError::Short(0)), |record| codec::decode_counters(&record)))
+}
+
+fn write_counters(store: &Store, counters: &Counters) -> Result<(), StoreError> {
+    let mut changes = Changes::default();
+    changes.insert(&store::counters_key(), &codec::encode_counters(counters).map_err(corrupt)?);
+    store.apply(changes)
 }
 
 pub fn storage(path: &Path, error: &dyn fmt::Display) -> QueueError {
@@ -303,7 +405,7 @@ fn is_unused(path: &Path, generation: u64) -> bool {
     if fs::metadata(folder.join("db")).map_or(0, |db| db.len()) <= 4096 {
         return true;
     }
-    Store::open(&folder).and_then(|(store, _)| Ok(store.last_key(vec![]..=vec![u8::MAX])?.is_none())).unwrap_or(false)
+    Store::open(&folder).and_then(|(store, _)| Ok(store.last_key(store::all_keys())?.is_none())).unwrap_or(false)
 }
 
 fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
@@ -325,12 +427,7 @@ fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> R
         Err(error) => {
             repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
             let counters = reader::recount(&store, unused_sequence()).map_err(failed)?;
-            let mut changes = Changes::default();
-            changes.insert(
-                &store::counters_key(),
-                &codec::encode_counters(&counters).map_err(|error| failed(corrupt(error)))?,
-            );
-            store.apply(changes).map_err(failed)?;
+            write_counters(&store, &counters).map_err(failed)?;
             counters
         }
     };
@@ -358,6 +455,11 @@ fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repai
         repairs.push(Repair::UncommittedRemoved { keys });
     }
     Ok(())
+}
+
+/// Reads every key and value there is.
+fn read_all(store: &Store) -> Result<(), StoreError> {
+    store.range(store::all_keys())?.try_for_each(|pair| pair.map(drop))
 }
 
 /// A number that no earlier queue can have reached: the clock in microseconds runs ahead of any counting by ones.
@@ -445,6 +547,12 @@ fn generations(path: &Path) -> io::Result<Vec<u64>> {
     }
     found.sort_unstable();
     Ok(found)
+}
+
+/// The folders of the generations at `path`, the newest first.
+fn generation_folders(path: &Path) -> Vec<PathBuf> {
+    let found = generations(path).unwrap_or_default();
+    found.into_iter().rev().map(|number| generation_folder(path, number)).collect()
 }
 
 fn generation_number(name: &str) -> Option<u64> {

@@ -249,7 +249,8 @@ impl Queue {
             newest: watch::Sender::new(newest),
             failed: watch::Sender::new(None),
         });
-        let writer = writer::Writer::new(Arc::clone(&shared), store, opened.lock, opened.generation, counters);
+        let writer =
+            writer::Writer::new(Arc::clone(&shared), store, opened.lock, opened.mark, opened.generation, counters);
         let thread = std::thread::Builder::new()
             .name("queue-writer".into())
             .spawn(move || writer.run())
@@ -343,7 +344,8 @@ impl Queue {
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        shared.reading(reader::dead_letters(&*shared.store()?, first, limit))
+        let (store, durable) = (shared.store()?, shared.state().durable);
+        shared.reading(reader::dead_letters(&store, first, durable, limit))
     }
 
     pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {
@@ -467,8 +469,10 @@ impl Shared {
 
     /// The current generation, for reading.
     fn store(&self) -> Result<Arc<Store>, QueueError> {
-        let store = self.store.read().unwrap_or_else(PoisonError::into_inner).clone();
-        store.ok_or_else(|| self.state().failure.clone().unwrap_or(QueueError::Closed))
+        if let Some(failure) = self.state().failure.clone() {
+            return Err(failure);
+        }
+        self.store.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(QueueError::Closed)
     }
 
     /// A failed read ends the queue as a failed write does.
@@ -568,7 +572,7 @@ impl Inspector {
     /// As [`Queue::dead_letters`].
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        self.reading(reader::dead_letters(&self.store, first, limit))
+        self.reading(reader::dead_letters(&self.store, first, self.last, limit))
     }
 
     pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {

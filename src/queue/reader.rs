@@ -67,14 +67,14 @@ pub fn event_record(
     Ok(codec::decode_event(&record))
 }
 
-/// Dead letters from `first` on, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
-pub fn dead_letters(store: &Store, first: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
+/// Dead letters from `first` to `last`, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
+pub fn dead_letters(store: &Store, first: u64, last: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
     let mut letters = Vec::new();
-    if limit == 0 {
+    if first > last || limit == 0 {
         return Ok(letters);
     }
     let mut bytes = 0;
-    for pair in store.range(store::sequence_range(b'd', first, u64::MAX))? {
+    for pair in store.range(store::sequence_range(b'd', first, last))? {
         let (key, record) = pair?;
         let Some(sequence) = key_sequence(&key) else { continue };
         let head = store.get(&content_key(sequence.get()))?;

@@ -1,11 +1,196 @@
-//! What can still be had from a queue that can't be opened.
+//! What can still be had from a queue that had to be set aside.
+//!
+//! If sled still opens it, everything that can be read is taken: events, then dead letters. If it does not, the log
+//! itself is searched for records of events: a record in one chunk stands in it as one piece, and its checksum tells it
+//! from anything else. The log also holds events that were delivered long ago; delivering them again stores nothing.
+//! Cursors are never taken: something may be missing, so the transcripts are read again from their beginning.
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
-use super::codec::Counters;
-use super::store::{Store, StoreError};
+use super::codec::{self, Counters, HEADER_BYTES, Kind, StoredEvent};
+use super::folder::corrupt;
+use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
+use super::{folder, reader};
 
-/// Appends the events that can be found in the damaged queue at `from` to `store`; gives the counters after that.
-pub fn events_of(_from: &Path, _store: &Store, counters: Counters) -> Result<(Counters, u64), StoreError> {
-    Ok((counters, 0))
+/// How many numbers are tried beyond one that could not be read. A page holds about 16.
+const SKIP_MAX: u64 = 4096;
+
+/// Events a search of the log keeps track of.
+const FOUND_MAX: usize = 1_000_000;
+
+const READ_BYTES: usize = 1 << 20;
+const APPLY_BYTES: usize = 1 << 20;
+
+/// Appends what can be found in `generations`, the newest first, to the fresh `store`; says how many events it was.
+pub fn run(generations: &[PathBuf], store: &Store, counters: Counters) -> Result<(Counters, u64), StoreError> {
+    let mut salvage = Salvage { store, counters, changes: Changes::default(), events: 0 };
+    for folder in generations {
+        match Store::open(folder) {
+            Ok((old, _)) => salvage.copy(&old)?,
+            Err(_) => salvage.search(&folder.join("db"))?,
+        }
+        if salvage.events > 0 {
+            // An older one is a left-over of the newer one's making.
+            break;
+        }
+    }
+    salvage.apply()?;
+    Ok((salvage.counters, salvage.events))
+}
+
+struct Salvage<'a> {
+    store: &'a Store,
+    counters: Counters,
+    changes: Changes,
+    events: u64,
+}
+
+impl Salvage<'_> {
+    /// Takes all that `old` can still read, in its order.
+    fn copy(&mut self, old: &Store) -> Result<(), StoreError> {
+        let end = match folder::read_counters(old) {
+            Ok(Ok(counters)) => counters.next_sequence,
+            _ => u64::MAX,
+        };
+        let mut from = 1;
+        while let Some((sequence, head)) = next_readable(old, b'e', from, end) {
+            from = sequence + 1;
+            let Some(number) = crate::event::Sequence::new(sequence) else { continue };
+            if let Ok(Ok(stored)) = reader::event_record(old, number, &head) {
+                self.add(&stored)?;
+            }
+        }
+        let mut from = 1;
+        while let Some((sequence, letter)) = next_readable(old, b'd', from, end) {
+            from = sequence + 1;
+            let Ok(Some(head)) = old.get(&store::content_key(sequence)) else { continue };
+            if let Ok(content) = old.record(&head, |index| store::chunk_key(sequence, index)) {
+                self.add_letter(&letter, &content)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the events whose records stand in the file at `log` in one piece, in the order of their capture.
+    fn search(&mut self, log: &Path) -> Result<(), StoreError> {
+        let file = match File::open(log) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        let mut found = Vec::new();
+        search_records(&file, |offset, record| {
+            if let Ok(stored) = codec::decode_event(record) {
+                let times = (stored.captured_at, stored.event.timestamp());
+                found.push((times, offset, record.len(), stored.event.id()));
+            }
+            found.len() < FOUND_MAX
+        })?;
+        found.sort_unstable_by_key(|&(times, offset, ..)| (times, offset));
+        let mut seen = HashSet::new();
+        for (_, offset, length, id) in found {
+            if !seen.insert(id) {
+                continue;
+            }
+            let mut record = vec![0; length];
+            file.read_exact_at(&mut record, offset)?;
+            if let Ok(stored) = codec::decode_event(&record) {
+                self.add(&stored)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, stored: &StoredEvent) -> Result<(), StoreError> {
+        let record = codec::encode_event(&stored.event, stored.captured_at, stored.attempts).map_err(corrupt)?;
+        let sequence = self.counters.next_sequence;
+        self.put(&store::event_key(sequence), sequence, &record)?;
+        self.counters.pending += 1;
+        self.counters.pending_bytes += record.len() as u64;
+        self.counters.next_sequence += 1;
+        self.events += 1;
+        Ok(())
+    }
+
+    fn add_letter(&mut self, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
+        let sequence = self.counters.next_sequence;
+        self.put(&store::content_key(sequence), sequence, content)?;
+        self.changes.insert(&store::letter_key(sequence), letter);
+        self.counters.dead_letters += 1;
+        self.counters.dead_letter_bytes += content.len() as u64;
+        self.counters.next_sequence += 1;
+        Ok(())
+    }
+
+    fn put(&mut self, head_key: &[u8], sequence: u64, record: &[u8]) -> Result<(), StoreError> {
+        for (index, chunk) in (0..).zip(record.chunks(CHUNK_BYTES)) {
+            if self.changes.bytes() > APPLY_BYTES {
+                self.apply()?;
+            }
+            match index {
+                0 => self.changes.insert(head_key, chunk),
+                _ => self.changes.insert(&store::chunk_key(sequence, index), chunk),
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self) -> Result<(), StoreError> {
+        let counters = codec::encode_counters(&self.counters).map_err(corrupt)?;
+        self.changes.insert(&store::counters_key(), &counters);
+        self.store.apply(std::mem::take(&mut self.changes))
+    }
+}
+
+/// The first key of the kind `prefix` at `from` or after, below `end`, whose page can be read.
+fn next_readable(store: &Store, prefix: u8, from: u64, end: u64) -> Option<(u64, Vec<u8>)> {
+    for start in from..end.min(from.saturating_add(SKIP_MAX)) {
+        let Ok(mut range) = store.range(store::sequence_range(prefix, start, end - 1)) else { continue };
+        match range.next() {
+            Some(Ok((key, value))) => return Some((store::key_sequence(&key)?.get(), value.to_vec())),
+            Some(Err(_)) => {}
+            None => return None,
+        }
+    }
+    None
+}
+
+/// Gives `visit` every record of an event that stands in `file` in one piece, until it has enough.
+fn search_records(file: &File, mut visit: impl FnMut(u64, &[u8]) -> bool) -> io::Result<()> {
+    let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + CHUNK_BYTES);
+    let mut offset = 0;
+    loop {
+        let read = file.take(READ_BYTES as u64).read_to_end(&mut buffer)?;
+        // While there is more to come the last chunk's length stays, for records that go on in what comes.
+        let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(CHUNK_BYTES) };
+        let mut at = 0;
+        while at < searched {
+            let here = buffer.get(at..).unwrap_or_default();
+            let record = here
+                .starts_with(&[codec::VERSION, Kind::Event as u8])
+                .then(|| codec::record_bytes(here).ok())
+                .flatten()
+                .filter(|length| (HEADER_BYTES..=CHUNK_BYTES).contains(length))
+                .and_then(|length| here.get(..length))
+                .filter(|record| codec::decode_event(record).is_ok());
+            match record {
+                Some(record) => {
+                    if !visit(offset + at as u64, record) {
+                        return Ok(());
+                    }
+                    at += record.len();
+                }
+                None => at += 1,
+            }
+        }
+        let done = at.min(buffer.len());
+        buffer.drain(..done);
+        offset += done as u64;
+        if read == 0 {
+            return Ok(());
+        }
+    }
 }

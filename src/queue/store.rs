@@ -37,7 +37,7 @@ use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sled::IVec;
@@ -134,12 +134,11 @@ pub struct Store {
     unsynced: AtomicBool,
     /// Remove the folder once the last reader has let go.
     retired: AtomicBool,
-    syncs: AtomicU64,
     hooks: Mutex<Hooks>,
 }
 
 /// What tests put between the store and the disk.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Hooks {
     /// Called before each sync; an error is that of the sync.
     #[cfg(test)]
@@ -171,7 +170,6 @@ impl Store {
             folder: folder.to_owned(),
             unsynced: AtomicBool::new(true),
             retired: AtomicBool::new(false),
-            syncs: AtomicU64::new(0),
             hooks: Mutex::default(),
         };
         Ok((store, repairs))
@@ -211,18 +209,12 @@ impl Store {
             before_sync()?;
         }
         self.file.sync_data()?;
-        self.syncs.fetch_add(1, Ordering::Relaxed);
         self.unsynced.store(false, Ordering::Release);
         Ok(())
     }
 
     pub fn is_unsynced(&self) -> bool {
         self.unsynced.load(Ordering::Acquire)
-    }
-
-    /// How often the disk was waited for.
-    pub fn syncs(&self) -> u64 {
-        self.syncs.load(Ordering::Relaxed)
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
@@ -269,6 +261,7 @@ impl Store {
         self.retired.store(true, Ordering::Release);
     }
 
+    /// What stands between store and disk; a generation hands it to the next.
     pub fn hooks(&self) -> std::sync::MutexGuard<'_, Hooks> {
         self.hooks.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -349,6 +342,11 @@ pub fn sequence_range(prefix: u8, first: u64, last: u64) -> RangeInclusive<Vec<u
     let mut end = sequence_key(prefix, last);
     end.extend_from_slice(&[u8::MAX; 4]);
     sequence_key(prefix, first)..=end
+}
+
+/// All keys there are.
+pub fn all_keys() -> RangeInclusive<Vec<u8>> {
+    vec![]..=vec![u8::MAX; 2]
 }
 
 /// All keys of the kind `prefix`.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
@@ -11,6 +12,10 @@ use crate::event::{
 };
 
 mod basics;
+mod damage;
+mod durability;
+mod kill;
+mod model;
 
 /// A queue in a folder of its own, removed at the end.
 struct Fixture {
@@ -33,6 +38,19 @@ impl Fixture {
         let (queue, recovery) = Queue::open(&self.config).unwrap();
         assert_eq!(recovery.repairs, []);
         queue
+    }
+
+    /// Counts every sync and passes it on to `sync` first.
+    fn on_sync(queue: &Queue, sync: impl Fn() -> std::io::Result<()> + Send + Sync + 'static) -> Arc<AtomicU64> {
+        let count = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&count);
+        let hook = move || {
+            sync()?;
+            counted.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        queue.handle.shared.store().unwrap().hooks().before_sync = Some(Arc::new(hook));
+        count
     }
 
     /// The sled folder of the current generation.
@@ -97,5 +115,18 @@ fn everything(queue: &Queue) -> Vec<Envelope> {
             return all;
         }
         all.extend(page);
+    }
+}
+
+fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
+    numbers.into_iter().map(|number| (sequence(number), Outcome::Delivered)).collect()
+}
+
+/// Waits until `condition` holds; panics after 20 s.
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not happen in time");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

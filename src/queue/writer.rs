@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::codec::{self, Content, Counters, Letter};
 use super::faults;
-use super::folder::{Lock, corrupt};
+use super::folder::{self, Lock, Mark, corrupt};
 use super::reader;
 use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError, chunk_count};
 use super::submission::{EncodedBatch, EncodedCursor, Refusals, Reply, Work};
@@ -24,6 +24,12 @@ const STAGE_BYTES_MAX: usize = 1 << 20;
 /// so that they share its sync; short enough that an append after a pause does not have to sync them first.
 const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
 
+/// Size of the files above which an empty queue moves on to fresh ones.
+const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
+
+/// Pause after a generation that could not be made.
+const COMPACT_AGAIN_AFTER: Duration = Duration::from_secs(60);
+
 /// How long closing waits for readers to let go.
 const READERS_WAIT: Duration = Duration::from_secs(2);
 
@@ -31,6 +37,7 @@ pub struct Writer {
     shared: Arc<Shared>,
     store: Arc<Store>,
     lock: Lock,
+    mark: Mark,
     generation: u64,
     /// As staged: what the commit that comes next will say.
     counters: Counters,
@@ -41,6 +48,7 @@ pub struct Writer {
     counters_changed: bool,
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
+    compact_not_before: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -92,23 +100,33 @@ impl Answer {
 }
 
 impl Writer {
-    pub fn new(shared: Arc<Shared>, store: Arc<Store>, lock: Lock, generation: u64, counters: Counters) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        store: Arc<Store>,
+        lock: Lock,
+        mark: Mark,
+        generation: u64,
+        counters: Counters,
+    ) -> Self {
         Writer {
             shared,
             store,
             lock,
+            mark,
             generation,
             counters,
             stage: Stage::default(),
             newest_event: None,
             counters_changed: false,
             room_wanted: None,
+            compact_not_before: None,
         }
     }
 
     /// Works until it is told to close or the storage fails.
     pub fn run(mut self) {
-        let mut lazy_since: Option<Instant> = None;
+        // A queue that was left empty and large has its idle moment now.
+        let mut lazy_since = self.is_worth_compacting().then(Instant::now);
         loop {
             let patience = lazy_since.map(|since| LAZY_SYNC_AFTER.saturating_sub(since.elapsed()));
             let Some(works) = self.shared.inbox.take(patience) else {
@@ -192,12 +210,55 @@ impl Writer {
         if round.needs_sync || idle || round.close.is_some() {
             self.store.sync()?;
             faults::reach("append-synced");
-            self.publish_synced();
+            self.publish_synced()?;
         }
         for answer in round.after_sync.drain(..) {
             answer.give();
         }
+        if !round.compact.is_empty() || (idle && self.is_worth_compacting()) {
+            let done = self.compact()?;
+            for reply in round.compact.drain(..) {
+                let _ = reply.send(Ok(done));
+            }
+        }
         Ok(())
+    }
+
+    fn is_worth_compacting(&self) -> bool {
+        let live_bytes_max = self.counters.dead_letter_bytes.saturating_mul(4);
+        self.counters.pending == 0
+            && self.store.disk_bytes() > COMPACT_ABOVE_BYTES.saturating_add(live_bytes_max)
+            && self.compact_not_before.is_none_or(|then| then <= Instant::now())
+    }
+
+    /// Moves on to a fresh generation if nothing is pending; says whether it did. `folder` says what is safe when.
+    fn compact(&mut self) -> Result<bool, StoreError> {
+        if self.counters.pending > 0 {
+            return Ok(false);
+        }
+        self.store.sync()?;
+        let next = self.generation + 1;
+        let new = match folder::copy_generation(&self.shared.path, &self.store, next, &self.counters) {
+            Ok(new) => Arc::new(new),
+            Err(error) => {
+                // Nothing has happened yet: the large files can go on serving, and say so by their size.
+                tracing::warn!(%error, "could not start a fresh generation of the queue, keeping the old one");
+                folder::remove_generation(&self.shared.path, next);
+                self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
+                return Ok(false);
+            }
+        };
+        folder::write_pointer(&self.shared.path, next)?;
+        faults::reach("compact-pointer-renamed");
+        let old = std::mem::replace(&mut self.store, Arc::clone(&new));
+        *self.shared.store.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
+        faults::reach("compact-switched");
+        self.generation = next;
+        old.retire();
+        drop(old);
+        faults::reach("compact-removed");
+        self.publish_synced()?;
+        Ok(true)
     }
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
@@ -483,7 +544,8 @@ impl Writer {
     }
 
     /// Tells what is durable by now.
-    fn publish_synced(&mut self) {
+    fn publish_synced(&mut self) -> Result<(), StoreError> {
+        self.mark.raise(self.counters.next_sequence - 1)?;
         let disk_bytes = self.store.disk_bytes();
         let mut state = self.shared.state();
         state.durable = self.counters.next_sequence - 1;
@@ -492,6 +554,7 @@ impl Writer {
         if let Some(newest) = self.newest_event.take() {
             self.shared.newest.send_replace(Some(newest));
         }
+        Ok(())
     }
 
     /// Lets go of files and lock, and refuses whatever still comes.

@@ -1,0 +1,240 @@
+//! Opening what a crash, a bad disk or a newer program has left.
+
+use std::fs;
+
+use super::*;
+use crate::queue::codec::Counters;
+use crate::queue::store::Changes;
+
+/// Changes the store of a closed queue behind its back.
+fn tamper(fixture: &Fixture, change: impl FnOnce(&Store, &mut Changes)) {
+    let (store, _) = Store::open(&fixture.generation()).unwrap();
+    let mut changes = Changes::default();
+    change(&store, &mut changes);
+    store.apply(changes).unwrap();
+    store.sync().unwrap();
+}
+
+fn filled(fixture: &Fixture) {
+    let queue = fixture.open();
+    let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
+    queue.append(Batch { cursors, rejections: vec![rejection(b"?")], ..batch(0..10) }).unwrap();
+    queue.close().unwrap();
+}
+
+#[test]
+fn an_unreadable_record_becomes_a_dead_letter_and_stops_nothing() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(Batch { events: vec![event(10, 20_000)], ..batch(0..4) }).unwrap();
+    queue.append(Batch { events: vec![event(10, 20_000)], ..Batch::default() }).unwrap();
+    queue.append(batch(5..7)).unwrap();
+    queue.close().unwrap();
+    let mut broken = Vec::new();
+    tamper(&fixture, |store, changes| {
+        let mut head = store.get(&store::event_key(1)).unwrap().unwrap().to_vec();
+        *head.last_mut().unwrap() ^= 1;
+        broken = head.clone();
+        changes.insert(&store::event_key(1), &head);
+        changes.remove(&store::chunk_key(2, 3));
+        let mut newer = store.get(&store::event_key(3)).unwrap().unwrap().to_vec();
+        newer[0] = codec::VERSION + 1;
+        changes.insert(&store::event_key(3), &newer);
+    });
+    let queue = fixture.open();
+    let bytes = queue.stats().pending_bytes;
+    assert_eq!(numbers(&queue.window(None, 2, u64::MAX).unwrap()), [4], "goes on at once");
+    let letters = queue.dead_letters(None, 10).unwrap();
+    let shown: Vec<_> = letters.iter().map(|letter| (letter.sequence.get(), letter.failure.kind)).collect();
+    assert_eq!(shown, [(1, FailureKind::Damaged), (2, FailureKind::Damaged), (3, FailureKind::Damaged)]);
+    assert!(matches!(&letters[0].content, DeadContent::Input(input) if input.bytes.starts_with(&broken)));
+    assert!(letters[0].failure.message.contains("checksum"));
+    assert!(letters[2].failure.message.contains("version 2"));
+    assert_eq!(queue.retry_dead_letter(sequence(1)).unwrap(), RetryOutcome::NotAnEvent);
+    let stats = queue.stats();
+    assert_eq!((stats.pending, stats.dead_letters), (1, 3));
+    assert!(stats.pending_bytes < bytes);
+    for number in 1..=3 {
+        assert!(queue.drop_dead_letter(sequence(number)).unwrap());
+    }
+    queue.settle(delivered([4])).unwrap();
+    assert_eq!(queue.stats().pending_bytes, 0);
+}
+
+#[test]
+fn an_unfinished_snapshot_is_removed() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    let unfinished = fixture.generation().join("snap.00000000000FFFFF.generating");
+    fs::write(&unfinished, b"half").unwrap();
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(recovery.repairs, [Repair::UnfinishedSnapshotRemoved { file: unfinished.clone() }]);
+    assert!(!unfinished.exists());
+    assert_eq!(everything(&queue).len(), 10);
+}
+
+#[test]
+fn a_broken_snapshot_is_set_aside_and_the_log_read_instead() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    fixture.open().close().unwrap();
+    let snapshots: Vec<_> = fs::read_dir(fixture.generation())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("snap."))
+        .collect();
+    assert!(!snapshots.is_empty());
+    for snapshot in snapshots {
+        fs::write(snapshot, b"nonsense of some length").unwrap();
+    }
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert!(matches!(recovery.repairs[..], [Repair::SnapshotsSetAside { .. }]), "{:?}", recovery.repairs);
+    assert_eq!(everything(&queue).len(), 10);
+    assert_eq!(queue.dead_letters(None, 10).unwrap().len(), 1);
+}
+
+#[test]
+fn a_queue_that_cannot_be_opened_is_kept_and_salvaged() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    fs::write(fixture.generation().join("conf"), b"segment_size: banana\nno version here, nor a checksum").unwrap();
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    let [Repair::QueueSetAside { to, salvaged, .. }] = &recovery.repairs[..] else { panic!("{:?}", recovery.repairs) };
+    assert!(recovery.repairs[0].is_loss());
+    assert!(to.to_str().unwrap().contains("queue.damaged-2"), "{to:?}");
+    assert!(to.join("sled-1/db").exists());
+    assert_eq!(*salvaged, 10);
+    let found: Vec<_> = everything(&queue).into_iter().map(|envelope| envelope.event).collect();
+    assert_eq!(found, (0..10).map(|number| event(number, 900)).collect::<Vec<_>>());
+    assert_eq!(queue.cursors().unwrap(), [], "everything is to be read again");
+    let first = queue.append(batch(10..11)).unwrap().sequences[0];
+    assert!(first.get() > 1_000_000, "no number is used twice");
+    assert!(matches!(Queue::open(&fixture.config), Err(QueueError::InUse { .. })), "the new folder is locked");
+    queue.close().unwrap();
+    assert_eq!(fixture.open().stats().pending, 11);
+}
+
+#[test]
+fn a_log_full_of_zeros_does_not_stop_the_start() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    let db = fixture.generation().join("db");
+    let length = fs::metadata(&db).unwrap().len();
+    for entry in fs::read_dir(fixture.generation()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() && path.file_name().unwrap() != "conf" {
+            fs::write(&path, vec![0; usize::try_from(length).unwrap()]).unwrap();
+        }
+    }
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert!(recovery.repairs.iter().any(Repair::is_loss), "{:?}", recovery.repairs);
+    queue.append(batch(0..1)).unwrap();
+}
+
+#[test]
+fn a_cut_log_is_noticed_or_nothing_is_missing() {
+    for keep in [0, 1, 19, 100, 5_000, 20_000, 60_000] {
+        let fixture = Fixture::new();
+        filled(&fixture);
+        let db = fs::OpenOptions::new().write(true).open(fixture.generation().join("db")).unwrap();
+        db.set_len(keep).unwrap();
+        let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+        let complete = everything(&queue).len() == 10 && queue.cursors().unwrap().len() == 1;
+        assert_ne!(queue.append(batch(0..1)).unwrap().sequences, [sequence(1)], "cut to {keep}");
+        let noticed = recovery.repairs.iter().any(Repair::is_loss);
+        assert!(complete || noticed, "cut to {keep}: {:?}, {:?}", queue.stats(), recovery.repairs);
+    }
+}
+
+#[test]
+fn counters_that_cannot_be_read_are_counted_anew() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    tamper(&fixture, |_, changes| changes.insert(&store::counters_key(), b"\x01nonsense"));
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert!(matches!(recovery.repairs[..], [Repair::CountersRebuilt { .. }]), "{:?}", recovery.repairs);
+    assert_eq!((recovery.pending, recovery.dead_letters), (10, 1));
+    assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 1_000_000);
+    queue.close().unwrap();
+    assert_eq!(fixture.open().stats().pending, 11);
+}
+
+#[test]
+fn a_newer_queue_is_refused_and_left_alone() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    let mut counters = codec::encode_counters(&Counters::new(1)).unwrap();
+    counters[0] = codec::VERSION + 1;
+    tamper(&fixture, |_, changes| changes.insert(&store::counters_key(), &counters));
+    let error = Queue::open(&fixture.config).unwrap_err();
+    assert!(matches!(error, QueueError::TooNew { found: 2, supported: 1, .. }), "{error}");
+    let current = fixture.config.path.join("CURRENT");
+    fs::write(&current, "format 9\nsomething else\n").unwrap();
+    assert!(matches!(Queue::open(&fixture.config), Err(QueueError::TooNew { found: 9, .. })));
+    assert!(matches!(Queue::inspect(&fixture.config), Err(QueueError::TooNew { found: 9, .. })));
+    assert_eq!(fs::read_dir(fixture.config.path.parent().unwrap()).unwrap().count(), 1, "nothing was moved");
+}
+
+#[test]
+fn what_was_never_committed_is_removed_and_not_shown() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    tamper(&fixture, |store, changes| {
+        let head = store.get(&store::event_key(1)).unwrap().unwrap();
+        changes.insert(&store::event_key(12), &head);
+        changes.insert(&store::event_key(13), &head);
+        for index in 1..3000 {
+            changes.insert(&store::chunk_key(13, index), b"part");
+        }
+        changes.insert(&store::letter_key(14), &head);
+        changes.insert(&store::content_key(14), &head);
+    });
+    let inspector = Queue::inspect(&fixture.config).unwrap();
+    assert_eq!(inspector.page(None, 100).unwrap().len(), 10);
+    assert_eq!(inspector.dead_letters(None, 100).unwrap().len(), 1);
+    drop(inspector);
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(recovery.repairs, [Repair::UncommittedRemoved { keys: 3003 }]);
+    assert_eq!((everything(&queue).len(), queue.stats().pending), (10, 10));
+    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(12)]);
+}
+
+#[test]
+fn a_lost_or_unreadable_pointer_is_rebuilt() {
+    for pointer in [None, Some("nonsense"), Some("format 1\nsled-7\n"), Some("")] {
+        let fixture = Fixture::new();
+        filled(&fixture);
+        let current = fixture.config.path.join("CURRENT");
+        match pointer {
+            None => fs::remove_file(&current).unwrap(),
+            Some(text) => fs::write(&current, text).unwrap(),
+        }
+        let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+        assert_eq!(recovery.repairs, [Repair::PointerRebuilt { generation: 1 }], "{pointer:?}");
+        assert_eq!(everything(&queue).len(), 10);
+    }
+}
+
+#[test]
+fn a_mark_of_damage_leads_to_a_check_and_goes_when_all_is_well() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    folder::mark_damaged(&fixture.config.path);
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(recovery.repairs, [Repair::Reread]);
+    assert_eq!(everything(&queue).len(), 10);
+    queue.close().unwrap();
+    fixture.open();
+}
+
+#[test]
+fn others_cannot_read_the_queue() {
+    use std::os::unix::fs::PermissionsExt;
+    let fixture = Fixture::new();
+    filled(&fixture);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&fixture.config.path), 0o700);
+    for file in ["lock", "CURRENT", "sled-1/db", "sled-1/conf"] {
+        assert_eq!(mode(&fixture.config.path.join(file)), 0o600, "{file}");
+    }
+}

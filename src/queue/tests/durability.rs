@@ -1,0 +1,220 @@
+//! What is synced when, who waits for it, and what happens when it fails.
+
+use std::io;
+use std::sync::mpsc;
+
+use super::*;
+
+/// A sync that waits for a permit each time; the other end says that one has begun.
+fn gated(queue: &Queue) -> (mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let (begun, begins) = mpsc::channel();
+    let (permit, permits) = mpsc::channel();
+    let permits = Mutex::new(permits);
+    Fixture::on_sync(queue, move || {
+        let _ = begun.send(());
+        // With the sender gone every sync passes.
+        let _ = permits.lock().unwrap().recv();
+        Ok(())
+    });
+    (begins, permit)
+}
+
+#[test]
+fn window_never_returns_what_has_not_been_synced() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..1)).unwrap();
+    let newest = queue.subscribe();
+    let (begins, permit) = gated(&queue);
+    let ticket = queue.submit(batch(1..3));
+    begins.recv().unwrap();
+    assert_eq!(numbers(&queue.window(None, 10, u64::MAX).unwrap()), [1]);
+    assert_eq!(numbers(&queue.page(None, 10).unwrap()), [1]);
+    assert_eq!(*newest.borrow(), Some(sequence(1)));
+    permit.send(()).unwrap();
+    assert_eq!(ticket.wait().unwrap().sequences.len(), 2);
+    assert_eq!(numbers(&queue.window(None, 10, u64::MAX).unwrap()), [1, 2, 3]);
+    assert_eq!(*newest.borrow(), Some(sequence(3)));
+}
+
+#[test]
+fn an_append_is_acknowledged_only_after_its_sync() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let (begins, permit) = gated(&queue);
+    let mut ticket = queue.submit(batch(0..1));
+    begins.recv().unwrap();
+    let waker = std::task::Waker::noop();
+    let poll = std::pin::Pin::new(&mut ticket).poll(&mut std::task::Context::from_waker(waker));
+    assert!(poll.is_pending());
+    permit.send(()).unwrap();
+    ticket.wait().unwrap();
+}
+
+#[test]
+fn settlements_and_cursors_do_not_wait_for_a_sync_of_their_own() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..10)).unwrap();
+    let (begins, permit) = gated(&queue);
+    queue.settle(delivered(1..=5)).unwrap();
+    assert_eq!(queue.stats().pending, 5);
+    begins.recv().unwrap();
+    permit.send(()).unwrap();
+    let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(1)))];
+    queue.append(Batch { cursors, ..Batch::default() }).unwrap();
+    begins.recv().unwrap();
+    drop(permit);
+}
+
+#[test]
+fn what_is_left_unsynced_is_synced_when_idle() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..10)).unwrap();
+    let syncs = Fixture::on_sync(&queue, || Ok(()));
+    queue.settle(delivered(1..=5)).unwrap();
+    eventually("a sync", || syncs.load(Ordering::SeqCst) == 1);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(syncs.load(Ordering::SeqCst), 1, "an idle queue leaves the disk alone");
+}
+
+#[test]
+fn appends_that_come_at_once_share_their_syncs() {
+    const THREADS: u64 = 8;
+    const APPENDS: u64 = 25;
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let syncs = Fixture::on_sync(&queue, || {
+        std::thread::sleep(Duration::from_millis(2));
+        Ok(())
+    });
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let queue = queue.clone();
+            scope.spawn(move || {
+                for number in 0..APPENDS {
+                    queue.append(batch(thread * 1000 + number..thread * 1000 + number + 1)).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(queue.stats().pending, THREADS * APPENDS);
+    let syncs = syncs.load(Ordering::SeqCst);
+    assert!(syncs <= THREADS * APPENDS / 3, "{syncs} syncs for {} appends", THREADS * APPENDS);
+}
+
+#[test]
+fn a_lone_append_costs_one_sync() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let syncs = Fixture::on_sync(&queue, || Ok(()));
+    for number in 0..10 {
+        let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(number)))];
+        queue.append(Batch { cursors, ..batch(number..number + 1) }).unwrap();
+    }
+    assert_eq!(syncs.load(Ordering::SeqCst), 10);
+}
+
+#[test]
+fn a_failed_sync_ends_the_queue_and_acknowledges_nothing() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..1)).unwrap();
+    let failed = queue.failed();
+    assert_eq!(*failed.borrow(), None);
+    Fixture::on_sync(&queue, || Err(io::Error::other("no space left on device")));
+    let tickets = [queue.submit(batch(1..2)), queue.submit(batch(2..3))];
+    for ticket in tickets {
+        let error = ticket.wait().unwrap_err();
+        assert!(matches!(&error, QueueError::Storage { cause, .. } if cause.contains("no space")), "{error}");
+    }
+    assert!(failed.borrow().as_ref().unwrap().contains("no space"));
+    assert!(matches!(queue.append(batch(3..4)), Err(QueueError::Storage { .. })));
+    assert!(matches!(queue.settle(delivered([1])), Err(QueueError::Storage { .. })));
+    assert!(matches!(queue.window(None, 10, 10), Err(QueueError::Storage { .. })));
+    assert!(queue.wait_for_room(Instant::now() + Duration::from_secs(20)));
+    assert!(matches!(queue.close(), Err(QueueError::Storage { .. })));
+
+    let queue = fixture.open();
+    assert_eq!(numbers(&everything(&queue)).first(), Some(&1), "what was acknowledged is there");
+}
+
+#[test]
+fn closing_takes_in_what_was_submitted_before() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let tickets: Vec<_> = (0..20).map(|number| queue.submit(batch(number..number + 1))).collect();
+    queue.close().unwrap();
+    for ticket in tickets {
+        ticket.wait().unwrap();
+    }
+    queue.close().unwrap();
+    assert_eq!(fixture.open().stats().pending, 20);
+}
+
+#[test]
+fn submitters_are_held_back_while_too_much_waits() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let (begins, permit) = gated(&queue);
+    let first = queue.submit(batch(0..1));
+    begins.recv().unwrap();
+    let submitted = Arc::new(AtomicU64::new(0));
+    let flood = {
+        let (queue, submitted) = (queue.clone(), Arc::clone(&submitted));
+        std::thread::spawn(move || {
+            for number in 0..12 {
+                drop(queue.submit(Batch { events: vec![event(number, 4 << 20)], ..Batch::default() }));
+                submitted.fetch_add(1, Ordering::SeqCst);
+            }
+        })
+    };
+    eventually("the first submissions", || submitted.load(Ordering::SeqCst) >= 3);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(submitted.load(Ordering::SeqCst), 3, "12 MiB wait, 4 more would be too much");
+    drop(permit);
+    flood.join().unwrap();
+    first.wait().unwrap();
+}
+
+#[test]
+fn an_empty_queue_with_large_files_moves_on_to_small_ones() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
+    let large = vec![b'?'; 10_000];
+    queue.append(Batch { cursors: cursors.clone(), rejections: vec![rejection(&large)], ..batch(0..2) }).unwrap();
+    queue.settle(vec![(sequence(1), refused("no")), (sequence(2), Outcome::Delivered)]).unwrap();
+    let mut next = 4;
+    while queue.stats().disk_bytes <= 49 << 20 {
+        queue.append(Batch { events: vec![event(0, 3 << 20)], ..Batch::default() }).unwrap();
+        queue.append(batch(0..200)).unwrap();
+        queue.settle(delivered(next..next + 150)).unwrap();
+        next += 201;
+    }
+    assert_eq!(fixture.generation().file_name().unwrap(), "sled-1");
+    let letters = queue.dead_letters(None, 10).unwrap();
+    let before = queue.stats();
+    queue.settle(delivered(1..next)).unwrap();
+    eventually("a fresh generation", || queue.stats().disk_bytes < 4 << 20);
+    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
+    eventually("the removal of the old one", || !fixture.config.path.join("sled-1").exists());
+    let moved = |queue: &Queue| {
+        assert_eq!(queue.dead_letters(None, 10).unwrap(), letters);
+        assert_eq!(queue.cursors().unwrap(), [("/t/a".into(), cursor(5))]);
+        let stats = queue.stats();
+        assert_eq!((stats.pending, stats.pending_bytes, stats.dead_letters), (0, 0, 2));
+        assert_eq!(stats.last_sequence, before.last_sequence);
+    };
+    moved(&queue);
+    queue.close().unwrap();
+    let queue = fixture.open();
+    moved(&queue);
+    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next)]);
+    assert!(!queue.compact().unwrap(), "never while something is pending");
+    queue.settle(delivered([next])).unwrap();
+    assert!(queue.compact().unwrap());
+    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next + 1)]);
+    assert_eq!(everything(&queue).len(), 1);
+}
