@@ -10,4 +10,5 @@ mod capture;
 mod commands;
 mod delivery;
 mod stopping;
+mod supervisor;
 mod torture;

@@ -1,0 +1,425 @@
+//! `scripts/run-watcher.sh` as a process: what it does when the watcher ends, and when it is told to.
+//!
+//! The watcher is a stand-in, a small script that behaves in its n-th run as line n of a plan says, so that each way of
+//! ending can be had at will. Everything happens in a project folder of its own, with spaces in its path.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, getpgid, kill_process, test_kill_process};
+use tempfile::TempDir;
+
+/// For what is not itself under test; generous, because other tests run at the same time.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const STAND_IN: &str = r#"#!/usr/bin/env bash
+# Leaves behind: pids (a line for each run), arguments, database (of the last run), signals (in order of arrival).
+here=$(dirname "$0")
+run=$(($(wc -l <"$here/pids") + 1))
+read -r what how then <<<"$(sed -n "${run}p" "$here/plan")"
+printf '%s\n' "$@" >"$here/arguments"
+printf '%s\n' "${DATABASE_URL-}" >"$here/database"
+on() { echo "$1" >>"$here/signals"; [ "$what" = deaf ] || exit "$how"; }
+trap 'on TERM' TERM
+trap 'on INT' INT
+trap 'echo HUP >>"$here/signals"' HUP
+# Last, for it says that the traps are set.
+echo $$ >>"$here/pids"
+case $what in
+  exit) exit "$how" ;;
+  die) trap - "$how"; kill -s "$how" $$ ;;
+  last) sleep "$how"; exit "$then" ;;
+  shout) head -c "$how" /dev/zero | tr '\0' '\n'; exit 0 ;;
+  stay | deaf) while :; do sleep 0.02; done ;;
+esac
+"#;
+
+/// A project with the real scripts, and a stand-in for the program.
+struct Project {
+    folder: TempDir,
+}
+
+impl Project {
+    fn new(plan: &[&str]) -> Project {
+        let folder = tempfile::Builder::new().prefix("head space ").tempdir().expect("a temporary folder");
+        // Closed by default; called by root, PostgreSQL runs as another user, who has to get in.
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+        let project = Project { folder };
+        fs::create_dir(project.path("scripts")).expect("mkdir scripts");
+        for name in ["scripts/run-watcher.sh", "scripts/dev-postgres.sh"] {
+            fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(name), project.path(name)).expect("copy a script");
+        }
+        fs::write(project.path("plan"), format!("{}\n", plan.join("\n"))).expect("write the plan");
+        fs::write(project.path("pids"), "").expect("write pids");
+        fs::write(project.path("stand-in"), STAND_IN).expect("write the stand-in");
+        fs::set_permissions(project.path("stand-in"), fs::Permissions::from_mode(0o755)).expect("chmod");
+        project
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_default()
+    }
+
+    /// The supervisor's command, seeing nothing of the environment the tests run in.
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.path("scripts/run-watcher.sh"));
+        command.env_clear();
+        for name in ["PATH", "HOME", "TMPDIR"] {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        command
+            .env("HEADSPACE_WATCHER_BIN", self.path("stand-in"))
+            .env("DATABASE_URL", "postgresql://nobody.invalid/none")
+            .current_dir("/")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn start(&self) -> Supervisor<'_> {
+        self.start_as(&mut self.command())
+    }
+
+    fn start_as(&self, command: &mut Command) -> Supervisor<'_> {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).expect("open the log");
+        let also = log.try_clone().expect("share the log");
+        let child = command.stdout(log).stderr(also).spawn().expect("start the supervisor");
+        Supervisor { project: self, child }
+    }
+
+    /// The process ids of the stand-in's runs so far.
+    fn runs(&self) -> Vec<Pid> {
+        self.read("pids").lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect()
+    }
+
+    /// Waits until the stand-in has been started `number` times; its last process id.
+    fn wait_for_run(&self, number: usize, limit: Duration) -> Pid {
+        self.wait(&format!("run {number}"), limit, || self.runs().get(number - 1).copied())
+    }
+
+    fn wait_for_log(&self, words: &str) {
+        self.wait(&format!("\"{words}\" in the log"), PATIENCE, || self.read("log").contains(words).then_some(()));
+    }
+
+    fn wait<T>(&self, what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+        let start = Instant::now();
+        loop {
+            if let Some(value) = condition() {
+                return value;
+            }
+            assert!(start.elapsed() < limit, "no {what} within {limit:?}; the log:\n{}", self.read("log"));
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Project {
+    fn drop(&mut self) {
+        for pid in self.runs() {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        // Only a test that failed half-way leaves one running.
+        if self.path("data/postgres").exists() {
+            let _ = Command::new(self.path("scripts/dev-postgres.sh")).arg("stop").output();
+        }
+    }
+}
+
+struct Supervisor<'a> {
+    project: &'a Project,
+    child: Child,
+}
+
+impl Supervisor<'_> {
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("signal the supervisor");
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let project = self.project;
+        project.wait("end of the supervisor", PATIENCE, || self.child.try_wait().expect("wait for the supervisor"))
+    }
+
+    fn stop(&mut self) -> Option<i32> {
+        self.signal(Signal::TERM);
+        self.wait().code()
+    }
+}
+
+impl Drop for Supervisor<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A log line's level and message, when the line is one of the supervisor's.
+fn parse(line: &str) -> Option<(String, String)> {
+    let value: serde_json::Value = serde_json::from_str(line).ok()?;
+    let text = |pointer| value.pointer(pointer)?.as_str();
+    text("/timestamp")?.parse::<jiff::Timestamp>().ok()?;
+    Some((text("/level")?.to_owned(), text("/fields/message")?.to_owned()))
+}
+
+fn messages(project: &Project, level: &str) -> Vec<String> {
+    let log = project.read("log");
+    log.lines().filter_map(parse).filter(|(of, _)| of == level).map(|(_, message)| message).collect()
+}
+
+#[test]
+fn restarts_within_five_seconds_after_kill_9() {
+    let project = Project::new(&["stay 0", "stay 0"]);
+    let mut supervisor = project.start();
+    let first = project.wait_for_run(1, PATIENCE);
+    kill_process(first, Signal::KILL).unwrap();
+    let second = project.wait_for_run(2, Duration::from_secs(5));
+    assert_ne!(first, second);
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+#[test]
+fn every_restart_is_logged_with_its_time_and_reason() {
+    let project = Project::new(&["exit 101", "die SEGV", "die ABRT", "die KILL", "exit 0"]);
+    let mut supervisor = project.start();
+    assert_eq!(supervisor.wait().code(), Some(0));
+    let restarts = messages(&project, "WARN");
+    let expected = ["exit code 101", "signal SIGSEGV", "signal SIGABRT", "signal SIGKILL"];
+    assert_eq!(restarts.len(), expected.len(), "{restarts:?}");
+    for (restart, reason) in restarts.iter().zip(expected) {
+        assert!(restart.contains(reason), "{restart:?} lacks {reason:?}");
+    }
+    // And nothing else: no words of the shell's own about killed jobs.
+    assert_eq!(project.read("log").lines().find(|line| parse(line).is_none()), None);
+}
+
+#[test]
+fn gives_up_after_five_restarts_in_a_minute() {
+    let project = Project::new(&["die KILL"; 9]);
+    let mut supervisor = project.start();
+    assert_eq!(supervisor.wait().code(), Some(1));
+    assert_eq!(project.runs().len(), 6, "the first run and five restarts");
+    let errors = messages(&project, "ERROR");
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert!(errors[0].contains("giving up after 5 restarts in 60 s"), "{errors:?}");
+}
+
+#[test]
+fn the_configured_number_of_restarts_is_the_limit() {
+    let project = Project::new(&["exit 1"; 9]);
+    fs::write(project.path("config.yaml"), "event_system:\n  max_restarts_per_minute: 1 # not 5\n").unwrap();
+    assert_eq!(project.start().wait().code(), Some(1));
+    assert_eq!(project.runs().len(), 2);
+    // The environment has the last word.
+    let name = "HEADSPACE_EVENT_SYSTEM__MAX_RESTARTS_PER_MINUTE";
+    assert_eq!(project.start_as(project.command().env(name, "2")).wait().code(), Some(1));
+    assert_eq!(project.runs().len(), 2 + 3);
+}
+
+#[test]
+fn a_healthy_minute_starts_the_count_anew() {
+    // A minute of 1 s, and one restart in it: the third run may only come because the second one lasted.
+    let project = Project::new(&["exit 1", "last 2 1", "stay 0"]);
+    fs::write(project.path("config.yaml"), "event_system:\n  max_restarts_per_minute: 1\n").unwrap();
+    let mut supervisor = project.start_as(project.command().env("HEADSPACE_CRASH_WINDOW_SECONDS", "1"));
+    project.wait_for_run(3, PATIENCE);
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+#[test]
+fn does_not_restart_after_a_configuration_error() {
+    let project = Project::new(&["exit 78", "stay 0"]);
+    assert_eq!(project.start().wait().code(), Some(78));
+    assert_eq!(project.runs().len(), 1);
+    assert!(messages(&project, "ERROR").concat().contains("exit code 78; not restarted"));
+}
+
+#[test]
+fn does_not_restart_after_a_usage_error_or_a_clean_end() {
+    for code in [64, 0] {
+        let project = Project::new(&[&format!("exit {code}"), "stay 0"]);
+        assert_eq!(project.start().wait().code(), Some(code));
+        assert_eq!(project.runs().len(), 1);
+    }
+}
+
+#[test]
+fn passes_term_on_and_exits_with_the_childs_code() {
+    for (signal, name) in [(Signal::TERM, "TERM"), (Signal::INT, "INT")] {
+        let project = Project::new(&["stay 7", "stay 0"]);
+        let mut supervisor = project.start();
+        project.wait_for_run(1, PATIENCE);
+        supervisor.signal(signal);
+        assert_eq!(supervisor.wait().code(), Some(7));
+        assert_eq!(project.read("signals"), format!("{name}\n"), "once, not twice");
+        assert_eq!(project.runs().len(), 1);
+    }
+}
+
+#[test]
+fn passes_hup_on_and_lets_the_watcher_decide() {
+    let project = Project::new(&["stay 0"]);
+    let mut supervisor = project.start();
+    project.wait_for_run(1, PATIENCE);
+    for hups in ["HUP\n", "HUP\nHUP\n"] {
+        supervisor.signal(Signal::HUP);
+        project.wait("HUP", PATIENCE, || (project.read("signals") == hups).then_some(()));
+    }
+    assert_eq!(supervisor.stop(), Some(0));
+    assert_eq!(project.runs().len(), 1);
+}
+
+#[test]
+fn passes_a_second_signal_on_and_kills_a_deaf_watcher() {
+    let project = Project::new(&["deaf"]);
+    let name = "HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS";
+    let mut supervisor = project.start_as(project.command().env(name, "1"));
+    project.wait_for_run(1, PATIENCE);
+    let start = Instant::now();
+    for signals in ["TERM\n", "TERM\nTERM\n"] {
+        supervisor.signal(Signal::TERM);
+        project.wait("TERM", PATIENCE, || (project.read("signals") == signals).then_some(()));
+    }
+    assert_eq!(supervisor.wait().code(), Some(128 + 9));
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(1900), "killed after {took:?}, before its time was over");
+    assert!(took < Duration::from_secs(4), "killed only after {took:?}");
+}
+
+#[test]
+fn a_stop_between_two_runs_ends_it_at_once() {
+    let project = Project::new(&["exit 74", "exit 74", "exit 74", "stay 0"]);
+    let mut supervisor = project.start();
+    project.wait_for_log("Restart in 4 s");
+    let start = Instant::now();
+    assert_eq!(supervisor.stop(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(2), "the pause held it up");
+}
+
+/// Ctrl-C on a terminal goes to the whole group; what the watcher gets must be the supervisor's one signal.
+#[test]
+fn the_watcher_has_a_process_group_of_its_own() {
+    let project = Project::new(&["stay 0"]);
+    let mut supervisor = project.start();
+    let watcher = project.wait_for_run(1, PATIENCE);
+    assert_eq!(getpgid(Some(watcher)).unwrap(), watcher);
+    assert_ne!(getpgid(Some(supervisor.pid())).unwrap(), watcher);
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+#[test]
+fn refuses_a_second_supervisor_naming_its_pid() {
+    let project = Project::new(&["stay 0", "stay 0"]);
+    let mut first = project.start();
+    project.wait_for_run(1, PATIENCE);
+    assert_eq!(project.start().wait().code(), Some(69));
+    let errors = messages(&project, "ERROR").concat();
+    assert!(errors.contains(&format!("pid {}", first.pid())), "{errors}");
+    assert_eq!(project.runs().len(), 1);
+    assert_eq!(first.stop(), Some(0), "the first is none the worse for it");
+    // Its place is free again.
+    let mut third = project.start();
+    project.wait_for_run(2, PATIENCE);
+    assert_eq!(third.stop(), Some(0));
+}
+
+#[test]
+fn takes_over_from_a_supervisor_that_was_killed() {
+    let project = Project::new(&["stay 0", "stay 0"]);
+    let mut killed = project.start();
+    let left_behind = project.wait_for_run(1, PATIENCE);
+    killed.signal(Signal::KILL);
+    assert_eq!(killed.wait().signal(), Some(9));
+    test_kill_process(left_behind).expect("the watcher outlives its supervisor");
+
+    let mut next = project.start();
+    project.wait_for_run(2, PATIENCE);
+    assert_eq!(project.read("signals"), "TERM\n", "the old watcher was asked to stop before the new one started");
+    assert_eq!(next.stop(), Some(0));
+}
+
+#[test]
+fn a_full_disk_is_no_crash_loop() {
+    let project = Project::new(&["exit 74", "exit 74", "exit 74", "stay 0"]);
+    // Not even one restart would be left if they counted.
+    fs::write(project.path("config.yaml"), "event_system:\n  max_restarts_per_minute: 0\n").unwrap();
+    let mut supervisor = project.start();
+    project.wait_for_run(4, PATIENCE);
+    let errors = messages(&project, "ERROR");
+    assert_eq!(errors.len(), 3, "{errors:?}");
+    for (error, pause) in errors.iter().zip(["Restart in 1 s", "Restart in 2 s", "Restart in 4 s"]) {
+        assert!(error.contains(pause), "{error:?} lacks {pause:?}");
+    }
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+#[test]
+fn works_from_any_directory_with_spaces_in_paths() {
+    let project = Project::new(&["exit 0", "exit 0"]);
+    let elsewhere = project.path("else where");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join("my config.yaml"), "database:\n  url: null\n").unwrap();
+    let mut command = project.command();
+    command.current_dir(&elsewhere).args(["--until-idle", "--config", "my config.yaml", "--log-level=debug", "a  b"]);
+    assert_eq!(project.start_as(&mut command).wait().code(), Some(0));
+    let config = fs::canonicalize(&elsewhere).unwrap().join("my config.yaml");
+    let expected =
+        ["--config", &config.display().to_string(), "--log-level", "debug", "run", "--until-idle", "a  b"].join("\n");
+    assert_eq!(project.read("arguments"), format!("{expected}\n"));
+
+    // Without --config it is the project's own, where there is one.
+    fs::write(project.path("config.yaml"), "").unwrap();
+    assert_eq!(project.start().wait().code(), Some(0));
+    let arguments = project.read("arguments");
+    assert!(arguments.starts_with("--config\n") && arguments.ends_with("/config.yaml\nrun\n"), "{arguments}");
+}
+
+#[test]
+fn a_log_file_is_rotated_by_size() {
+    let project = Project::new(&["shout 31457280"]);
+    let log = project.path("my log");
+    let mut supervisor = project.start_as(project.command().arg("--log-file").arg(&log));
+    assert_eq!(supervisor.wait().code(), Some(0));
+    let sizes: Vec<u64> = ["my log", "my log.1", "my log.2", "my log.3"]
+        .iter()
+        .filter_map(|name| Some(fs::metadata(project.path(name)).ok()?.len()))
+        .collect();
+    assert!(sizes.len() >= 2, "{sizes:?}");
+    assert!(sizes.iter().all(|&size| size < 16 * 1024 * 1024), "{sizes:?}");
+    // Nothing is lost on the way: all that was shouted, and the supervisor's own words.
+    let total: u64 = sizes.iter().sum();
+    assert!(total > 30 * 1024 * 1024, "{sizes:?}");
+    assert_eq!(project.read("log"), "", "nothing goes to the terminal");
+}
+
+#[test]
+fn brings_up_a_private_postgres_where_no_database_is_configured() {
+    let project = Project::new(&["stay 0"]);
+    fs::write(project.path("config.yaml"), "database:\n  # url: postgresql:///mine\n  url: null # none\n").unwrap();
+    let mut supervisor = project.start_as(project.command().env_remove("DATABASE_URL"));
+    project.wait_for_run(1, Duration::from_secs(60));
+    let postgres = |arguments: &[&str]| {
+        Command::new(project.path("scripts/dev-postgres.sh")).args(arguments).output().expect("run dev-postgres.sh")
+    };
+    let url = postgres(&["url"]);
+    assert_eq!(project.read("database"), String::from_utf8_lossy(&url.stdout));
+    let answer = postgres(&["psql", "-AtXc", "SELECT 6 * 7"]);
+    assert_eq!(String::from_utf8_lossy(&answer.stdout), "42\n", "{}", String::from_utf8_lossy(&answer.stderr));
+    assert!(project.read("log").contains("dev-postgres.sh psql"), "it says how to look at the rows");
+
+    assert_eq!(supervisor.stop(), Some(0));
+    assert_eq!(postgres(&["status"]).status.code(), Some(3), "it takes down what it brought up");
+}
