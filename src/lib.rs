@@ -1,3 +1,41 @@
+//! A durable outbox pipeline: from what happens in Claude Code sessions to rows in Postgres, exactly once, in order.
+//!
+//! ```text
+//!  ~/.claude/projects/**/*.jsonl
+//!         │ notify wakes, rescan finds
+//!         ▼
+//!  intake/transcripts ─► claude_code ─► Intake ◄── schemas/*.json
+//!                                         │ events + rejections + cursor: one commit, one real fsync
+//!                                         ▼
+//!                                       queue     pending · dead letters · cursors
+//!                                         │ a window of the oldest durable envelopes
+//!                                         ▼
+//!                                     sink/drain ── verdict? ──► pause and retry, or set aside
+//!                                         │ one transaction per event, pipelined, in order
+//!                                         ▼
+//!                                      Postgres   events + event_receipts
+//! ```
+//!
+//! # Promises
+//!
+//! Each has tests that were seen to fail (`tests/it`, and beside the code).
+//!
+//! 1. Nothing unchecked is queued: only [`intake::schema::Schemas::check`] makes an [`event::Event`].
+//! 2. A cursor never runs ahead of its events: they are one commit.
+//! 3. Acknowledged means durable against power loss, and nothing leaves the queue before it is durable.
+//! 4. Nothing is removed before Postgres has durably committed it.
+//! 5. Repeating any step is harmless: identities are derived, the receipt refuses a second copy.
+//! 6. The order in the table is the order of acceptance, also when one transaction of a window fails.
+//! 7. Only the database's verdict on *this event* sets it aside; never a clock, never an unknown code.
+//! 8. A storage error ends the process (fail-stop); the supervisor starts it again.
+//! 9. Everything has a limit, and every wait ends on `stop`.
+//!
+//! # Layers
+//!
+//! `main → cli → service → http → intake | sink → queue → event`; [`config`] and [`telemetry`] are leaves open to all.
+//! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
+//! the sources and checks it.
+
 pub mod config;
 pub mod event;
 pub mod health;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use self::schema::{Candidate, Invalid, Schemas};
+use self::schema::{Candidate, Invalid, Refused, Schemas};
 use crate::event::{EventType, Failure, FailureKind, Origin, Rejection};
 use crate::queue::{Accepted, Batch, Queue, Ticket};
 use crate::telemetry::Metrics;
@@ -43,7 +43,8 @@ impl Intake {
     pub fn admit(&self, candidate: Candidate, batch: &mut Batch) {
         match self.schemas.check(candidate) {
             Ok(event) => batch.events.push(event),
-            Err((invalid, candidate)) => {
+            Err(refused) => {
+                let Refused { invalid, candidate } = *refused;
                 self.metrics.events_rejected.add(1);
                 log_rejection(&invalid, &candidate.origin);
                 let kind = match invalid {

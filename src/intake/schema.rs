@@ -58,6 +58,12 @@ fn nearest_clause(nearest: &Option<String>) -> String {
     nearest.as_ref().map(|name| format!("; did you mean \"{name}\"?")).unwrap_or_default()
 }
 
+/// A candidate that is no event, given back whole.
+pub struct Refused {
+    pub invalid: Invalid,
+    pub candidate: Candidate,
+}
+
 /// Why the schemas can't be used.
 #[derive(Debug, Error)]
 pub enum SchemaError {
@@ -78,6 +84,17 @@ pub enum SchemaError {
 struct Schema {
     event_type: EventType,
     validator: jsonschema::Validator,
+}
+
+impl Schema {
+    fn check(&self, payload: &Value) -> Result<(), Invalid> {
+        // Errors are only made up when there are any.
+        if self.validator.is_valid(payload) {
+            return Ok(());
+        }
+        let (field, problem) = first_problem(&self.validator, payload);
+        Err(Invalid::Payload { event_type: self.event_type.clone(), field, problem })
+    }
 }
 
 /// The compiled taxonomy.
@@ -106,29 +123,38 @@ impl Schemas {
     }
 
     /// The event, when its type is known and its payload fits the type's schema.
-    pub fn check(&self, candidate: Candidate) -> Result<Event, (Invalid, Candidate)> {
+    pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
         let Some(schema) = self.by_type.get(&candidate.event_type) else {
             let nearest = self.nearest(&candidate.event_type);
-            return Err((Invalid::UnknownType { nearest }, candidate));
+            return Err(Box::new(Refused { invalid: Invalid::UnknownType { nearest }, candidate }));
         };
         let event_type = schema.event_type.clone();
-        let Candidate { id, event_type: name, timestamp, payload, refs, origin } = candidate;
-        let payload = Value::Object(payload);
-        if !schema.validator.is_valid(&payload) {
-            let (field, problem) = first_problem(&schema.validator, &payload);
-            let Value::Object(payload) = payload else { unreachable!("made from an object above") };
-            let candidate = Candidate { id, event_type: name, timestamp, payload, refs, origin };
-            return Err((Invalid::Payload { event_type, field, problem }, candidate));
+        let Candidate { payload, .. } = &mut candidate;
+        let value = Value::Object(std::mem::take(payload));
+        let checked = schema.check(&value).and_then(|()| self.fitting_json(&value, &event_type));
+        match checked {
+            Ok(json) => {
+                let Candidate { id, timestamp, refs, origin, .. } = candidate;
+                let payload = Payload::from_json(json);
+                Ok(Event::from_checked_parts(EventParts { id, event_type, timestamp, payload, refs, origin }))
+            }
+            Err(invalid) => {
+                if let Value::Object(object) = value {
+                    candidate.payload = object;
+                }
+                Err(Box::new(Refused { invalid, candidate }))
+            }
         }
+    }
+
+    /// The payload as text, unless it is too large.
+    fn fitting_json(&self, payload: &Value, event_type: &EventType) -> Result<String, Invalid> {
         let json = payload.to_string();
-        let bytes = json.len() as u64;
-        if bytes > self.event_bytes_max {
-            let Value::Object(payload) = payload else { unreachable!("made from an object above") };
-            let candidate = Candidate { id, event_type: name, timestamp, payload, refs, origin };
-            return Err((Invalid::TooLarge { event_type, bytes, bytes_max: self.event_bytes_max }, candidate));
+        let (bytes, bytes_max) = (json.len() as u64, self.event_bytes_max);
+        if bytes > bytes_max {
+            return Err(Invalid::TooLarge { event_type: event_type.clone(), bytes, bytes_max });
         }
-        let payload = Payload::from_json(json);
-        Ok(Event::from_checked_parts(EventParts { id, event_type, timestamp, payload, refs, origin }))
+        Ok(json)
     }
 
     fn nearest(&self, name: &str) -> Option<String> {
@@ -226,7 +252,12 @@ mod tests {
     }
 
     fn problem(event_type: &str, payload: Value) -> String {
-        schemas().check(candidate(event_type, payload)).map(|_| ()).unwrap_err().0.to_string()
+        schemas()
+            .check(candidate(event_type, payload))
+            .map(|_| ())
+            .map_err(|refused| refused.invalid)
+            .unwrap_err()
+            .to_string()
     }
 
     /// One payload of each type that has its required fields only.
@@ -250,7 +281,8 @@ mod tests {
     #[test]
     fn each_type_is_accepted_with_its_required_fields_only() {
         for (event_type, payload) in least() {
-            let event = schemas().check(candidate(event_type, payload.clone())).map_err(|(e, _)| e).unwrap();
+            let event =
+                schemas().check(candidate(event_type, payload.clone())).map_err(|refused| refused.invalid).unwrap();
             assert_eq!(event.event_type().as_str(), event_type);
             assert_eq!(serde_json::from_str::<Value>(event.payload().as_json()).unwrap(), payload);
         }

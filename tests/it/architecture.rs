@@ -95,7 +95,7 @@ fn an_outside_crate_is_known_in_one_place() {
         // `http.rs` serves, and the service starts the serving.
         let elsewhere: Vec<&String> = found
             .iter()
-            .filter(|file| !file.starts_with(place) && !(name == "axum::" && *file == "service.rs"))
+            .filter(|file| !(file.starts_with(place) || name == "axum::" && *file == "service.rs"))
             .collect();
         assert!(!found.is_empty(), "{name} is used nowhere: mend this table");
         assert!(elsewhere.is_empty(), "{name} is used in {elsewhere:?}");
