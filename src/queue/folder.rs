@@ -166,10 +166,7 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     let marked = path.join(DAMAGED_MARK).exists();
     let attempt = open_current(path, &mut repairs).and_then(|opened| {
         if marked {
-            read_all(&opened.0).map_err(|error| match error {
-                StoreError::Corrupt(cause) => Failed::Damaged(cause),
-                error @ StoreError::Io(_) => Failed::Queue(storage(path, &error)),
-            })?;
+            read_all(&opened.0).map_err(|error| failed(path, error))?;
             fs::remove_file(path.join(DAMAGED_MARK)).map_err(|error| storage(path, &error))?;
             repairs.push(Repair::Reread);
         }
@@ -369,69 +366,86 @@ fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, C
     Ok((store, generation, counters))
 }
 
-/// Takes the newest generation that has counters: they are written last when one is made.
+/// Takes the newest generation that has counters: they are written last when one is made, so it is whole.
 fn rebuild_pointer(path: &Path, found: &[u64], repairs: &mut Vec<Repair>) -> Result<(Store, u64, Counters), Failed> {
+    let io = |error: io::Error| Failed::Queue(storage(path, &error));
     let mut cause = "CURRENT names no generation that exists".to_owned();
+    let mut unused = Vec::new();
     for &generation in found.iter().rev() {
-        // One without counters is the beginning of a generation that nobody has pointed to yet.
         let mut here = Vec::new();
-        match open_generation(path, generation, &mut here) {
-            Ok((store, counters)) if !here.iter().any(Repair::is_loss) => {
-                write_pointer(path, generation).map_err(|error| storage(path, &error))?;
+        let store = match open_store(path, generation, &mut here) {
+            Ok(store) => store,
+            Err(Failed::Damaged(damage)) => {
+                cause = damage;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        match counters_of(path, &store) {
+            Ok(Ok(counters)) => {
+                write_pointer(path, generation).map_err(io)?;
                 repairs.append(&mut here);
                 repairs.push(Repair::PointerRebuilt { generation });
                 return Ok((store, generation, counters));
             }
-            Ok(_) => {}
+            Ok(Err(_)) if store.last_key(store::all_keys()).is_ok_and(|key| key.is_none()) => unused.push(generation),
+            Ok(Err(error)) => cause = error.to_string(),
             Err(Failed::Damaged(damage)) => cause = damage,
-            Err(Failed::Queue(error)) => return Err(Failed::Queue(error)),
+            Err(error) => return Err(error),
         }
     }
     // A first opening that died before its counters were written: nothing was ever in there.
-    if let &[only] = found
-        && !path.join("CURRENT").exists()
-        && is_unused(path, only)
-    {
-        fs::remove_dir_all(generation_folder(path, only)).map_err(|error| storage(path, &error))?;
-        repairs.push(Repair::GenerationRemoved { folder: generation_folder(path, only) });
+    if unused.len() == found.len() && !path.join("CURRENT").exists() {
+        for generation in unused {
+            let folder = generation_folder(path, generation);
+            fs::remove_dir_all(&folder).map_err(io)?;
+            repairs.push(Repair::GenerationRemoved { folder });
+        }
         return open_current(path, repairs);
     }
     Err(Failed::Damaged(cause))
 }
 
-/// Whether a generation without counters holds no record at all.
-fn is_unused(path: &Path, generation: u64) -> bool {
-    let folder = generation_folder(path, generation);
-    if fs::metadata(folder.join("db")).map_or(0, |db| db.len()) <= 4096 {
-        return true;
-    }
-    Store::open(&folder).and_then(|(store, _)| Ok(store.last_key(store::all_keys())?.is_none())).unwrap_or(false)
+fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
+    let store = open_store(path, generation, repairs)?;
+    let counters = match counters_of(path, &store)? {
+        Ok(counters) => counters,
+        Err(error) => {
+            repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
+            reader::recount(&store, unused_sequence())
+                .and_then(|counters| write_counters(&store, &counters).map(|()| counters))
+                .map_err(|error| failed(path, error))?
+        }
+    };
+    Ok((store, counters))
 }
 
-fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
-    let failed = |error: StoreError| match error {
-        StoreError::Corrupt(cause) => Failed::Damaged(cause),
-        error @ StoreError::Io(_) => Failed::Queue(storage(path, &error)),
-    };
-    let (store, store_repairs) = Store::open(&generation_folder(path, generation)).map_err(failed)?;
+fn open_store(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<Store, Failed> {
+    let opened = Store::open(&generation_folder(path, generation));
+    let (store, store_repairs) = opened.map_err(|error| failed(path, error))?;
     repairs.extend(store_repairs.into_iter().map(|repair| match repair {
         StoreRepair::SnapshotUnfinished { file } => Repair::UnfinishedSnapshotRemoved { file },
         StoreRepair::SnapshotsSetAside { cause } => Repair::SnapshotsSetAside { cause },
     }));
-    let counters = match read_counters(&store).map_err(failed)? {
-        Ok(counters) => counters,
+    Ok(store)
+}
+
+/// The counters, or why they can't be read; only a newer program's are an error at once.
+fn counters_of(path: &Path, store: &Store) -> Result<Result<Counters, CodecError>, Failed> {
+    match read_counters(store).map_err(|error| failed(path, error))? {
         Err(CodecError::TooNew { found }) => {
             let (found, supported) = (u32::from(found), u32::from(codec::VERSION));
-            return Err(Failed::Queue(QueueError::TooNew { path: path.to_owned(), found, supported }));
+            Err(Failed::Queue(QueueError::TooNew { path: path.to_owned(), found, supported }))
         }
-        Err(error) => {
-            repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
-            let counters = reader::recount(&store, unused_sequence()).map_err(failed)?;
-            write_counters(&store, &counters).map_err(failed)?;
-            counters
-        }
-    };
-    Ok((store, counters))
+        other => Ok(other),
+    }
+}
+
+fn failed(path: &Path, error: StoreError) -> Failed {
+    match error {
+        StoreError::Corrupt(cause) => Failed::Damaged(cause),
+        error @ StoreError::Io(_) => Failed::Queue(storage(path, &error)),
+    }
 }
 
 /// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.

@@ -16,6 +16,7 @@ mod damage;
 mod durability;
 mod kill;
 mod model;
+mod speed;
 
 /// A queue in a folder of its own, removed at the end.
 struct Fixture {
