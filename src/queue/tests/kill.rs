@@ -86,7 +86,7 @@ fn child() {
             let said: Vec<_> = window.iter().map(|envelope| number_of(&envelope.event).to_string()).collect();
             println!("\nsettling {}", said.join(" "));
             let outcomes = window.iter().map(|envelope| {
-                let refuse = number_of(&envelope.event) % REFUSED_EVERY == 0;
+                let refuse = number_of(&envelope.event).is_multiple_of(REFUSED_EVERY);
                 (envelope.sequence, if refuse { refused("divisible") } else { Outcome::Delivered })
             });
             queue.settle(outcomes.collect()).unwrap();
@@ -141,7 +141,7 @@ impl Said {
             let gone = self.settling.contains(&number);
             assert!(waits || gone, "{number} is lost");
             assert!(!(waits && dead.contains(&number)), "{number} waits and is set aside");
-            if number % REFUSED_EVERY == 0 {
+            if number.is_multiple_of(REFUSED_EVERY) {
                 assert!(waits || dead.contains(&number), "{number} is lost, it was refused");
             }
         }

@@ -108,10 +108,13 @@ fn a_million_pending() {
     let queue = fixture.open();
     println!("at first: {} MB", memory());
     let began = Instant::now();
-    for _ in 0..1000 {
-        queue.append(batch(0..1000)).unwrap();
+    let get = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let (events, bytes, a_batch) = (get("EVENTS", 1_000_000), get("BYTES", 900), get("A_BATCH", 1000));
+    for _ in 0..events / a_batch {
+        let events = (0..a_batch).map(|number| event(number, usize::try_from(bytes).unwrap()));
+        queue.append(Batch { events: events.collect(), ..Batch::default() }).unwrap();
     }
-    report("append, 1000 a batch", 1_000_000, began);
+    report(&format!("append, {a_batch} a batch"), events, began);
     println!("{:?}", queue.stats());
     let began = Instant::now();
     queue.close().unwrap();
@@ -124,7 +127,9 @@ fn a_million_pending() {
     println!("first append after: {:?}, {} MB", began.elapsed(), memory());
     let began = Instant::now();
     let mut count = 0;
+    let mut memory_max = 0;
     loop {
+        memory_max = memory_max.max(memory());
         let window = queue.window(None, 256, u64::MAX).unwrap();
         if window.is_empty() {
             break;
@@ -133,6 +138,7 @@ fn a_million_pending() {
         queue.settle(window.iter().map(|envelope| (envelope.sequence, Outcome::Delivered)).collect()).unwrap();
     }
     report("drained in windows of 256", count, began);
+    println!("  at most {memory_max} MB");
     let began = Instant::now();
     eventually("a fresh generation", || queue.stats().disk_bytes < 4 << 20);
     println!("compacted after {:?}; {:?}", began.elapsed(), queue.stats());
