@@ -197,8 +197,8 @@ take_lock() { # FOLDER
 # and over. So the old one is asked to stop first; it loses nothing by that.
 stop_orphan() {
   case $(command_of "$orphan") in
-    *"$binary"*) ;;
-    *) return 0 ;;
+    *"$binary"* | *headspace-watcher*) ;;
+    *) return 0 ;; # the id lives on in some other process
   esac
   log WARN "the last supervisor was killed, but its watcher (pid $orphan) still runs; stopping it"
   kill -s TERM "$orphan" 2>/dev/null
@@ -245,7 +245,9 @@ find_binary() {
   wait_for "$build"
   build=''
   heed_early_signal
-  [ "$status" -eq 0 ] || die 70 "could not build headspace-watcher: the compiler's words are above"
+  [ "$status" -eq 0 ] || die 70 "could not build headspace-watcher: the compiler's words are above$(
+    command -v cc >/dev/null 2>&1 || printf '%s' "; no C compiler (cc) is installed, which some parts need: install gcc or clang"
+  )"
 }
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
