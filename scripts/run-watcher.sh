@@ -50,7 +50,7 @@ log() { # LEVEL MESSAGE
   now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
   [ "$format" != auto ] || { if [ -t 2 ]; then format=text; else format=json; fi; }
   if [ "$format" = json ]; then
-    printf '{"timestamp":"%s","level":"%s","fields":{"message":"%s"},"target":"run-watcher"}\n' "$now" "$1" \
+    printf '{"timestamp":"%s","level":"%s","message":"%s","target":"run-watcher"}\n' "$now" "$1" \
       "$(printf '%s' "$2" | sed 's/\\/\\\\/g; s/"/\\"/g')"
   else
     printf '%s %5s run-watcher: %s\n' "$now" "$1" "$2"
