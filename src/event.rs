@@ -290,4 +290,19 @@ pub struct Cursor {
     pub fingerprint: u64,
     /// The first `cwd` of the file; with it the session is registered.
     pub project_path: Option<String>,
+    /// How the session of a main transcript stands, as far as these bytes tell.
+    pub session: SessionState,
+}
+
+/// What is remembered of a session from one line to the next; see `intake::sessions`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct SessionState {
+    /// When it began. Before its first line of its own was read: the first time that any line of the file names.
+    pub began_at: Option<Timestamp>,
+    /// The newest time on a line of its conversation; lines that it inherited from another session don't count.
+    pub last_activity: Option<Timestamp>,
+    /// Activity up to here has been told to have ended: what is newer means that the session is back.
+    pub ended_through: Option<Timestamp>,
+    /// The process that was last seen to have it open, while that had not been seen to be gone.
+    pub process: Option<u32>,
 }

@@ -759,7 +759,7 @@ impl From<QueueError> for ReadError {
 }
 
 fn start_of_file() -> Cursor {
-    Cursor { file: FileIdentity::default(), offset: 0, fingerprint: 0, project_path: None }
+    Cursor { file: FileIdentity::default(), offset: 0, fingerprint: 0, project_path: None, session: Default::default() }
 }
 
 fn identity(metadata: &Metadata) -> FileIdentity {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! offset  size  field
-//!      0     1  version of the layout: 1
+//!      0     1  version of the layout, by kind: 1; 2 for cursors
 //!      1     1  kind: 1 event, 2 input, 3 letter, 4 cursor, 5 counters
 //!      2     4  length of the body, u32 little endian
 //!      6     4  crc32 (IEEE) over bytes 0..6 and the body, u32 little endian
@@ -26,11 +26,8 @@ use uuid::Uuid;
 
 use crate::event::{
     Cursor, Event, EventId, EventParts, EventType, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
-    Rejection, Timestamp,
+    Rejection, SessionState, Timestamp,
 };
-
-/// The newest layout, and the one that is written.
-pub const VERSION: u8 = 1;
 
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 10;
@@ -54,8 +51,8 @@ const BINCODE: bincode::config::Configuration<
 pub enum CodecError {
     #[error("record ends after {0} bytes")]
     Short(usize),
-    #[error("record has layout version {found}, this program knows up to {VERSION}")]
-    TooNew { found: u8 },
+    #[error("record has layout version {found}, this program knows up to {supported}")]
+    TooNew { found: u8, supported: u8 },
     #[error("record is of kind {found}, not {expected}")]
     Kind { found: u8, expected: u8 },
     #[error("record has {found} bytes where its header says {expected}")]
@@ -77,6 +74,17 @@ pub enum Kind {
     Letter = 3,
     Cursor = 4,
     Counters = 5,
+}
+
+impl Kind {
+    /// The layout in which it is written, and the newest that is understood. Each kind has its own, so that an older
+    /// program goes on to understand the kinds that did not change.
+    pub const fn version(self) -> u8 {
+        match self {
+            Kind::Cursor => 2,
+            Kind::Event | Kind::Input | Kind::Letter | Kind::Counters => 1,
+        }
+    }
 }
 
 /// The queue's own numbers, written with every change: what opening needs to know without reading the rest.
@@ -178,6 +186,7 @@ enum FailureBody {
     Damaged,
 }
 
+/// A cursor in layout 1, and the beginning of one in layout 2.
 #[derive(Encode, BorrowDecode)]
 struct CursorBody<'a> {
     path: &'a [u8],
@@ -186,6 +195,16 @@ struct CursorBody<'a> {
     offset: u64,
     fingerprint: u64,
     project_path: Option<&'a str>,
+}
+
+/// A cursor in layout 2: times in nanoseconds.
+#[derive(Encode, BorrowDecode)]
+struct CursorBody2<'a> {
+    cursor: CursorBody<'a>,
+    began_at: Option<i128>,
+    last_activity: Option<i128>,
+    ended_through: Option<i128>,
+    process: Option<u32>,
 }
 
 pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
@@ -294,25 +313,47 @@ pub fn decode_letter(record: &[u8]) -> Result<Letter, CodecError> {
 }
 
 pub fn encode_cursor(path: &Path, cursor: &Cursor) -> Result<Vec<u8>, CodecError> {
-    let body = CursorBody {
-        path: path.as_os_str().as_bytes(),
-        device: cursor.file.device,
-        inode: cursor.file.inode,
-        offset: cursor.offset,
-        fingerprint: cursor.fingerprint,
-        project_path: cursor.project_path.as_deref(),
+    let nanoseconds = |time: Option<Timestamp>| time.map(Timestamp::as_nanosecond);
+    let session = &cursor.session;
+    let body = CursorBody2 {
+        cursor: CursorBody {
+            path: path.as_os_str().as_bytes(),
+            device: cursor.file.device,
+            inode: cursor.file.inode,
+            offset: cursor.offset,
+            fingerprint: cursor.fingerprint,
+            project_path: cursor.project_path.as_deref(),
+        },
+        began_at: nanoseconds(session.began_at),
+        last_activity: nanoseconds(session.last_activity),
+        ended_through: nanoseconds(session.ended_through),
+        process: session.process,
     };
-    encode(Kind::Cursor, &body, 128 + body.path.len())
+    encode(Kind::Cursor, &body, 256 + body.cursor.path.len())
 }
 
+/// In layout 1 nothing is known of the session.
 pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
-    let body: CursorBody<'_> = decode(Kind::Cursor, record)?;
+    let (body, session) = if record.first() == Some(&1) {
+        (decode(Kind::Cursor, record)?, SessionState::default())
+    } else {
+        let body: CursorBody2<'_> = decode(Kind::Cursor, record)?;
+        let time = |nanoseconds: Option<i128>| nanoseconds.map(timestamp).transpose();
+        let session = SessionState {
+            began_at: time(body.began_at)?,
+            last_activity: time(body.last_activity)?,
+            ended_through: time(body.ended_through)?,
+            process: body.process,
+        };
+        (body.cursor, session)
+    };
     let path = PathBuf::from(std::ffi::OsString::from_vec(body.path.to_vec()));
     let cursor = Cursor {
         file: FileIdentity { device: body.device, inode: body.inode },
         offset: body.offset,
         fingerprint: body.fingerprint,
         project_path: body.project_path.map(str::to_owned),
+        session,
     };
     Ok((path, cursor))
 }
@@ -361,7 +402,7 @@ fn encode<T: Encode>(kind: Kind, body: &T, bytes_expected: usize) -> Result<Vec<
         return Err(CodecError::TooLarge(record.len()));
     }
     let body_bytes = u32::try_from(record.len() - HEADER_BYTES).expect("RECORD_BYTES_MAX is below 4 GiB").to_le_bytes();
-    let start = [[VERSION, kind as u8].as_slice(), body_bytes.as_slice()].concat();
+    let start = [[kind.version(), kind as u8].as_slice(), body_bytes.as_slice()].concat();
     let mut checksum = crc32fast::Hasher::new();
     checksum.update(&start);
     checksum.update(record.get(HEADER_BYTES..).unwrap_or_default());
@@ -374,8 +415,8 @@ fn encode<T: Encode>(kind: Kind, body: &T, bytes_expected: usize) -> Result<Vec<
 fn decode<'a, T: BorrowDecode<'a, ()>>(kind: Kind, record: &'a [u8]) -> Result<T, CodecError> {
     let header = Header::read(record)?;
     // A newer program may have changed everything after the version: it is looked at before anything else.
-    if header.version > VERSION {
-        return Err(CodecError::TooNew { found: header.version });
+    if header.version > kind.version() {
+        return Err(CodecError::TooNew { found: header.version, supported: kind.version() });
     }
     let (start, rest) = record.split_at(HEADER_BYTES - 4);
     let body = rest.get(4..).unwrap_or_default();
@@ -427,4 +468,57 @@ fn origin(body: OriginBody<'_>) -> Origin {
 /// `text`, or as much of its beginning as fits into `bytes_max`.
 fn cut(text: &str, bytes_max: usize) -> &str {
     text.get(..text.floor_char_boundary(bytes_max)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cursor() -> Cursor {
+        Cursor {
+            file: FileIdentity { device: 1, inode: 2 },
+            offset: 3,
+            fingerprint: 4,
+            project_path: Some("/home/someone".into()),
+            session: SessionState {
+                began_at: Some(Timestamp::from_nanosecond(5).unwrap()),
+                last_activity: Some(Timestamp::from_nanosecond(-6).unwrap()),
+                ended_through: None,
+                process: Some(7),
+            },
+        }
+    }
+
+    #[test]
+    fn a_cursor_comes_back_as_it_was() {
+        let record = encode_cursor(Path::new("/a/b.jsonl"), &cursor()).unwrap();
+        assert_eq!(decode_cursor(&record).unwrap(), (PathBuf::from("/a/b.jsonl"), cursor()));
+    }
+
+    #[test]
+    fn a_cursor_that_an_older_program_wrote_is_still_read() {
+        // Byte for byte what version 0.1 wrote in layout 1.
+        let body = [
+            &[2, 0, 0, 0, 0, 0, 0, 0][..],
+            b"/a",
+            &1u64.to_le_bytes(),
+            &2u64.to_le_bytes(),
+            &3u64.to_le_bytes(),
+            &4u64.to_le_bytes(),
+            &[1, 13, 0, 0, 0, 0, 0, 0, 0],
+            b"/home/someone",
+        ]
+        .concat();
+        let start = [&[1, 4][..], &(body.len() as u32).to_le_bytes()].concat();
+        let checksum = crc32fast::hash(&[&start[..], &body].concat()).to_le_bytes();
+        let record = [&start[..], &checksum, &body].concat();
+        let expected = Cursor { session: SessionState::default(), ..cursor() };
+        assert_eq!(decode_cursor(&record).unwrap(), (PathBuf::from("/a"), expected));
+    }
+
+    #[test]
+    fn kinds_that_did_not_change_are_written_in_their_old_layout() {
+        assert_eq!(encode_counters(&Counters::new(1)).unwrap()[0], 1);
+        assert_eq!(encode_cursor(Path::new("/a"), &cursor()).unwrap()[0], 2);
+    }
 }

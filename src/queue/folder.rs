@@ -433,8 +433,8 @@ fn open_store(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result
 /// The counters, or why they can't be read; only a newer program's are an error at once.
 fn counters_of(path: &Path, store: &Store) -> Result<Result<Counters, CodecError>, Failed> {
     match read_counters(store).map_err(|error| failed(path, error))? {
-        Err(CodecError::TooNew { found }) => {
-            let (found, supported) = (u32::from(found), u32::from(codec::VERSION));
+        Err(CodecError::TooNew { found, supported }) => {
+            let (found, supported) = (u32::from(found), u32::from(supported));
             Err(Failed::Queue(QueueError::TooNew { path: path.to_owned(), found, supported }))
         }
         other => Ok(other),

@@ -170,7 +170,7 @@ fn search_records(file: &File, mut visit: impl FnMut(u64, &[u8]) -> bool) -> io:
         while at < searched {
             let here = buffer.get(at..).unwrap_or_default();
             let record = here
-                .starts_with(&[codec::VERSION, Kind::Event as u8])
+                .starts_with(&[Kind::Event.version(), Kind::Event as u8])
                 .then(|| codec::record_bytes(here).ok())
                 .flatten()
                 .filter(|length| (HEADER_BYTES..=CHUNK_BYTES).contains(length))

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::event::{
-    DeadContent, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
+    DeadContent, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload, SessionState,
 };
 
 mod basics;
@@ -83,6 +83,7 @@ fn cursor(offset: u64) -> Cursor {
         offset,
         fingerprint: 99,
         project_path: Some("/home/someone".into()),
+        session: SessionState::default(),
     }
 }
 

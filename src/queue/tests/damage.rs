@@ -38,7 +38,7 @@ fn an_unreadable_record_becomes_a_dead_letter_and_stops_nothing() {
         changes.insert(&store::event_key(1), &head);
         changes.remove(&store::chunk_key(2, 3));
         let mut newer = store.get(&store::event_key(3)).unwrap().unwrap().to_vec();
-        newer[0] = codec::VERSION + 1;
+        newer[0] = codec::Kind::Event.version() + 1;
         changes.insert(&store::event_key(3), &newer);
     });
     let queue = fixture.open();
@@ -164,7 +164,7 @@ fn a_newer_queue_is_refused_and_left_alone() {
     let fixture = Fixture::new();
     filled(&fixture);
     let mut counters = codec::encode_counters(&Counters::new(1)).unwrap();
-    counters[0] = codec::VERSION + 1;
+    counters[0] = codec::Kind::Counters.version() + 1;
     tamper(&fixture, |_, changes| changes.insert(&store::counters_key(), &counters));
     let error = Queue::open(&fixture.config).unwrap_err();
     assert!(matches!(error, QueueError::TooNew { found: 2, supported: 1, .. }), "{error}");
