@@ -1,4 +1,11 @@
-//! Health: one answer made of what the layers know, the same for `status`, `GET /health` and the supervisor.
+//! Health: one answer made of what the layers know, the same for `status`, `GET /health` and systemd's watchdog.
+//!
+//! ```text
+//! fail   events can't be taken in: the queue failed or is full, or the thread that reads transcripts hangs
+//!        or they don't leave: the database is up and nothing moves, or the drainer hangs
+//! warn   it works, but someone should look: database away, misconfigured or not configured, dead letters, queue filling
+//! pass   else
+//! ```
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,11 +13,17 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::event::Timestamp;
-use crate::queue::Queue;
-use crate::telemetry::{Database, Metrics};
+use crate::queue::{Queue, QueueStats};
+use crate::telemetry::{Database, DatabaseState, Metrics};
 
-/// With the database up, the oldest event may wait this long before something is wrong.
-const STALLED_AFTER: Duration = Duration::from_secs(60);
+/// With the database up and something waiting, so much time without anything leaving the queue is a stall.
+pub const STALLED_AFTER: Duration = Duration::from_secs(30);
+
+/// Silence of a part, on top of the longest wait that it is allowed, after which it is taken to hang.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Share of the queue's limit from which on it is said that it fills.
+const FILLING_PERCENT: u64 = 80;
 
 /// `GET /health` and `status --json`. Readers ignore fields that they do not know.
 #[derive(Serialize, Deserialize, Debug)]
@@ -38,6 +51,16 @@ pub enum Status {
     Warn,
     /// Events can't be taken in, or wait although the database is up.
     Fail,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Pass => "pass",
+            Status::Warn => "warn",
+            Status::Fail => "fail",
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize, Debug)]
@@ -74,68 +97,46 @@ pub struct WatcherHealth {
     pub last_rescan: Option<String>,
 }
 
+/// A moment on both clocks: the one of the world, and the one that never jumps.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    pub time: Timestamp,
+    pub clock: Instant,
+}
+
+impl Moment {
+    pub fn now() -> Moment {
+        Moment { time: Timestamp::now(), clock: Instant::now() }
+    }
+}
+
 /// What health is made of.
 pub struct HealthSource {
     pub queue: Queue,
     pub metrics: Arc<Metrics>,
-    pub started_at: Timestamp,
-    pub started: Instant,
-    /// Whole time between two rescans: a rescan that is long overdue is a failure.
+    pub started: Moment,
+    /// `queue.max_pending_bytes`.
+    pub pending_bytes_max: u64,
+    /// Whole time between two rescans.
     pub polling_interval: Duration,
+    /// The longest that a delivery and the pause after it may take.
+    pub delivery_max: Duration,
 }
 
 impl HealthSource {
-    pub fn health(&self, now: Timestamp) -> Health {
-        let stats = self.queue.stats();
-        let database = self.metrics.database();
-        let oldest_age = stats.oldest.map(|(_, captured_at)| age(captured_at, now));
-        let mut status = Status::Pass;
-        let mut reasons = Vec::new();
-        let mut note = |at_least: Status, reason: String| {
-            status = status.max(at_least);
-            reasons.push(reason);
-        };
-        if let Some(error) = self.queue.failed().borrow().as_ref() {
-            note(Status::Fail, format!("the queue can't be written: {error}"));
-        }
-        if stats.full {
-            note(
-                Status::Fail,
-                "the queue is full: raise queue.max_pending_bytes or bring the database back".to_owned(),
-            );
-        }
-        match database.state {
-            Database::Up => {
-                if oldest_age.is_some_and(|age| age > STALLED_AFTER) {
-                    note(Status::Fail, "the oldest event waits although the database is up".to_owned());
-                }
-            }
-            Database::Down => note(Status::Warn, "the database is away; events wait in the queue".to_owned()),
-            Database::Misconfigured => {
-                note(
-                    Status::Warn,
-                    "the database can't be used until someone mends this; events wait in the queue".to_owned(),
-                );
-            }
-            Database::Unconfigured => {
-                note(Status::Warn, "no database is configured; set database.url or DATABASE_URL".to_owned());
-            }
-        }
-        if stats.dead_letters > 0 {
-            note(
-                Status::Warn,
-                format!("{} dead letters; see \"headspace-watcher queue-dump --dead-letters\"", stats.dead_letters),
-            );
-        }
+    pub fn health(&self, now: Moment) -> Health {
+        let facts = self.facts(now);
+        let troubles = facts.troubles();
+        let Facts { stats, database, oldest_age, .. } = facts;
         Health {
-            status,
+            status: troubles.iter().map(Trouble::status).max().unwrap_or(Status::Pass),
             running: true,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            started_at: self.started_at.to_string(),
-            uptime_seconds: self.started.elapsed().as_secs(),
+            started_at: self.started.time.to_string(),
+            uptime_seconds: now.clock.saturating_duration_since(self.started.clock).as_secs(),
             ready: self.ready(),
-            reasons,
+            reasons: troubles.iter().map(Trouble::to_string).collect(),
             queue: QueueHealth {
                 pending: stats.pending,
                 pending_bytes: stats.pending_bytes,
@@ -169,9 +170,251 @@ impl HealthSource {
     pub fn ready(&self) -> bool {
         self.queue.failed().borrow().is_none() && !self.queue.stats().full
     }
+
+    /// Whether every part goes on. A full queue or a database that is away is no hang: a restart would not help.
+    pub fn goes_on(&self, now: Moment) -> bool {
+        !self.facts(now).troubles().iter().any(Trouble::is_hang)
+    }
+
+    fn facts(&self, now: Moment) -> Facts {
+        let stats = self.queue.stats();
+        let database = self.metrics.database();
+        Facts {
+            queue_error: self.queue.failed().borrow().clone(),
+            pending_bytes_max: self.pending_bytes_max,
+            oldest_age: stats.oldest.map(|(_, captured_at)| age(captured_at, now.time)),
+            database_age: age(database.since, now.time),
+            reading_silence: self.metrics.reading.age(now.clock),
+            reading_silence_max: self.polling_interval + SILENCE_MAX,
+            draining_silence: self.metrics.draining.age(now.clock),
+            draining_silence_max: self.delivery_max + SILENCE_MAX,
+            settling_silence: self.metrics.settling.age(now.clock),
+            stats,
+            database,
+        }
+    }
+}
+
+/// What health is judged by.
+struct Facts {
+    queue_error: Option<String>,
+    stats: QueueStats,
+    pending_bytes_max: u64,
+    oldest_age: Option<Duration>,
+    database: DatabaseState,
+    database_age: Duration,
+    reading_silence: Duration,
+    reading_silence_max: Duration,
+    draining_silence: Duration,
+    draining_silence_max: Duration,
+    settling_silence: Duration,
+}
+
+impl Facts {
+    fn troubles(&self) -> Vec<Trouble> {
+        let mut troubles = Vec::new();
+        if let Some(error) = &self.queue_error {
+            troubles.push(Trouble::QueueFailed(error.clone()));
+        }
+        let filled_percent = self.stats.pending_bytes.saturating_mul(100) / self.pending_bytes_max.max(1);
+        if self.stats.full {
+            troubles.push(Trouble::QueueFull);
+        } else if filled_percent >= FILLING_PERCENT {
+            troubles.push(Trouble::QueueFilling { percent: filled_percent });
+        }
+        if self.reading_silence > self.reading_silence_max {
+            troubles.push(Trouble::ReadingHangs(self.reading_silence));
+        }
+        let has_drainer = self.database.state != Database::Unconfigured;
+        if has_drainer && self.draining_silence > self.draining_silence_max {
+            troubles.push(Trouble::DrainingHangs(self.draining_silence));
+        }
+        match self.database.state {
+            Database::Up => {
+                // All three: what has waited through an outage has been waiting long, but it is moving now.
+                let still = self.oldest_age.unwrap_or_default().min(self.database_age).min(self.settling_silence);
+                if still > STALLED_AFTER {
+                    troubles.push(Trouble::Stalled(still));
+                }
+            }
+            Database::Down => troubles.push(Trouble::DatabaseAway),
+            Database::Misconfigured => troubles.push(Trouble::DatabaseMisconfigured),
+            Database::Unconfigured => troubles.push(Trouble::DatabaseUnconfigured),
+        }
+        if self.stats.dead_letters > 0 {
+            troubles.push(Trouble::DeadLetters(self.stats.dead_letters));
+        }
+        troubles
+    }
+}
+
+/// What is not as it should be; displayed in words for people, with the way out.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+enum Trouble {
+    #[error("the queue can't be written: {0}")]
+    QueueFailed(String),
+    #[error("the queue is full: nothing is taken in; bring the database back or raise queue.max_pending_bytes")]
+    QueueFull,
+    #[error("the queue is {percent} % full; bring the database back or raise queue.max_pending_bytes")]
+    QueueFilling { percent: u64 },
+    #[error("nothing was read for {} s: the thread that follows transcripts hangs; restart the watcher", .0.as_secs())]
+    ReadingHangs(Duration),
+    #[error("the drainer has not moved for {} s; restart the watcher", .0.as_secs())]
+    DrainingHangs(Duration),
+    #[error("stalled: the database is up, but nothing has left the queue for {} s; see who blocks the events table", .0.as_secs())]
+    Stalled(Duration),
+    #[error("the database is away; events wait in the queue")]
+    DatabaseAway,
+    #[error("the database can't be used until someone mends this; events wait in the queue")]
+    DatabaseMisconfigured,
+    #[error("no database is configured; events wait in the queue. Set database.url, DATABASE_URL or PGHOST")]
+    DatabaseUnconfigured,
+    #[error("{0} dead letters; see \"headspace-watcher queue-dump --dead-letters\"")]
+    DeadLetters(u64),
+}
+
+impl Trouble {
+    fn status(&self) -> Status {
+        match self {
+            Trouble::QueueFailed(_) | Trouble::QueueFull | Trouble::Stalled(_) => Status::Fail,
+            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => Status::Fail,
+            Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) => Status::Warn,
+            Trouble::DatabaseAway | Trouble::DatabaseMisconfigured | Trouble::DatabaseUnconfigured => Status::Warn,
+        }
+    }
+
+    /// Whether a part has come to a halt that nothing but a restart ends.
+    fn is_hang(&self) -> bool {
+        match self {
+            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) | Trouble::Stalled(_) => true,
+            Trouble::QueueFailed(_)
+            | Trouble::QueueFull
+            | Trouble::QueueFilling { .. }
+            | Trouble::DatabaseAway
+            | Trouble::DatabaseMisconfigured
+            | Trouble::DatabaseUnconfigured
+            | Trouble::DeadLetters(_) => false,
+        }
+    }
 }
 
 /// Time from `then` to `now`; zero where the clock went back.
 fn age(then: Timestamp, now: Timestamp) -> Duration {
     Duration::try_from(now.duration_since(then)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// All is well, and one event has been waiting for a moment.
+    fn well() -> Facts {
+        Facts {
+            queue_error: None,
+            stats: QueueStats { pending: 1, pending_bytes: 10, ..QueueStats::default() },
+            pending_bytes_max: 1000,
+            oldest_age: Some(SECOND),
+            database: DatabaseState { state: Database::Up, since: Timestamp::UNIX_EPOCH, last_error: None },
+            database_age: 3600 * SECOND,
+            reading_silence: SECOND,
+            reading_silence_max: 32 * SECOND,
+            draining_silence: SECOND,
+            draining_silence_max: 38 * SECOND,
+            settling_silence: SECOND,
+        }
+    }
+
+    /// The one trouble that a change to a healthy watcher leads to.
+    #[track_caller]
+    fn after(change: impl FnOnce(&mut Facts)) -> Option<Trouble> {
+        let mut facts = well();
+        change(&mut facts);
+        let mut troubles = facts.troubles();
+        assert!(troubles.len() <= 1, "{troubles:?}");
+        troubles.pop()
+    }
+
+    #[test]
+    fn every_trouble_is_found_alone_and_has_its_status() {
+        assert_eq!(after(|_| {}), None);
+        let long = 40 * SECOND;
+        for (change, expected, status, is_hang) in [
+            (
+                (|facts| facts.queue_error = Some("gone".to_owned())) as fn(&mut Facts),
+                Trouble::QueueFailed("gone".to_owned()),
+                Status::Fail,
+                false,
+            ),
+            (
+                |facts| {
+                    facts.stats.full = true;
+                    facts.stats.pending_bytes = 999;
+                },
+                Trouble::QueueFull,
+                Status::Fail,
+                false,
+            ),
+            (|facts| facts.stats.pending_bytes = 800, Trouble::QueueFilling { percent: 80 }, Status::Warn, false),
+            (|facts| facts.reading_silence = 40 * SECOND, Trouble::ReadingHangs(long), Status::Fail, true),
+            (|facts| facts.draining_silence = 40 * SECOND, Trouble::DrainingHangs(long), Status::Fail, true),
+            (
+                |facts| {
+                    facts.oldest_age = Some(50 * SECOND);
+                    facts.settling_silence = 40 * SECOND;
+                },
+                Trouble::Stalled(long),
+                Status::Fail,
+                true,
+            ),
+            (|facts| facts.database.state = Database::Down, Trouble::DatabaseAway, Status::Warn, false),
+            (
+                |facts| facts.database.state = Database::Misconfigured,
+                Trouble::DatabaseMisconfigured,
+                Status::Warn,
+                false,
+            ),
+            (
+                |facts| {
+                    facts.database.state = Database::Unconfigured;
+                    facts.draining_silence = 40 * SECOND;
+                },
+                Trouble::DatabaseUnconfigured,
+                Status::Warn,
+                false,
+            ),
+            (|facts| facts.stats.dead_letters = 3, Trouble::DeadLetters(3), Status::Warn, false),
+        ] {
+            let found = after(change);
+            assert_eq!(found, Some(expected.clone()));
+            assert_eq!((expected.status(), expected.is_hang()), (status, is_hang), "{expected}");
+        }
+    }
+
+    #[test]
+    fn it_is_no_stall_while_something_moves_or_nothing_waits_or_the_database_is_just_back() {
+        let old = Some(3600 * SECOND);
+        assert_eq!(after(|facts| facts.oldest_age = old), None, "a backlog is drained");
+        assert_eq!(after(|facts| (facts.oldest_age, facts.settling_silence) = (None, 3600 * SECOND)), None, "idle");
+        let just_back = |facts: &mut Facts| {
+            facts.oldest_age = Some(3600 * SECOND);
+            facts.settling_silence = 3600 * SECOND;
+            facts.database_age = SECOND;
+        };
+        assert_eq!(after(just_back), None);
+        let away = |facts: &mut Facts| {
+            just_back(facts);
+            facts.database_age = 3600 * SECOND;
+            facts.database.state = Database::Down;
+        };
+        assert_eq!(after(away), Some(Trouble::DatabaseAway), "it waits for the database, and that is said");
+    }
+
+    #[test]
+    fn a_clock_that_went_back_ages_nothing() {
+        let now = Timestamp::from_second(100).unwrap();
+        assert_eq!(age(Timestamp::from_second(200).unwrap(), now), Duration::ZERO);
+        assert_eq!(age(Timestamp::from_second(70).unwrap(), now), 30 * SECOND);
+    }
 }

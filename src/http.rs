@@ -4,6 +4,9 @@
 //! which keeps a browser's page on another origin out (DNS rebinding), must not come from another origin, and must
 //! bear the token where one is set.
 
+mod metrics;
+mod page;
+
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,15 +22,19 @@ use axum::routing::get;
 use serde::Deserialize;
 
 use crate::config::Secret;
-use crate::event::{Sequence, Timestamp};
-use crate::health::{HealthSource, Status};
+use crate::event::Sequence;
+use crate::health::{HealthSource, Moment, Status};
+use crate::history::History;
 use crate::listing::{self, Filter, Listing};
 use crate::queue::Queue;
+
+pub use page::{Overview, RecentEvent, RecentSession};
 
 /// What the routes answer from.
 #[derive(Clone)]
 pub struct Api {
     pub health: Arc<HealthSource>,
+    pub history: Arc<History>,
     pub queue: Queue,
 }
 
@@ -47,6 +54,10 @@ pub fn router(api: Api, access: Option<Access>) -> Router {
         .route("/readyz", get(readyz))
         .route("/queue", get(queue))
         .route("/dead-letters", get(dead_letters))
+        .route("/metrics", get(metrics::metrics))
+        .route("/", get(page::page))
+        .route("/overview", get(page::overview))
+        .route("/live", get(page::live))
         .with_state(api);
     match access {
         Some(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), admit_caller)),
@@ -55,7 +66,7 @@ pub fn router(api: Api, access: Option<Access>) -> Router {
 }
 
 async fn health(State(api): State<Api>) -> Response {
-    let health = api.health.health(Timestamp::now());
+    let health = api.health.health(Moment::now());
     let code = match health.status {
         Status::Pass | Status::Warn => StatusCode::OK,
         Status::Fail => StatusCode::SERVICE_UNAVAILABLE,
@@ -131,7 +142,7 @@ async fn admit_caller(State(access): State<Arc<Access>>, request: Request, next:
         Some((StatusCode::FORBIDDEN, "the Host header names another host"))
     } else if !origin_is_ours(headers, access.listen) {
         Some((StatusCode::FORBIDDEN, "pages of other origins may not ask"))
-    } else if !bears_token(headers, access.token.as_ref()) {
+    } else if request.uri().path() != "/" && !bears_token(headers, access.token.as_ref()) {
         Some((StatusCode::UNAUTHORIZED, "the token is missing or wrong: send Authorization: Bearer <http.token>"))
     } else {
         None

@@ -39,6 +39,7 @@
 pub mod config;
 pub mod event;
 pub mod health;
+pub mod history;
 pub mod http;
 pub mod intake;
 pub mod listing;

@@ -10,6 +10,8 @@
 //! answers in flight or 300 ms; who has not ended after three fifths of the time is named once and left behind, which
 //! is harmless as every step can be repeated; then the queue is flushed and synced.
 
+mod pulse;
+
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -22,17 +24,20 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use self::pulse::{Pulse, tell_systemd};
 use crate::config::{Config, HttpConfig};
-use crate::event::Timestamp;
-use crate::health::HealthSource;
+use crate::event::{FailureKind, Timestamp};
+use crate::health::{HealthSource, Moment};
+use crate::history::History;
 use crate::http::{self, Access, Api};
 use crate::intake::Intake;
 use crate::intake::schema::{SchemaError, Schemas};
 use crate::intake::transcripts::{Doorbell, FollowConfig, Follower};
 use crate::queue::{Queue, QueueConfig, QueueError};
+use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
 use crate::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
-use crate::telemetry::{Database, DatabaseState, Metrics};
+use crate::telemetry::{self, Database, DatabaseState, Metrics, RescanCause};
 
 /// How often the counters are summed up in the log while something happens.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
@@ -84,22 +89,28 @@ pub struct Service {
 impl Service {
     /// Runs until stopped, until idle, or until something fails that only a restart can mend.
     pub async fn run(self) -> Result<(), ServiceError> {
-        let started = Instant::now();
+        let started = Moment::now();
         let config = &self.config;
         if self.until == Until::Idle && !self.has_database {
             return Err(ServiceError::Unconfigured);
         }
         let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
+        declare_labels(&self.metrics, &schemas);
         let queue = open_queue(config)?;
         let intake = Arc::new(Intake::new(schemas, queue.clone(), self.metrics.clone()));
         let health = Arc::new(HealthSource {
             queue: queue.clone(),
             metrics: self.metrics.clone(),
-            started_at: Timestamp::now(),
             started,
+            pending_bytes_max: config.queue.max_pending_bytes,
             polling_interval: config.file_watcher.polling_interval,
+            delivery_max: config.database.connect_timeout
+                + config.database.statement_timeout
+                + config.event_system.write_retry_max_delay,
         });
-        let api = Api { health, queue: queue.clone() };
+        let history = Arc::new(History::default());
+        let pulse = tokio::spawn(Pulse { health: health.clone(), history: history.clone() }.run());
+        let api = Api { health, history, queue: queue.clone() };
         let mut parts = Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None };
         let started = self.start(&mut parts, api, intake);
         let result = match started {
@@ -112,6 +123,7 @@ impl Service {
             }
             Err(error) => Err(error),
         };
+        pulse.abort();
         tell_systemd(&[sd_notify::NotifyState::Stopping]);
         parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
     }
@@ -221,7 +233,10 @@ impl Service {
                         return Ok(());
                     }
                 }
-                _ = summary.tick() => self.sum_up(&parts.queue, &mut summed_up),
+                _ = summary.tick() => {
+                    telemetry::report_held_back();
+                    self.sum_up(&parts.queue, &mut summed_up);
+                }
             }
         }
     }
@@ -324,11 +339,30 @@ impl Parts {
                 Ok(())
             }
         };
+        telemetry::report_held_back();
         let result = result.and(closed);
         if result.is_ok() {
             info!(pending, stop_milliseconds = begun.elapsed().as_millis() as u64, "stopped");
         }
         result
+    }
+}
+
+/// Shows from the start what can be counted: a rate needs a number to start from.
+fn declare_labels(metrics: &Metrics, schemas: &Schemas) {
+    for event_type in schemas.types() {
+        for family in [&metrics.events_captured, &metrics.events_rejected, &metrics.events_delivered] {
+            family.declare(event_type.as_str());
+        }
+    }
+    for reason in [FailureKind::Unreadable, FailureKind::Invalid, FailureKind::TooLarge, FailureKind::Refused] {
+        metrics.events_dead_lettered.declare(reason.as_str());
+    }
+    for verdict in [Verdict::Again, Verdict::Operator, Verdict::Event] {
+        metrics.write_failures.declare(verdict.as_str());
+    }
+    for cause in RescanCause::ALL {
+        metrics.rescans.declare(cause.as_str());
     }
 }
 
@@ -405,11 +439,4 @@ fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<(
             tokio::time::sleep(BIND_RETRY_INTERVAL).await;
         }
     })
-}
-
-/// Tells systemd, where it listens.
-fn tell_systemd(state: &[sd_notify::NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        warn!(error = %error, "could not tell systemd");
-    }
 }

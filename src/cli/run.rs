@@ -78,8 +78,9 @@ fn show_progress(metrics: Arc<Metrics>) -> tokio::task::JoinHandle<()> {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         loop {
             tick.tick().await;
-            let left =
-                metrics.events_delivered.get() + metrics.events_duplicate.get() + metrics.events_dead_lettered.get();
+            let left = metrics.events_delivered.get()
+                + metrics.events_duplicate.get()
+                + metrics.events_dead_lettered.of("refused");
             bar.set_length(metrics.events_captured.get().max(left));
             bar.set_position(left);
             bar.set_message(format!(

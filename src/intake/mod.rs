@@ -10,14 +10,17 @@ mod salvage;
 pub mod schema;
 pub mod transcripts;
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
 
 use tracing::warn;
 
 use self::schema::{Candidate, Invalid, Refused, Schemas};
-use crate::event::{EventType, Failure, FailureKind, Origin, Rejection};
-use crate::queue::{Accepted, Batch, Queue, Ticket};
-use crate::telemetry::Metrics;
+use crate::event::{EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
+use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
+use crate::telemetry::{BatchActivity, Metrics};
 
 /// The one door into the queue.
 pub struct Intake {
@@ -45,7 +48,7 @@ impl Intake {
             Ok(event) => batch.events.push(event),
             Err(refused) => {
                 let Refused { invalid, candidate } = *refused;
-                self.metrics.events_rejected.add(1);
+                self.metrics.events_rejected.add(&candidate.event_type, 1);
                 log_rejection(&invalid, &candidate.origin);
                 let kind = match invalid {
                     Invalid::TooLarge { .. } => FailureKind::TooLarge,
@@ -70,14 +73,83 @@ impl Intake {
         }
     }
 
-    /// Hands the batch over; it is durable when the ticket says so.
-    pub fn submit(&self, batch: Batch) -> Ticket {
-        self.queue.submit(batch)
+    /// Hands the batch over; it is durable when the submission says so, and is counted then.
+    pub fn submit(&self, batch: Batch) -> Submission {
+        let counts = BatchCounts::of(&batch);
+        let begun = Instant::now();
+        Submission { ticket: self.queue.submit(batch), begun, counts: Some(counts), metrics: self.metrics.clone() }
     }
+}
 
-    /// Counts what the queue has taken in.
-    pub fn note_accepted(&self, accepted: &Accepted) {
-        self.metrics.events_captured.add(accepted.sequences.len() as u64);
+/// A batch on its way into the queue: wait for it on a thread or await it.
+#[must_use = "what was submitted is durable only when the submission says so"]
+pub struct Submission {
+    ticket: Ticket,
+    begun: Instant,
+    /// Until the answer was heard.
+    counts: Option<BatchCounts>,
+    metrics: Arc<Metrics>,
+}
+
+/// What is counted when a batch is accepted.
+struct BatchCounts {
+    types: Vec<(EventType, u64)>,
+    rejections: Vec<FailureKind>,
+    activity: BatchActivity,
+}
+
+impl BatchCounts {
+    fn of(batch: &Batch) -> BatchCounts {
+        let mut types: Vec<(EventType, u64)> = Vec::new();
+        for event in &batch.events {
+            match types.iter_mut().find(|(known, _)| known == event.event_type()) {
+                Some((_, count)) => *count += 1,
+                None => types.push((event.event_type().clone(), 1)),
+            }
+        }
+        BatchCounts {
+            types,
+            rejections: batch.rejections.iter().map(|rejection| rejection.failure.kind).collect(),
+            activity: BatchActivity::of(&batch.events, Timestamp::now()),
+        }
+    }
+}
+
+impl Submission {
+    /// Blocks this thread until there is an answer. Needs no runtime; in async code await the submission instead.
+    pub fn wait(self) -> Result<Accepted, QueueError> {
+        let Submission { ticket, begun, counts, metrics } = self;
+        let answer = ticket.wait();
+        note_answer(&metrics, &answer, counts, begun);
+        answer
+    }
+}
+
+impl Future for Submission {
+    type Output = Result<Accepted, QueueError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = std::task::ready!(Pin::new(&mut self.ticket).poll(context));
+        let counts = self.counts.take();
+        note_answer(&self.metrics, &answer, counts, self.begun);
+        Poll::Ready(answer)
+    }
+}
+
+/// Counts what the queue has taken in.
+fn note_answer(metrics: &Metrics, answer: &Result<Accepted, QueueError>, counts: Option<BatchCounts>, begun: Instant) {
+    let (Ok(_), Some(counts)) = (answer, counts) else { return };
+    let mut events = 0;
+    for (event_type, count) in &counts.types {
+        metrics.events_captured.add(event_type.as_str(), *count);
+        events += count;
+    }
+    for kind in counts.rejections {
+        metrics.events_dead_lettered.add(kind.as_str(), 1);
+    }
+    if events > 0 {
+        metrics.capture_seconds.observe(begun.elapsed(), events);
+        metrics.activity.note(counts.activity, Timestamp::now());
     }
 }
 

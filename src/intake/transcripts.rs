@@ -24,11 +24,12 @@ use notify::{RecursiveMode, Watcher};
 use serde_json::Map;
 use tracing::{debug, info, warn};
 
-use super::Intake;
 use super::claude_code::{self, HeadOrder, LineMeaning, Segment, SessionFacts, TranscriptKind};
 use super::schema::Candidate;
+use super::{Intake, Submission};
 use crate::event::{Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, Timestamp};
-use crate::queue::{Batch, QueueError, Ticket};
+use crate::queue::{Batch, QueueError};
+use crate::telemetry::RescanCause;
 
 /// How long a file must be unchanged before its last line is read without a newline.
 pub const UNTERMINATED_QUIET: Duration = Duration::from_secs(5);
@@ -118,7 +119,7 @@ struct Followed {
 
 /// A batch whose sync has not been awaited.
 struct HandedOver {
-    ticket: Ticket,
+    submission: Submission,
     path: PathBuf,
     /// The file's cursor before the batch, to go back to when the queue has no room for it. `None`: the file is gone.
     before: Option<Cursor>,
@@ -154,6 +155,8 @@ pub struct Follower {
     watch_failed: bool,
     projects_missing: bool,
     first_pass: bool,
+    /// Why the next rescan will be done.
+    cause: RescanCause,
 }
 
 impl Follower {
@@ -179,6 +182,7 @@ impl Follower {
             watch_failed: false,
             projects_missing: false,
             first_pass: true,
+            cause: RescanCause::Start,
         })
     }
 
@@ -191,6 +195,7 @@ impl Follower {
         let mut next_rescan = Instant::now();
         let mut more = BTreeSet::new();
         while !self.stopped() {
+            self.intake.metrics().reading.beat();
             if Instant::now() >= next_rescan {
                 self.watch();
                 let unfinished = self.rescan()?;
@@ -238,7 +243,10 @@ impl Follower {
         while let Some(next) = ring.take() {
             match next {
                 Ring::Stop => return BTreeSet::new(),
-                Ring::Rescan => *next_rescan = Instant::now(),
+                Ring::Rescan => {
+                    *next_rescan = Instant::now();
+                    self.cause = RescanCause::Overflow;
+                }
                 Ring::Paths(rung) => {
                     for path in rung {
                         if self.files.contains_key(&path) || self.kind_of(&path).is_some() {
@@ -246,6 +254,7 @@ impl Follower {
                         } else if path.is_dir() {
                             // A new folder: files may have been born in it before its watch was set.
                             *next_rescan = Instant::now();
+                            self.cause = RescanCause::NewFolder;
                         }
                     }
                 }
@@ -330,7 +339,7 @@ impl Follower {
         metrics.files_watched.set(self.files.len() as u64);
         let sessions = self.files.values().filter(|file| file.cursor.project_path.is_some()).count();
         metrics.sessions_known.set(sessions as u64);
-        metrics.rescanned(Timestamp::now());
+        metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), Timestamp::now());
         self.first_pass = false;
         Ok(unfinished)
     }
@@ -494,6 +503,7 @@ impl Follower {
 
     /// Reads up to one chunk of whole lines and hands them over. False at the end of the whole lines.
     fn read_chunk(&mut self, handle: &File, file: &mut Followed) -> Result<bool, ReadError> {
+        self.intake.metrics().reading.beat();
         let start = file.cursor.offset;
         // Bytes that hold no newline are not read again until one has come.
         let unscanned = file.scanned_to.max(start);
@@ -591,7 +601,7 @@ impl Follower {
     /// What a line leads to: the session's registration at its first working directory, and a turn.
     fn take_meaning(&self, meaning: LineMeaning, line: &[u8], offset: u64, file: &mut Followed, batch: &mut Batch) {
         if let Some(name) = &meaning.unknown_type {
-            self.intake.metrics().unknown_line_type(name);
+            self.intake.metrics().unknown_line_types.add(name, 1);
         }
         let TranscriptKind::Main { session } = file.kind else { return };
         if file.cursor.project_path.is_none()
@@ -691,8 +701,8 @@ impl Follower {
     }
 
     fn submit(&mut self, batch: Batch, path: PathBuf, before: Option<Cursor>) -> Result<(), QueueError> {
-        let ticket = self.intake.submit(batch);
-        self.in_flight.push_back(HandedOver { ticket, path, before });
+        let submission = self.intake.submit(batch);
+        self.in_flight.push_back(HandedOver { submission, path, before });
         self.await_tickets(BATCHES_IN_FLIGHT_MAX)
     }
 
@@ -701,9 +711,9 @@ impl Follower {
     fn await_tickets(&mut self, at_most: usize) -> Result<(), QueueError> {
         let mut at_most = at_most;
         while self.in_flight.len() > at_most {
-            let Some(HandedOver { ticket, path, before }) = self.in_flight.pop_front() else { break };
-            match ticket.wait() {
-                Ok(accepted) => self.intake.note_accepted(&accepted),
+            let Some(HandedOver { submission, path, before }) = self.in_flight.pop_front() else { break };
+            match submission.wait() {
+                Ok(_) => {}
                 Err(QueueError::Full { .. }) => {
                     at_most = 0;
                     if let Some(before) = before
@@ -727,7 +737,9 @@ impl Follower {
 
     /// Waits while the queue is full: the transcripts on disk are the buffer.
     fn wait_for_room(&self) {
-        while !self.stopped() && !self.intake.queue().wait_for_room(Instant::now() + ROOM_CHECK_INTERVAL) {}
+        while !self.stopped() && !self.intake.queue().wait_for_room(Instant::now() + ROOM_CHECK_INTERVAL) {
+            self.intake.metrics().reading.beat();
+        }
     }
 }
 

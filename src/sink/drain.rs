@@ -103,6 +103,7 @@ impl<S: Sink> Drainer<S> {
                 self.idle(&mut arrivals, &mut stop).await;
                 continue;
             };
+            let begun = Instant::now();
             // While this window is under way the next one is read.
             let delivering = async { tokio::join!(self.sink.deliver(&window), self.read_window(Some(last))) };
             let (delivery, next) = tokio::select! {
@@ -110,7 +111,8 @@ impl<S: Sink> Drainer<S> {
                 () = stopped_for(stop.clone(), STOP_GRACE) => break,
             };
             let complete = delivery.failure.is_none();
-            let pause = self.settle(&window, delivery).await?;
+            self.metrics.draining.beat();
+            let pause = self.settle(&window, delivery, begun.elapsed()).await?;
             if complete {
                 ahead = Some(next?).filter(|window| !window.is_empty());
             }
@@ -135,6 +137,7 @@ impl<S: Sink> Drainer<S> {
             probed = self.sink.probe() => probed,
             () = stopped_for(stop.clone(), Duration::ZERO) => return,
         };
+        self.metrics.draining.beat();
         let wait = match probed {
             Ok(()) => {
                 self.note_back();
@@ -154,13 +157,18 @@ impl<S: Sink> Drainer<S> {
     }
 
     /// Settles what came of a window. Gives the pause before the next.
-    async fn settle(&mut self, window: &[Envelope], delivery: Delivery) -> Result<Option<Duration>, QueueError> {
+    async fn settle(
+        &mut self,
+        window: &[Envelope],
+        delivery: Delivery,
+        took: Duration,
+    ) -> Result<Option<Duration>, QueueError> {
         let Delivery { done, failure } = delivery;
         let mut outcomes: Vec<(Sequence, Outcome)> =
             window.iter().zip(&done).map(|(envelope, _)| (envelope.sequence, Outcome::Delivered)).collect();
         if !done.is_empty() {
             self.note_back();
-            self.note_delivered(&done);
+            self.note_delivered(window, &done, took);
         }
         let pause = match (failure, window.get(done.len())) {
             (Some(error), Some(envelope)) => self.after_failure(envelope, error, &mut outcomes),
@@ -171,6 +179,7 @@ impl<S: Sink> Drainer<S> {
         };
         if let Some((sequence, _)) = outcomes.last() {
             self.settled = Some(*sequence);
+            self.metrics.settling.beat();
         }
         self.await_settlement().await?;
         if !outcomes.is_empty() {
@@ -194,7 +203,7 @@ impl<S: Sink> Drainer<S> {
         error: DeliverError,
         outcomes: &mut Vec<(Sequence, Outcome)>,
     ) -> Option<Duration> {
-        self.metrics.write_failures.add(1);
+        self.metrics.write_failures.add(error.verdict.as_str(), 1);
         let event = &envelope.event;
         debug!(event_id = %event.id(), event_type = %event.event_type(), sequence = %envelope.sequence,
                verdict = error.verdict.as_str(), error = %error, "delivery failed");
@@ -231,7 +240,7 @@ impl<S: Sink> Drainer<S> {
         }
         warn!(event_id = %event.id(), event_type = %event.event_type(), attempts, error = %error,
               "the database refused an event, it is set aside; see \"headspace-watcher dead-letters list\"");
-        self.metrics.events_dead_lettered.add(1);
+        self.metrics.events_dead_lettered.add(FailureKind::Refused.as_str(), 1);
         self.refusals = Some((cause, in_a_row + 1));
         self.refused = None;
         self.backoff.reset();
@@ -241,11 +250,19 @@ impl<S: Sink> Drainer<S> {
         None
     }
 
-    fn note_delivered(&mut self, done: &[Delivered]) {
-        let stored = done.iter().filter(|delivered| **delivered == Delivered::Stored).count();
-        self.metrics.events_delivered.add(stored as u64);
-        self.metrics.events_duplicate.add((done.len() - stored) as u64);
-        self.metrics.wrote(Timestamp::now());
+    /// Counts what is in Postgres now: `took` is the time of the whole window.
+    fn note_delivered(&mut self, window: &[Envelope], done: &[Delivered], took: Duration) {
+        let now = Timestamp::now();
+        let mut stored = 0;
+        for (envelope, _) in window.iter().zip(done).filter(|(_, delivered)| **delivered == Delivered::Stored) {
+            stored += 1;
+            self.metrics.events_delivered.add(envelope.event.event_type().as_str(), 1);
+            let age = Duration::try_from(now.duration_since(envelope.captured_at)).unwrap_or_default();
+            self.metrics.end_to_end_seconds.observe(age, 1);
+        }
+        self.metrics.delivery_seconds.observe(took, done.len() as u64);
+        self.metrics.events_duplicate.add(done.len() as u64 - stored);
+        self.metrics.wrote(now);
         self.refusals = None;
     }
 

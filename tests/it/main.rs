@@ -12,6 +12,7 @@ mod architecture;
 mod capture;
 mod commands;
 mod delivery;
+mod metrics;
 mod stopping;
 mod supervisor;
 mod torture;

@@ -1,0 +1,173 @@
+//! The last ten minutes in samples, one a second: what the status page and `top` draw.
+//!
+//! A ring in memory of [`SAMPLES_MAX`] small values. A restart forgets it: what must be kept is Prometheus' to keep.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::event::Timestamp;
+use crate::queue::QueueStats;
+use crate::telemetry::{HistogramSnapshot, Metrics};
+
+/// Ten minutes.
+pub const SAMPLES_MAX: usize = 600;
+
+/// What happened in one second, and what stood at its end.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+pub struct Sample {
+    /// Milliseconds since 1970.
+    pub at: i64,
+    /// Seconds that the sample covers: about 1.
+    pub seconds: f64,
+    pub captured: u64,
+    pub delivered: u64,
+    pub duplicates: u64,
+    pub failed: u64,
+    pub pending: u64,
+    /// How long the oldest event has been waiting.
+    pub oldest_age_seconds: Option<f64>,
+    /// From captured to durable in Postgres, for what was delivered in this second. `None` when nothing was.
+    pub lag_p50_seconds: Option<f64>,
+    pub lag_p99_seconds: Option<f64>,
+}
+
+/// Makes a sample of what has changed since the one before.
+pub struct Sampler {
+    before: Counts,
+}
+
+#[derive(Clone, Copy)]
+struct Counts {
+    at: Timestamp,
+    captured: u64,
+    delivered: u64,
+    duplicates: u64,
+    failed: u64,
+    lag: HistogramSnapshot,
+}
+
+impl Counts {
+    fn of(metrics: &Metrics, at: Timestamp) -> Counts {
+        Counts {
+            at,
+            captured: metrics.events_captured.get(),
+            delivered: metrics.events_delivered.get(),
+            duplicates: metrics.events_duplicate.get(),
+            failed: metrics.write_failures.get(),
+            lag: metrics.end_to_end_seconds.snapshot(),
+        }
+    }
+}
+
+impl Sampler {
+    pub fn new(metrics: &Metrics, now: Timestamp) -> Sampler {
+        Sampler { before: Counts::of(metrics, now) }
+    }
+
+    pub fn sample(&mut self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) -> Sample {
+        let counts = Counts::of(metrics, now);
+        let before = std::mem::replace(&mut self.before, counts);
+        let lag = counts.lag.since(&before.lag);
+        Sample {
+            at: now.as_millisecond(),
+            seconds: now.duration_since(before.at).as_secs_f64().max(0.001),
+            captured: counts.captured - before.captured,
+            delivered: counts.delivered - before.delivered,
+            duplicates: counts.duplicates - before.duplicates,
+            failed: counts.failed - before.failed,
+            pending: queue.pending,
+            oldest_age_seconds: queue.oldest.map(|(_, since)| now.duration_since(since).as_secs_f64().max(0.0)),
+            lag_p50_seconds: lag.quantile(0.5),
+            lag_p99_seconds: lag.quantile(0.99),
+        }
+    }
+}
+
+/// The ring, and a bell that rings with every new sample.
+#[derive(Debug)]
+pub struct History {
+    samples: Mutex<VecDeque<Sample>>,
+    newest: watch::Sender<Option<Sample>>,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        History { samples: Mutex::default(), newest: watch::Sender::new(None) }
+    }
+}
+
+impl History {
+    pub fn push(&self, sample: Sample) {
+        let mut samples = self.lock();
+        if samples.len() == SAMPLES_MAX {
+            samples.pop_front();
+        }
+        samples.push_back(sample.clone());
+        drop(samples);
+        self.newest.send_replace(Some(sample));
+    }
+
+    /// The last `count` samples, oldest first.
+    pub fn last(&self, count: usize) -> Vec<Sample> {
+        let samples = self.lock();
+        samples.iter().skip(samples.len().saturating_sub(count)).cloned().collect()
+    }
+
+    /// Changes with every new sample.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Sample>> {
+        self.newest.subscribe()
+    }
+
+    /// A poisoned lock guards plain values here: what is inside is still whole.
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Sample>> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn a_sample_holds_what_happened_since_the_one_before() {
+        let metrics = Metrics::default();
+        metrics.events_captured.add("a", 5);
+        metrics.end_to_end_seconds.observe(Duration::from_secs(20), 5);
+        let mut sampler = Sampler::new(&metrics, at(10));
+        metrics.events_captured.add("b", 3);
+        metrics.events_delivered.add("b", 2);
+        metrics.end_to_end_seconds.observe(Duration::from_millis(2), 2);
+        let queue =
+            QueueStats { pending: 1, oldest: Some((crate::event::Sequence::FIRST, at(8))), ..Default::default() };
+        let sample = sampler.sample(&metrics, &queue, at(12));
+        assert_eq!((sample.captured, sample.delivered, sample.pending), (3, 2, 1));
+        assert_eq!((sample.seconds, sample.oldest_age_seconds), (2.0, Some(4.0)));
+        assert_eq!(sample.lag_p50_seconds, Some(0.002), "the slow ones of before are no longer in it");
+        let next = sampler.sample(&metrics, &QueueStats::default(), at(13));
+        assert_eq!((next.captured, next.lag_p50_seconds, next.oldest_age_seconds), (0, None, None));
+    }
+
+    #[test]
+    fn the_ring_keeps_the_last_ten_minutes() {
+        let metrics = Metrics::default();
+        let mut sampler = Sampler::new(&metrics, at(0));
+        let history = History::default();
+        let bell = history.subscribe();
+        for second in 1..=SAMPLES_MAX as i64 + 5 {
+            history.push(sampler.sample(&metrics, &QueueStats::default(), at(second)));
+        }
+        let samples = history.last(usize::MAX);
+        assert_eq!((samples.len(), samples[0].at), (SAMPLES_MAX, 6000));
+        assert_eq!(history.last(2).iter().map(|sample| sample.at).collect::<Vec<_>>(), [604_000, 605_000]);
+        assert_eq!(bell.borrow().as_ref().unwrap().at, 605_000);
+    }
+}

@@ -1,0 +1,167 @@
+//! `GET /metrics`: the numbers in Prometheus' text format.
+
+use std::fmt::{Display, Write};
+
+use axum::extract::State;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+
+use super::Api;
+use crate::health::{HealthSource, Moment, Status};
+use crate::telemetry::{CounterFamily, Database, HistogramSnapshot};
+
+const PREFIX: &str = "headspace_watcher_";
+
+pub async fn metrics(State(api): State<Api>) -> Response {
+    let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"), (CACHE_CONTROL, "no-store")];
+    (headers, exposition(&api.health, Moment::now())).into_response()
+}
+
+fn exposition(source: &HealthSource, now: Moment) -> String {
+    let metrics = &source.metrics;
+    let health = source.health(now);
+    let mut page = Page::default();
+    page.counter("lines_read_total", "Lines of transcripts that were read.", metrics.lines_read.get());
+    page.counter("bad_lines_total", "Lines that are no JSON object or too long.", metrics.bad_lines.get());
+    page.family("events_captured_total", "Events durable in the queue.", "type", &metrics.events_captured);
+    page.family("events_rejected_total", "Events that failed the check.", "type", &metrics.events_rejected);
+    page.family("events_delivered_total", "Events stored in Postgres.", "type", &metrics.events_delivered);
+    page.counter("events_duplicate_total", "Events that Postgres had already.", metrics.events_duplicate.get());
+    page.family("events_dead_lettered_total", "Events and input set aside.", "reason", &metrics.events_dead_lettered);
+    page.family("write_failures_total", "Deliveries that failed, by what follows.", "class", &metrics.write_failures);
+    page.family("rescans_total", "Looks at all transcripts, by their cause.", "cause", &metrics.rescans);
+    page.family(
+        "unknown_line_types_total",
+        "Lines of types that this version does not know.",
+        "type",
+        &metrics.unknown_line_types,
+    );
+    page.gauge("queue_events", "Events waiting in the queue.", health.queue.pending);
+    page.gauge("queue_bytes", "Bytes of the events waiting.", health.queue.pending_bytes);
+    page.gauge("queue_bytes_max", "Bytes that may wait at most.", source.pending_bytes_max);
+    page.gauge(
+        "queue_oldest_age_seconds",
+        "How long the oldest event has been waiting; 0 when none waits.",
+        health.queue.oldest_age_seconds.unwrap_or_default(),
+    );
+    page.gauge("queue_disk_bytes", "Bytes of the queue's files.", health.queue.disk_bytes);
+    page.gauge("queue_dead_letters", "Dead letters that are kept.", health.queue.dead_letters);
+    let up = metrics.database().state == Database::Up;
+    page.gauge("database_up", "1 when the last thing heard of the database was good.", u8::from(up));
+    page.gauge("files", "Transcripts that are followed.", health.watcher.files);
+    page.gauge("sessions", "Sessions that are known.", health.watcher.sessions);
+    let status = match health.status {
+        Status::Pass => 0,
+        Status::Warn => 1,
+        Status::Fail => 2,
+    };
+    page.gauge("health_status", "0 pass, 1 warn, 2 fail; GET /health says why.", status);
+    page.gauge("ready", "1 when events are taken in.", u8::from(health.ready));
+    page.gauge(
+        "uptime_seconds",
+        "Time since the start.",
+        now.clock.saturating_duration_since(source.started.clock).as_secs_f64(),
+    );
+    for (name, help, at) in [
+        ("last_write_timestamp_seconds", "When the last event was stored; 0 when none was.", metrics.last_write()),
+        ("last_rescan_timestamp_seconds", "When all files were last looked at.", metrics.last_rescan()),
+    ] {
+        page.gauge(name, help, at.map_or(0.0, |at| at.as_millisecond() as f64 / 1000.0));
+    }
+    page.histogram(
+        "capture_seconds",
+        "From an event's being handed to the queue to its being durable there.",
+        &metrics.capture_seconds.snapshot(),
+    );
+    page.histogram(
+        "delivery_seconds",
+        "From an event's being given to Postgres to its being durable there.",
+        &metrics.delivery_seconds.snapshot(),
+    );
+    page.histogram(
+        "end_to_end_seconds",
+        "From an event's being captured to its being durable in Postgres, outages included.",
+        &metrics.end_to_end_seconds.snapshot(),
+    );
+    page.head("build_info", "The running version.", "gauge");
+    page.sample("build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    page.text
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+// Writing to a String can't fail.
+impl Page {
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.head(name, help, "counter");
+        self.sample(name, &[], value);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.head(name, help, "gauge");
+        self.sample(name, &[], value);
+    }
+
+    fn family(&mut self, name: &str, help: &str, label: &str, family: &CounterFamily) {
+        self.head(name, help, "counter");
+        for (value, count) in family.labels() {
+            self.sample(name, &[(label, value)], count);
+        }
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, snapshot: &HistogramSnapshot) {
+        self.head(name, help, "histogram");
+        for (bound, count) in snapshot.cumulative() {
+            let bound = if bound.is_infinite() { "+Inf".to_owned() } else { bound.to_string() };
+            self.sample(&format!("{name}_bucket"), &[("le", &bound)], count);
+        }
+        self.sample(&format!("{name}_sum"), &[], snapshot.sum_seconds);
+        self.sample(&format!("{name}_count"), &[], snapshot.count());
+    }
+
+    fn head(&mut self, name: &str, help: &str, kind: &str) {
+        let _ = writeln!(self.text, "# HELP {PREFIX}{name} {help}\n# TYPE {PREFIX}{name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        let _ = write!(self.text, "{PREFIX}{name}");
+        for (index, (label, text)) in labels.iter().enumerate() {
+            let _ = write!(self.text, "{}{label}=\"{}\"", if index == 0 { '{' } else { ',' }, escaped(text));
+        }
+        let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+}
+
+/// A label's value may hold anything; control characters have no place in it.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\\' => escaped.push_str("\\\\"),
+            '"' => escaped.push_str("\\\""),
+            '\n' => escaped.push_str("\\n"),
+            other if other.is_control() => escaped.push('\u{fffd}'),
+            other => escaped.push(other),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_can_not_break_out_of_its_quotes() {
+        let family = CounterFamily::default();
+        family.add("a\"} 1\nb\\\r", 7);
+        let mut page = Page::default();
+        page.family("x_total", "Help.", "type", &family);
+        let last = page.text.lines().last().unwrap();
+        assert_eq!(last, "headspace_watcher_x_total{type=\"a\\\"} 1\\nb\\\\\u{fffd}\"} 7");
+        assert_eq!(page.text.lines().count(), 3);
+    }
+}
