@@ -68,7 +68,9 @@ enum Command {
     )]
     QueueDump(QueueDumpArguments),
     /// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
-    #[command(after_help = "Example:\n  headspace-watcher status --json | jq .queue.pending")]
+    #[command(
+        after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
+    )]
     Status(StatusArguments),
     /// Check configuration, schemas, folders and database, and say how to mend what is wrong
     #[command(after_help = "Example:\n  headspace-watcher check --no-database")]
@@ -133,6 +135,10 @@ struct StatusArguments {
     /// The object of GET /health
     #[arg(long)]
     json: bool,
+    /// Show it again every so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    watch: Option<u32>,
 }
 
 #[derive(Args)]

@@ -1,39 +1,168 @@
 //! `status`: health at a glance.
 
 use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write as _};
+use std::path::Path;
+use std::time::Duration;
 
+use headspace_watcher::event::Timestamp;
 use headspace_watcher::health::{Health, Status};
+use headspace_watcher::queue::{Queue, QueueConfig, QueueError, QueueStats};
+use serde_json::json;
 
 use super::client::{self, ClientError};
 use super::{Context, Exit, Failure, StatusArguments, block_on};
 
+/// How long the watcher may take; it needs milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How things stand.
+enum Standing {
+    /// The watcher has answered, and this is what it said.
+    Answered { health: Box<Health>, json: String },
+    /// There is a watcher, but it does not answer.
+    Silent { problem: String, pid: Option<u32> },
+    /// There is none. What waits in its queue, or why that can't be said.
+    Gone { queue: Result<QueueStats, QueueError> },
+}
+
 pub fn status(context: &Context, arguments: &StatusArguments) -> Result<Exit, Failure> {
     let socket = &context.config().http.socket;
-    let answer = block_on(async { client::body(client::get(socket, "/health").await?).await })?;
+    let Some(interval) = arguments.watch else {
+        let standing = look(context)?;
+        print!("{}", standing.shown(arguments.json, socket));
+        return standing.verdict(socket);
+    };
+    watch(context, arguments.json, Duration::from_secs(interval.into()))
+}
+
+/// Shows it again and again until interrupted, or until nobody reads it any more.
+fn watch(context: &Context, json: bool, interval: Duration) -> Result<Exit, Failure> {
+    let mut out = io::stdout();
+    let clears = out.is_terminal() && !json;
+    loop {
+        let standing = look(context)?;
+        let mut text = standing.shown(json, &context.config().http.socket);
+        if clears {
+            // To the upper left, and away with what stands there.
+            text.insert_str(0, "\x1b[H\x1b[2J");
+        } else if !json {
+            text.push('\n');
+        }
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => std::thread::sleep(interval),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
+            Err(error) => return Err(Failure::new(Exit::Io, format!("could not write: {error}"))),
+        }
+    }
+}
+
+fn look(context: &Context) -> Result<Standing, Failure> {
+    let asking = async { client::body(client::get(&context.config().http.socket, "/health").await?).await };
+    let no_answer = || ClientError::NoAnswer(format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()));
+    let answer =
+        block_on(async { tokio::time::timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| Err(no_answer())) })?;
     let body = match answer {
         Ok(body) => body,
-        Err(ClientError::NotRunning) => {
-            if arguments.json {
-                println!("{}", serde_json::json!({"status": "fail", "running": false}));
-            }
-            let message = format!("no watcher listens on {}; start it with scripts/run-watcher.sh", socket.display());
-            return Err(Failure::new(Exit::NotRunning, message));
-        }
         Err(ClientError::NoAnswer(problem)) => {
-            let message =
-                format!("the watcher on {} does not answer: {problem}; if it stays so, restart it", socket.display());
-            return Err(Failure::new(Exit::CheckFailed, message));
+            let pid = match inspect(context) {
+                Err(QueueError::InUse { pid, .. }) => pid,
+                _ => None,
+            };
+            return Ok(Standing::Silent { problem, pid });
+        }
+        Err(ClientError::NotRunning) => {
+            return Ok(match inspect(context) {
+                Err(QueueError::InUse { pid, .. }) => {
+                    let problem =
+                        "it holds the queue but does not listen: it is starting, ending, or uses another http.socket";
+                    Standing::Silent { problem: problem.to_owned(), pid }
+                }
+                queue => Standing::Gone { queue },
+            });
         }
     };
-    let health: Health = serde_json::from_slice(&body).map_err(|error| {
+    let health = serde_json::from_slice(&body).map_err(|error| {
         Failure::new(Exit::Internal, format!("the watcher's answer is not understood: {error}; is it another version?"))
     })?;
-    if arguments.json {
-        println!("{}", String::from_utf8_lossy(&body));
-    } else {
-        print!("{}", describe(&health));
+    Ok(Standing::Answered { health, json: String::from_utf8_lossy(&body).into_owned() })
+}
+
+/// The queue that nobody holds, in numbers.
+fn inspect(context: &Context) -> Result<QueueStats, QueueError> {
+    let config = &context.config().queue;
+    let config = QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes };
+    Queue::inspect(&config).map(|queue| queue.stats())
+}
+
+impl Standing {
+    fn shown(&self, json: bool, socket: &Path) -> String {
+        match (self, json) {
+            (Standing::Answered { json, .. }, true) => format!("{json}\n"),
+            (Standing::Answered { health, .. }, false) => describe(health),
+            (Standing::Silent { pid, .. }, true) => {
+                let said = self.verdict(socket).err().map(|failure| failure.message);
+                format!(
+                    "{}\n",
+                    json!({"status": "fail", "running": true, "pid": pid, "ready": false, "reasons": [said]})
+                )
+            }
+            (Standing::Silent { .. }, false) => "status    NO ANSWER\n".to_owned(),
+            (Standing::Gone { queue }, true) => {
+                let queue = match queue {
+                    Ok(stats) => json!({
+                        "pending": stats.pending,
+                        "pending_bytes": stats.pending_bytes,
+                        "oldest_age_seconds": stats.oldest.map(|(_, since)| seconds_since(since)),
+                        "dead_letters": stats.dead_letters,
+                        "disk_bytes": stats.disk_bytes,
+                        "full": stats.full,
+                    }),
+                    Err(_) => json!(null),
+                };
+                format!("{}\n", json!({"status": "fail", "running": false, "ready": false, "queue": queue}))
+            }
+            (Standing::Gone { queue }, false) => {
+                let queue = match queue {
+                    Ok(stats) => queue_line(
+                        stats.pending,
+                        stats.pending_bytes,
+                        stats.oldest.map(|(_, since)| seconds_since(since)),
+                        stats.dead_letters,
+                        stats.disk_bytes,
+                    ),
+                    Err(error) => error.to_string(),
+                };
+                format!("status    not running\nqueue     {queue}\n")
+            }
+        }
     }
-    Ok(if health.status == Status::Fail { Exit::CheckFailed } else { Exit::Fine })
+
+    fn verdict(&self, socket: &Path) -> Result<Exit, Failure> {
+        let shown = socket.display();
+        match self {
+            Standing::Answered { health, .. } if health.status == Status::Fail => Ok(Exit::CheckFailed),
+            Standing::Answered { .. } => Ok(Exit::Fine),
+            Standing::Silent { problem, pid } => {
+                let who = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+                let message =
+                    format!("the watcher on {shown}{who} does not answer: {problem}; if it stays so, restart it");
+                Err(Failure::new(Exit::CheckFailed, message))
+            }
+            Standing::Gone { queue } => {
+                let waits = match queue {
+                    Ok(_) => String::new(),
+                    Err(error) => format!("; {error}"),
+                };
+                let message = format!("no watcher listens on {shown}{waits}; start it with scripts/run-watcher.sh");
+                Err(Failure::new(Exit::NotRunning, message))
+            }
+        }
+    }
+}
+
+fn seconds_since(then: Timestamp) -> f64 {
+    Timestamp::now().duration_since(then).as_secs_f64().max(0.0)
 }
 
 fn describe(health: &Health) -> String {
@@ -43,10 +172,6 @@ fn describe(health: &Health) -> String {
         Status::Fail => "FAIL",
     };
     let mut text = String::new();
-    let oldest = match health.queue.oldest_age_seconds {
-        Some(age) => format!(", the oldest for {}", duration(age as u64)),
-        None => String::new(),
-    };
     let last_write = health.writes.last_write_timestamp.as_deref().unwrap_or("never since start");
     // Writing to a String can't fail.
     let _ = writeln!(text, "status    {status}");
@@ -65,14 +190,10 @@ fn describe(health: &Health) -> String {
         "captured  {} files, {} sessions, {} lines read, {} bad",
         health.watcher.files, health.watcher.sessions, health.watcher.lines, health.watcher.bad_lines
     );
-    let _ = writeln!(
-        text,
-        "queue     {} pending ({}){oldest}; {} dead letters; {} on disk",
-        health.queue.pending,
-        bytes(health.queue.pending_bytes),
-        health.queue.dead_letters,
-        bytes(health.queue.disk_bytes)
-    );
+    let queue = &health.queue;
+    let waits =
+        queue_line(queue.pending, queue.pending_bytes, queue.oldest_age_seconds, queue.dead_letters, queue.disk_bytes);
+    let _ = writeln!(text, "queue     {waits}");
     let _ = writeln!(text, "database  {} since {}", health.database.state, health.database.since);
     if let Some(error) = &health.database.last_error {
         let _ = writeln!(text, "          {error}");
@@ -85,8 +206,18 @@ fn describe(health: &Health) -> String {
     text
 }
 
+fn queue_line(pending: u64, pending_bytes: u64, oldest_age: Option<f64>, dead_letters: u64, disk_bytes: u64) -> String {
+    let oldest = oldest_age.map_or_else(String::new, |age| format!(", the oldest for {}", duration(age as u64)));
+    let letters = if dead_letters == 1 { "dead letter" } else { "dead letters" };
+    format!(
+        "{pending} pending ({}){oldest}; {dead_letters} {letters}; {} on disk",
+        bytes(pending_bytes),
+        bytes(disk_bytes)
+    )
+}
+
 /// `90061` → `1d 1h`, `75` → `1m 15s`.
-fn duration(seconds: u64) -> String {
+pub fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
@@ -97,7 +228,7 @@ fn duration(seconds: u64) -> String {
 }
 
 /// `1536` → `1.5 kB`, decimal units.
-fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1000.0 {

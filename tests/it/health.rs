@@ -1,0 +1,114 @@
+//! Health as seen from outside: each state, and the way from one to the next.
+
+use std::time::Duration;
+
+use crate::stage::{SOON, Server, Stage, signal, wait_until};
+
+#[test]
+fn health_warns_while_postgres_is_away_and_passes_again_when_it_is_back() {
+    let server = Server::start();
+    let stage = Stage::with(Some(server.database.another()));
+    let watcher = stage.start();
+    wait_until("pass", SOON, || watcher.health()["status"] == "pass");
+    let first = watcher.health();
+    assert_eq!((&first["ready"], &first["database"]["last_error"]), (&true.into(), &serde_json::Value::Null));
+    server.stop("fast");
+    stage.transcript("-home-me-app", 1).say("while it is away");
+    wait_until("warn", SOON, || watcher.health()["status"] == "warn");
+    wait_until("the event waits", SOON, || watcher.health()["queue"]["pending"] == 2);
+    let (code, body) = watcher.get("/health").unwrap();
+    assert_eq!(code, 200, "that is what the queue is for: {body}");
+    let away: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&away["database"]["state"], &away["ready"]), (&"down".into(), &true.into()));
+    assert!(away["database"]["last_error"].as_str().is_some_and(|error| !error.is_empty()), "{away}");
+    assert!(away["reasons"][0].as_str().unwrap().contains("away"), "{away}");
+    assert_eq!(watcher.get("/readyz").unwrap().0, 200);
+    let status = stage.run(&["status"]);
+    assert_eq!(status.code(), 0);
+    assert!(status.output().starts_with("status    warn\n"), "{}", status.output());
+    server.start_again();
+    wait_until("pass", SOON, || watcher.health()["status"] == "pass");
+    assert_eq!(watcher.health()["queue"]["oldest_age_seconds"], serde_json::Value::Null);
+    for message in ["database away", "database back"] {
+        assert_eq!(watcher.logged(message).len(), 1, "each change once");
+    }
+}
+
+#[test]
+fn health_fails_when_the_queue_is_full_and_the_exit_code_says_so() {
+    let mut stage = Stage::with(None);
+    stage.set("queue.max_pending_bytes", "1048576").set("event_system.max_event_bytes", "65536");
+    stage.transcript("-home-me-app", 1).say_many(&"long text ".repeat(50), 3000);
+    let watcher = stage.start();
+    wait_until("fail", SOON, || watcher.health()["status"] == "fail");
+    let (code, body) = watcher.get("/health").unwrap();
+    assert_eq!(code, 503, "{body}");
+    let health: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&health["queue"]["full"], &health["ready"]), (&true.into(), &false.into()));
+    assert!(health["reasons"][0].as_str().unwrap().contains("max_pending_bytes"), "the way out: {health}");
+    assert_eq!((watcher.get("/readyz").unwrap().0, watcher.get("/livez").unwrap().0), (503, 200));
+    assert_eq!(stage.run(&["status"]).code(), 1);
+    assert_eq!(stage.run(&["status", "--json"]).lines()[0]["status"], "fail");
+    let logged = watcher.wait_for_log("health fails");
+    assert_eq!(logged["level"], "ERROR", "{logged}");
+    assert!(logged["reasons"].as_str().unwrap().contains("full"), "{logged}");
+}
+
+#[test]
+fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_mend() {
+    let mut stage = Stage::new();
+    stage.transcript("-home-me-app", 1).append("no JSON at all\n");
+    stage.set("database.auto_migrate", "false");
+    let watcher = stage.start();
+    wait_until("misconfigured", SOON, || watcher.health()["database"]["state"] == "misconfigured");
+    wait_until("the dead letter", SOON, || watcher.health()["queue"]["dead_letters"] == 1);
+    let health = watcher.health();
+    assert_eq!(health["status"], "warn");
+    assert!(health["database"]["last_error"].as_str().unwrap().contains("headspace-watcher migrate"), "{health}");
+    let reasons = health["reasons"].to_string();
+    assert!(reasons.contains("dead letters") && reasons.contains("someone mends"), "{reasons}");
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    wait_until("up", SOON, || watcher.health()["database"]["state"] == "up");
+}
+
+#[test]
+fn status_says_within_seconds_that_the_watcher_hangs() {
+    let stage = Stage::new();
+    let watcher = stage.start();
+    watcher.wait_for_log("database connected");
+    signal(watcher.pid(), "STOP");
+    let begun = std::time::Instant::now();
+    let hangs = stage.run(&["status"]);
+    let json = stage.run(&["status", "--json"]);
+    let took = begun.elapsed();
+    signal(watcher.pid(), "CONT");
+    assert_eq!(hangs.code(), 1, "{}", hangs.error());
+    let pid = watcher.pid().to_string();
+    assert!(hangs.error().contains("does not answer") && hangs.error().contains(&pid), "{}", hangs.error());
+    let said = &json.lines()[0];
+    assert_eq!((json.code(), &said["status"], &said["running"]), (1, &"fail".into(), &true.into()), "{said}");
+    assert!(took < Duration::from_secs(8), "{took:?} for both");
+    wait_until("it answers again", SOON, || stage.run(&["status"]).code() == 0);
+}
+
+#[test]
+fn status_of_a_watcher_that_is_gone_gives_the_last_words_of_its_queue() {
+    let stage = Stage::with(None);
+    let never = stage.run(&["status"]);
+    assert_eq!(never.code(), 3);
+    assert!(never.error().contains("no queue"), "{}", never.error());
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say_many("a secret", 9);
+    transcript.append("no JSON\n");
+    let watcher = stage.start();
+    wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 10);
+    watcher.kill();
+    let gone = stage.run(&["status"]);
+    assert_eq!(gone.code(), 3);
+    assert!(gone.output().starts_with("status    not running\n"), "{}", gone.output());
+    assert!(gone.output().contains("10 pending") && gone.output().contains("1 dead letter"), "{}", gone.output());
+    assert!(gone.error().contains("scripts/run-watcher.sh"), "the way out: {}", gone.error());
+    let json = &stage.run(&["status", "--json"]).lines()[0];
+    assert_eq!((&json["running"], &json["queue"]["pending"]), (&false.into(), &10.into()), "{json}");
+    assert_eq!(json["queue"]["dead_letters"], 1);
+}
