@@ -12,6 +12,7 @@ mod architecture;
 mod capture;
 mod commands;
 mod delivery;
+mod full_disk;
 mod health;
 mod metrics;
 mod stopping;

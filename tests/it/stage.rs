@@ -367,6 +367,11 @@ impl Watcher {
         }
     }
 
+    /// Somebody else who sends to the socket.
+    pub fn poster(&self) -> Poster {
+        Poster { socket: self.socket.clone() }
+    }
+
     /// `GET` over the socket: status code and body.
     pub fn get(&self, target: &str) -> Option<(u16, String)> {
         use std::io::Read;
@@ -419,6 +424,32 @@ impl Drop for Watcher {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Sends requests to a watcher's socket.
+#[derive(Clone)]
+pub struct Poster {
+    socket: PathBuf,
+}
+
+impl Poster {
+    /// `POST` of a JSON body: status code and body. `None` when there is no whole answer.
+    pub fn post(&self, target: &str, body: &str) -> Option<(u16, String)> {
+        use std::io::Read;
+        let mut stream = std::os::unix::net::UnixStream::connect(&self.socket).ok()?;
+        stream.set_read_timeout(Some(SOON)).ok()?;
+        let length = body.len();
+        write!(
+            stream,
+            "POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )
+        .ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let code = answer.split(' ').nth(1)?.parse().ok()?;
+        Some((code, answer.split_once("\r\n\r\n")?.1.to_owned()))
     }
 }
 
@@ -521,6 +552,11 @@ impl Dice {
         let seed = seed.unwrap_or_else(|| uuid::Uuid::now_v7().as_u128() as u64 | 1);
         eprintln!("{name}: HEADSPACE_TEST_SEED={seed}");
         Dice(seed)
+    }
+
+    /// Dice of another thread.
+    pub fn fork(&mut self) -> Dice {
+        Dice(self.below(u64::MAX) | 1)
     }
 
     pub fn below(&mut self, limit: u64) -> u64 {

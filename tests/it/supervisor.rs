@@ -172,7 +172,7 @@ fn parse(line: &str) -> Option<(String, String)> {
     let value: serde_json::Value = serde_json::from_str(line).ok()?;
     let text = |pointer| value.pointer(pointer)?.as_str();
     text("/timestamp")?.parse::<jiff::Timestamp>().ok()?;
-    Some((text("/level")?.to_owned(), text("/fields/message")?.to_owned()))
+    Some((text("/level")?.to_owned(), text("/message")?.to_owned()))
 }
 
 fn messages(project: &Project, level: &str) -> Vec<String> {
