@@ -27,10 +27,12 @@
 //! answers everybody (group commit); it never waits for more to come. Batches that only settle or only move cursors are
 //! visible at once, and durable some milliseconds later or with the next sync, whichever comes first.
 //!
-//! `store` is one sled database and the syncing around it, with the keys; `codec` the bytes of a record; `folder` the
+//! `store` is one sled database and the syncing around it, with the keys; `codec` the bytes of a record, `block` of
+//! several in one value; `folder` the
 //! files around it and opening; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
 //! sled is known in this module only.
 
+mod block;
 mod codec;
 pub mod faults;
 mod folder;

@@ -3,8 +3,9 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
+use super::block;
 use super::codec::{self, CodecError, Content, Counters};
-use super::store::{self, Store, StoreError, chunk_key, content_key, event_key, key_sequence, letter_key};
+use super::store::{self, Store, StoreError, chunk_key, content_key, key_sequence, letter_key};
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
 };
@@ -26,44 +27,81 @@ pub fn envelopes(store: &Store, first: u64, last: u64, limit: usize, bytes_max: 
         return Ok(found);
     }
     let mut bytes = 0;
-    for pair in store.range(store::sequence_range(b'e', first, last))? {
-        let (key, head) = pair?;
-        let Some(sequence) = key_sequence(&key) else { continue };
-        let length = codec::record_bytes(&head).unwrap_or(head.len()) as u64;
-        if !found.envelopes.is_empty() && bytes + length > bytes_max {
-            break;
-        }
-        match event_record(store, sequence, &head)? {
-            Ok(stored) => {
-                bytes += length;
-                found.envelopes.push(Envelope {
-                    sequence,
-                    event: stored.event,
-                    captured_at: stored.captured_at,
-                    attempts: stored.attempts,
-                });
+    for pair in store.range(store::sequence_range(b'e', block_of(store, first)?, last))? {
+        let (key, value) = pair?;
+        let Ok(entries) = block::entries(&value) else {
+            found.damaged.extend(key_sequence(&key));
+            continue;
+        };
+        for (sequence, part) in entries {
+            if sequence.get() < first {
+                continue;
             }
-            // Between the head and its chunks it may have been settled: then it is not damaged but gone.
-            Err(_) if store.get(&key)?.as_deref() != Some(&*head) => {}
-            Err(_) => found.damaged.push(sequence),
-        }
-        if found.envelopes.len() + found.damaged.len() >= limit {
-            break;
+            if sequence.get() > last || found.envelopes.len() + found.damaged.len() >= limit {
+                return Ok(found);
+            }
+            // sled evicts pages only after so many accesses, however large the pages are; iterating counts as one.
+            let _ = store.get(&key)?;
+            let length = codec::record_bytes(part).unwrap_or(part.len()) as u64;
+            if !found.envelopes.is_empty() && bytes + length > bytes_max {
+                return Ok(found);
+            }
+            match event_record(store, sequence, part)? {
+                Ok(stored) => {
+                    bytes += length;
+                    found.envelopes.push(Envelope {
+                        sequence,
+                        event: stored.event,
+                        captured_at: stored.captured_at,
+                        attempts: stored.attempts,
+                    });
+                }
+                // Between its first part and its chunks it may have been settled: then it is not damaged but gone.
+                Err(_) => match event_part(store, sequence)? {
+                    Some(Ok(now)) if now != part => {}
+                    Some(_) => found.damaged.push(sequence),
+                    None => {}
+                },
+            }
         }
     }
     Ok(found)
 }
 
-/// The event whose first chunk is `head`.
+/// The number of the block in which the event numbered `sequence` would be; itself when there is none before it.
+fn block_of(store: &Store, sequence: u64) -> Result<u64, StoreError> {
+    let before = store.last_key(store::sequence_range(b'e', 1, sequence))?;
+    Ok(before.and_then(|key| key_sequence(&key)).map_or(sequence, Sequence::get))
+}
+
+/// The block in which `sequence` would be: its number and its value.
+pub fn block(store: &Store, sequence: Sequence) -> Result<Option<(u64, sled::IVec)>, StoreError> {
+    let number = block_of(store, sequence.get())?;
+    Ok(store.get(&store::block_key(number))?.map(|value| (number, value)))
+}
+
+/// What stands in a block of the pending event `sequence`; an error when its block can't be read.
+fn event_part(store: &Store, sequence: Sequence) -> Result<Option<Result<Vec<u8>, CodecError>>, StoreError> {
+    let Some((_, value)) = block(store, sequence)? else { return Ok(None) };
+    Ok(match block::entries(&value) {
+        Ok(entries) => {
+            let part = entries.into_iter().find(|&(here, _)| here == sequence);
+            part.map(|(_, part)| Ok(part.to_vec()))
+        }
+        Err(error) => Some(Err(error)),
+    })
+}
+
+/// The event whose record begins with `part`.
 pub fn event_record(
     store: &Store,
     sequence: Sequence,
-    head: &[u8],
+    part: &[u8],
 ) -> Result<Result<codec::StoredEvent, CodecError>, StoreError> {
-    if codec::record_bytes(head) == Ok(head.len()) {
-        return Ok(codec::decode_event(head));
+    if codec::record_bytes(part) == Ok(part.len()) {
+        return Ok(codec::decode_event(part));
     }
-    let record = store.record(head, |index| chunk_key(sequence.get(), index))?;
+    let record = store.record(part, |index| chunk_key(sequence.get(), index))?;
     Ok(codec::decode_event(&record))
 }
 
@@ -170,24 +208,30 @@ pub fn cursors(store: &Store) -> Result<Vec<(PathBuf, Cursor)>, StoreError> {
     Ok(cursors)
 }
 
-/// The oldest pending event at `first` or after, and when it was captured.
+/// The oldest pending event from `first` to `last`, and when it was captured.
 pub fn oldest(store: &Store, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
     if first > last {
         return Ok(None);
     }
-    let Some(pair) = store.range(store::sequence_range(b'e', first, last))?.next() else { return Ok(None) };
-    let (key, head) = pair?;
-    let captured_at = codec::captured_at(&head).unwrap_or(Timestamp::UNIX_EPOCH);
-    Ok(key_sequence(&key).map(|sequence| (sequence, captured_at)))
+    for pair in store.range(store::sequence_range(b'e', block_of(store, first)?, last))? {
+        let (key, value) = pair?;
+        let Ok(entries) = block::entries(&value) else {
+            return Ok(key_sequence(&key).map(|sequence| (sequence, Timestamp::UNIX_EPOCH)));
+        };
+        let oldest = entries.into_iter().find(|(sequence, _)| (first..=last).contains(&sequence.get()));
+        if let Some((sequence, part)) = oldest {
+            return Ok(Some((sequence, codec::captured_at(part).unwrap_or(Timestamp::UNIX_EPOCH))));
+        }
+    }
+    Ok(None)
 }
 
 /// The newest pending event that was committed.
 pub fn newest(store: &Store, counters: &Counters) -> Result<Option<Sequence>, StoreError> {
-    if counters.pending == 0 {
-        return Ok(None);
-    }
-    let range = store::sequence_range(b'e', 1, counters.next_sequence.saturating_sub(1));
-    Ok(store.last_key(range)?.and_then(|key| key_sequence(&key)))
+    let Some(last) = Sequence::new(counters.next_sequence.saturating_sub(1)) else { return Ok(None) };
+    let Some((number, value)) = block(store, last)? else { return Ok(None) };
+    let newest = block::entries(&value).ok().and_then(|entries| entries.last().map(|&(sequence, _)| sequence));
+    Ok(newest.or(Sequence::new(number)))
 }
 
 /// Visits every key that was written but never committed.
@@ -211,10 +255,19 @@ pub fn uncommitted(
 pub fn recount(store: &Store, next_sequence: u64) -> Result<Counters, StoreError> {
     let mut counters = Counters::new(next_sequence);
     for pair in store.range(store::prefix_range(b'e'))? {
-        let (key, head) = pair?;
-        counters.pending += 1;
-        counters.pending_bytes += codec::record_bytes(&head).unwrap_or(head.len()) as u64;
-        counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
+        let (key, value) = pair?;
+        let Ok(entries) = block::entries(&value) else {
+            // Will be found and set aside as one.
+            counters.pending += 1;
+            counters.pending_bytes += value.len() as u64;
+            counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
+            continue;
+        };
+        for (sequence, part) in entries {
+            counters.pending += 1;
+            counters.pending_bytes += codec::record_bytes(part).unwrap_or(part.len()) as u64;
+            counters.next_sequence = counters.next_sequence.max(sequence.get() + 1);
+        }
     }
     for pair in store.range(store::prefix_range(b'd'))? {
         let (key, _) = pair?;
@@ -226,9 +279,4 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counters, StoreError
         counters.next_sequence = counters.next_sequence.max(sequence + 1);
     }
     Ok(counters)
-}
-
-/// The first chunk of a pending event.
-pub fn event_head(store: &Store, sequence: Sequence) -> Result<Option<sled::IVec>, StoreError> {
-    store.get(&event_key(sequence.get()))
 }

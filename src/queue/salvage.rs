@@ -11,10 +11,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::block::{self, Block, PART_BYTES_MAX};
 use super::codec::{self, Counters, HEADER_BYTES, Kind, StoredEvent};
 use super::folder::corrupt;
 use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
 use super::{folder, reader};
+use crate::event::Sequence;
 
 /// How many numbers are tried beyond one that could not be read. A page holds about 16.
 const SKIP_MAX: u64 = 4096;
@@ -27,7 +29,7 @@ const APPLY_BYTES: usize = 1 << 20;
 
 /// Appends what can be found in `generations`, the newest first, to the fresh `store`; says how many events it was.
 pub fn run(generations: &[PathBuf], store: &Store, counters: Counters) -> Result<(Counters, u64), StoreError> {
-    let mut salvage = Salvage { store, counters, changes: Changes::default(), events: 0 };
+    let mut salvage = Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 };
     for folder in generations {
         match Store::open(folder) {
             Ok((old, _)) => salvage.copy(&old)?,
@@ -46,6 +48,7 @@ struct Salvage<'a> {
     store: &'a Store,
     counters: Counters,
     changes: Changes,
+    block: Block,
     events: u64,
 }
 
@@ -57,11 +60,12 @@ impl Salvage<'_> {
             _ => u64::MAX,
         };
         let mut from = 1;
-        while let Some((sequence, head)) = next_readable(old, b'e', from, end) {
-            from = sequence + 1;
-            let Some(number) = crate::event::Sequence::new(sequence) else { continue };
-            if let Ok(Ok(stored)) = reader::event_record(old, number, &head) {
-                self.add(&stored)?;
+        while let Some((number, value)) = next_readable(old, b'e', from, end) {
+            from = number + 1;
+            for (sequence, part) in block::entries(&value).unwrap_or_default() {
+                if let Ok(Ok(stored)) = reader::event_record(old, sequence, part) {
+                    self.add(&stored)?;
+                }
             }
         }
         let mut from = 1;
@@ -106,8 +110,18 @@ impl Salvage<'_> {
 
     fn add(&mut self, stored: &StoredEvent) -> Result<(), StoreError> {
         let record = codec::encode_event(&stored.event, stored.captured_at, stored.attempts).map_err(corrupt)?;
-        let sequence = self.counters.next_sequence;
-        self.put(&store::event_key(sequence), sequence, &record)?;
+        let Some(sequence) = Sequence::new(self.counters.next_sequence) else { return Ok(()) };
+        let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((&record, &[]));
+        if self.changes.bytes() > APPLY_BYTES {
+            self.apply()?;
+        }
+        if !self.block.has_room(part.len()) {
+            self.close_block();
+        }
+        self.block.add(sequence, part.to_vec());
+        for (index, chunk) in (1..).zip(rest.chunks(CHUNK_BYTES)) {
+            self.changes.insert(&store::chunk_key(sequence.get(), index), chunk);
+        }
         self.counters.pending += 1;
         self.counters.pending_bytes += record.len() as u64;
         self.counters.next_sequence += 1;
@@ -117,28 +131,27 @@ impl Salvage<'_> {
 
     fn add_letter(&mut self, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
         let sequence = self.counters.next_sequence;
-        self.put(&store::content_key(sequence), sequence, content)?;
+        let (part, rest) = content.split_at_checked(PART_BYTES_MAX).unwrap_or((content, &[]));
+        self.changes.insert(&store::content_key(sequence), part);
+        for (index, chunk) in (1..).zip(rest.chunks(CHUNK_BYTES)) {
+            self.changes.insert(&store::chunk_key(sequence, index), chunk);
+        }
         self.changes.insert(&store::letter_key(sequence), letter);
         self.counters.dead_letters += 1;
         self.counters.dead_letter_bytes += content.len() as u64;
         self.counters.next_sequence += 1;
-        Ok(())
+        if self.changes.bytes() > APPLY_BYTES { self.apply() } else { Ok(()) }
     }
 
-    fn put(&mut self, head_key: &[u8], sequence: u64, record: &[u8]) -> Result<(), StoreError> {
-        for (index, chunk) in (0..).zip(record.chunks(CHUNK_BYTES)) {
-            if self.changes.bytes() > APPLY_BYTES {
-                self.apply()?;
-            }
-            match index {
-                0 => self.changes.insert(head_key, chunk),
-                _ => self.changes.insert(&store::chunk_key(sequence, index), chunk),
-            }
+    fn close_block(&mut self) {
+        let block = std::mem::take(&mut self.block);
+        if let Some(first) = block.first() {
+            self.changes.insert(&store::block_key(first.get()), &block.encode());
         }
-        Ok(())
     }
 
     fn apply(&mut self) -> Result<(), StoreError> {
+        self.close_block();
         let counters = codec::encode_counters(&self.counters).map_err(corrupt)?;
         self.changes.insert(&store::counters_key(), &counters);
         self.store.apply(std::mem::take(&mut self.changes))

@@ -20,10 +20,10 @@
 //!
 //! ```text
 //! m        counters                                    always written in the same batch as what they count
-//! e S      first chunk of a pending event
+//! e S      block of pending events, the first of which was S: their records, or the first part of a long one
 //! d S      letter: why and when S was set aside
-//! f S      first chunk of what was set aside: an event, an input, or unreadable bytes
-//! x S I    further chunks of S, wherever its first chunk is
+//! f S      first part of what was set aside: the record of an event or an input, or unreadable bytes
+//! x S I    further chunks of the record S, wherever its first part is
 //! c H      first chunk of a cursor
 //! k H I    further chunks of a cursor
 //! ```
@@ -231,18 +231,19 @@ impl Store {
         guarded(|| Ok(self.db()?.range(range).next_back().transpose()?.map(|(key, _)| key)))
     }
 
-    /// The whole record of which `head` is the first chunk, as far as its further chunks are there.
+    /// The whole record of which `head` is the first part, as far as its further chunks are there.
     ///
     /// A record whose header makes no sense is `head` alone: the codec will refuse it.
     pub fn record(&self, head: &[u8], further: impl Fn(u32) -> Vec<u8>) -> Result<Vec<u8>, StoreError> {
         let length = codec::record_bytes(head).unwrap_or(head.len());
         let mut record = Vec::with_capacity(length);
         record.extend_from_slice(head);
-        for index in 1..chunk_count(length) {
-            match self.get(&further(index))? {
-                Some(chunk) => record.extend_from_slice(&chunk),
-                None => break,
-            }
+        let mut index = 1;
+        while record.len() < length
+            && let Some(chunk) = self.get(&further(index))?
+        {
+            record.extend_from_slice(&chunk);
+            index += 1;
         }
         Ok(record)
     }
@@ -305,7 +306,7 @@ pub fn counters_key() -> Vec<u8> {
     vec![b'm']
 }
 
-pub fn event_key(sequence: u64) -> Vec<u8> {
+pub fn block_key(sequence: u64) -> Vec<u8> {
     sequence_key(b'e', sequence)
 }
 

@@ -123,6 +123,16 @@ pub struct EncodedBatch {
     pub refusals_heard: Option<u64>,
 }
 
+impl EncodedBatch {
+    /// About what it takes, in memory and in sled.
+    pub fn bytes(&self) -> usize {
+        let events: usize = self.events.iter().map(|record| record.len() + 32).sum();
+        let rejections: usize = self.rejections.iter().map(|one| one.letter.len() + one.content.len() + 64).sum();
+        let cursors: usize = self.cursors.iter().map(|one| one.record.as_ref().map_or(0, Vec::len) + 64).sum();
+        256 + events + rejections + cursors
+    }
+}
+
 pub struct EncodedRejection {
     /// Record of the letter: one chunk.
     pub letter: Vec<u8>,
@@ -151,11 +161,7 @@ pub enum Work {
 impl Work {
     fn bytes(&self) -> usize {
         match self {
-            Work::Append(batch, _) => {
-                let events: usize = batch.events.iter().map(Vec::len).sum();
-                let rejections: usize = batch.rejections.iter().map(|one| one.letter.len() + one.content.len()).sum();
-                events + rejections + 256 * (1 + batch.cursors.len())
-            }
+            Work::Append(batch, _) => batch.bytes(),
             Work::Settle(outcomes, _) => 64 * outcomes.len(),
             _ => 64,
         }

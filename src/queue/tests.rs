@@ -14,6 +14,7 @@ use crate::event::{
 mod basics;
 mod damage;
 mod durability;
+mod format;
 mod kill;
 mod model;
 mod speed;

@@ -3,24 +3,25 @@
 //! A round: take all that has arrived, stage it as one batch, apply, answer settlements, sync, publish, answer appends.
 //! A batch above [`STAGE_BYTES_MAX`] is applied and synced in parts; its commit (the counters) is in the last one.
 
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::codec::{self, Content, Counters, Letter};
+use super::block::{self, Block, PART_BYTES_MAX};
+use super::codec::{self, CodecError, Content, Counters, Letter};
 use super::faults;
 use super::folder::{self, Lock, Mark, corrupt};
 use super::reader;
-use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError, chunk_count};
+use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
 use super::submission::{EncodedBatch, EncodedCursor, Refusals, Reply, Work};
 use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
-use crate::event::{DeadContent, Failure, Sequence, Timestamp};
+use crate::event::{DeadContent, Sequence, Timestamp};
 
 /// Bytes of one sled batch. Above it the staged part is applied and synced first.
 const STAGE_BYTES_MAX: usize = 1 << 20;
 
-/// How long changes that nobody waits for may stay unsynced. Longer than an append takes to follow another in a burst,
+/// How long changes that nobody waits for may stay unsynced. Longer than it takes the next append of a burst to come,
 /// so that they share its sync; short enough that an append after a pause does not have to sync them first.
 const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
 
@@ -46,6 +47,8 @@ pub struct Writer {
     newest_event: Option<Sequence>,
     /// Whether `counters` differ from those last applied.
     counters_changed: bool,
+    /// Whether events were removed since it was looked up which is the oldest.
+    oldest_unknown: bool,
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
     compact_not_before: Option<Instant>,
@@ -54,8 +57,29 @@ pub struct Writer {
 #[derive(Default)]
 struct Stage {
     changes: Changes,
-    /// Events that `changes` removes: the store still has them.
-    removed: HashSet<Sequence>,
+    /// New events, until they fill a block.
+    tail: Block,
+    /// Blocks of the store that have lost entries, by their number: what is left of each.
+    touched: BTreeMap<u64, Block>,
+    /// Whether what is staged may be applied in parts: nothing but the batch that is being staged is in it.
+    may_split: bool,
+    /// Blocks that were added, and of how many events.
+    added: Vec<(Vec<u8>, usize)>,
+}
+
+impl Stage {
+    fn bytes(&self) -> usize {
+        self.changes.bytes() + self.tail.bytes() + self.touched.len() * CHUNK_BYTES
+    }
+
+    fn close_tail(&mut self) {
+        let tail = std::mem::take(&mut self.tail);
+        if let Some(first) = tail.first() {
+            let key = store::block_key(first.get());
+            self.changes.insert(&key, &tail.encode());
+            self.added.push((key, tail.len()));
+        }
+    }
 }
 
 /// How answers wait for the end of their round.
@@ -73,6 +97,7 @@ enum Answer {
     Append(Reply<Accepted>, Result<Accepted, QueueError>, Option<Arc<Refusals>>),
     Retry(Reply<RetryOutcome>, Result<RetryOutcome, QueueError>),
     Drop(Reply<bool>, bool),
+    SetAside(Reply<()>),
 }
 
 impl Answer {
@@ -87,6 +112,7 @@ impl Answer {
             }
             Answer::Retry(reply, answer) => drop(reply.send(answer)),
             Answer::Drop(reply, answer) => drop(reply.send(Ok(answer))),
+            Answer::SetAside(reply) => drop(reply.send(Ok(()))),
         }
     }
 
@@ -95,6 +121,7 @@ impl Answer {
             Answer::Append(reply, ..) => drop(reply.send(Err(error.clone()))),
             Answer::Retry(reply, _) => drop(reply.send(Err(error.clone()))),
             Answer::Drop(reply, _) => drop(reply.send(Err(error.clone()))),
+            Answer::SetAside(reply) => drop(reply.send(Err(error.clone()))),
         }
     }
 }
@@ -118,6 +145,7 @@ impl Writer {
             stage: Stage::default(),
             newest_event: None,
             counters_changed: false,
+            oldest_unknown: false,
             room_wanted: None,
             compact_not_before: None,
         }
@@ -180,7 +208,8 @@ impl Writer {
                     self.settle(outcomes)?;
                 }
                 Work::SetAside(sequences, reply) => {
-                    round.after_apply.push(reply);
+                    round.after_sync.push(Answer::SetAside(reply));
+                    round.needs_sync = true;
                     self.set_aside(&sequences)?;
                 }
                 Work::Retry(sequence, reply) => {
@@ -266,22 +295,28 @@ impl Writer {
         if let Err(error) = self.admit(&batch) {
             return Ok(Err(error));
         }
+        self.stage.may_split = self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX;
+        if self.stage.may_split {
+            self.apply_stage()?;
+            self.stage.may_split = true;
+        }
         let mut next = self.counters;
         let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
         for record in &batch.events {
             let sequence = take_sequence(&mut next)?;
-            self.put_record(&store::event_key(sequence.get()), record, |index| {
-                store::chunk_key(sequence.get(), index)
-            })?;
+            let part = self.put_chunks(sequence, record)?;
+            if !self.stage.tail.has_room(part.len()) {
+                self.stage.close_tail();
+            }
+            self.stage.tail.add(sequence, part.to_vec());
             next.pending += 1;
             next.pending_bytes += record.len() as u64;
             accepted.sequences.push(sequence);
         }
         for rejection in &batch.rejections {
             let sequence = take_sequence(&mut next)?;
-            self.put_record(&store::content_key(sequence.get()), &rejection.content, |index| {
-                store::chunk_key(sequence.get(), index)
-            })?;
+            let part = self.put_chunks(sequence, &rejection.content)?;
+            self.put(&store::content_key(sequence.get()), part)?;
             self.put(&store::letter_key(sequence.get()), &rejection.letter)?;
             next.dead_letters += 1;
             next.dead_letter_bytes += rejection.content.len() as u64;
@@ -337,18 +372,15 @@ impl Writer {
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
         let now = Timestamp::now();
         for (sequence, outcome) in outcomes {
-            if self.stage.removed.contains(&sequence) {
-                continue;
-            }
-            let Some(head) = reader::event_head(&self.store, sequence)? else { continue };
+            let Some(part) = self.take_event(sequence)? else { continue };
             match outcome {
-                Outcome::Delivered => self.remove_event(sequence, &head, true)?,
+                Outcome::Delivered => self.remove_chunks(sequence, &part)?,
                 Outcome::Refused { failure, attempts } => {
                     let letter = Letter { failed_at: now, failure, content: Content::Event, attempts };
-                    self.bury(sequence, &head, &letter)?;
+                    self.bury(sequence, &part, &letter)?;
                 }
             }
-            if self.stage.changes.bytes() > STAGE_BYTES_MAX {
+            if self.stage.bytes() > STAGE_BYTES_MAX {
                 self.apply_stage()?;
             }
         }
@@ -357,46 +389,91 @@ impl Writer {
 
     /// Events that a reader could not decode become dead letters, if they really can't be decoded.
     fn set_aside(&mut self, sequences: &[Sequence]) -> Result<(), StoreError> {
-        self.apply_stage()?;
-        let now = Timestamp::now();
+        let damaged = |error: &CodecError| Letter {
+            failed_at: Timestamp::now(),
+            failure: reader::damage(error),
+            content: Content::Raw,
+            attempts: 0,
+        };
         for &sequence in sequences {
-            let Some(head) = reader::event_head(&self.store, sequence)? else { continue };
-            let Err(error) = reader::event_record(&self.store, sequence, &head)? else { continue };
-            let failure: Failure = reader::damage(&error);
-            let letter = Letter { failed_at: now, failure, content: Content::Raw, attempts: 0 };
-            self.bury(sequence, &head, &letter)?;
             self.apply_stage()?;
+            let Some((number, value)) = reader::block(&self.store, sequence)? else { continue };
+            let entries = match block::entries(&value) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    self.bury_block(number, &value, &damaged(&error))?;
+                    continue;
+                }
+            };
+            let Some((_, part)) = entries.into_iter().find(|&(here, _)| here == sequence) else { continue };
+            if let Err(error) = reader::event_record(&self.store, sequence, part)?
+                && let Some(part) = self.take_event(sequence)?
+            {
+                self.bury(sequence, &part, &damaged(&error))?;
+            }
         }
-        Ok(())
+        self.apply_stage()
     }
 
-    /// Turns a pending event into a dead letter; its further chunks stay where they are.
-    fn bury(&mut self, sequence: Sequence, head: &[u8], letter: &Letter) -> Result<(), StoreError> {
-        let letter = codec::encode_letter(letter).map_err(corrupt)?;
-        self.remove_event(sequence, head, false)?;
-        self.stage.changes.insert(&store::letter_key(sequence.get()), &letter);
-        self.stage.changes.insert(&store::content_key(sequence.get()), head);
-        let mut next = self.counters;
-        next.dead_letters += 1;
-        next.dead_letter_bytes += stored_bytes(head);
-        self.commit(next);
-        Ok(())
-    }
-
-    fn remove_event(&mut self, sequence: Sequence, head: &[u8], with_chunks: bool) -> Result<(), StoreError> {
-        self.stage.changes.remove(&store::event_key(sequence.get()));
-        if with_chunks {
-            self.remove_chunks(sequence, head)?;
-        }
-        self.stage.removed.insert(sequence);
+    /// Stages the removal of a pending event and gives what stood in its block; `None` when there is no such event.
+    fn take_event(&mut self, sequence: Sequence) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some(number) = self.touch_block(sequence)? else { return Ok(None) };
+        let Some(part) = self.stage.touched.get_mut(&number).and_then(|block| block.remove(sequence)) else {
+            return Ok(None);
+        };
+        self.oldest_unknown = true;
         let mut next = self.counters;
         next.pending = next.pending.saturating_sub(1);
-        next.pending_bytes = next.pending_bytes.saturating_sub(stored_bytes(head));
+        next.pending_bytes = next.pending_bytes.saturating_sub(stored_bytes(&part));
         if next.pending == 0 {
             // A damaged length can have put it out of step.
             next.pending_bytes = 0;
         }
         self.commit(next);
+        Ok(Some(part))
+    }
+
+    /// The number of the staged block with the event `sequence`, which is fetched when it is not staged yet.
+    fn touch_block(&mut self, sequence: Sequence) -> Result<Option<u64>, StoreError> {
+        if let Some((&number, block)) = self.stage.touched.range(..=sequence.get()).next_back()
+            && block.contains(sequence)
+        {
+            return Ok(Some(number));
+        }
+        let Some((number, value)) = reader::block(&self.store, sequence)? else { return Ok(None) };
+        if self.stage.touched.contains_key(&number) {
+            return Ok(None);
+        }
+        // One that can't be read is found by whoever reads it, and set aside then.
+        let Some(block) = Block::decode(&value).ok().filter(|block| block.contains(sequence)) else { return Ok(None) };
+        self.stage.touched.insert(number, block);
+        Ok(Some(number))
+    }
+
+    /// Turns an event that was taken into a dead letter; its further chunks stay where they are.
+    fn bury(&mut self, sequence: Sequence, part: &[u8], letter: &Letter) -> Result<(), StoreError> {
+        let letter = codec::encode_letter(letter).map_err(corrupt)?;
+        self.stage.changes.insert(&store::letter_key(sequence.get()), &letter);
+        self.stage.changes.insert(&store::content_key(sequence.get()), part);
+        let mut next = self.counters;
+        next.dead_letters += 1;
+        next.dead_letter_bytes += stored_bytes(part);
+        self.commit(next);
+        Ok(())
+    }
+
+    /// Turns a block that can't be read into a dead letter of its own number: the numbers of its events are not known.
+    fn bury_block(&mut self, number: u64, value: &[u8], letter: &Letter) -> Result<(), StoreError> {
+        let mut next = self.counters;
+        let sequence = take_sequence(&mut next)?;
+        self.commit(next);
+        self.stage.changes.remove(&store::block_key(number));
+        self.bury(sequence, value, letter)?;
+        self.apply_stage()?;
+        // How many events it held is not known either: all others are counted.
+        let counted = reader::recount(&self.store, 1)?;
+        self.commit(Counters { pending: counted.pending, pending_bytes: counted.pending_bytes, ..self.counters });
+        self.oldest_unknown = true;
         Ok(())
     }
 
@@ -460,25 +537,20 @@ impl Writer {
         Ok(())
     }
 
-    /// Stages a record in chunks; what is staged before it may be applied on the way.
-    fn put_record(
-        &mut self,
-        head_key: &[u8],
-        record: &[u8],
-        further: impl Fn(u32) -> Vec<u8>,
-    ) -> Result<(), StoreError> {
-        let mut chunks = record.chunks(CHUNK_BYTES);
-        let head = chunks.next().unwrap_or_default();
-        for (index, chunk) in (1..chunk_count(record.len())).zip(chunks) {
-            self.put(&further(index), chunk)?;
+    /// Stages what of a record does not fit into a block, and gives what does.
+    fn put_chunks<'a>(&mut self, sequence: Sequence, record: &'a [u8]) -> Result<&'a [u8], StoreError> {
+        let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
+        for (index, chunk) in (1..).zip(rest.chunks(CHUNK_BYTES)) {
+            self.put(&store::chunk_key(sequence.get(), index), chunk)?;
         }
-        self.put(head_key, head)
+        Ok(part)
     }
 
     /// Stages a value at a number that is not committed yet.
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        if self.stage.changes.bytes() + key.len() + value.len() > STAGE_BYTES_MAX {
+        if self.stage.may_split && self.stage.bytes() + key.len() + value.len() > STAGE_BYTES_MAX {
             self.apply_stage()?;
+            self.stage.may_split = true;
             faults::reach("append-between-parts");
         }
         self.stage.changes.insert(key, value);
@@ -497,15 +569,20 @@ impl Writer {
             self.stage.changes.insert(&store::counters_key(), &record);
             self.counters_changed = false;
         }
-        let stage = std::mem::take(&mut self.stage);
-        self.store.apply(stage.changes)?;
-        if stage.removed.is_empty() {
-            return Ok(());
+        self.stage.close_tail();
+        let mut stage = std::mem::take(&mut self.stage);
+        for (number, block) in &stage.touched {
+            match block.is_empty() {
+                true => stage.changes.remove(&store::block_key(*number)),
+                false => stage.changes.insert(&store::block_key(*number), &block.encode()),
+            }
         }
-        let mut state = self.shared.state();
-        if state.stats.oldest.is_none_or(|(oldest, _)| stage.removed.contains(&oldest)) {
-            // To be looked up once the round is applied.
-            state.stats.oldest = None;
+        self.store.apply(stage.changes)?;
+        for (key, events) in stage.added {
+            // See `reader::envelopes`: without it the pages just written stay in memory.
+            for _ in 1..events {
+                let _ = self.store.get(&key)?;
+            }
         }
         Ok(())
     }
@@ -518,10 +595,11 @@ impl Writer {
         };
         let last = self.counters.next_sequence - 1;
         let oldest = match oldest_known {
-            Some(known) => Some(known),
-            None if self.counters.pending == 0 => None,
-            None => reader::oldest(&self.store, first, last)?,
+            _ if self.counters.pending == 0 => None,
+            Some(known) if !self.oldest_unknown => Some(known),
+            _ => reader::oldest(&self.store, first, last)?,
         };
+        self.oldest_unknown = false;
         let mut state = self.shared.state();
         state.stats.oldest = oldest;
         state.first_pending = oldest.map_or(self.counters.next_sequence, |(sequence, _)| sequence.get());
@@ -581,7 +659,7 @@ fn take_sequence(counters: &mut Counters) -> Result<Sequence, StoreError> {
     sequence.ok_or_else(|| StoreError::Corrupt("sequence 0 was to be given".into()))
 }
 
-/// What a record adds to the counters, from its first chunk.
-fn stored_bytes(head: &[u8]) -> u64 {
-    codec::record_bytes(head).unwrap_or(head.len()) as u64
+/// What a record adds to the counters, from its first part.
+fn stored_bytes(part: &[u8]) -> u64 {
+    codec::record_bytes(part).unwrap_or(part.len()) as u64
 }

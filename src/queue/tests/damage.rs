@@ -15,6 +15,20 @@ fn tamper(fixture: &Fixture, change: impl FnOnce(&Store, &mut Changes)) {
     store.sync().unwrap();
 }
 
+/// Changes what stands in its block of one event.
+fn tamper_part(store: &Store, changes: &mut Changes, number: u64, change: impl Fn(&mut Vec<u8>)) {
+    let (key, value) = reader::block(store, sequence(number)).unwrap().unwrap();
+    let mut tampered = block::Block::default();
+    for (here, part) in block::entries(&value).unwrap() {
+        let mut part = part.to_vec();
+        if here == sequence(number) {
+            change(&mut part);
+        }
+        tampered.add(here, part);
+    }
+    changes.insert(&store::block_key(key), &tampered.encode());
+}
+
 fn filled(fixture: &Fixture) {
     let queue = fixture.open();
     let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
@@ -30,16 +44,11 @@ fn an_unreadable_record_becomes_a_dead_letter_and_stops_nothing() {
     queue.append(Batch { events: vec![event(10, 20_000)], ..Batch::default() }).unwrap();
     queue.append(batch(5..7)).unwrap();
     queue.close().unwrap();
-    let mut broken = Vec::new();
+    let broken = codec::encode_event(&event(10, 20_000), Timestamp::now(), 0).unwrap();
     tamper(&fixture, |store, changes| {
-        let mut head = store.get(&store::event_key(1)).unwrap().unwrap().to_vec();
-        *head.last_mut().unwrap() ^= 1;
-        broken = head.clone();
-        changes.insert(&store::event_key(1), &head);
+        tamper_part(store, changes, 1, |part| *part.last_mut().unwrap() ^= 1);
         changes.remove(&store::chunk_key(2, 3));
-        let mut newer = store.get(&store::event_key(3)).unwrap().unwrap().to_vec();
-        newer[0] = codec::Kind::Event.version() + 1;
-        changes.insert(&store::event_key(3), &newer);
+        tamper_part(store, changes, 3, |part| part[0] = codec::Kind::Event.version() + 1);
     });
     let queue = fixture.open();
     let bytes = queue.stats().pending_bytes;
@@ -47,7 +56,7 @@ fn an_unreadable_record_becomes_a_dead_letter_and_stops_nothing() {
     let letters = queue.dead_letters(None, 10).unwrap();
     let shown: Vec<_> = letters.iter().map(|letter| (letter.sequence.get(), letter.failure.kind)).collect();
     assert_eq!(shown, [(1, FailureKind::Damaged), (2, FailureKind::Damaged), (3, FailureKind::Damaged)]);
-    assert!(matches!(&letters[0].content, DeadContent::Input(input) if input.bytes.starts_with(&broken)));
+    assert!(matches!(&letters[0].content, DeadContent::Input(input) if input.bytes.len() == broken.len()));
     assert!(letters[0].failure.message.contains("checksum"));
     assert!(letters[2].failure.message.contains("version 2"));
     assert_eq!(queue.retry_dead_letter(sequence(1)).unwrap(), RetryOutcome::NotAnEvent);
@@ -59,6 +68,34 @@ fn an_unreadable_record_becomes_a_dead_letter_and_stops_nothing() {
     }
     queue.settle(delivered([4])).unwrap();
     assert_eq!(queue.stats().pending_bytes, 0);
+}
+
+#[test]
+fn an_unreadable_block_becomes_one_dead_letter_and_the_counters_follow() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(100..120)).unwrap();
+    let bytes = queue.stats().pending_bytes;
+    queue.settle(vec![(sequence(1), refused("no")), (sequence(2), Outcome::Delivered)]).unwrap();
+    queue.close().unwrap();
+    let mut entries = 0;
+    tamper(&fixture, |store, changes| {
+        let value = store.get(&store::block_key(1)).unwrap().unwrap();
+        entries = block::entries(&value).unwrap().len() as u64;
+        changes.insert(&store::block_key(1), &value[..value.len() - 1]);
+    });
+    assert!(entries > 0);
+    let queue = fixture.open();
+    assert_eq!(queue.stats().oldest.unwrap().0, sequence(1));
+    assert_eq!(numbers(&queue.window(None, 100, u64::MAX).unwrap()), (3 + entries..=20).collect::<Vec<_>>());
+    let letters = queue.dead_letters(None, 10).unwrap();
+    let shown: Vec<_> = letters.iter().map(|letter| (letter.sequence.get(), letter.failure.kind)).collect();
+    assert_eq!(shown, [(1, FailureKind::Refused), (21, FailureKind::Damaged)]);
+    let stats = queue.stats();
+    assert_eq!((stats.pending, stats.dead_letters), (18 - entries, 2));
+    assert_eq!(stats.pending_bytes, bytes / 20 * (18 - entries));
+    assert_eq!(stats.oldest.unwrap().0, sequence(3 + entries));
+    assert_eq!(queue.append(batch(20..21)).unwrap().sequences, [sequence(22)]);
 }
 
 #[test]
@@ -180,9 +217,9 @@ fn what_was_never_committed_is_removed_and_not_shown() {
     let fixture = Fixture::new();
     filled(&fixture);
     tamper(&fixture, |store, changes| {
-        let head = store.get(&store::event_key(1)).unwrap().unwrap();
-        changes.insert(&store::event_key(12), &head);
-        changes.insert(&store::event_key(13), &head);
+        let head = store.get(&store::block_key(1)).unwrap().unwrap();
+        changes.insert(&store::block_key(12), &head);
+        changes.insert(&store::block_key(13), &head);
         for index in 1..3000 {
             changes.insert(&store::chunk_key(13, index), b"part");
         }
