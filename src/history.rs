@@ -34,9 +34,34 @@ pub struct Sample {
     pub lag_p99_seconds: Option<f64>,
 }
 
+/// How long events took from captured to durable in Postgres, over the last minute. `None` when none got there.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Default, Debug)]
+pub struct Lag {
+    pub events: u64,
+    pub p50_seconds: Option<f64>,
+    pub p90_seconds: Option<f64>,
+    pub p99_seconds: Option<f64>,
+}
+
+impl From<HistogramSnapshot> for Lag {
+    fn from(lag: HistogramSnapshot) -> Self {
+        Lag {
+            events: lag.count(),
+            p50_seconds: lag.quantile(0.5),
+            p90_seconds: lag.quantile(0.9),
+            p99_seconds: lag.quantile(0.99),
+        }
+    }
+}
+
+/// Samples of a minute.
+const MINUTE: usize = 60;
+
 /// Makes a sample of what has changed since the one before.
 pub struct Sampler {
     before: Counts,
+    /// The lag at the end of each of the last seconds, oldest first.
+    minute: VecDeque<HistogramSnapshot>,
 }
 
 #[derive(Clone, Copy)]
@@ -64,13 +89,18 @@ impl Counts {
 
 impl Sampler {
     pub fn new(metrics: &Metrics, now: Timestamp) -> Sampler {
-        Sampler { before: Counts::of(metrics, now) }
+        let before = Counts::of(metrics, now);
+        Sampler { before, minute: VecDeque::from([before.lag]) }
     }
 
     pub fn sample(&mut self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) -> Sample {
         let counts = Counts::of(metrics, now);
         let before = std::mem::replace(&mut self.before, counts);
         let lag = counts.lag.since(&before.lag);
+        if self.minute.len() > MINUTE {
+            self.minute.pop_front();
+        }
+        self.minute.push_back(counts.lag);
         Sample {
             at: now.as_millisecond(),
             seconds: now.duration_since(before.at).as_secs_f64().max(0.001),
@@ -86,10 +116,18 @@ impl Sampler {
     }
 }
 
+impl Sampler {
+    /// The lag over the minute before the last sample.
+    pub fn lag_of_last_minute(&self) -> Lag {
+        let first = self.minute.front().copied().unwrap_or_default();
+        self.before.lag.since(&first).into()
+    }
+}
+
 /// The ring, and a bell that rings with every new sample.
 #[derive(Debug)]
 pub struct History {
-    samples: Mutex<VecDeque<Sample>>,
+    samples: Mutex<(VecDeque<Sample>, Lag)>,
     newest: watch::Sender<Option<Sample>>,
 }
 
@@ -100,20 +138,27 @@ impl Default for History {
 }
 
 impl History {
-    pub fn push(&self, sample: Sample) {
-        let mut samples = self.lock();
-        if samples.len() == SAMPLES_MAX {
-            samples.pop_front();
+    /// Adds a sample, and what the lag is now.
+    pub fn push(&self, sample: Sample, lag: Lag) {
+        let mut held = self.lock();
+        if held.0.len() == SAMPLES_MAX {
+            held.0.pop_front();
         }
-        samples.push_back(sample.clone());
-        drop(samples);
+        held.0.push_back(sample.clone());
+        held.1 = lag;
+        drop(held);
         self.newest.send_replace(Some(sample));
     }
 
     /// The last `count` samples, oldest first.
     pub fn last(&self, count: usize) -> Vec<Sample> {
-        let samples = self.lock();
+        let samples = &self.lock().0;
         samples.iter().skip(samples.len().saturating_sub(count)).cloned().collect()
+    }
+
+    /// The lag over the last minute.
+    pub fn lag(&self) -> Lag {
+        self.lock().1
     }
 
     /// Changes with every new sample.
@@ -122,7 +167,7 @@ impl History {
     }
 
     /// A poisoned lock guards plain values here: what is inside is still whole.
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Sample>> {
+    fn lock(&self) -> MutexGuard<'_, (VecDeque<Sample>, Lag)> {
         self.samples.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -157,13 +202,28 @@ mod tests {
     }
 
     #[test]
+    fn the_lag_of_the_last_minute_forgets_what_was_before() {
+        let metrics = Metrics::default();
+        let mut sampler = Sampler::new(&metrics, at(0));
+        metrics.end_to_end_seconds.observe(Duration::from_secs(20), 1);
+        for second in 1..=60 {
+            sampler.sample(&metrics, &QueueStats::default(), at(second));
+        }
+        assert_eq!(sampler.lag_of_last_minute().events, 1);
+        metrics.end_to_end_seconds.observe(Duration::from_millis(2), 2);
+        sampler.sample(&metrics, &QueueStats::default(), at(61));
+        let lag = sampler.lag_of_last_minute();
+        assert_eq!((lag.events, lag.p50_seconds, lag.p99_seconds), (2, Some(0.002), Some(0.00249)));
+    }
+
+    #[test]
     fn the_ring_keeps_the_last_ten_minutes() {
         let metrics = Metrics::default();
         let mut sampler = Sampler::new(&metrics, at(0));
         let history = History::default();
         let bell = history.subscribe();
         for second in 1..=SAMPLES_MAX as i64 + 5 {
-            history.push(sampler.sample(&metrics, &QueueStats::default(), at(second)));
+            history.push(sampler.sample(&metrics, &QueueStats::default(), at(second)), sampler.lag_of_last_minute());
         }
         let samples = history.last(usize::MAX);
         assert_eq!((samples.len(), samples[0].at), (SAMPLES_MAX, 6000));

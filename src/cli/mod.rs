@@ -2,10 +2,12 @@
 
 mod check;
 mod client;
+mod completions;
 mod migrate;
 mod queue_dump;
 mod run;
 mod status;
+mod top;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -72,12 +74,33 @@ enum Command {
         after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
     )]
     Status(StatusArguments),
+    /// The running watcher live on this terminal: rates, queue, lag, sessions, last events
+    #[command(after_help = "Example:\n  headspace-watcher top          # q quits, t shows and hides texts")]
+    Top(TopArguments),
     /// Check configuration, schemas, folders and database, and say how to mend what is wrong
     #[command(after_help = "Example:\n  headspace-watcher check --no-database")]
     Check(CheckArguments),
     /// Create or bring up to date what is needed in Postgres
     #[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
     Migrate(MigrateArguments),
+    /// Print what a shell needs to complete commands and options
+    #[command(
+        after_help = "Examples:\n  headspace-watcher completions bash > ~/.local/share/bash-completion/completions/headspace-watcher\n  headspace-watcher completions zsh > \"${fpath[1]}/_headspace-watcher\""
+    )]
+    Completions(CompletionsArguments),
+}
+
+#[derive(Args)]
+struct TopArguments {
+    /// Show the beginning of each event's text
+    #[arg(long)]
+    text: bool,
+}
+
+#[derive(Args)]
+struct CompletionsArguments {
+    #[arg(value_enum)]
+    shell: clap_complete::Shell,
 }
 
 #[derive(Args)]
@@ -266,6 +289,10 @@ fn exit(code: Exit) -> ExitCode {
 }
 
 fn perform(arguments: Arguments) -> Result<Exit, Failure> {
+    // Needs no configuration, and must work where it is wrong.
+    if let Command::Completions(arguments) = &arguments.command {
+        return completions::completions(arguments);
+    }
     let environment = Environment::of_process()
         .map_err(|error| Failure::new(Exit::Io, format!("the current folder can't be used: {error}")))?;
     let loaded = Config::load(arguments.config.as_deref(), &environment)
@@ -276,8 +303,10 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Run(arguments) => run::run(context, &arguments),
         Command::QueueDump(arguments) => queue_dump::queue_dump(&context, &arguments),
         Command::Status(arguments) => status::status(&context, &arguments),
+        Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
+        Command::Completions(arguments) => completions::completions(&arguments),
     }
 }
 

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::{Api, json};
 use crate::event::{Origin, Payload};
 use crate::health::{Health, Moment};
-use crate::history::{SAMPLES_MAX, Sample};
+use crate::history::{Lag, SAMPLES_MAX, Sample};
 use crate::telemetry::{Noted, SessionActivity};
 
 const PAGE: &str = include_str!("page.html");
@@ -54,10 +54,21 @@ pub struct Overview {
     pub health: Health,
     /// One a second, oldest first.
     pub samples: Vec<Sample>,
+    /// Over the last minute.
+    pub lag: Lag,
+    /// Since the start.
+    pub totals: Totals,
     /// The last events that were taken in, newest first.
     pub events: Vec<RecentEvent>,
     /// Sessions that were active since the start, the most recent first.
     pub sessions: Vec<RecentSession>,
+}
+
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Totals {
+    pub captured: u64,
+    pub delivered: u64,
+    pub rejected: u64,
 }
 
 #[derive(Serialize, Deserialize, Debug)]
@@ -97,10 +108,17 @@ pub async fn overview(State(api): State<Api>, Query(parameters): Query<OverviewP
 }
 
 fn look(api: &Api, samples: usize, text: bool) -> Overview {
-    let activity = &api.health.metrics.activity;
+    let metrics = &api.health.metrics;
+    let activity = &metrics.activity;
     Overview {
         health: api.health.health(Moment::now()),
         samples: api.history.last(samples),
+        lag: api.history.lag(),
+        totals: Totals {
+            captured: metrics.events_captured.get(),
+            delivered: metrics.events_delivered.get(),
+            rejected: metrics.events_rejected.get(),
+        },
         events: activity.events().iter().map(|noted| recent_event(noted, text)).collect(),
         sessions: activity.sessions().iter().map(recent_session).collect(),
     }

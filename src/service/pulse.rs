@@ -44,7 +44,8 @@ impl Pulse {
                 continue;
             }
             sampled = now.clock;
-            self.history.push(sampler.sample(&self.health.metrics, &self.health.queue.stats(), now.time));
+            let sample = sampler.sample(&self.health.metrics, &self.health.queue.stats(), now.time);
+            self.history.push(sample, sampler.lag_of_last_minute());
             let health = self.health.health(now);
             state.note(&health);
             state.tell(&health, now);

@@ -77,6 +77,20 @@ fn status_tells_health_and_its_exit_code() {
 }
 
 #[test]
+fn completions_name_every_command_also_where_the_configuration_is_wrong() {
+    let stage = Stage::with(None);
+    std::fs::write(stage.folder().join("config.yaml"), "nonsense: 1\n").unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = stage.run(&["completions", shell]);
+        assert_eq!(ran.code(), 0, "{}", ran.error());
+        for command in ["run", "queue-dump", "status", "top", "check", "migrate"] {
+            assert!(ran.output().contains(command), "{shell}: {command}");
+        }
+    }
+    assert_eq!(stage.run(&["completions", "nonsense"]).code(), 64);
+}
+
+#[test]
 fn check_finds_what_is_wrong_and_says_how_to_mend_it() {
     let mut stage = Stage::new();
     let fine = stage.run(&["check"]);

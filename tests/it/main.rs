@@ -17,4 +17,5 @@ mod health;
 mod metrics;
 mod stopping;
 mod supervisor;
+mod top;
 mod torture;
