@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::event::Timestamp;
+use crate::intake::retention::WARN_DAYS;
 use crate::queue::{Queue, QueueStats};
 use crate::telemetry::{Database, DatabaseState, Metrics};
 
@@ -94,6 +95,9 @@ pub struct WatcherHealth {
     pub sessions: u64,
     pub lines: u64,
     pub bad_lines: u64,
+    /// Transcripts that Claude Code is about to delete and that are not wholly stored.
+    #[serde(default)]
+    pub transcripts_expiring: u64,
     pub last_rescan: Option<String>,
 }
 
@@ -161,6 +165,7 @@ impl HealthSource {
                 sessions: self.metrics.sessions_known.get(),
                 lines: self.metrics.lines_read.get(),
                 bad_lines: self.metrics.bad_lines.get(),
+                transcripts_expiring: self.metrics.transcripts_expiring.get(),
                 last_rescan: self.metrics.last_rescan().map(|at| at.to_string()),
             },
         }
@@ -189,6 +194,7 @@ impl HealthSource {
             draining_silence: self.metrics.draining.age(now.clock),
             draining_silence_max: self.delivery_max + SILENCE_MAX,
             settling_silence: self.metrics.settling.age(now.clock),
+            transcripts_expiring: self.metrics.transcripts_expiring.get(),
             stats,
             database,
         }
@@ -208,6 +214,7 @@ struct Facts {
     draining_silence: Duration,
     draining_silence_max: Duration,
     settling_silence: Duration,
+    transcripts_expiring: u64,
 }
 
 impl Facts {
@@ -244,6 +251,9 @@ impl Facts {
         if self.stats.dead_letters > 0 {
             troubles.push(Trouble::DeadLetters(self.stats.dead_letters));
         }
+        if self.transcripts_expiring > 0 {
+            troubles.push(Trouble::TranscriptsExpire(self.transcripts_expiring));
+        }
         troubles
     }
 }
@@ -271,6 +281,11 @@ enum Trouble {
     DatabaseUnconfigured,
     #[error("{0} dead letters; see \"headspace-watcher queue-dump --dead-letters\"")]
     DeadLetters(u64),
+    #[error(
+        "{0} transcripts are not wholly stored and Claude Code deletes them within {WARN_DAYS} days; bring the database \
+         back, or raise cleanupPeriodDays in Claude Code's settings.json"
+    )]
+    TranscriptsExpire(u64),
 }
 
 impl Trouble {
@@ -278,7 +293,7 @@ impl Trouble {
         match self {
             Trouble::QueueFailed(_) | Trouble::QueueFull | Trouble::Stalled(_) => Status::Fail,
             Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => Status::Fail,
-            Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) => Status::Warn,
+            Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) | Trouble::TranscriptsExpire(_) => Status::Warn,
             Trouble::DatabaseAway | Trouble::DatabaseMisconfigured | Trouble::DatabaseUnconfigured => Status::Warn,
         }
     }
@@ -293,7 +308,8 @@ impl Trouble {
             | Trouble::DatabaseAway
             | Trouble::DatabaseMisconfigured
             | Trouble::DatabaseUnconfigured
-            | Trouble::DeadLetters(_) => false,
+            | Trouble::DeadLetters(_)
+            | Trouble::TranscriptsExpire(_) => false,
         }
     }
 }
@@ -323,6 +339,7 @@ mod tests {
             draining_silence: SECOND,
             draining_silence_max: 38 * SECOND,
             settling_silence: SECOND,
+            transcripts_expiring: 0,
         }
     }
 

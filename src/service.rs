@@ -166,6 +166,7 @@ impl Service {
                 polling_interval: config.file_watcher.polling_interval,
                 debounce: config.file_watcher.debounce_interval,
                 line_bytes_max: config.file_watcher.max_line_bytes,
+                inactivity_timeout: config.file_watcher.inactivity_timeout,
             },
             intake,
         )?;

@@ -161,7 +161,7 @@ pub(super) const KEYS: &[Key] = &[
         about: &["Quiet after which a session counts as ended. Not below polling_interval."],
         kind: Kind::Seconds {
             min: 0.1,
-            max: 2_592_000.0,
+            max: 3_153_600_000.0,
             set: |config, time| config.file_watcher.inactivity_timeout = time,
         },
     },

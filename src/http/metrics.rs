@@ -50,6 +50,11 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     page.gauge("database_up", "1 when the last thing heard of the database was good.", u8::from(up));
     page.gauge("files", "Transcripts that are followed.", health.watcher.files);
     page.gauge("sessions", "Sessions that are known.", health.watcher.sessions);
+    page.gauge(
+        "transcripts_expiring",
+        "Transcripts that Claude Code is about to delete and that are not wholly stored.",
+        health.watcher.transcripts_expiring,
+    );
     let status = match health.status {
         Status::Pass => 0,
         Status::Warn => 1,

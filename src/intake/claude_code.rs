@@ -86,6 +86,8 @@ pub struct LineMeaning {
     /// The working directory at that moment; it changes within a session.
     pub cwd: Option<String>,
     pub git_branch: Option<String>,
+    /// Whether the line says itself that it was copied from another session (`forkedFrom`).
+    pub is_forked: bool,
     pub turn: Option<Turn>,
     /// Whether bytes of the line were mended: NULs taken out, or invalid UTF-8 replaced.
     pub repaired: bool,
@@ -153,6 +155,8 @@ impl LineType {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Turn {
     pub identity: TurnIdentity,
+    /// The session that the line says it was copied from: there it was said first.
+    pub forked_from: Option<Uuid>,
     pub actor: Actor,
     /// How the human said it; `None` for the agent.
     pub kind: Option<TurnKind>,
@@ -260,6 +264,7 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     };
     let turn = said.map(|said| Turn {
         identity: identity(&fields, &mut mender),
+        forked_from: forked_from(&fields, &mut mender),
         actor: said.actor,
         kind: said.kind,
         text: said.text,
@@ -282,6 +287,7 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
         timestamp,
         cwd,
         git_branch,
+        is_forked: fields.forked_from.is_some(),
         turn,
         repaired: mended.is_mended,
     })
@@ -326,6 +332,7 @@ fn not_an_object(line: &MendedLine<'_>) -> Result<LineMeaning, BadLine> {
         timestamp: None,
         cwd: None,
         git_branch: None,
+        is_forked: false,
         turn: None,
         repaired: false,
     })
@@ -572,6 +579,11 @@ fn identity(fields: &Fields<'_>, mender: &mut Mender) -> TurnIdentity {
         .map_or(TurnIdentity::None, TurnIdentity::Uuid)
 }
 
+fn forked_from(fields: &Fields<'_>, mender: &mut Mender) -> Option<Uuid> {
+    let [session] = pick(fields.forked_from, ["sessionId"]);
+    mender.string(session)?.parse().ok()
+}
+
 /// What a message holds.
 #[derive(Default)]
 struct Content<'a> {
@@ -735,11 +747,12 @@ impl Turn {
     /// The payload of `turn_detected`, as its schema has it: what is not known is left out, except that `is_final` of an
     /// agent's turn is null then. `has_attachment` is there only when true.
     ///
-    /// `project_path` is the session's; `otherwise` is the time to be told where the line has none.
+    /// `session` is the file's, told unless the turn was first said elsewhere, `project_path` its project's;
+    /// `otherwise` is the time to be told where the line has none.
     pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
         let mut payload = Map::new();
         let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
-        put("session_uuid", session.to_string().into());
+        put("session_uuid", self.forked_from.unwrap_or(session).to_string().into());
         put("actor", self.actor.as_str().into());
         put("text", self.text.into());
         put("source", "polling".into());
@@ -779,7 +792,7 @@ impl Turn {
 }
 
 /// Milliseconds as Claude Code writes them; finer where the line was.
-fn iso_8601(timestamp: Timestamp) -> String {
+pub(super) fn iso_8601(timestamp: Timestamp) -> String {
     if timestamp.subsec_nanosecond() % 1_000_000 == 0 { format!("{timestamp:.3}") } else { timestamp.to_string() }
 }
 
@@ -843,7 +856,7 @@ const HEAD_LINES_MAX: usize = 50;
 
 /// A copy is made this long after its first line was said, at least. In originals the two are milliseconds to some
 /// seconds apart, in copies minutes or hours.
-const COPY_DELAY_SECONDS_MIN: i64 = 60;
+pub(super) const COPY_DELAY_SECONDS_MIN: i64 = 60;
 
 /// Where a main file belongs in the order of reading, from its first lines; a last line without newline is passed over.
 ///

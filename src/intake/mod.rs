@@ -1,21 +1,26 @@
 //! Where events come in: everything that is seen is checked here and handed to the queue.
 //!
-//! [`transcripts`] follows the files of Claude Code and asks [`claude_code`] what their lines mean; [`schema`] decides
-//! what is an event. [`Intake`] is the one door into the queue: what passes the check goes in as an event, what does
+//! [`transcripts`] follows the files of Claude Code, [`lines`] makes events of their lines with [`claude_code`], which
+//! knows what a line means, and [`sessions`], which knows when one has ended; [`schema`] decides what is an event. [`Intake`] is the one door into the queue: what passes the check goes in as an event, what does
 //! not is kept among the dead letters with the field at fault, logged and counted.
 
 pub mod claude_code;
 mod json;
+pub mod lines;
+pub mod retention;
 mod salvage;
 pub mod schema;
+pub mod sessions;
 pub mod transcripts;
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use tracing::warn;
+use uuid::Uuid;
 
 use self::schema::{Candidate, Invalid, Refused, Schemas};
 use crate::event::{EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
@@ -27,11 +32,13 @@ pub struct Intake {
     schemas: Schemas,
     queue: Queue,
     metrics: Arc<Metrics>,
+    /// Sessions whose SessionEnd hook has come, until the follower asks.
+    closings: Mutex<BTreeMap<Uuid, Timestamp>>,
 }
 
 impl Intake {
     pub fn new(schemas: Schemas, queue: Queue, metrics: Arc<Metrics>) -> Self {
-        Intake { schemas, queue, metrics }
+        Intake { schemas, queue, metrics, closings: Mutex::default() }
     }
 
     pub fn queue(&self) -> &Queue {
@@ -78,6 +85,22 @@ impl Intake {
         let counts = BatchCounts::of(&batch);
         let begun = Instant::now();
         Submission { ticket: self.queue.submit(batch), begun, counts: Some(counts), metrics: self.metrics.clone() }
+    }
+
+    /// Puts a note into the batch that the SessionEnd hook of `session` came at `at`; to be in the batch of the hook's own
+    /// event. Once the batch is taken in, [`Intake::session_closed`] says so to the follower, which tells the session's
+    /// end when it has read the transcript to its end; after a restart it finds the note.
+    pub fn note_session_end(&self, session: Uuid, at: Timestamp, batch: &mut Batch) {
+        batch.cursors.push((sessions::closing_path(session), Some(sessions::closing_note(at))));
+    }
+
+    /// Says that the SessionEnd hook of `session` came at `at`: its end is told at the next rescan.
+    pub fn session_closed(&self, session: Uuid, at: Timestamp) {
+        self.closings.lock().unwrap_or_else(PoisonError::into_inner).insert(session, at);
+    }
+
+    fn take_closings(&self) -> BTreeMap<Uuid, Timestamp> {
+        std::mem::take(&mut *self.closings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

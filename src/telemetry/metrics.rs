@@ -230,7 +230,7 @@ pub enum RescanCause {
     Interval,
     /// The system lost notifications.
     Overflow,
-    /// A new folder: files may have been born in it before its watch was set.
+    /// A new file or folder: more may have been born in it before its watch was set.
     NewFolder,
 }
 
@@ -260,6 +260,8 @@ pub struct Metrics {
     pub events_rejected: CounterFamily,
     pub files_watched: Gauge,
     pub sessions_known: Gauge,
+    /// Transcripts that Claude Code is about to delete and that are not wholly stored.
+    pub transcripts_expiring: Gauge,
     /// By name of the line's type.
     pub unknown_line_types: CounterFamily,
     /// By [`RescanCause`].

@@ -219,7 +219,8 @@ impl Stage {
         let folder = tempfile::Builder::new().prefix("hw").tempdir().unwrap();
         std::fs::create_dir(folder.path().join("projects")).unwrap();
         std::fs::create_dir(folder.path().join("home")).unwrap();
-        let config = "claude:\n  projects_path: projects\nhttp:\n  listen: null\n";
+        // The lines that tests write were said long ago: only where a test says so do their sessions end.
+        let config = "claude:\n  projects_path: projects\nfile_watcher:\n  inactivity_timeout: 3153600000\nhttp:\n  listen: null\n";
         std::fs::write(folder.path().join("config.yaml"), config).unwrap();
         Stage { folder, database, environment: BTreeMap::new() }
     }

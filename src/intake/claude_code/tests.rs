@@ -133,6 +133,7 @@ mod user_turns {
         assert_eq!(
             meaning.turn.unwrap(),
             Turn {
+                forked_from: None,
                 identity: TurnIdentity::Uuid("b1000000-0000-4000-8000-000000000001".into()),
                 actor: Actor::User,
                 kind: Some(TurnKind::Prompt),

@@ -1,0 +1,83 @@
+//! How long Claude Code keeps transcripts: it deletes those that were not changed for `cleanupPeriodDays`.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::SignedDuration;
+use serde_json::Value;
+
+use crate::event::Timestamp;
+
+/// Claude Code's own default.
+const CLEANUP_PERIOD_DAYS: u64 = 30;
+
+/// Days before its end from which on a transcript is about to be deleted.
+pub const WARN_DAYS: u64 = 3;
+
+/// How often the settings are read.
+const READ_INTERVAL: Duration = Duration::from_secs(60);
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Knows from when on transcripts are about to be deleted.
+pub struct Retention {
+    settings: PathBuf,
+    period: Duration,
+    read_at: Option<Instant>,
+}
+
+impl Retention {
+    /// `folder`: Claude Code's own, with `settings.json` in it.
+    pub fn new(folder: &Path) -> Retention {
+        Retention { settings: folder.join("settings.json"), period: Duration::ZERO, read_at: None }
+    }
+
+    /// Transcripts that were last changed before this are deleted within [`WARN_DAYS`], or overdue.
+    pub fn expires_before(&mut self, now: Timestamp) -> Timestamp {
+        if self.read_at.is_none_or(|at| at.elapsed() >= READ_INTERVAL) {
+            self.read_at = Some(Instant::now());
+            self.period = DAY.saturating_mul(u32::try_from(cleanup_period_days(&self.settings)).unwrap_or(u32::MAX));
+        }
+        let age = self.period.saturating_sub(DAY * WARN_DAYS as u32);
+        let age = SignedDuration::try_from(age).unwrap_or(SignedDuration::MAX);
+        now.checked_sub(age).unwrap_or(Timestamp::MIN)
+    }
+}
+
+/// What the settings say; the default where they can't be read.
+fn cleanup_period_days(settings: &Path) -> u64 {
+    let settings = std::fs::read(settings).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    settings.and_then(|settings| settings.get("cleanupPeriodDays")?.as_u64()).unwrap_or(CLEANUP_PERIOD_DAYS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn days_until_warned(settings: Option<&str>) -> i64 {
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(settings) = settings {
+            std::fs::write(folder.path().join("settings.json"), settings).unwrap();
+        }
+        let now: Timestamp = "2026-06-01T00:00:00Z".parse().unwrap();
+        let before = Retention::new(folder.path()).expires_before(now);
+        now.duration_since(before).as_hours() / 24
+    }
+
+    #[test]
+    fn the_settings_say_how_long_and_else_the_default() {
+        assert_eq!(days_until_warned(None), 27);
+        assert_eq!(days_until_warned(Some("{}")), 27);
+        assert_eq!(days_until_warned(Some("garbage")), 27);
+        assert_eq!(days_until_warned(Some(r#"{"cleanupPeriodDays": 10}"#)), 7);
+        assert_eq!(days_until_warned(Some(r#"{"cleanupPeriodDays": 1}"#)), 0);
+    }
+
+    #[test]
+    fn an_endless_period_warns_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let endless = format!("{{\"cleanupPeriodDays\": {}}}", u64::MAX);
+        std::fs::write(folder.path().join("settings.json"), endless).unwrap();
+        assert_eq!(Retention::new(folder.path()).expires_before(Timestamp::now()), Timestamp::MIN);
+    }
+}

@@ -1,0 +1,674 @@
+//! Follows the transcripts: discovers files, reads whole lines from where it left off, notices replacement, and tells
+//! when a session has ended.
+//!
+//! `watching`: notify is a doorbell only, it says that something may have changed. The truth is the rescan by size every
+//! `polling_interval`; it finds what notifications miss (overflow, limits, network homes, files born before their watch).
+//! What rings and is not known yet leads to a rescan, so that new files are read in the right order: copies of a session
+//! after what they were copied from.
+//!
+//! `reading`: a file's cursor moves in the same queue transaction as the events of the lines before it, so it never runs
+//! ahead of them. A line ends with its newline; a last line without one waits for it. Only when such a line is one
+//! whole JSON object and its file has been quiet for [`UNTERMINATED_QUIET`] is it read as it stands: nothing that could
+//! still follow would change it (a cut-off object is never valid JSON).
+//!
+//! Files move: a file that is found where none was, and has the name of one that is gone, goes on at that one's cursor.
+//! Whatever can't be told for certain is read anew, which stores nothing twice.
+//!
+//! Runs on a thread of its own. The only user of notify.
+
+mod reading;
+mod watching;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+pub use self::reading::{UNTERMINATED_QUIET, open, read_full_at, stands_where_it_stood};
+pub use self::watching::Doorbell;
+
+use self::reading::{Followed, Progress};
+use self::watching::Watch;
+use super::claude_code::{self, HeadOrder, TranscriptKind};
+use super::lines;
+use super::retention::Retention;
+use super::sessions::{self, End, EndReason};
+use super::{Intake, Submission};
+use crate::event::{Cursor, FileIdentity, Origin, SessionState, Timestamp};
+use crate::queue::{Batch, QueueError};
+use crate::telemetry::RescanCause;
+
+/// Batches handed to the queue whose sync has not been awaited: parsing goes on while the disk works.
+const BATCHES_IN_FLIGHT_MAX: usize = 2;
+
+/// How often the wait for room looks whether it is to stop.
+const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Folders deep that are searched: `<project>/<session>/subagents/workflows/<run>/agent-x.jsonl` and some room.
+const DEPTH_MAX: usize = 8;
+
+/// Bytes of a file's head that decide whether it is a copy of another.
+const HEAD_BYTES: usize = 64 * 1024;
+
+/// Ends of sessions, or files that have gone, in one batch.
+const BATCH_SESSIONS_MAX: usize = 256;
+
+/// After a rescan that something unknown led to, the next such waits for so many times as long as it took: with many
+/// files and many new ones rescans take a fifth of a core, not all of it.
+const RESCAN_PAUSE_FACTOR: u32 = 4;
+
+/// Least pause between two rescans.
+const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
+
+/// A SessionEnd hook that is older by so much than a line of its session does not end it: the session has come back.
+const CLOSING_SLACK: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Debug)]
+pub struct FollowConfig {
+    /// The folder that holds the project folders. Beside it Claude Code keeps `sessions/` and `settings.json`.
+    pub projects: PathBuf,
+    pub polling_interval: Duration,
+    /// Time to gather notifications before files are read; zero reads at once.
+    pub debounce: Duration,
+    pub line_bytes_max: u64,
+    /// Quiet after which a session has ended.
+    pub inactivity_timeout: Duration,
+}
+
+/// A batch whose sync has not been awaited.
+struct HandedOver {
+    submission: Submission,
+    undo: Undo,
+}
+
+/// What is to be done when a batch finds no room.
+#[derive(Default)]
+struct Undo {
+    /// Cursors to go back to.
+    rewind: Vec<(Arc<Path>, Cursor)>,
+    /// Files that are gone, to be forgotten again.
+    remember: Vec<(PathBuf, Cursor)>,
+    closings: Vec<(Uuid, Timestamp)>,
+}
+
+/// Follows all transcripts below one folder.
+pub struct Follower {
+    config: FollowConfig,
+    intake: Arc<Intake>,
+    files: HashMap<Arc<Path>, Followed>,
+    /// Cursors of files that have not been seen in this run.
+    stored: HashMap<PathBuf, Cursor>,
+    /// Batches that were handed over, oldest first.
+    in_flight: VecDeque<HandedOver>,
+    /// Files whose batches found no room, to be looked at again; in the order of their batches.
+    again: Vec<Arc<Path>>,
+    /// Cursors to go back to once their files are not being read.
+    rewound: Vec<(Arc<Path>, Cursor)>,
+    buffer: Vec<u8>,
+    doorbell: Doorbell,
+    watch: Watch,
+    retention: Retention,
+    /// SessionEnd hooks that are to be looked at, and when they came.
+    closings: BTreeMap<Uuid, Timestamp>,
+    /// Sessions that a process was seen to have open in this run.
+    seen_open: HashSet<Uuid>,
+    projects_missing: bool,
+    /// Folders of which was said that they can't be read.
+    unreadable: BTreeSet<PathBuf>,
+    first_pass: bool,
+    /// Why the next rescan will be done.
+    cause: RescanCause,
+}
+
+impl Follower {
+    /// Takes up the cursors in the queue; reads nothing yet.
+    pub fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
+        let mut stored = HashMap::new();
+        let mut closings = BTreeMap::new();
+        for (path, cursor) in intake.queue().cursors()? {
+            match (sessions::closing_of(&path), cursor.session.ended_through) {
+                (Some(session), Some(at)) => drop(closings.insert(session, at)),
+                _ => drop(stored.insert(path, cursor)),
+            }
+        }
+        let retention = Retention::new(config.projects.parent().unwrap_or(&config.projects));
+        Ok(Follower {
+            config,
+            intake,
+            files: HashMap::new(),
+            stored,
+            in_flight: VecDeque::new(),
+            again: Vec::new(),
+            rewound: Vec::new(),
+            buffer: Vec::new(),
+            doorbell: Doorbell::new(),
+            watch: Watch::default(),
+            retention,
+            closings,
+            seen_open: HashSet::new(),
+            projects_missing: false,
+            unreadable: BTreeSet::new(),
+            first_pass: true,
+            cause: RescanCause::Start,
+        })
+    }
+
+    pub fn doorbell(&self) -> Doorbell {
+        self.doorbell.clone()
+    }
+
+    /// Reads until stopped. An error is the queue's.
+    pub fn run(mut self) -> Result<(), QueueError> {
+        let mut next_rescan = Instant::now();
+        // When something unknown may lead to a rescan again.
+        let mut not_before = next_rescan;
+        let mut more: BTreeSet<Arc<Path>> = BTreeSet::new();
+        while !self.doorbell.is_stopped() {
+            self.intake.metrics().reading.beat();
+            if Instant::now() >= next_rescan {
+                let begun = Instant::now();
+                self.watch.renew(&self.config.projects, &self.doorbell, self.config.polling_interval);
+                more.extend(self.rescan()?);
+                self.await_tickets(0)?;
+                more.extend(std::mem::take(&mut self.again));
+                let idle = more.is_empty() && !self.files.values().any(|file| file.unterminated.is_some());
+                self.doorbell.set_idle(idle);
+                let now = Instant::now();
+                next_rescan = now + self.config.polling_interval;
+                not_before = now + (RESCAN_PAUSE_FACTOR * begun.elapsed()).max(RESCAN_PAUSE_MIN);
+            }
+            let patience =
+                if more.is_empty() { next_rescan.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
+            let rung = self.doorbell.wait(patience, self.config.debounce);
+            self.watch.heed(&rung, &self.config.projects, self.config.polling_interval);
+            let mut wants_rescan = None;
+            if rung.rescan {
+                wants_rescan = Some(RescanCause::Overflow);
+            }
+            for path in rung.paths {
+                match self.files.get(path.as_path()) {
+                    Some(file) => drop(more.insert(Arc::clone(&file.path))),
+                    // In a new folder files may have been born before its watch was set.
+                    None if wants_rescan.is_none() && (self.kind_of(&path).is_some() || path.is_dir()) => {
+                        wants_rescan = Some(RescanCause::NewFolder);
+                    }
+                    None => {}
+                }
+            }
+            if let Some(cause) = wants_rescan
+                && not_before < next_rescan
+            {
+                next_rescan = not_before;
+                self.cause = cause;
+            }
+            if wants_rescan.is_some() || !more.is_empty() {
+                self.doorbell.set_idle(false);
+            }
+            for path in std::mem::take(&mut more) {
+                if self.doorbell.is_stopped() {
+                    break;
+                }
+                if self.look_at(&path)? == Progress::More {
+                    more.insert(path);
+                }
+            }
+            self.await_tickets(0)?;
+            more.extend(std::mem::take(&mut self.again));
+        }
+        self.await_tickets(0)
+    }
+
+    /// Looks at every transcript. Gives those with more to read.
+    fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
+        let begun = Timestamp::now();
+        self.closings.extend(self.intake.take_closings());
+        let open = sessions::open_sessions(&self.config.projects.with_file_name("sessions"));
+        let (mut paths, fresh, is_there) = self.discover();
+        let vanished = if is_there { self.vanished(&paths) } else { Vec::new() };
+        let vanished = self.adopt_moved(&fresh, vanished)?;
+        paths.extend(self.follow_fresh(fresh));
+        let unfinished = self.look_at_all(paths)?;
+        if self.doorbell.is_stopped() {
+            return Ok(unfinished);
+        }
+        self.forget(vanished, begun)?;
+        self.end_sessions(&open, &unfinished, begun)?;
+        self.report();
+        // Also after the whole folder was away.
+        self.first_pass = !is_there;
+        Ok(unfinished)
+    }
+
+    /// Looks at the files in this order; at the first pass each is read to its end before the next. Gives those with
+    /// more to read.
+    fn look_at_all(&mut self, paths: Vec<Arc<Path>>) -> Result<Vec<Arc<Path>>, QueueError> {
+        let mut unfinished = Vec::new();
+        let mut paths = VecDeque::from(paths);
+        while let Some(path) = paths.pop_front() {
+            if self.doorbell.is_stopped() {
+                return Ok(unfinished);
+            }
+            let progress = self.look_at(&path)?;
+            if !self.first_pass {
+                unfinished.extend((progress == Progress::More).then_some(path));
+                continue;
+            }
+            if paths.is_empty() {
+                self.await_tickets(0)?;
+            }
+            // What found no room comes first again, and in the same order.
+            let mut again = std::mem::take(&mut self.again);
+            if progress == Progress::More && !again.contains(&path) {
+                again.push(path);
+            }
+            again.into_iter().rev().for_each(|path| paths.push_front(path));
+        }
+        self.await_tickets(0)?;
+        Ok(unfinished)
+    }
+
+    /// The known transcripts that are there, the unknown ones, and whether the projects folder is there at all.
+    fn discover(&mut self) -> (Vec<Arc<Path>>, Vec<(PathBuf, TranscriptKind)>, bool) {
+        let mut known = Vec::new();
+        let mut fresh = Vec::new();
+        let mut unreadable = BTreeSet::new();
+        for entry in walkdir::WalkDir::new(&self.config.projects).follow_links(true).max_depth(DEPTH_MAX) {
+            match entry {
+                Ok(entry) if entry.file_type().is_file() => {
+                    if let Some(file) = self.files.get(entry.path()) {
+                        known.push(Arc::clone(&file.path));
+                    } else if let Some(kind) = self.kind_of(entry.path()) {
+                        fresh.push((entry.into_path(), kind));
+                    }
+                }
+                Ok(_) => {}
+                Err(error) if error.depth() == 0 => {
+                    if !std::mem::replace(&mut self.projects_missing, true) {
+                        warn!(folder = %self.config.projects.display(), error = %error,
+                              "the transcripts folder can't be read; looking for it again at every rescan");
+                    }
+                    return (known, fresh, false);
+                }
+                Err(error) => {
+                    let is_denied =
+                        error.io_error().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+                    match error.path() {
+                        Some(path) if is_denied => drop(unreadable.insert(path.to_owned())),
+                        // Links that lead nowhere or in circles, and what went while we looked.
+                        _ => debug!(error = %error, "passed over"),
+                    }
+                }
+            }
+        }
+        for folder in unreadable.difference(&self.unreadable) {
+            warn!(folder = %folder.display(), "a folder can't be read; trying again at every rescan");
+        }
+        for folder in self.unreadable.difference(&unreadable) {
+            info!(folder = %folder.display(), "the folder can be read again");
+        }
+        self.unreadable = unreadable;
+        // Removed while we looked: then what was not found says nothing.
+        let is_there = self.config.projects.is_dir();
+        if is_there && std::mem::take(&mut self.projects_missing) {
+            info!(folder = %self.config.projects.display(), "the transcripts folder is there");
+        }
+        (known, fresh, is_there)
+    }
+
+    fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
+        path.strip_prefix(&self.config.projects).ok().and_then(claude_code::classify)
+    }
+
+    /// The transcripts that are gone for certain: not those that merely can't be looked at.
+    fn vanished(&self, present: &[Arc<Path>]) -> Vec<PathBuf> {
+        let present: HashSet<&Path> = present.iter().map(AsRef::as_ref).collect();
+        let followed = self.files.keys().map(AsRef::as_ref);
+        let stored = self.stored.keys().map(PathBuf::as_path);
+        followed
+            .chain(stored.filter(|path| path.starts_with(&self.config.projects)))
+            .filter(|path| !present.contains(path))
+            .filter(|path| {
+                let gone = |kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+                std::fs::metadata(path).is_err_and(|error| gone(error.kind()))
+            })
+            .map(Path::to_owned)
+            .collect()
+    }
+
+    /// Gives fresh files the cursors of those of the same name that are gone. Gives the others that are gone.
+    fn adopt_moved(
+        &mut self,
+        fresh: &[(PathBuf, TranscriptKind)],
+        mut vanished: Vec<PathBuf>,
+    ) -> Result<Vec<PathBuf>, QueueError> {
+        for (path, _) in fresh {
+            let Some(index) = vanished.iter().position(|gone| gone.file_name() == path.file_name()) else { continue };
+            if self.stored.contains_key(path) {
+                continue;
+            }
+            let gone = vanished.swap_remove(index);
+            let followed = self.files.remove(gone.as_path());
+            let stored = self.stored.remove(&gone);
+            let Some(cursor) = followed.map(|file| file.cursor).or(stored) else { continue };
+            info!(from = %gone.display(), to = %path.display(), "a transcript was moved");
+            let batch =
+                Batch { cursors: vec![(gone.clone(), None), (path.clone(), Some(cursor.clone()))], ..Batch::default() };
+            self.stored.insert(path.clone(), cursor.clone());
+            // Without room the old cursor stays for another while: the next rescan forgets it.
+            self.submit(batch, Undo { remember: vec![(gone, cursor)], ..Undo::default() })?;
+        }
+        Ok(vanished)
+    }
+
+    /// Follows new files, in the order in which they are to be read: those that were read in part, then the others,
+    /// copies after what they were copied from.
+    fn follow_fresh(&mut self, fresh: Vec<(PathBuf, TranscriptKind)>) -> Vec<Arc<Path>> {
+        let mut fresh: Vec<(Option<HeadOrder>, PathBuf, TranscriptKind)> = fresh
+            .into_iter()
+            .map(|(path, kind)| ((!self.stored.contains_key(&path)).then(|| head_order(&path, &kind)), path, kind))
+            .collect();
+        fresh.sort_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
+        let last_sequence = self.intake.queue().stats().last_sequence;
+        fresh
+            .into_iter()
+            .map(|(_, path, kind)| {
+                let stored = self.stored.remove(&path);
+                let is_known = stored.is_some();
+                let path: Arc<Path> = path.into();
+                let mut file = Followed::new(Arc::clone(&path), kind, stored.unwrap_or(lines::START));
+                // What an earlier run read may still wait in the queue.
+                file.newest = last_sequence.filter(|_| is_known);
+                self.files.insert(Arc::clone(&path), file);
+                path
+            })
+            .collect()
+    }
+
+    /// Forgets files that are gone, and their cursors: should one come back it is read anew, which is harmless. A
+    /// session whose last transcript this was has ended.
+    fn forget(&mut self, vanished: Vec<PathBuf>, now: Timestamp) -> Result<(), QueueError> {
+        for paths in vanished.chunks(BATCH_SESSIONS_MAX) {
+            let mut batch = Batch::default();
+            let mut undo = Undo::default();
+            for path in paths {
+                let followed = self.files.remove(path.as_path()).map(|file| file.cursor);
+                let Some(cursor) = followed.or_else(|| self.stored.remove(path)) else { continue };
+                debug!(file = %path.display(), "transcript gone");
+                if let Some(TranscriptKind::Main { session }) = self.kind_of(path)
+                    && cursor.project_path.is_some()
+                    && !self.has_other_transcript(session)
+                    && let Some(end) =
+                        cursor.session.end(now, self.config.inactivity_timeout, Some((EndReason::Unregistered, now)))
+                {
+                    self.admit_end(session, &end, path, &cursor, &mut batch);
+                }
+                batch.cursors.push((path.clone(), None));
+                undo.remember.push((path.clone(), cursor));
+            }
+            self.submit(batch, undo)?;
+        }
+        Ok(())
+    }
+
+    fn has_other_transcript(&self, session: Uuid) -> bool {
+        self.files.values().any(|file| is_of(file, session))
+    }
+
+    fn admit_end(&self, session: Uuid, end: &End, path: &Path, cursor: &Cursor, batch: &mut Batch) {
+        debug!(session = %session, reason = end.reason.as_str(), "session ended");
+        let origin = Origin::Transcript { path: path.to_string_lossy().into(), offset: cursor.offset };
+        self.intake.admit(end.candidate(session, origin), batch);
+    }
+
+    /// Tells the ends of sessions that have come. Files that were not read to their end may hold more activity: their
+    /// sessions wait.
+    fn end_sessions(
+        &mut self,
+        open: &HashMap<Uuid, u32>,
+        unfinished: &[Arc<Path>],
+        now: Timestamp,
+    ) -> Result<(), QueueError> {
+        if !self.again.is_empty() {
+            return Ok(());
+        }
+        let mut live: HashMap<Uuid, Standing> = HashMap::new();
+        for file in self.files.values() {
+            if let TranscriptKind::Main { session } = file.kind
+                && file.cursor.project_path.is_some()
+                && (file.cursor.session.is_live() || self.closings.contains_key(&session))
+            {
+                live.entry(session).or_default();
+            }
+        }
+        if !live.is_empty() {
+            for file in self.files.values() {
+                if let TranscriptKind::Main { session } = file.kind
+                    && let Some(standing) = live.get_mut(&session)
+                {
+                    standing.add(file, unfinished.contains(&file.path));
+                }
+            }
+        }
+        let mut batch = Batch::default();
+        let mut undo = Undo::default();
+        for (session, standing) in live {
+            if !standing.is_read {
+                continue;
+            }
+            let process = open.get(&session).copied();
+            if process.is_some() {
+                self.seen_open.insert(session);
+            }
+            let closing = self.closings.remove(&session);
+            let gone = self.gone(session, &standing, process, closing, now);
+            let end = standing.state.end(now, self.config.inactivity_timeout, gone);
+            if end.is_none() && closing.is_none() && standing.state.process == process {
+                continue;
+            }
+            let Some(first) = standing.paths.first() else { continue };
+            if let Some(end) = &end
+                && let Some(file) = self.files.get(first)
+            {
+                self.admit_end(session, end, first, &file.cursor, &mut batch);
+            }
+            for path in &standing.paths {
+                let Some(file) = self.files.get_mut(path) else { continue };
+                undo.rewind.push((Arc::clone(path), file.cursor.clone()));
+                match &end {
+                    Some(end) => file.cursor.session.ended(end),
+                    None => file.cursor.session.process = process,
+                }
+                batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));
+            }
+            if let Some(at) = closing {
+                batch.cursors.push((sessions::closing_path(session), None));
+                undo.closings.push((session, at));
+            }
+            if end.is_some() {
+                self.seen_open.remove(&session);
+            }
+            if batch.cursors.len() >= BATCH_SESSIONS_MAX {
+                self.submit(std::mem::take(&mut batch), std::mem::take(&mut undo))?;
+            }
+        }
+        self.close_without_transcript(&mut batch, &mut undo);
+        if batch.cursors.is_empty() { Ok(()) } else { self.submit(batch, undo) }
+    }
+
+    /// How and when a session has ended otherwise than by timeout.
+    fn gone(
+        &self,
+        session: Uuid,
+        standing: &Standing,
+        process: Option<u32>,
+        closing: Option<Timestamp>,
+        now: Timestamp,
+    ) -> Option<(EndReason, Timestamp)> {
+        let has_come_back = |at: Timestamp| {
+            let last = standing.state.last_activity;
+            last.is_some_and(|last| last.duration_since(at).unsigned_abs() > CLOSING_SLACK && last > at)
+        };
+        let by_hook = closing.filter(|at| !has_come_back(*at));
+        let by_process = (process.is_none() && standing.state.process.is_some()).then(|| {
+            // Noticed just now, or it went while nobody looked: then the file's last change is the last sign of life.
+            let last_sign = Timestamp::from_second(standing.modified).unwrap_or(now);
+            if self.seen_open.contains(&session) { now } else { last_sign.min(now) }
+        });
+        [by_hook, by_process].into_iter().flatten().min().map(|at| (EndReason::Closed, at))
+    }
+
+    /// Ends sessions of which no transcript is there: their hooks are all that tells of them.
+    fn close_without_transcript(&mut self, batch: &mut Batch, undo: &mut Undo) {
+        if self.closings.is_empty() {
+            return;
+        }
+        let known: HashSet<Uuid> = self
+            .files
+            .values()
+            .filter_map(|file| match file.kind {
+                // One that was read and is not registered holds nothing but metadata.
+                TranscriptKind::Main { session } if file.cursor.project_path.is_some() || file.seen.is_none() => {
+                    Some(session)
+                }
+                _ => None,
+            })
+            .collect();
+        let without: Vec<(Uuid, Timestamp)> = self
+            .closings
+            .iter()
+            .map(|(session, at)| (*session, *at))
+            .filter(|(session, _)| !known.contains(session))
+            .take(BATCH_SESSIONS_MAX)
+            .collect();
+        for (session, at) in without {
+            self.closings.remove(&session);
+            let state = SessionState { began_at: None, last_activity: Some(at), ..SessionState::default() };
+            if let Some(end) = state.end(at, self.config.inactivity_timeout, Some((EndReason::Closed, at))) {
+                self.intake.admit(end.candidate(session, Origin::Hook), batch);
+            }
+            batch.cursors.push((sessions::closing_path(session), None));
+            undo.closings.push((session, at));
+        }
+    }
+
+    /// Tells the metrics how things stand.
+    fn report(&mut self) {
+        let metrics = self.intake.metrics();
+        metrics.files_watched.set(self.files.len() as u64);
+        let sessions = self.files.values().filter(|file| file.cursor.project_path.is_some()).count();
+        metrics.sessions_known.set(sessions as u64);
+        let now = Timestamp::now();
+        let waiting = self.intake.queue().stats().oldest.map(|(sequence, _)| sequence);
+        let is_stored = |file: &Followed| {
+            let is_delivered = waiting.is_none_or(|oldest| file.newest.is_none_or(|newest| newest < oldest));
+            file.seen.is_some() && !file.unreadable && is_delivered
+        };
+        let expires_before = self.retention.expires_before(now);
+        let expiring = self
+            .files
+            .values()
+            .filter(|file| file.modified().is_some_and(|modified| modified < expires_before) && !is_stored(file))
+            .count();
+        metrics.transcripts_expiring.set(expiring as u64);
+        metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), now);
+    }
+
+    fn submit(&mut self, batch: Batch, undo: Undo) -> Result<(), QueueError> {
+        let submission = self.intake.submit(batch);
+        self.in_flight.push_back(HandedOver { submission, undo });
+        self.await_tickets(BATCHES_IN_FLIGHT_MAX)
+    }
+
+    /// Waits until at most so many batches are under way. Those that found no room are put down to be read again, from
+    /// the first of them on: the queue refuses all that come after a refused one until we know of it.
+    fn await_tickets(&mut self, at_most: usize) -> Result<(), QueueError> {
+        let mut at_most = at_most;
+        while self.in_flight.len() > at_most {
+            let Some(HandedOver { submission, undo }) = self.in_flight.pop_front() else { break };
+            match submission.wait() {
+                Ok(accepted) => {
+                    let newest = accepted.sequences.last().copied();
+                    for (path, _) in undo.rewind.iter().filter(|_| newest.is_some()) {
+                        if let Some(file) = self.files.get_mut(path) {
+                            file.newest = newest;
+                        }
+                    }
+                }
+                Err(QueueError::Full { .. }) => {
+                    at_most = 0;
+                    for (path, before) in undo.rewind {
+                        if !self.again.contains(&path) {
+                            self.again.push(Arc::clone(&path));
+                            self.rewound.push((path, before));
+                        }
+                    }
+                    self.stored.extend(undo.remember);
+                    self.closings.extend(undo.closings);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        for (path, before) in std::mem::take(&mut self.rewound) {
+            match self.files.get_mut(&path) {
+                Some(file) => file.rewind(before),
+                // It is being read at this moment.
+                None => self.rewound.push((path, before)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits while the queue is full: the transcripts on disk are the buffer.
+    fn wait_for_room(&self) {
+        while !self.doorbell.is_stopped() && !self.intake.queue().wait_for_room(Instant::now() + ROOM_CHECK_INTERVAL) {
+            self.intake.metrics().reading.beat();
+        }
+    }
+}
+
+/// How a session stands by all of its transcripts.
+struct Standing {
+    state: SessionState,
+    paths: Vec<Arc<Path>>,
+    /// All of them were read to their end.
+    is_read: bool,
+    /// Seconds since 1970.
+    modified: i64,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Standing { state: SessionState::default(), paths: Vec::new(), is_read: true, modified: 0 }
+    }
+}
+
+impl Standing {
+    fn add(&mut self, file: &Followed, is_unfinished: bool) {
+        self.state = self.state.merge(&file.cursor.session);
+        self.paths.push(Arc::clone(&file.path));
+        self.is_read &= !is_unfinished && (file.seen.is_some() || file.unreadable);
+        self.modified = self.modified.max(file.modified().map_or(0, Timestamp::as_second));
+    }
+}
+
+fn is_of(file: &Followed, session: Uuid) -> bool {
+    matches!(file.kind, TranscriptKind::Main { session: its } if its == session)
+}
+
+fn identity(metadata: &Metadata) -> FileIdentity {
+    FileIdentity { device: metadata.dev(), inode: metadata.ino() }
+}
+
+/// Where a new file comes in the order of reading: originals before their copies, by when they began.
+fn head_order(path: &Path, kind: &TranscriptKind) -> HeadOrder {
+    let TranscriptKind::Main { session } = kind else { return HeadOrder { is_copy: false, began_at: None } };
+    let mut head = vec![0; HEAD_BYTES];
+    let length = open(path).and_then(|(file, _): (File, _)| read_full_at(&file, &mut head, 0)).unwrap_or_default();
+    claude_code::head_order(head.get(..length).unwrap_or_default(), *session)
+}

@@ -1,0 +1,543 @@
+//! Reads what is new in one file: whole lines from its cursor on, and nothing that could still change.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::super::claude_code::{self, TranscriptKind};
+use super::super::lines::{self, Found, Source};
+use super::{Follower, Undo, identity};
+use crate::event::{Cursor, Sequence, Timestamp};
+use crate::queue::{Batch, QueueError};
+
+/// How long a file must be unchanged before its last line is read without a newline.
+pub const UNTERMINATED_QUIET: Duration = Duration::from_secs(5);
+
+/// Bytes that are read at once.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Events of one batch: with lines of a kilobyte about as much as a chunk.
+const BATCH_EVENTS_MAX: usize = 1024;
+
+/// Bytes of damaged lines in one batch, above one line.
+const BATCH_REJECTED_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of one file that are read before others have their turn; at the first pass files are read to their end, so
+/// that originals come before their forks.
+const TURN_BYTES_MAX: u64 = 8 << 20;
+
+/// Bytes at the start of the file and before the offset that a fingerprint covers, each.
+const FINGERPRINT_BYTES: usize = 1024;
+
+/// Bytes before `scanned_to` by which it is known again.
+const SCANNED_BYTES: u64 = 256;
+
+/// Warnings about one file's bad lines in one go; the rest is counted.
+const WARNINGS_PER_LOOK_MAX: u64 = 5;
+
+/// One transcript that is followed.
+pub struct Followed {
+    pub kind: TranscriptKind,
+    pub path: Arc<Path>,
+    pub cursor: Cursor,
+    /// How the file was when it was last read to its end. `None`: there may be more to read.
+    pub seen: Option<Stamp>,
+    /// Seconds since 1970.
+    modified: Option<i64>,
+    /// No newline stands between the cursor and `scanned_to`, where the bytes before have this hash.
+    scanned_to: u64,
+    scanned_hash: u64,
+    /// Since when a last line without newline is there that may be whole: look again when the file has been quiet.
+    pub unterminated: Option<Instant>,
+    /// Said already that it can't be read.
+    pub unreadable: bool,
+    /// The newest event that came from it in this run.
+    pub newest: Option<Sequence>,
+}
+
+/// By what a changed file is told from an unchanged one without reading it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stamp {
+    size: u64,
+    /// Seconds and nanoseconds: unlike the time of modification nobody can set it.
+    changed: (i64, i64),
+    /// Seconds since 1970.
+    modified: i64,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        Stamp { size: metadata.len(), changed: (metadata.ctime(), metadata.ctime_nsec()), modified: metadata.mtime() }
+    }
+}
+
+/// What one look at a file led to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// Nothing more to read now.
+    End,
+    /// There is more; others have their turn first.
+    More,
+}
+
+enum ReadError {
+    File(io::Error),
+    /// The queue is full.
+    NoRoom,
+    Queue(QueueError),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> Self {
+        ReadError::File(error)
+    }
+}
+
+impl From<QueueError> for ReadError {
+    fn from(error: QueueError) -> Self {
+        ReadError::Queue(error)
+    }
+}
+
+impl Followed {
+    pub fn new(path: Arc<Path>, kind: TranscriptKind, cursor: Cursor) -> Followed {
+        Followed {
+            kind,
+            path,
+            scanned_to: cursor.offset,
+            scanned_hash: 0,
+            cursor,
+            seen: None,
+            modified: None,
+            unterminated: None,
+            unreadable: false,
+            newest: None,
+        }
+    }
+
+    pub fn rewind(&mut self, cursor: Cursor) {
+        self.scanned_to = cursor.offset;
+        self.cursor = cursor;
+        self.seen = None;
+    }
+
+    /// When the file was last modified, as far as is known.
+    pub fn modified(&self) -> Option<Timestamp> {
+        self.modified.and_then(|seconds| Timestamp::from_second(seconds).ok())
+    }
+
+    /// Where the search for the next newline goes on; from the cursor where the file is not as it was.
+    fn unscanned(&mut self, handle: &File) -> u64 {
+        let start = self.cursor.offset;
+        if self.scanned_to > start && scanned_hash(handle, start, self.scanned_to).ok() != Some(self.scanned_hash) {
+            self.scanned_to = start;
+        }
+        self.scanned_to.max(start)
+    }
+}
+
+/// Hash of the last bytes before `end`, at most back to `start`.
+fn scanned_hash(handle: &File, start: u64, end: u64) -> io::Result<u64> {
+    let length = (end - start).min(SCANNED_BYTES);
+    let mut bytes = vec![0; length as usize];
+    handle.read_exact_at(&mut bytes, end - length)?;
+    Ok(xxh3_64(&bytes))
+}
+
+/// The bytes that a cursor's fingerprint covers. Kept from what was *read*, not looked up when the cursor has moved on:
+/// in between the file may have been rewritten, and then its new bytes would pass for the ones that were read.
+pub struct Place {
+    head: Vec<u8>,
+    tail: Vec<u8>,
+    offset: u64,
+}
+
+impl Place {
+    /// As the file is now at `offset`.
+    pub fn at(handle: &File, offset: u64) -> io::Result<Place> {
+        let length = usize::try_from(offset).unwrap_or(usize::MAX).min(FINGERPRINT_BYTES);
+        let mut place = Place { head: vec![0; length], tail: vec![0; length], offset };
+        handle.read_exact_at(&mut place.head, 0)?;
+        handle.read_exact_at(&mut place.tail, offset - length as u64)?;
+        Ok(place)
+    }
+
+    /// Moves on over `bytes`, which were read at the offset.
+    fn advance(&mut self, bytes: &[u8]) {
+        let missing = FINGERPRINT_BYTES.saturating_sub(self.head.len()).min(bytes.len());
+        self.head.extend_from_slice(bytes.get(..missing).unwrap_or_default());
+        let new = bytes.get(bytes.len().saturating_sub(FINGERPRINT_BYTES)..).unwrap_or_default();
+        let kept = FINGERPRINT_BYTES - new.len();
+        self.tail.drain(..self.tail.len().saturating_sub(kept));
+        self.tail.extend_from_slice(new);
+        self.offset += bytes.len() as u64;
+    }
+
+    /// Hash over the first bytes of the file, the last ones before the offset, and the offset.
+    pub fn fingerprint(&self) -> u64 {
+        let mut bytes = [0; 2 * FINGERPRINT_BYTES + 8];
+        let parts = self.head.iter().chain(&self.tail).copied().chain(self.offset.to_le_bytes());
+        for (place, byte) in bytes.iter_mut().zip(parts) {
+            *place = byte;
+        }
+        xxh3_64(&bytes)
+    }
+}
+
+/// Whether the bytes before the cursor are those that were read.
+pub fn stands_where_it_stood(handle: &File, size: u64, cursor: &Cursor) -> io::Result<bool> {
+    Ok(cursor.offset == 0
+        || (size >= cursor.offset && Place::at(handle, cursor.offset)?.fingerprint() == cursor.fingerprint))
+}
+
+/// Opens a transcript for reading. Anything but a file is refused: a pipe would hang us.
+pub fn open(path: &Path) -> io::Result<(File, Metadata)> {
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let handle = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    let metadata = handle.metadata()?;
+    if metadata.is_file() { Ok((handle, metadata)) } else { Err(io::Error::other("it is no file")) }
+}
+
+impl Follower {
+    /// Reads what is new in one file, if anything.
+    pub(super) fn look_at(&mut self, path: &Path) -> Result<Progress, QueueError> {
+        let Some(mut file) = self.files.remove(path) else { return Ok(Progress::End) };
+        let progress = self.read_new(&mut file);
+        let key = Arc::clone(&file.path);
+        match progress {
+            Ok(progress) => {
+                self.files.insert(key, file);
+                Ok(progress)
+            }
+            Err(ReadError::Queue(error)) => Err(error),
+            Err(ReadError::NoRoom) => {
+                self.files.insert(key, file);
+                self.await_tickets(0)?;
+                Ok(Progress::More)
+            }
+            Err(ReadError::File(error)) => {
+                file.seen = None;
+                file.unterminated = None;
+                // Gone is no error: the next rescan forgets it.
+                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut file.unreadable, true) {
+                    warn!(file = %path.display(), error = %error,
+                          "a transcript can't be read; trying again at every rescan");
+                }
+                self.files.insert(key, file);
+                Ok(Progress::End)
+            }
+        }
+    }
+
+    fn read_new(&mut self, file: &mut Followed) -> Result<Progress, ReadError> {
+        let metadata = std::fs::metadata(&file.path)?;
+        file.modified = Some(metadata.mtime());
+        if file.seen == Some(Stamp::of(&metadata))
+            && file.cursor.file == identity(&metadata)
+            && file.unterminated.is_none()
+        {
+            return Ok(Progress::End);
+        }
+        let (handle, metadata) = open(&file.path)?;
+        if std::mem::take(&mut file.unreadable) {
+            info!(file = %file.path.display(), "the transcript can be read again");
+        }
+        let stamp = Stamp::of(&metadata);
+        let mut place = self.find_place(file, &handle, &metadata)?;
+        let source = self.source(file);
+        let mut look = Look { handle, source, warnings: 0 };
+        let mut read = 0;
+        while file.cursor.offset < stamp.size {
+            if self.doorbell.is_stopped() {
+                return Ok(Progress::End);
+            }
+            if read >= TURN_BYTES_MAX && !self.first_pass {
+                look.sum_up_warnings();
+                return Ok(Progress::More);
+            }
+            self.wait_for_room();
+            let before = file.cursor.offset;
+            if !self.read_chunk(&mut look, &mut place, file)? {
+                break;
+            }
+            read += file.cursor.offset - before;
+        }
+        if file.seen != Some(stamp) {
+            file.unterminated = None;
+        }
+        self.read_unterminated(&mut look, &mut place, file, &metadata)?;
+        look.sum_up_warnings();
+        file.seen = Some(stamp);
+        Ok(Progress::End)
+    }
+
+    pub(super) fn source(&self, file: &Followed) -> Source {
+        Source {
+            kind: file.kind,
+            path: file.path.to_string_lossy().into(),
+            inactivity_timeout: self.config.inactivity_timeout,
+        }
+    }
+
+    /// Starts anew where the bytes before the cursor are not those that were read.
+    fn find_place(&self, file: &mut Followed, handle: &File, metadata: &Metadata) -> io::Result<Place> {
+        let cursor = &mut file.cursor;
+        if metadata.len() >= cursor.offset {
+            let place = Place::at(handle, cursor.offset)?;
+            if cursor.offset == 0 || place.fingerprint() == cursor.fingerprint {
+                // Copied or restored from a backup: other inode, same bytes.
+                cursor.file = identity(metadata);
+                return Ok(place);
+            }
+        }
+        info!(file = %file.path.display(), offset = cursor.offset, bytes = metadata.len(),
+              "the transcript was replaced or cut short; reading it anew, what is known already is not stored twice");
+        *cursor = Cursor { file: identity(metadata), ..lines::START };
+        file.scanned_to = 0;
+        Place::at(handle, 0)
+    }
+
+    /// Reads up to one chunk of whole lines and hands them over. False at the end of the whole lines.
+    fn read_chunk(&mut self, look: &mut Look, place: &mut Place, file: &mut Followed) -> Result<bool, ReadError> {
+        self.intake.metrics().reading.beat();
+        let start = file.cursor.offset;
+        // Bytes that hold no newline are not read again until one has come.
+        let unscanned = file.unscanned(&look.handle);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(CHUNK_BYTES, 0);
+        let result = read_full_at(&look.handle, &mut buffer, unscanned).map_err(ReadError::File).and_then(|length| {
+            let bytes = buffer.get(..length).unwrap_or_default();
+            match memchr::memrchr(b'\n', bytes) {
+                None => {
+                    file.scanned_to = unscanned + length as u64;
+                    file.scanned_hash = scanned_hash(&look.handle, start, file.scanned_to)?;
+                    Ok(length == CHUNK_BYTES)
+                }
+                Some(end) if unscanned == start => {
+                    self.take_lines(bytes.get(..=end).unwrap_or_default(), look, place, file).map(|()| true)
+                }
+                Some(_) => {
+                    let first = memchr::memchr(b'\n', bytes).unwrap_or_default();
+                    self.take_long_line(unscanned + first as u64 - start, look, place, file).map(|()| true)
+                }
+            }
+        });
+        self.buffer = buffer;
+        result
+    }
+
+    /// A line that is longer than a chunk or came in pieces; its newline is at `line_bytes` after the cursor.
+    fn take_long_line(
+        &mut self,
+        line_bytes: u64,
+        look: &mut Look,
+        place: &mut Place,
+        file: &mut Followed,
+    ) -> Result<(), ReadError> {
+        let start = file.cursor.offset;
+        if line_bytes <= self.config.line_bytes_max {
+            let bytes = usize::try_from(line_bytes).unwrap_or(usize::MAX).saturating_add(1);
+            let mut line = vec![0; bytes];
+            look.handle.read_exact_at(&mut line, start)?;
+            return self.take_lines(&line, look, place, file);
+        }
+        let before = file.cursor.clone();
+        let mut batch = Batch::default();
+        self.pass_over(line_bytes, look, file, &mut batch);
+        file.cursor.offset += line_bytes + 1;
+        *place = Place::at(&look.handle, file.cursor.offset)?;
+        self.hand_over(batch, before, place, file)
+    }
+
+    /// Hands over whole lines (each with its newline) that start at the cursor.
+    fn take_lines(
+        &mut self,
+        lines: &[u8],
+        look: &mut Look,
+        place: &mut Place,
+        file: &mut Followed,
+    ) -> Result<(), ReadError> {
+        let mut batch = Batch::default();
+        let mut rejected_bytes = 0;
+        let mut before = file.cursor.clone();
+        let mut start = 0;
+        let mut handed = 0;
+        for end in memchr::memchr_iter(b'\n', lines) {
+            let line = lines.get(start..end).unwrap_or_default();
+            let rejected = batch.rejections.len();
+            if line.len() as u64 > self.config.line_bytes_max {
+                self.pass_over(line.len() as u64, look, file, &mut batch);
+            } else {
+                self.take_line(line, look, file, &mut batch);
+            }
+            rejected_bytes += batch.rejections.iter().skip(rejected).map(|one| one.bytes.len()).sum::<usize>();
+            file.cursor.offset += (end + 1 - start) as u64;
+            start = end + 1;
+            if batch.events.len() + batch.rejections.len() >= BATCH_EVENTS_MAX
+                || rejected_bytes >= BATCH_REJECTED_BYTES_MAX
+            {
+                place.advance(lines.get(handed..start).unwrap_or_default());
+                handed = start;
+                self.hand_over(std::mem::take(&mut batch), before, place, file)?;
+                before = file.cursor.clone();
+                rejected_bytes = 0;
+            }
+        }
+        place.advance(lines.get(handed..start).unwrap_or_default());
+        if handed == start { Ok(()) } else { self.hand_over(batch, before, place, file) }
+    }
+
+    fn take_line(&self, line: &[u8], look: &mut Look, file: &mut Followed, batch: &mut Batch) {
+        let metrics = self.intake.metrics();
+        let offset = file.cursor.offset;
+        let report = look.source.read(line, offset, &mut file.cursor, |found| match found {
+            Found::Event(candidate) => self.intake.admit(candidate, batch),
+            Found::Unreadable(rejection) => batch.rejections.push(rejection),
+        });
+        if !report.is_blank {
+            metrics.lines_read.add(1);
+        }
+        if let Some(name) = &report.unknown_type {
+            metrics.unknown_line_types.add(name, 1);
+        }
+        if let Some(bad) = &report.bad {
+            metrics.bad_lines.add(1);
+            look.warnings += 1;
+            if look.warnings <= WARNINGS_PER_LOOK_MAX {
+                warn!(file = %look.source.path, offset, bytes = line.len(), error = %bad,
+                      "a line can't be read; it is kept among the dead letters");
+            }
+        }
+    }
+
+    /// Passes over the line at the cursor, which is longer than `max_line_bytes`.
+    fn pass_over(&self, line_bytes: u64, look: &mut Look, file: &Followed, batch: &mut Batch) {
+        let offset = file.cursor.offset;
+        self.intake.metrics().lines_read.add(1);
+        self.intake.metrics().bad_lines.add(1);
+        warn!(file = %look.source.path, offset, bytes = line_bytes,
+              "a line is longer than max_line_bytes; it is passed over");
+        batch.rejections.push(look.source.too_long(line_bytes, offset));
+    }
+
+    /// Reads a last line that has no newline, once its file is quiet and if it is one whole object.
+    fn read_unterminated(
+        &mut self,
+        look: &mut Look,
+        place: &mut Place,
+        file: &mut Followed,
+        metadata: &Metadata,
+    ) -> Result<(), ReadError> {
+        let start = file.cursor.offset;
+        let length = metadata.len().saturating_sub(start);
+        if length == 0 || length > self.config.line_bytes_max {
+            return Ok(());
+        }
+        let mut last = [0];
+        look.handle.read_exact_at(&mut last, metadata.len() - 1)?;
+        if last != *b"}" {
+            return Ok(());
+        }
+        let since = *file.unterminated.get_or_insert_with(Instant::now);
+        // By its own time where that is past, else (a clock that was set) by how long we have known it.
+        let age = metadata.modified().ok().and_then(|modified| modified.elapsed().ok());
+        if age.unwrap_or_default().max(since.elapsed()) < UNTERMINATED_QUIET {
+            return Ok(());
+        }
+        file.unterminated = None;
+        let mut line = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+        look.handle.read_exact_at(&mut line, start)?;
+        if line.contains(&b'\n') || claude_code::read_line(&line, &file.kind).is_err() {
+            return Ok(());
+        }
+        let before = file.cursor.clone();
+        let mut batch = Batch::default();
+        self.take_line(&line, look, file, &mut batch);
+        file.cursor.offset = start + length;
+        place.advance(&line);
+        self.hand_over(batch, before, place, file)
+    }
+
+    /// Hands a batch to the queue together with the file's cursor, which was at `before` when the batch began.
+    fn hand_over(
+        &mut self,
+        mut batch: Batch,
+        before: Cursor,
+        place: &Place,
+        file: &mut Followed,
+    ) -> Result<(), ReadError> {
+        file.cursor.fingerprint = place.fingerprint();
+        file.scanned_to = file.cursor.offset;
+        batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
+        self.submit(batch, Undo { rewind: vec![(Arc::clone(&file.path), before)], ..Undo::default() })?;
+        // A batch that found no room has set the file back; what was read after it is to be read again.
+        if self.again.contains(&file.path) { Err(ReadError::NoRoom) } else { Ok(()) }
+    }
+}
+
+/// One look at one file.
+struct Look {
+    handle: File,
+    source: Source,
+    /// Bad lines that were found.
+    warnings: u64,
+}
+
+impl Look {
+    fn sum_up_warnings(&self) {
+        if self.warnings > WARNINGS_PER_LOOK_MAX {
+            warn!(file = %self.source.path, lines = self.warnings - WARNINGS_PER_LOOK_MAX,
+                  "more bad lines, not shown");
+        }
+    }
+}
+
+/// Reads until the buffer is full or the file ends.
+pub fn read_full_at(handle: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut length = 0;
+    while let Some(rest) = buffer.get_mut(length..).filter(|rest| !rest.is_empty()) {
+        match handle.read_at(rest, offset + length as u64) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_is_the_same_read_at_once_or_moved_along() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..5000u32).map(|number| (number % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let handle = File::open(&path).unwrap();
+        for step in [1, 7, 100, 1023, 1024, 1025, 3000, 5000] {
+            let mut place = Place::at(&handle, 0).unwrap();
+            for piece in bytes.chunks(step) {
+                place.advance(piece);
+                let there = Place::at(&handle, place.offset).unwrap();
+                assert_eq!(place.fingerprint(), there.fingerprint(), "step {step} at {}", place.offset);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_does_not_hang() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        assert!(open(&path).is_err());
+    }
+}
