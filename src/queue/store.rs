@@ -75,6 +75,10 @@ impl From<sled::Error> for StoreError {
             sled::Error::Io(error) if matches!(error.kind(), UnexpectedEof | InvalidData | InvalidInput) => {
                 StoreError::Corrupt(error.to_string())
             }
+            // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
+            sled::Error::Io(error) if error.raw_os_error().is_none() => {
+                StoreError::Io(format!("{} ({error})", error.kind()))
+            }
             sled::Error::Io(error) => StoreError::Io(error.to_string()),
             other => StoreError::Corrupt(other.to_string()),
         }

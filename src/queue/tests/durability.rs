@@ -80,6 +80,54 @@ fn what_is_left_unsynced_is_synced_when_idle() {
 }
 
 #[test]
+fn never_more_than_one_batch_is_unsynced() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..10)).unwrap();
+    let syncs = Fixture::on_sync(&queue, || Ok(()));
+    for number in 1..=10 {
+        queue.settle(delivered([number])).unwrap();
+        assert!(syncs.load(Ordering::SeqCst) >= number - 1);
+    }
+}
+
+#[test]
+#[ignore = "needs HEADSPACE_SMALL_FOLDER, a file system of some 24 MB"]
+fn a_full_disk_ends_the_queue_and_loses_nothing() {
+    let parent = std::env::var_os("HEADSPACE_SMALL_FOLDER").unwrap();
+    let folder = TempDir::new_in(&parent).unwrap();
+    let config = QueueConfig { path: folder.path().join("queue"), max_pending_bytes: u64::MAX };
+    let ballast = folder.path().join("ballast");
+    std::fs::write(&ballast, vec![1; 4 << 20]).unwrap();
+    let mut acknowledged = 0;
+    for round in 0..3 {
+        let (queue, recovery) = Queue::open(&config).unwrap();
+        assert!(!recovery.repairs.iter().any(Repair::is_loss), "{:?}", recovery.repairs);
+        assert!(queue.stats().pending >= acknowledged);
+        assert_eq!(everything(&queue).len() as u64, queue.stats().pending);
+        let error = loop {
+            match queue.append(batch(0..50)) {
+                Ok(_) => acknowledged += 50,
+                Err(error) => break error,
+            }
+        };
+        println!("round {round}: {acknowledged} acknowledged, then: {error}");
+        assert!(matches!(error, QueueError::Storage { .. }), "{error}");
+        assert!(queue.failed().borrow().is_some());
+        drop(queue);
+        match round {
+            0 => std::fs::remove_file(&ballast).unwrap(),
+            _ => {
+                // Without room nothing goes on, but nothing is lost either.
+                let Ok((queue, _)) = Queue::open(&config) else { return };
+                assert!(queue.stats().pending >= acknowledged);
+                return;
+            }
+        }
+    }
+}
+
+#[test]
 fn appends_that_come_at_once_share_their_syncs() {
     const THREADS: u64 = 8;
     const APPENDS: u64 = 25;
