@@ -8,18 +8,25 @@
 //!                                 └ Event ──────► a few tries, then set aside; on with the next
 //! ```
 //!
-//! Order: a window starts after the last envelope that was settled, and delivery stops at the first failure, so rows
-//! are stored in the order of acceptance. Ten events in a row refused for one cause are not their own fault: the
-//! drainer then pauses as for `Operator` instead of emptying the queue into the dead letters.
+//! While the answers to one window are awaited the next is on its way, so that the server does not wait for us. Only
+//! one window in so many is made durable; what was done is settled when a durable one has come after it.
+//!
+//! Order: a window starts after the last envelope that was sent, and delivery stops at the first failure, also that of
+//! the window under way behind it; so rows are stored in the order of acceptance. Ten events in a row refused for one
+//! cause are not their own fault: the drainer then pauses as for `Operator` instead of emptying the queue into the dead
+//! letters.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{DeliverError, Delivered, Delivery, Sink, Verdict};
-use crate::event::{Envelope, Failure, FailureKind, Sequence, Timestamp};
+use super::{DeliverError, Delivered, Delivery, Place, Sink, Verdict};
+use crate::event::{Envelope, EventType, Failure, FailureKind, Sequence, Timestamp};
 use crate::queue::{Outcome, Queue, QueueError, Ticket};
 use crate::telemetry::{Database, DatabaseState, Metrics};
 
@@ -35,9 +42,12 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the answers in flight are waited for when the drainer is told to stop.
 const STOP_GRACE: Duration = Duration::from_millis(300);
 
+/// Windows under way at once: one is answered while the next is sent.
+const WINDOWS_UNDER_WAY: usize = 2;
+
 #[derive(Clone, Debug)]
 pub struct DrainConfig {
-    /// Transactions in flight at once.
+    /// Transactions in flight at once; as many at most are sent before one that is made durable.
     pub window: usize,
     /// Deliveries of an event that Postgres refuses before it is set aside.
     pub attempts_max: u32,
@@ -48,16 +58,24 @@ pub struct DrainConfig {
 /// Moves envelopes from the queue to the sink until told to stop.
 pub struct Drainer<S> {
     queue: Queue,
-    sink: S,
+    sink: Arc<S>,
     config: DrainConfig,
     metrics: Arc<Metrics>,
     backoff: Backoff,
     /// Everything up to here is settled.
     settled: Option<Sequence>,
+    /// Everything up to here has been sent.
+    sent: Option<Sequence>,
+    /// Envelopes sent since the last window that is made durable.
+    sent_since_durable: usize,
+    /// What was done and is not known to be durable yet.
+    undurable: Vec<Done>,
     /// The envelope that was refused last, and how often.
     refused: Option<(Sequence, u32)>,
     /// Cause of the refusals that led to dead letters, and how many there were in a row.
     refusals: Option<(String, u32)>,
+    /// Failures in a row that were the moment's.
+    passing: u32,
     away: Option<Away>,
     /// The settlement under way.
     settlement: Option<Ticket<()>>,
@@ -69,18 +87,33 @@ struct Away {
     state: Database,
 }
 
+/// A window on its way.
+type Flight = Pin<Box<dyn Future<Output = (Vec<Envelope>, Delivery)> + Send>>;
+
+/// An envelope that was done, as it is counted once it is durable.
+struct Done {
+    sequence: Sequence,
+    delivered: Delivered,
+    event_type: EventType,
+    captured_at: Timestamp,
+}
+
 impl<S: Sink> Drainer<S> {
     pub fn new(queue: Queue, sink: S, config: DrainConfig, metrics: Arc<Metrics>) -> Self {
         let backoff = Backoff::new(config.delay_first, config.delay_max);
         Drainer {
             queue,
-            sink,
+            sink: Arc::new(sink),
             config,
             metrics,
             backoff,
             settled: None,
+            sent: None,
+            sent_since_durable: 0,
+            undurable: Vec::new(),
             refused: None,
             refusals: None,
+            passing: 0,
             away: None,
             settlement: None,
         }
@@ -90,90 +123,149 @@ impl<S: Sink> Drainer<S> {
     /// forgotten.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), QueueError> {
         let mut arrivals = self.queue.subscribe();
-        let mut ahead: Option<Vec<Envelope>> = None;
+        let mut under_way: FuturesOrdered<Flight> = FuturesOrdered::new();
         while !*stop.borrow_and_update() {
-            let window = match ahead.take() {
-                Some(window) => window,
-                None => {
-                    arrivals.mark_unchanged();
-                    self.read_window(self.settled).await?
-                }
-            };
-            let Some(last) = window.last().map(|envelope| envelope.sequence) else {
+            arrivals.mark_unchanged();
+            while under_way.len() < WINDOWS_UNDER_WAY
+                && let Some(flight) = self.next_flight(!under_way.is_empty())?
+            {
+                under_way.push_back(flight);
+            }
+            if under_way.is_empty() {
                 self.idle(&mut arrivals, &mut stop).await;
                 continue;
-            };
-            let begun = Instant::now();
-            // While this window is under way the next one is read.
-            let delivering = async { tokio::join!(self.sink.deliver(&window), self.read_window(Some(last))) };
-            let (delivery, next) = tokio::select! {
-                both = delivering => both,
-                () = stopped_for(stop.clone(), STOP_GRACE) => break,
-            };
-            let complete = delivery.failure.is_none();
-            self.metrics.draining.beat();
-            let pause = self.settle(&window, delivery, begun.elapsed()).await?;
-            if complete {
-                ahead = Some(next?).filter(|window| !window.is_empty());
             }
-            if let Some(pause) = pause {
+            let begun = Instant::now();
+            let (window, delivery) = tokio::select! {
+                Some(landed) = under_way.next() => landed,
+                _ = arrivals.changed(), if under_way.len() < WINDOWS_UNDER_WAY => continue,
+                () = stopped_for(stop.clone(), Duration::ZERO) => break,
+            };
+            let Some(pause) = self.landed(&window, delivery).await? else { continue };
+            // What is under way behind a failure is not stored; its answers make the connection clean again.
+            let clean = async { while under_way.next().await.is_some() {} };
+            tokio::select! {
+                () = clean => {}
+                () = stopped_for(stop.clone(), STOP_GRACE) => break,
+            }
+            self.start_over();
+            let pause = pause.saturating_sub(begun.elapsed()).max(pause.min(self.config.delay_first / 2));
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stopped_for(stop.clone(), Duration::ZERO) => {}
+            }
+        }
+        // What has not come down by then is sent again at the next start.
+        let _ = tokio::time::timeout(STOP_GRACE, self.finish(under_way)).await;
+        self.await_settlement().await
+    }
+
+    /// Awaits what is under way, and makes it durable.
+    async fn finish(&mut self, mut under_way: FuturesOrdered<Flight>) -> Result<(), QueueError> {
+        while let Some((window, delivery)) = under_way.next().await {
+            if self.landed(&window, delivery).await?.is_some() {
+                return Ok(());
+            }
+        }
+        if let Some(after) = self.undurable.last().map(|done| done.sequence) {
+            let delivery = self.sink.deliver(&[], Place { after: Some(after), durable: true }).await;
+            self.landed(&[], delivery).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends the next window; `None` when there is nothing to send.
+    fn next_flight(&mut self, follows: bool) -> Result<Option<Flight>, QueueError> {
+        let size = self.config.window.div_ceil(WINDOWS_UNDER_WAY);
+        if follows && self.config.window < WINDOWS_UNDER_WAY {
+            return Ok(None);
+        }
+        let window = self.queue.window(self.sent, size, WINDOW_BYTES_MAX)?;
+        // An empty one makes durable what is not, unless that is under way already.
+        let undurable = self.sent_since_durable > 0 && !follows;
+        let Some(last) = window.last().map(|envelope| envelope.sequence).or(self.sent.filter(|_| undurable)) else {
+            return Ok(None);
+        };
+        let after = self.sent.filter(|_| follows || self.sent_since_durable > 0);
+        self.sent_since_durable += window.len();
+        let is_last = window.len() < size;
+        let durable = is_last || self.sent_since_durable >= self.config.window;
+        if durable {
+            self.sent_since_durable = 0;
+        }
+        self.sent = Some(last);
+        let sink = self.sink.clone();
+        let metrics = self.metrics.clone();
+        Ok(Some(Box::pin(async move {
+            let begun = Instant::now();
+            let delivery = sink.deliver(&window, Place { after, durable }).await;
+            metrics.delivery_seconds.observe(begun.elapsed(), delivery.done.len() as u64);
+            (window, delivery)
+        })))
+    }
+
+    /// After a failure everything that is not settled is sent again.
+    fn start_over(&mut self) {
+        self.sent = self.settled;
+        self.sent_since_durable = 0;
+        self.undurable.clear();
+    }
+
+    /// Waits for something to deliver; meanwhile looks after the connection, so that `health` tells the truth and the
+    /// next event finds it ready.
+    async fn idle(&mut self, arrivals: &mut watch::Receiver<Option<Sequence>>, stop: &mut watch::Receiver<bool>) {
+        if self.away.is_none() && self.metrics.database().state == Database::Up {
+            tokio::select! {
+                _ = arrivals.changed() => return,
+                () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                () = stopped_for(stop.clone(), Duration::ZERO) => return,
+            }
+        }
+        let begun = Instant::now();
+        let probed = tokio::select! {
+            probed = self.sink.probe() => probed,
+            () = stopped_for(stop.clone(), Duration::ZERO) => return,
+        };
+        self.metrics.draining.beat();
+        match probed {
+            Ok(()) => {
+                self.note_back();
+                self.backoff.reset();
+            }
+            Err(error) => {
+                self.note_away(&error);
+                let pause = self.backoff.next().saturating_sub(begun.elapsed()).max(self.config.delay_first / 2);
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     () = stopped_for(stop.clone(), Duration::ZERO) => {}
                 }
             }
         }
-        self.await_settlement().await
     }
 
-    async fn read_window(&self, after: Option<Sequence>) -> Result<Vec<Envelope>, QueueError> {
-        self.queue.window(after, self.config.window, WINDOW_BYTES_MAX)
-    }
-
-    /// Waits for something to deliver; meanwhile keeps the connection open, so that `health` tells the truth and the
-    /// next event finds it ready.
-    async fn idle(&mut self, arrivals: &mut watch::Receiver<Option<Sequence>>, stop: &mut watch::Receiver<bool>) {
-        let probed = tokio::select! {
-            probed = self.sink.probe() => probed,
-            () = stopped_for(stop.clone(), Duration::ZERO) => return,
-        };
+    /// Settles what came of a window. After a failure gives the pause before the next, which may be none at all.
+    async fn landed(&mut self, window: &[Envelope], delivery: Delivery) -> Result<Option<Duration>, QueueError> {
+        let Delivery { done, durable, failure } = delivery;
         self.metrics.draining.beat();
-        let wait = match probed {
-            Ok(()) => {
-                self.note_back();
-                self.backoff.reset();
-                PROBE_INTERVAL
-            }
-            Err(error) => {
-                self.note_away(&error);
-                self.backoff.next()
-            }
-        };
-        tokio::select! {
-            _ = arrivals.changed(), if self.away.is_none() => {}
-            () = tokio::time::sleep(wait) => {}
-            () = stopped_for(stop.clone(), Duration::ZERO) => {}
-        }
-    }
-
-    /// Settles what came of a window. Gives the pause before the next.
-    async fn settle(
-        &mut self,
-        window: &[Envelope],
-        delivery: Delivery,
-        took: Duration,
-    ) -> Result<Option<Duration>, QueueError> {
-        let Delivery { done, failure } = delivery;
-        let mut outcomes: Vec<(Sequence, Outcome)> =
-            window.iter().zip(&done).map(|(envelope, _)| (envelope.sequence, Outcome::Delivered)).collect();
-        if !done.is_empty() {
+        self.undurable.extend(window.iter().zip(&done).map(|(envelope, delivered)| Done {
+            sequence: envelope.sequence,
+            delivered: *delivered,
+            event_type: envelope.event.event_type().clone(),
+            captured_at: envelope.captured_at,
+        }));
+        let mut outcomes = Vec::new();
+        if durable && !self.undurable.is_empty() {
             self.note_back();
-            self.note_delivered(window, &done, took);
+            self.note_delivered();
+            outcomes = self.undurable.drain(..).map(|done| (done.sequence, Outcome::Delivered)).collect();
         }
         let pause = match (failure, window.get(done.len())) {
-            (Some(error), Some(envelope)) => self.after_failure(envelope, error, &mut outcomes),
-            _ => {
+            // What was refused is only ever judged once all before it is settled.
+            (Some(error), Some(envelope)) if durable => Some(self.after_failure(envelope, error, &mut outcomes)),
+            (Some(error), _) => Some(self.after_outage(&error)),
+            (None, _) => {
                 self.backoff.reset();
+                self.passing = 0;
                 None
             }
         };
@@ -196,21 +288,31 @@ impl<S: Sink> Drainer<S> {
         }
     }
 
+    /// What follows from a failure that is no event's fault.
+    fn after_outage(&mut self, error: &DeliverError) -> Duration {
+        self.metrics.write_failures.add(error.verdict.as_str(), 1);
+        self.passing += 1;
+        // A deadlock or the like is no outage as long as it passes.
+        if error.verdict == Verdict::Operator || error.sqlstate.is_none() || self.passing > 1 {
+            self.note_away(error);
+        }
+        self.backoff.next()
+    }
+
     /// What follows from a failure: a pause, and for an event that was refused often enough, its being set aside.
     fn after_failure(
         &mut self,
         envelope: &Envelope,
         error: DeliverError,
         outcomes: &mut Vec<(Sequence, Outcome)>,
-    ) -> Option<Duration> {
-        self.metrics.write_failures.add(error.verdict.as_str(), 1);
+    ) -> Duration {
         let event = &envelope.event;
         debug!(event_id = %event.id(), event_type = %event.event_type(), sequence = %envelope.sequence,
                verdict = error.verdict.as_str(), error = %error, "delivery failed");
         if error.verdict != Verdict::Event {
-            self.note_away(&error);
-            return Some(self.backoff.next());
+            return self.after_outage(&error);
         }
+        self.metrics.write_failures.add(error.verdict.as_str(), 1);
         let attempts = match self.refused {
             Some((sequence, attempts)) if sequence == envelope.sequence => attempts + 1,
             _ => {
@@ -222,7 +324,7 @@ impl<S: Sink> Drainer<S> {
         if attempts < self.config.attempts_max {
             warn!(event_id = %event.id(), event_type = %event.event_type(), attempt = attempts, error = %error,
                   "the database refused an event, trying again");
-            return Some(self.backoff.next());
+            return self.backoff.next();
         }
         let cause = error.sqlstate.clone().unwrap_or_default();
         let in_a_row = match &self.refusals {
@@ -232,11 +334,12 @@ impl<S: Sink> Drainer<S> {
         if in_a_row >= REFUSALS_IN_A_ROW_MAX {
             let verdict = Verdict::Operator;
             let message = format!(
-                "{in_a_row} events in a row were refused for one cause, so it is not theirs; paused until one passes: {}",
+                "{in_a_row} events in a row were refused for one cause, so it is not theirs; paused until one passes: {}; \
+                 mend the table, or start the watcher anew to set the next ten aside",
                 error.message
             );
             self.note_away(&DeliverError { verdict, sqlstate: error.sqlstate, message });
-            return Some(self.backoff.next());
+            return self.backoff.next();
         }
         warn!(event_id = %event.id(), event_type = %event.event_type(), attempts, error = %error,
               "the database refused an event, it is set aside; see \"headspace-watcher dead-letters list\"");
@@ -247,21 +350,22 @@ impl<S: Sink> Drainer<S> {
         let failure = Failure { kind: FailureKind::Refused, message: error.message, sqlstate: error.sqlstate };
         let attempts = envelope.attempts.saturating_add(attempts);
         outcomes.push((envelope.sequence, Outcome::Refused { failure, attempts }));
-        None
+        Duration::ZERO
     }
 
-    /// Counts what is in Postgres now: `took` is the time of the whole window.
-    fn note_delivered(&mut self, window: &[Envelope], done: &[Delivered], took: Duration) {
+    /// Counts what is in Postgres for good now.
+    fn note_delivered(&mut self) {
         let now = Timestamp::now();
-        let mut stored = 0;
-        for (envelope, _) in window.iter().zip(done).filter(|(_, delivered)| **delivered == Delivered::Stored) {
-            stored += 1;
-            self.metrics.events_delivered.add(envelope.event.event_type().as_str(), 1);
-            let age = Duration::try_from(now.duration_since(envelope.captured_at)).unwrap_or_default();
-            self.metrics.end_to_end_seconds.observe(age, 1);
+        for done in &self.undurable {
+            match done.delivered {
+                Delivered::Stored => {
+                    self.metrics.events_delivered.add(done.event_type.as_str(), 1);
+                    let age = Duration::try_from(now.duration_since(done.captured_at)).unwrap_or_default();
+                    self.metrics.end_to_end_seconds.observe(age, 1);
+                }
+                Delivered::AlreadyStored => self.metrics.events_duplicate.add(1),
+            }
         }
-        self.metrics.delivery_seconds.observe(took, done.len() as u64);
-        self.metrics.events_duplicate.add(done.len() as u64 - stored);
         self.metrics.wrote(now);
         self.refusals = None;
     }

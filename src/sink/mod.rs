@@ -12,27 +12,46 @@ pub mod postgres;
 
 use std::fmt;
 
-use crate::event::Envelope;
+use crate::event::{Envelope, Sequence};
 
 /// Takes envelopes where they belong.
 pub trait Sink: Send + Sync + 'static {
     /// Stores the envelopes, one transaction each, in order. Safe to repeat, safe to cancel.
     ///
-    /// Stops at the first failure: what follows the failed envelope was not stored. What is reported as done is
-    /// durable.
-    fn deliver(&self, window: &[Envelope]) -> impl Future<Output = Delivery> + Send;
+    /// Stops at the first failure: what follows the failed envelope was not stored, neither of this window nor of one
+    /// that follows it. An empty window only makes durable what came before it.
+    fn deliver(&self, window: &[Envelope], place: Place) -> impl Future<Output = Delivery> + Send;
 
     /// Makes sure that the way to the database is open; for times when nothing is to be delivered.
     fn probe(&self) -> impl Future<Output = Result<(), DeliverError>> + Send;
 }
 
+/// How a window goes together with the one before it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// The last envelope of the window that is still under way: nothing of this one is stored unless that one is.
+    /// `None` when no window is under way.
+    pub after: Option<Sequence>,
+    /// Whether the window is made durable. One that is not is made so by the next that is.
+    pub durable: bool,
+}
+
 /// What became of a window.
 #[derive(Debug)]
 pub struct Delivery {
-    /// One for each envelope from the start of the window up to the first failure. All of them are durable.
+    /// One for each envelope from the start of the window up to the first failure.
     pub done: Vec<Delivered>,
+    /// Whether all of `done`, and everything done before it, is on the server's disk. Else it must not be forgotten yet.
+    pub durable: bool,
     /// Why the envelope after the last of `done` was not stored. `None` when all were.
     pub failure: Option<DeliverError>,
+}
+
+impl Delivery {
+    /// Nothing was stored, or nobody knows what was.
+    pub fn failed(failure: DeliverError) -> Self {
+        Delivery { done: Vec::new(), durable: false, failure: Some(failure) }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -3,7 +3,13 @@
 //! Where Postgres is and the password are looked up anew for each attempt, so that a mended password file needs no
 //! restart. bb8 answers a failed attempt only with its own time-out; [`Connections::get`] listens to its error sink
 //! and answers with the cause at once.
+//!
+//! Poolers: where one hands every transaction another server connection (PgBouncer in transaction mode), a session has
+//! no state: no settings, no prepared statements. PgBouncer refuses the startup option by which a session sets its
+//! `statement_timeout`; that tells it apart, and from then on statements go out unnamed, parsed anew each time. One that
+//! is told to ignore that option is noticed when a prepared statement is not there.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -26,9 +32,9 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{info, warn};
 
 use super::layout::{Found, Layout};
-use super::verdict::deliver_error;
+use super::verdict::{session_outlives, step_error};
 use super::{layout, no_answer, source_path};
-use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, Ssl, SslMode, TableName};
+use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode, TableName};
 use crate::event::Envelope;
 use crate::sink::{DeliverError, Verdict};
 
@@ -75,7 +81,7 @@ impl Connections {
             .max_lifetime(None)
             .connection_timeout(connect_timeout)
             .error_sink(Box::new(Sunk(errors.clone())))
-            .build_unchecked(Manager { settings });
+            .build_unchecked(Manager { settings, pooler: Arc::default() });
         Connections { pool, errors, connect_timeout }
     }
 
@@ -140,6 +146,32 @@ impl ErrorSink<DeliverError> for Sunk {
 /// Opens sessions for the pool.
 pub struct Manager {
     settings: ConnectSettings,
+    pooler: Arc<Pooler>,
+}
+
+/// What is known of a pooler between us and the server.
+#[derive(Default, Debug)]
+pub struct Pooler {
+    /// It takes no startup options, so it is there.
+    refuses_options: AtomicBool,
+    /// A prepared statement was not there any more.
+    loses_statements: AtomicBool,
+}
+
+impl Pooler {
+    /// Whether nothing may be left in a session.
+    fn is_there(&self) -> bool {
+        self.refuses_options.load(Ordering::Relaxed) || self.loses_statements.load(Ordering::Relaxed)
+    }
+
+    /// Looks at an error for signs of a pooler.
+    fn heed(&self, error: &DeliverError) {
+        // Unknown or taken name of a statement; a statement of that name that takes other parameters.
+        let lost = matches!(error.sqlstate.as_deref(), Some("26000" | "42P05" | "08P01"));
+        if lost && !self.loses_statements.swap(true, Ordering::Relaxed) {
+            info!("prepared statements do not last: there seems to be a pooler; going on without them");
+        }
+    }
 }
 
 impl ManageConnection for Manager {
@@ -147,11 +179,11 @@ impl ManageConnection for Manager {
     type Error = DeliverError;
 
     async fn connect(&self) -> Result<Session, DeliverError> {
-        Session::open(&self.settings).await
+        Session::open(&self.settings, &self.pooler).await
     }
 
     async fn is_valid(&self, session: &mut Session) -> Result<(), DeliverError> {
-        session.client.simple_query("").await.map(|_| ()).map_err(|error| deliver_error(&error))
+        session.client.simple_query("").await.map(|_| ()).map_err(|error| step_error(&error))
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
@@ -162,16 +194,34 @@ impl ManageConnection for Manager {
 /// A connection on which deliveries can be made.
 pub struct Session {
     client: Client,
-    deliver: Statement,
+    /// `None` behind a pooler.
+    prepared: Option<Prepared>,
     layout: Layout,
-    /// Ids of `event_sources` by path; forgotten with the session, as the tables may be made anew.
-    sources: Mutex<HashMap<String, i32>>,
+    pooler: Arc<Pooler>,
+    /// For a request to cancel.
+    tls: MakeRustlsConnect,
+    /// Rows of `event_sources` by path; forgotten with the session, and when a window finds them changed.
+    sources: Mutex<HashMap<String, Source>>,
     broken: AtomicBool,
 }
 
+/// A row of `event_sources`.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub id: i32,
+    /// As the row has it.
+    pub path: Arc<str>,
+}
+
+/// The statements of [`Layout`].
+pub struct Prepared {
+    pub first: Statement,
+    pub next: Statement,
+}
+
 impl Session {
-    async fn open(settings: &ConnectSettings) -> Result<Session, DeliverError> {
-        let mut client = connect(settings).await?;
+    async fn open(settings: &ConnectSettings, pooler: &Arc<Pooler>) -> Result<Session, DeliverError> {
+        let (mut client, tls) = connect(settings, pooler).await?;
         let layout = match find_layout(&client, settings).await? {
             Found::Complete(layout) => layout,
             Found::Missing(_) if settings.auto_migrate => {
@@ -184,19 +234,58 @@ impl Session {
             }
             Found::Missing(missing) => return Err(missing_tables(&missing)),
         };
-        let prepare = async {
-            client.prepare_typed(&layout.deliver_sql, &Layout::DELIVER_TYPES).await.map_err(|e| deliver_error(&e))
+        let prepared = if pooler.is_there() {
+            None
+        } else {
+            let preparing = async {
+                let first = client.prepare_typed(&layout.first_sql, &Layout::FIRST_TYPES).await?;
+                let next = client.prepare_typed(&layout.next_sql, &Layout::NEXT_TYPES).await?;
+                Ok(Prepared { first, next })
+            };
+            let preparing = async { preparing.await.map_err(|error| step_error(&error)) };
+            Some(limited(settings, preparing).await.inspect_err(|error| pooler.heed(error))?)
         };
-        let deliver = limited(settings, prepare).await?;
-        Ok(Session { client, deliver, layout, sources: Mutex::default(), broken: AtomicBool::new(false) })
+        Ok(Session {
+            client,
+            prepared,
+            layout,
+            pooler: pooler.clone(),
+            tls,
+            sources: Mutex::default(),
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn prepared(&self) -> Option<&Prepared> {
+        self.prepared.as_ref()
+    }
+
+    /// Looks whether the server answers.
+    pub async fn check(&self, limit: Duration) -> Result<(), DeliverError> {
+        match tokio::time::timeout(limit, self.client.simple_query("")).await {
+            Ok(answer) => answer.map(|_| ()).map_err(|error| self.failed(step_error(&error))),
+            Err(_) => {
+                self.give_up();
+                Err(no_answer(limit))
+            }
+        }
+    }
+
+    /// What a failure means for this session: it is used no more where the failure can lie in the session itself.
+    pub fn failed(&self, error: DeliverError) -> DeliverError {
+        self.pooler.heed(&error);
+        if !session_outlives(&error) {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        error
     }
 
     pub fn client(&self) -> &Client {
         &self.client
-    }
-
-    pub fn deliver_statement(&self) -> &Statement {
-        &self.deliver
     }
 
     pub fn is_broken(&self) -> bool {
@@ -206,11 +295,10 @@ impl Session {
     /// Uses the connection no more, and asks the server to end what it is still at, so that backends do not pile up.
     pub fn give_up(&self) {
         self.broken.store(true, Ordering::Relaxed);
-        let token = self.client.cancel_token();
+        let (token, tls) = (self.client.cancel_token(), self.tls.clone());
         tokio::spawn(async move {
-            // Without TLS the request holds no secret but the key of a session that is over. If it does not get
-            // through, the server's own statement_timeout ends the statement.
-            let _ = tokio::time::timeout(Duration::from_secs(1), token.cancel_query(tokio_postgres::NoTls)).await;
+            // If the request does not get through, the server's own statement_timeout ends the statement.
+            let _ = tokio::time::timeout(Duration::from_secs(1), token.cancel_query(tls)).await;
         });
     }
 
@@ -219,22 +307,27 @@ impl Session {
         FinishGuard { session: self, finished: false }
     }
 
-    /// The ids of the sources of all envelopes, by path.
-    pub async fn source_ids<'a>(
+    /// The sources of all envelopes, by path.
+    pub async fn sources<'a>(
         &self,
         host: &str,
         window: &'a [Envelope],
         limit: Duration,
-    ) -> Result<HashMap<&'a str, i32>, DeliverError> {
-        let mut ids = HashMap::new();
+    ) -> Result<HashMap<&'a str, Source>, DeliverError> {
+        let mut sources = HashMap::new();
         let mut unknown: Vec<&str> = Vec::new();
         {
             let known = self.known_sources();
-            for envelope in window {
-                let path = source_path(envelope.event.origin());
+            let mut newest = "";
+            for path in window.iter().map(|envelope| source_path(envelope.event.origin())) {
+                // Most come from where the one before them came from.
+                if path == newest || sources.contains_key(path) {
+                    continue;
+                }
+                newest = path;
                 match known.get(path) {
-                    Some(id) => {
-                        ids.insert(path, *id);
+                    Some(source) => {
+                        sources.insert(path, source.clone());
                     }
                     None if unknown.contains(&path) => {}
                     None => unknown.push(path),
@@ -242,39 +335,64 @@ impl Session {
             }
         }
         if unknown.is_empty() {
-            return Ok(ids);
+            return Ok(sources);
         }
-        let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&host, Type::TEXT), (&unknown, Type::TEXT_ARRAY)];
-        let query = self.client.query_typed(&self.layout.sources_sql, &parameters);
-        let rows = match tokio::time::timeout(limit, query).await {
-            Ok(rows) => rows.map_err(|error| deliver_error(&error))?,
-            Err(_) => {
-                self.give_up();
-                return Err(no_answer(limit));
+        let mut stored: Vec<Cow<'_, str>> = unknown.iter().map(|path| stored_path(path)).collect();
+        let ids = match self.ask_sources(host, &stored, limit).await {
+            // A database whose encoding has no such letters gets them as escapes.
+            Err(error) if error.sqlstate.as_deref().is_some_and(|code| code.starts_with("22")) => {
+                stored = stored.iter().map(|path| Cow::Owned(path.escape_default().to_string())).collect();
+                self.ask_sources(host, &stored, limit).await?
             }
+            answer => answer?,
         };
         let mut known = self.known_sources();
-        if known.len() + rows.len() > SOURCES_KEPT_MAX {
+        if known.len() + unknown.len() > SOURCES_KEPT_MAX {
             known.clear();
         }
-        for row in rows {
-            let (id, path): (i32, String) = (row.get(0), row.get(1));
-            if let Some(asked) = unknown.iter().find(|asked| **asked == path) {
-                ids.insert(asked, id);
+        for (path, stored) in unknown.into_iter().zip(stored) {
+            if let Some(id) = ids.get(&*stored) {
+                let source = Source { id: *id, path: stored.into() };
+                known.insert(path.to_owned(), source.clone());
+                sources.insert(path, source);
             }
-            known.insert(path, id);
         }
-        Ok(ids)
+        Ok(sources)
     }
 
-    fn known_sources(&self) -> std::sync::MutexGuard<'_, HashMap<String, i32>> {
+    /// The ids that `event_sources` has for these paths, made where they are new.
+    async fn ask_sources(
+        &self,
+        host: &str,
+        paths: &[Cow<'_, str>],
+        limit: Duration,
+    ) -> Result<HashMap<String, i32>, DeliverError> {
+        let paths: Vec<&str> = paths.iter().map(|path| &**path).collect();
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&host, Type::TEXT), (&paths, Type::TEXT_ARRAY)];
+        let query = self.client.query_typed(&self.layout.sources_sql, &parameters);
+        match tokio::time::timeout(limit, query).await {
+            Ok(Ok(rows)) => Ok(rows.iter().map(|row| (row.get(1), row.get(0))).collect()),
+            Ok(Err(error)) => Err(self.failed(step_error(&error))),
+            Err(_) => {
+                self.give_up();
+                Err(no_answer(limit))
+            }
+        }
+    }
+
+    fn known_sources(&self) -> std::sync::MutexGuard<'_, HashMap<String, Source>> {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next window asks for its sources anew.
+    pub fn forget_sources(&self) {
+        self.known_sources().clear();
     }
 
     /// A small transaction of our own that writes and commits synchronously: what came before it on this connection is
     /// durable when it has answered.
-    pub async fn barrier(&self, source_id: i32, limit: Duration) -> Result<(), DeliverError> {
-        let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&source_id, Type::INT4)];
+    pub async fn barrier(&self, host: &str, limit: Duration) -> Result<(), DeliverError> {
+        let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&host, Type::TEXT)];
         let query = self.client.query_typed(&self.layout.barrier_sql, &parameters);
         match tokio::time::timeout(limit, query).await {
             Ok(Ok(rows)) if rows.len() == 1 => Ok(()),
@@ -283,16 +401,29 @@ impl Session {
                 Err(DeliverError {
                     verdict: Verdict::Again,
                     sqlstate: None,
-                    message: format!("row {source_id} of event_sources is gone; nothing could be made durable"),
+                    message: "event_sources has lost its rows, so nothing could be made durable".to_owned(),
                 })
             }
-            Ok(Err(error)) => Err(deliver_error(&error)),
+            Ok(Err(error)) => Err(self.failed(step_error(&error))),
             Err(_) => {
                 self.give_up();
                 Err(no_answer(limit))
             }
         }
     }
+}
+
+/// Bytes of a path that fit into the index of `event_sources` together with a host's name.
+const PATH_BYTES_MAX: usize = 2048;
+
+/// A path as `event_sources` has it: one that is too long for an index keeps its end, and its hash before that.
+fn stored_path(path: &str) -> Cow<'_, str> {
+    if path.len() <= PATH_BYTES_MAX {
+        return Cow::Borrowed(path);
+    }
+    let start = (path.len() - PATH_BYTES_MAX..path.len()).find(|at| path.is_char_boundary(*at)).unwrap_or_default();
+    let hash = xxhash_rust::xxh3::xxh3_64(path.as_bytes());
+    Cow::Owned(format!("{hash:016x}…{}", path.get(start..).unwrap_or_default()))
 }
 
 pub struct FinishGuard<'a> {
@@ -316,15 +447,19 @@ impl Drop for FinishGuard<'_> {
 
 /// Creates what is missing in the database. Gives the names of what it made.
 pub async fn migrate(settings: &ConnectSettings) -> Result<Vec<String>, DeliverError> {
-    let mut client = connect(settings).await?;
+    let (mut client, _) = connect(settings, &Pooler::default()).await?;
     limited(settings, layout::migrate(&mut client, &settings.events_table)).await
 }
 
 /// What `check` wants to know of the database.
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
-    let client = connect(settings).await?;
-    let version = async { client.query_one("SHOW server_version", &[]).await.map_err(|error| deliver_error(&error)) };
-    let version: String = limited(settings, version).await?.get(0);
+    let (client, _) = connect(settings, &Pooler::default()).await?;
+    let version = async {
+        let rows = client.query_typed("SELECT current_setting('server_version')", &[]).await;
+        rows.map_err(|error| step_error(&error))
+    };
+    let version = limited(settings, version).await?;
+    let version = version.first().map(|row| row.get(0)).unwrap_or_default();
     let missing = match find_layout(&client, settings).await? {
         Found::Complete(_) => Vec::new(),
         Found::Missing(missing) => missing,
@@ -351,25 +486,36 @@ async fn limited<T>(
     tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(no_answer(limit)))
 }
 
-async fn connect(settings: &ConnectSettings) -> Result<Client, DeliverError> {
+/// A connection, and the connector it was made with.
+async fn connect(settings: &ConnectSettings, pooler: &Pooler) -> Result<(Client, MakeRustlsConnect), DeliverError> {
     let misconfigured = |message| DeliverError { verdict: Verdict::Operator, sqlstate: None, message };
     let target = (settings.target)().map_err(misconfigured)?.ok_or_else(|| {
         misconfigured("no database is configured; set database.url, DATABASE_URL or PGHOST".to_owned())
     })?;
-    let tls = tls(&target.ssl).map_err(misconfigured)?;
-    let config = connection_config(&target, tls.is_some());
-    let limit = target.connect_timeout.min(settings.connect_timeout.max(Duration::from_millis(1)));
-    let manager = PostgresConnectionManager::new(config, MakeRustlsConnect::new(tls.unwrap_or_else(no_tls)));
+    let tls = tls(&target).map_err(misconfigured)?;
+    let has_tls = tls.is_some();
+    let connector = MakeRustlsConnect::new(tls.unwrap_or_else(no_tls));
+    let attempt = async |statement_timeout: Option<Duration>| {
+        let config = connection_config(&target, has_tls, statement_timeout);
+        let manager = PostgresConnectionManager::new(config, connector.clone());
+        manager.connect().await.map_err(|error| step_error(&error))
+    };
     let connecting = async {
-        let client = manager.connect().await.map_err(|error| deliver_error(&error))?;
-        // A role's own statement_timeout must not be taken for the event's fault, and a statement must not wait for a
-        // lock for ever.
-        let limit = settings.statement_timeout.as_millis();
-        client
-            .batch_execute(&format!("SET statement_timeout = {limit}"))
-            .await
-            .map_err(|error| deliver_error(&error))?;
-        Ok(client)
+        let refuses_options = pooler.refuses_options.load(Ordering::Relaxed);
+        let timeout = Some(settings.statement_timeout).filter(|_| !refuses_options);
+        match attempt(timeout).await {
+            Err(error) if timeout.is_some() && error.message.contains("unsupported startup parameter") => {
+                let client = attempt(None).await?;
+                if !pooler.refuses_options.swap(true, Ordering::Relaxed) {
+                    info!(
+                        "there is a pooler that may change the connection below us; going on without prepared \
+                         statements, which is slower"
+                    );
+                }
+                Ok(client)
+            }
+            answer => answer,
+        }
     };
     let with_place = |mut error: DeliverError| {
         error.message = format!("{}: {}", target.described, error.message);
@@ -379,13 +525,20 @@ async fn connect(settings: &ConnectSettings) -> Result<Client, DeliverError> {
         }
         error
     };
-    match tokio::time::timeout(limit, connecting).await {
-        Ok(connected) => connected.map_err(with_place),
-        Err(_) => Err(with_place(no_answer(limit))),
+    match tokio::time::timeout(target.connect_timeout, connecting).await {
+        Ok(Ok(client)) => Ok((client, connector)),
+        Ok(Err(error)) => Err(with_place(error)),
+        Err(_) => Err(with_place(no_answer(target.connect_timeout))),
     }
 }
 
-fn connection_config(target: &DatabaseTarget, has_tls: bool) -> tokio_postgres::Config {
+/// With a `statement_timeout` the session has that instead of the role's own, which must not be taken for the server's
+/// trouble; and a statement does not wait for a lock for ever.
+fn connection_config(
+    target: &DatabaseTarget,
+    has_tls: bool,
+    statement_timeout: Option<Duration>,
+) -> tokio_postgres::Config {
     let mut config = tokio_postgres::Config::new();
     for host in &target.hosts {
         match host {
@@ -404,8 +557,10 @@ fn connection_config(target: &DatabaseTarget, has_tls: bool) -> tokio_postgres::
     if let Some(password) = &target.password {
         config.password(password.reveal());
     }
-    if let Some(options) = &target.options {
-        config.options(options);
+    let timeout = statement_timeout.map(|timeout| format!("-c statement_timeout={}", timeout.as_millis()));
+    let options: Vec<&str> = target.options.as_deref().into_iter().chain(timeout.as_deref()).collect();
+    if !options.is_empty() {
+        config.options(options.join(" "));
     }
     config.ssl_mode(match target.ssl.mode {
         _ if !has_tls => tokio_postgres::config::SslMode::Disable,
@@ -446,9 +601,11 @@ fn missing_tables(missing: &[String]) -> DeliverError {
     }
 }
 
-/// The TLS settings that `ssl` asks for; `None` where it wants none.
-fn tls(ssl: &Ssl) -> Result<Option<ClientConfig>, String> {
-    if ssl.mode == SslMode::Disable {
+/// The TLS settings that the target asks for; `None` where it wants none, or where there is nothing but sockets.
+fn tls(target: &DatabaseTarget) -> Result<Option<ClientConfig>, String> {
+    let ssl = &target.ssl;
+    let local = target.hosts.iter().all(|host| matches!(host, DatabaseHost::Unix { .. }));
+    if local || ssl.mode == SslMode::Disable {
         return Ok(None);
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());

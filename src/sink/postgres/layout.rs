@@ -3,7 +3,7 @@
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, GenericClient};
 
-use super::verdict::deliver_error;
+use super::verdict::step_error;
 use crate::config::TableName;
 use crate::sink::{DeliverError, Verdict};
 
@@ -14,9 +14,11 @@ const SCHEMA_SQL: &str = include_str!("../schema.sql");
 
 /// What stands in the database, and the SQL that fits it.
 pub struct Layout {
-    /// Stores one event and its receipt; see [`Layout::parameter_types`] for `$1` to `$13`.
-    pub deliver_sql: String,
-    /// Writes and commits synchronously without changing anything: `$1` is an id of `event_sources`.
+    /// Stores the first event of a window and its receipt; parameters are of [`Layout::FIRST_TYPES`].
+    pub first_sql: String,
+    /// Stores one of the others; parameters are of [`Layout::NEXT_TYPES`].
+    pub next_sql: String,
+    /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`.
     pub barrier_sql: String,
     /// The ids of the sources `($1::text, unnest($2::text[]))`, made where they are new.
     pub sources_sql: String,
@@ -35,8 +37,9 @@ pub async fn inspect(
     events: &TableName,
     notify_channel: Option<&str>,
 ) -> Result<Found, DeliverError> {
-    let row = client
-        .query_opt(
+    // One message and one answer, here and below: behind a pooler what was prepared before may be gone.
+    let rows = client
+        .query_typed(
             "SELECT n.nspname::text, pg_get_serial_sequence(to_regclass($1)::text, 'id'),
                     to_regclass(quote_ident(n.nspname) || '.event_receipts') IS NOT NULL,
                     to_regclass(quote_ident(n.nspname) || '.event_sources') IS NOT NULL,
@@ -47,11 +50,11 @@ pub async fn inspect(
                            WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE c.oid = to_regclass($1)",
-            &[&events.quoted()],
+            &[(&events.quoted(), Type::TEXT)],
         )
         .await
-        .map_err(|error| deliver_error(&error))?;
-    let Some(row) = row else {
+        .map_err(|error| step_error(&error))?;
+    let Some(row) = rows.first() else {
         return Ok(Found::Missing(vec![events.quoted()]));
     };
     let schema: String = row.get(0);
@@ -86,9 +89,11 @@ pub async fn inspect(
     let schema = quote_identifier(&schema);
     let table = format!("{schema}.{}", quote_identifier(&events.table));
     Ok(Found::Complete(Layout {
-        deliver_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel),
+        first_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &first_condition(&schema)),
+        next_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &next_condition(&schema)),
         barrier_sql: format!(
-            "WITH written AS (UPDATE {schema}.event_sources SET path = path WHERE id = $1 RETURNING id)
+            "WITH written AS (UPDATE {schema}.event_sources SET path = path
+                               WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1) RETURNING id)
              SELECT {FLUSH} FROM written"
         ),
         sources_sql: format!(
@@ -108,10 +113,17 @@ const FLUSH: &str = "CASE WHEN current_setting('synchronous_commit') = 'off'
 ///
 /// * The receipt refuses a second copy. A copy marks the receipt (`seen_again_at`), so that it counts as a
 ///   predecessor below and so that its commit writes: a transaction that writes nothing flushes nothing.
-/// * The receipt is only made when the predecessor of the same window has been here in *this* window (its receipt
-///   carries the window's time). So nothing that follows a failed transaction is stored, duplicates or not.
-/// * Result: no row: the predecessor is missing, nothing was done. One row: whether the event was new.
-fn deliver_sql(schema: &str, table: &str, next_id: &str, command: &str, notify_channel: Option<&str>) -> String {
+/// * The receipt is only made on a `condition`: that the predecessor has been here in *this* delivery of it (its
+///   receipt carries its window's time). So nothing that follows a failed transaction is stored, duplicates or not.
+/// * Result: no row: the condition does not hold, nothing was done. One row: whether the event was new.
+fn deliver_sql(
+    schema: &str,
+    table: &str,
+    next_id: &str,
+    command: &str,
+    notify_channel: Option<&str>,
+    condition: &str,
+) -> String {
     let notify = match notify_channel {
         Some(channel) => {
             format!(", CASE WHEN is_new THEN pg_notify({}, row_id::text)::text END", quote_literal(channel))
@@ -121,34 +133,52 @@ fn deliver_sql(schema: &str, table: &str, next_id: &str, command: &str, notify_c
     format!(
         "WITH receipt AS (
            INSERT INTO {schema}.event_receipts AS r (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
-           SELECT $1, {next_id}, $2, $3, $4, $7
-            WHERE $5::uuid IS NULL
-               OR EXISTS (SELECT FROM {schema}.event_receipts
-                           WHERE event_id = $5 AND (delivered_at = $7 OR seen_again_at = $7))
-           ON CONFLICT (event_id) DO UPDATE SET seen_again_at = $7
+           SELECT $1, {next_id}, $2, $3, $4, $5 WHERE {condition}
+           ON CONFLICT (event_id) DO UPDATE SET seen_again_at = $5
            RETURNING row_id, r.xmax = 0 AS is_new,
-                     CASE WHEN $6 THEN set_config('synchronous_commit', 'off', true) ELSE {FLUSH} END
+                     CASE WHEN $8 THEN set_config('synchronous_commit', 'off', true) ELSE {FLUSH} END
          ), stored AS (
            INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
            OVERRIDING SYSTEM VALUE
-           SELECT row_id, $8, $9, $10, $11, $12, $13, $14 FROM receipt WHERE is_new
+           SELECT row_id, $9, $10, $11, $12, $13, $14, $15 FROM receipt WHERE is_new
          )
          SELECT is_new{notify} FROM receipt"
     )
 }
 
+/// The event before this one has been dealt with, at the time of its window.
+fn next_condition(schema: &str) -> String {
+    format!(
+        "EXISTS (SELECT FROM {schema}.event_receipts
+                  WHERE event_id = $6 AND (delivered_at = $7 OR seen_again_at = $7))"
+    )
+}
+
+/// As [`next_condition`] where there is an event before this one; and the sources that the window speaks of are still
+/// what they were when this session asked for them.
+fn first_condition(schema: &str) -> String {
+    format!(
+        "($6::uuid IS NULL OR {})
+         AND NOT EXISTS (SELECT FROM unnest($16, $17) AS asked (id, path)
+                          WHERE NOT EXISTS (SELECT FROM {schema}.event_sources AS s
+                                             WHERE s.id = asked.id AND s.path = asked.path))",
+        next_condition(schema)
+    )
+}
+
 impl Layout {
-    /// Types of the parameters of `deliver_sql`: event_id, source_id, byte_offset, captured_at, the predecessor's
-    /// event_id, whether durability waits for a later transaction, the window's time, timestamp, event_type, payload,
-    /// project_id, agent_id, command_id, turn_id.
-    pub const DELIVER_TYPES: [Type; 14] = [
+    /// Types of the parameters of `next_sql`: event_id, source_id, byte_offset, captured_at, the window's time; the
+    /// predecessor's event_id and the time of its window; whether durability waits for a later transaction; timestamp,
+    /// event_type, payload, project_id, agent_id, command_id, turn_id.
+    pub const NEXT_TYPES: [Type; 15] = [
         Type::UUID,
         Type::INT4,
         Type::INT8,
         Type::TIMESTAMPTZ,
-        Type::UUID,
-        Type::BOOL,
         Type::TIMESTAMPTZ,
+        Type::UUID,
+        Type::TIMESTAMPTZ,
+        Type::BOOL,
         Type::TIMESTAMPTZ,
         Type::TEXT,
         Type::JSONB,
@@ -157,15 +187,36 @@ impl Layout {
         Type::INT4,
         Type::INT4,
     ];
+
+    /// Those of `first_sql`: the same, then ids and paths of the window's sources.
+    pub const FIRST_TYPES: [Type; 17] = [
+        Type::UUID,
+        Type::INT4,
+        Type::INT8,
+        Type::TIMESTAMPTZ,
+        Type::TIMESTAMPTZ,
+        Type::UUID,
+        Type::TIMESTAMPTZ,
+        Type::BOOL,
+        Type::TIMESTAMPTZ,
+        Type::TEXT,
+        Type::JSONB,
+        Type::INT4,
+        Type::INT4,
+        Type::INT4,
+        Type::INT4,
+        Type::INT4_ARRAY,
+        Type::TEXT_ARRAY,
+    ];
 }
 
 /// Creates what is missing, in one transaction; safe when several do it at once. Gives the names of what it made.
 pub async fn migrate(client: &mut Client, events: &TableName) -> Result<Vec<String>, DeliverError> {
-    let transaction = client.transaction().await.map_err(|error| deliver_error(&error))?;
+    let transaction = client.transaction().await.map_err(|error| step_error(&error))?;
     transaction
-        .execute("SELECT pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK])
+        .query_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])
         .await
-        .map_err(|error| deliver_error(&error))?;
+        .map_err(|error| step_error(&error))?;
     let missing = match inspect(&transaction, events, None).await? {
         Found::Complete(_) => Vec::new(),
         Found::Missing(missing) => missing,
@@ -175,20 +226,21 @@ pub async fn migrate(client: &mut Client, events: &TableName) -> Result<Vec<Stri
         let schema: String = match &events.schema {
             Some(schema) => schema.clone(),
             None => transaction
-                .query_one(
+                .query_typed(
                     "SELECT coalesce((SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                                        WHERE c.oid = to_regclass($1)), current_schema())::text",
-                    &[&events.quoted()],
+                    &[(&events.quoted(), Type::TEXT)],
                 )
                 .await
-                .map_err(|error| deliver_error(&error))?
-                .get::<_, Option<String>>(0)
+                .map_err(|error| step_error(&error))?
+                .first()
+                .and_then(|row| row.get::<_, Option<String>>(0))
                 .ok_or_else(|| odd_table(events, "the role's search_path names no schema that exists"))?,
         };
         let sql = schema_sql(&quote_identifier(&schema), &quote_identifier(&events.table), create_events);
-        transaction.batch_execute(&sql).await.map_err(|error| deliver_error(&error))?;
+        transaction.batch_execute(&sql).await.map_err(|error| step_error(&error))?;
     }
-    transaction.commit().await.map_err(|error| deliver_error(&error))?;
+    transaction.commit().await.map_err(|error| step_error(&error))?;
     Ok(missing)
 }
 

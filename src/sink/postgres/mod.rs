@@ -1,13 +1,18 @@
-//! Postgres as the sink: a window of transactions in flight on one connection.
+//! Postgres as the sink: windows of transactions in flight on one connection.
 //!
-//! Every envelope is one statement and so one transaction of its own. The statements of a window are sent without
-//! waiting for one another; Postgres runs them in order. All but the last commit asynchronously, the last one
-//! synchronously, and as the write-ahead log is one sequence, its flush makes all before it durable.
+//! Every envelope is one statement and so one transaction of its own. The statements of a window, and those of the
+//! window after it, are sent without waiting for one another; Postgres runs them in order. All commit asynchronously
+//! but the last of a window that is to be durable, and as the write-ahead log is one sequence, its flush makes all
+//! before it durable.
 //!
-//! **The barrier must write.** Nothing is reported as done before a transaction that *wrote*, with synchronous
-//! commit, came after it. In a whole window that is the last statement: also a duplicate writes (it marks its
-//! receipt). In a window that broke in the middle nothing after the break writes, so a small transaction of our own
-//! follows (`Layout::barrier_sql`).
+//! **The barrier must write.** Nothing is reported as durable before a transaction that *wrote*, with synchronous
+//! commit, came after it on its connection. In a whole durable window that is the last statement: also a duplicate
+//! writes (it marks its receipt). In a window that broke in the middle nothing after the break writes, so a small
+//! transaction of our own follows (`Layout::barrier_sql`).
+//!
+//! **Order.** Each statement stores its event only when the one before it has been dealt with in this very delivery
+//! (the receipt carries the time of its window); across windows too, so that a window under way behind one that breaks
+//! stores nothing.
 //!
 //! A connection lost between sending and the answer leaves the outcome unknown: the window is sent again and the
 //! receipts decide.
@@ -19,22 +24,28 @@ mod layout;
 mod verdict;
 
 use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
-use futures_util::{FutureExt, TryStreamExt};
+use futures_util::TryStreamExt;
 use tokio_postgres::Row;
 use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
 pub use self::connect::{ConnectSettings, Inspection, TargetSource};
-use self::connect::{Connections, Session};
+use self::connect::{Connections, PooledSession, Session, Source};
+use self::layout::Layout;
 pub use self::layout::printable_sql;
 use self::verdict::deliver_error;
-use super::{DeliverError, Delivered, Delivery, Sink, Verdict};
-use crate::event::{Envelope, Origin, Timestamp};
+use super::{DeliverError, Delivered, Delivery, Place, Sink, Verdict};
+use crate::event::{Envelope, Origin, Sequence, Timestamp};
+
+/// How long a server may take to answer when nothing is asked of it.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The sink that stores events in Postgres.
 pub struct PostgresSink {
@@ -44,8 +55,25 @@ pub struct PostgresSink {
     statement_timeout: Duration,
     /// The time of the newest window, microseconds: a window's time is its token and never comes twice.
     newest_window_us: AtomicI64,
+    /// Held while a window is sent, not while its answers are awaited.
+    line: tokio::sync::Mutex<Line>,
+}
+
+/// Where windows are sent, one after the other.
+#[derive(Default)]
+struct Line {
     /// The session in use, kept between windows.
-    held: tokio::sync::Mutex<Option<connect::PooledSession>>,
+    session: Option<Arc<PooledSession>>,
+    /// The envelope that was sent last.
+    newest: Option<Link>,
+}
+
+/// What the envelope that follows must find in the ledger.
+#[derive(Clone, Copy)]
+struct Link {
+    sequence: Sequence,
+    event_id: Uuid,
+    window_time: MicrosecondsUtc,
 }
 
 impl PostgresSink {
@@ -57,7 +85,7 @@ impl PostgresSink {
             host,
             statement_timeout,
             newest_window_us: AtomicI64::new(0),
-            held: tokio::sync::Mutex::new(None),
+            line: tokio::sync::Mutex::default(),
         }
     }
 
@@ -81,107 +109,141 @@ impl PostgresSink {
         MicrosecondsUtc(self.newest_window_us.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    async fn deliver_in(&self, session: &Session, window: &[Envelope]) -> Delivery {
-        let sources = match session.source_ids(&self.host, window, self.answer_timeout()).await {
-            Ok(sources) => sources,
-            Err(failure) => return Delivery { done: Vec::new(), failure: Some(failure) },
-        };
-        let rows = statement_rows(window, &sources, self.window_time());
-        // Polling a request once sends it; all are on their way before the first answer is awaited.
-        let mut answers: Vec<Answer<'_>> = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let mut request = send(session, row).boxed();
-            answers.push(match (&mut request).now_or_never() {
-                Some(answer) => Answer::Ready(answer),
-                None => Answer::Awaited(request),
-            });
-        }
-        let mut done = Vec::with_capacity(window.len());
-        let mut failure = None;
-        for answer in answers {
-            let answer = match answer {
-                Answer::Ready(answer) => answer,
-                Answer::Awaited(request) => match tokio::time::timeout(self.answer_timeout(), request).await {
-                    Ok(answer) => answer,
-                    Err(_) => {
-                        session.give_up();
-                        return Delivery { done: Vec::new(), failure: Some(no_answer(self.answer_timeout())) };
-                    }
-                },
-            };
-            // After a failure the remaining answers are awaited too, so that the connection is clean again.
-            match answer {
-                _ if failure.is_some() => {}
-                Ok(Some(true)) => done.push(Delivered::Stored),
-                Ok(Some(false)) => done.push(Delivered::AlreadyStored),
-                Ok(None) => failure = Some(predecessor_missing()),
-                Err(error) => failure = Some(error),
-            }
-        }
-        if failure.is_some() && !done.is_empty() {
-            let source = rows.first().map(|row| row.source_id).unwrap_or_default();
-            if let Err(error) = session.barrier(source, self.answer_timeout()).await {
-                return Delivery { done: Vec::new(), failure: Some(error) };
-            }
-        }
-        Delivery { done, failure }
-    }
-
     /// The server ends a statement after `statement_timeout`; its answer must be here soon after.
     fn answer_timeout(&self) -> Duration {
         self.statement_timeout + Duration::from_secs(1)
     }
 
     /// A session that is open: the one in use, else one from the pool.
-    async fn open_session<'a>(
-        &self,
-        held: &'a mut Option<connect::PooledSession>,
-    ) -> Result<&'a Session, DeliverError> {
-        if held.as_ref().is_some_and(|session| session.is_broken()) {
-            *held = None;
+    async fn open_session(&self, line: &mut Line) -> Result<Arc<PooledSession>, DeliverError> {
+        if let Some(session) = line.session.as_ref().filter(|session| !session.is_broken()) {
+            return Ok(session.clone());
         }
-        match held {
-            Some(session) => Ok(session),
-            None => Ok(held.insert(self.connections.get().await?)),
+        *line = Line::default();
+        let session = Arc::new(self.connections.get().await?);
+        line.session = Some(session.clone());
+        Ok(session)
+    }
+
+    /// Awaits what was sent; then, where the window broke, makes durable what was stored before the break.
+    async fn answers(&self, session: &Session, sent: Vec<Answer<'_>>, place: Place) -> Delivery {
+        let mut done = Vec::with_capacity(sent.len());
+        let mut failure = None;
+        for answer in sent {
+            let answer = match tokio::time::timeout(self.answer_timeout(), answer).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    session.give_up();
+                    return Delivery::failed(no_answer(self.answer_timeout()));
+                }
+            };
+            // After a failure the remaining answers are awaited too, so that the connection is clean again.
+            match answer {
+                _ if failure.is_some() => {}
+                Ok(Some(true)) => done.push(Delivered::Stored),
+                Ok(Some(false)) => done.push(Delivered::AlreadyStored),
+                Ok(None) => {
+                    session.forget_sources();
+                    failure = Some(predecessor_missing());
+                }
+                Err(error) => failure = Some(session.failed(deliver_error(&error))),
+            }
         }
+        let mut durable = place.durable;
+        if failure.is_some() {
+            let stored = place.after.is_some() || !done.is_empty();
+            durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
+        }
+        Delivery { done, durable, failure }
     }
 }
 
 impl Sink for PostgresSink {
-    async fn deliver(&self, window: &[Envelope]) -> Delivery {
-        let mut held = self.held.lock().await;
-        let session = match self.open_session(&mut held).await {
+    async fn deliver(&self, window: &[Envelope], place: Place) -> Delivery {
+        let mut line = self.line.lock().await;
+        let before = line.newest.filter(|newest| Some(newest.sequence) == place.after);
+        if place.after.is_some() && before.is_none() {
+            return Delivery::failed(predecessor_missing());
+        }
+        let session = match self.open_session(&mut line).await {
             Ok(session) => session,
-            Err(failure) => return Delivery { done: Vec::new(), failure: Some(failure) },
+            Err(failure) => return Delivery::failed(failure),
         };
         // When this future is dropped half-way, the answers still to come belong to nobody: the session goes too.
         let guard = session.broken_unless_finished();
-        let delivery = self.deliver_in(session, window).await;
+        // A session that was opened just now knows nothing of the window before.
+        if before.is_some() && line.newest.is_none() {
+            guard.finished();
+            return Delivery::failed(predecessor_missing());
+        }
+        if window.is_empty() {
+            drop(line);
+            let barrier = session.barrier(&self.host, self.answer_timeout()).await;
+            guard.finished();
+            return Delivery { done: Vec::new(), durable: barrier.is_ok(), failure: barrier.err() };
+        }
+        let sources = match session.sources(&self.host, window, self.answer_timeout()).await {
+            Ok(sources) => sources,
+            Err(failure) => {
+                line.newest = None;
+                guard.finished();
+                return Delivery::failed(failure);
+            }
+        };
+        let ids: Vec<i32> = sources.values().map(|source| source.id).collect();
+        let paths: Vec<&str> = sources.values().map(|source| &*source.path).collect();
+        let window_time = self.window_time();
+        let mut previous = before;
+        let mut sent = Vec::with_capacity(window.len());
+        for (index, envelope) in window.iter().enumerate() {
+            let mut row = StatementRow::new(envelope, &sources, window_time);
+            row.predecessor = previous.map(|previous| previous.event_id);
+            row.predecessor_time = previous.map(|previous| previous.window_time);
+            row.relaxed = !(place.durable && index + 1 == window.len());
+            row.window_sources = (index == 0).then_some(WindowSources { ids: &ids, paths: &paths });
+            sent.push(send(&session, row));
+            previous = Some(Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time });
+        }
+        line.newest = previous;
+        drop(line);
+        let delivery = self.answers(&session, sent, place).await;
         guard.finished();
         delivery
     }
 
     async fn probe(&self) -> Result<(), DeliverError> {
-        let mut held = self.held.lock().await;
-        self.open_session(&mut held).await.map(|_| ())
+        let mut line = self.line.lock().await;
+        let known = line.session.is_some();
+        let session = self.open_session(&mut line).await?;
+        drop(line);
+        if known { session.check(PROBE_TIMEOUT).await } else { Ok(()) }
     }
 }
 
-enum Answer<'a> {
-    Ready(Result<Option<bool>, DeliverError>),
-    Awaited(BoxFuture<'a, Result<Option<bool>, DeliverError>>),
+/// The answer to one statement: whether the event was new, or nothing where its condition did not hold.
+type Answer<'a> = Pin<Box<dyn Future<Output = Result<Option<bool>, tokio_postgres::Error>> + Send + 'a>>;
+
+/// Sends one event. Polling a request once sends it, so all are on their way before the first answer is awaited.
+fn send<'a>(session: &'a Session, row: StatementRow<'a>) -> Answer<'a> {
+    let mut request: Answer<'a> = Box::pin(request(session, row));
+    // An answer can't be there before the connection has been given a turn; what is wrong with a request is told again
+    // when its answer is asked for.
+    match request.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Pending => request,
+        Poll::Ready(answer) => Box::pin(std::future::ready(answer)),
+    }
 }
 
-/// Sends one event; the answer is whether it was new, or nothing where its predecessor is missing.
-async fn send(session: &Session, row: &StatementRow<'_>) -> Result<Option<bool>, DeliverError> {
-    let parameters: [&(dyn ToSql + Sync); 14] = [
+async fn request(session: &Session, row: StatementRow<'_>) -> Result<Option<bool>, tokio_postgres::Error> {
+    let common: [&(dyn ToSql + Sync); 15] = [
         &row.event_id,
         &row.source_id,
         &row.byte_offset,
         &row.captured_at,
-        &row.predecessor,
-        &row.relaxed,
         &row.window_time,
+        &row.predecessor,
+        &row.predecessor_time,
+        &row.relaxed,
         &row.timestamp,
         &row.event_type,
         &row.payload,
@@ -190,13 +252,26 @@ async fn send(session: &Session, row: &StatementRow<'_>) -> Result<Option<bool>,
         &row.command_id,
         &row.turn_id,
     ];
-    let rows =
-        session.client().query_raw(session.deliver_statement(), parameters).await.map_err(|e| deliver_error(&e))?;
-    let rows: Vec<Row> = rows.try_collect().await.map_err(|error| deliver_error(&error))?;
-    match rows.first() {
-        Some(row) => row.try_get::<_, bool>(0).map(Some).map_err(|error| deliver_error(&error)),
-        None => Ok(None),
-    }
+    let client = session.client();
+    let rows = match (session.prepared(), row.window_sources) {
+        (Some(prepared), None) => client.query_raw(&prepared.next, common).await?,
+        (Some(prepared), Some(WindowSources { ids, paths })) => {
+            let sources: [&(dyn ToSql + Sync); 2] = [&ids, &paths];
+            let parameters: Vec<_> = common.into_iter().chain(sources).collect();
+            client.query_raw(&prepared.first, parameters).await?
+        }
+        (None, None) => {
+            let parameters = common.into_iter().zip(Layout::NEXT_TYPES);
+            client.query_typed_raw(&session.layout().next_sql, parameters).await?
+        }
+        (None, Some(WindowSources { ids, paths })) => {
+            let sources: [&(dyn ToSql + Sync); 2] = [&ids, &paths];
+            let parameters = common.into_iter().chain(sources).zip(Layout::FIRST_TYPES);
+            client.query_typed_raw(&session.layout().first_sql, parameters).await?
+        }
+    };
+    let rows: Vec<Row> = rows.try_collect().await?;
+    rows.first().map(|row| row.try_get(0)).transpose()
 }
 
 /// The parameters of one statement.
@@ -205,9 +280,10 @@ struct StatementRow<'a> {
     source_id: i32,
     byte_offset: Option<i64>,
     captured_at: MicrosecondsUtc,
-    predecessor: Option<Uuid>,
-    relaxed: bool,
     window_time: MicrosecondsUtc,
+    predecessor: Option<Uuid>,
+    predecessor_time: Option<MicrosecondsUtc>,
+    relaxed: bool,
     timestamp: MicrosecondsUtc,
     event_type: &'a str,
     payload: JsonText<'a>,
@@ -215,43 +291,44 @@ struct StatementRow<'a> {
     agent_id: Option<i32>,
     command_id: Option<i32>,
     turn_id: Option<i32>,
+    /// For the first of a window only.
+    window_sources: Option<WindowSources<'a>>,
 }
 
-fn statement_rows<'a>(
-    window: &'a [Envelope],
-    sources: &HashMap<&str, i32>,
-    window_time: MicrosecondsUtc,
-) -> Vec<StatementRow<'a>> {
-    let mut predecessor = None;
-    window
-        .iter()
-        .enumerate()
-        .map(|(index, envelope)| {
-            let event = &envelope.event;
-            let refs = event.refs();
-            let byte_offset = match event.origin() {
-                Origin::Transcript { offset, .. } => i64::try_from(*offset).ok(),
-                Origin::Hook | Origin::Http | Origin::Cli => None,
-            };
-            let event_id = event.id().0;
-            StatementRow {
-                event_id,
-                source_id: sources.get(source_path(event.origin())).copied().unwrap_or_default(),
-                byte_offset,
-                captured_at: envelope.captured_at.into(),
-                predecessor: predecessor.replace(event_id),
-                relaxed: index + 1 < window.len(),
-                window_time,
-                timestamp: event.timestamp().into(),
-                event_type: event.event_type().as_str(),
-                payload: JsonText(event.payload().as_json()),
-                project_id: refs.project_id,
-                agent_id: refs.agent_id,
-                command_id: refs.command_id,
-                turn_id: refs.turn_id,
-            }
-        })
-        .collect()
+/// The rows of `event_sources` that a window speaks of.
+#[derive(Clone, Copy)]
+struct WindowSources<'a> {
+    ids: &'a [i32],
+    paths: &'a [&'a str],
+}
+
+impl<'a> StatementRow<'a> {
+    fn new(envelope: &'a Envelope, sources: &HashMap<&str, Source>, window_time: MicrosecondsUtc) -> Self {
+        let event = &envelope.event;
+        let refs = event.refs();
+        let byte_offset = match event.origin() {
+            Origin::Transcript { offset, .. } => i64::try_from(*offset).ok(),
+            Origin::Hook | Origin::Http | Origin::Cli => None,
+        };
+        StatementRow {
+            event_id: event.id().0,
+            source_id: sources.get(source_path(event.origin())).map(|source| source.id).unwrap_or_default(),
+            byte_offset,
+            captured_at: envelope.captured_at.into(),
+            window_time,
+            predecessor: None,
+            predecessor_time: None,
+            relaxed: true,
+            timestamp: event.timestamp().into(),
+            event_type: event.event_type().as_str(),
+            payload: JsonText(event.payload().as_json()),
+            project_id: refs.project_id,
+            agent_id: refs.agent_id,
+            command_id: refs.command_id,
+            turn_id: refs.turn_id,
+            window_sources: None,
+        }
+    }
 }
 
 /// What stands in `event_sources.path` for an origin.
@@ -274,7 +351,7 @@ fn predecessor_missing() -> DeliverError {
     DeliverError {
         verdict: Verdict::Again,
         sqlstate: None,
-        message: "the receipt of the event before this one is gone".to_owned(),
+        message: "the receipt of the event before this one, or a row of event_sources, is not there".to_owned(),
     }
 }
 
