@@ -16,6 +16,7 @@
 //! cause are not their own fault: the drainer then pauses as for `Operator` instead of emptying the queue into the dead
 //! letters.
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -180,7 +181,8 @@ impl<S: Sink> Drainer<S> {
         if follows && self.config.window < WINDOWS_UNDER_WAY {
             return Ok(None);
         }
-        let window = self.queue.window(self.sent, size, WINDOW_BYTES_MAX)?;
+        let mut window = self.queue.window(self.sent, size, WINDOW_BYTES_MAX)?;
+        end_before_repeat(&mut window);
         // An empty one makes durable what is not, unless that is under way already.
         let undurable = self.sent_since_durable > 0 && !follows;
         let Some(last) = window.last().map(|envelope| envelope.sequence).or(self.sent.filter(|_| undurable)) else {
@@ -405,6 +407,15 @@ impl<S: Sink> Drainer<S> {
             Some(away) => info!(away_seconds = away.since.elapsed().as_secs_f64(), pending, "database back"),
             None => info!(pending, "database connected"),
         }
+    }
+}
+
+/// Ends a window before an event that stands in it already. A receipt carries the time of its window: the second of two
+/// would seem done by the first, and let what follows it pass a failure between the two.
+fn end_before_repeat(window: &mut Vec<Envelope>) {
+    let mut seen = HashSet::with_capacity(window.len());
+    if let Some(repeat) = window.iter().position(|envelope| !seen.insert(envelope.event.id())) {
+        window.truncate(repeat);
     }
 }
 

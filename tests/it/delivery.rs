@@ -151,6 +151,29 @@ fn a_failure_in_the_middle_of_a_window_keeps_the_order_also_where_duplicates_fol
 }
 
 #[test]
+fn the_same_event_twice_in_one_window_does_not_let_others_pass_a_failed_one() {
+    let stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("first");
+    stage.run_until_idle();
+    stage.database().query(
+        "CREATE SEQUENCE failures;
+         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+           IF NEW.payload->>'text' = 'two' AND nextval('failures') < 3 THEN
+             RAISE EXCEPTION 'not now' USING ERRCODE = '40001';
+           END IF;
+           RETURN NEW;
+         END $$;
+         CREATE TRIGGER fail BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION fail()",
+    );
+    let lines: String = ["one", "two", "one", "three"].map(|text| transcript.prompt(text) + "\n").concat();
+    transcript.append(lines);
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["first", "one", "two", "three"]);
+}
+
+#[test]
 fn two_watchers_on_copies_of_one_queue_store_each_event_once() {
     let server = Server::start();
     let first = Stage::with(Some(server.database.another()));

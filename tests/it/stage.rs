@@ -161,7 +161,9 @@ impl Server {
         let children = String::from_utf8(children.stdout).unwrap();
         let pids = children.split_whitespace().map(|pid| pid.parse().unwrap()).chain([postmaster]);
         for pid in pids {
-            signal(pid, if pause { "STOP" } else { "CONT" });
+            // A child may have ended since.
+            let name = if pause { "-STOP" } else { "-CONT" };
+            let _ = Command::new("kill").args([name, &pid.to_string()]).output();
         }
     }
 
