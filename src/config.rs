@@ -165,6 +165,12 @@ impl Config {
     pub fn load(file: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
         load::load(file, environment)
     }
+
+    /// As [`Config::load`], for who must go on whatever is wrong: what can't be used has its default. Says also whether
+    /// nothing was wrong.
+    pub fn load_leniently(file: Option<&Path>, environment: &Environment) -> (Loaded, bool) {
+        load::load_leniently(file, environment)
+    }
 }
 
 /// A text that must not be seen: `Debug` and `Display` mask it.

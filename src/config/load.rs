@@ -22,6 +22,25 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
 
 pub(super) fn load(file: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
+    let (loaded, mut problems) = gather(file, environment);
+    if problems.is_empty() {
+        return Ok(loaded);
+    }
+    problems.sort_by_key(|problem| match &problem.place {
+        Place::File { line, .. } => (0, line.unwrap_or(0)),
+        _ => (1, 0),
+    });
+    Err(ConfigError::new(problems))
+}
+
+/// What can be used of the configuration, and whether that is all of it. Where it can't, built-in defaults serve.
+pub(super) fn load_leniently(file: Option<&Path>, environment: &Environment) -> (Loaded, bool) {
+    let (loaded, problems) = gather(file, environment);
+    (loaded, problems.is_empty())
+}
+
+/// Reads everything; keys with a problem have their defaults. A file that can't be read as YAML is the only problem.
+fn gather(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<Problem>) {
     // How the file is called in messages, and where it is.
     let implied = || {
         let found = environment.folder().join(CONFIG_FILE).symlink_metadata().is_ok();
@@ -39,33 +58,33 @@ pub(super) fn load(file: Option<&Path>, environment: &Environment) -> Result<Loa
         seen: HashMap::new(),
         problems: Vec::new(),
     };
+    let mut unusable = None;
     if let (Some(name), Some(path)) = (&name, &path) {
-        let whole = |line, column, message: String| Problem {
-            place: Place::File { path: name.clone(), line, column },
-            key: None,
-            message,
-        };
-        let text = read(path).map_err(|message| whole(None, None, message))?;
-        let text = text_of(text).map_err(|(line, message)| whole(Some(line), None, message))?;
-        match yaml::parse(&text) {
+        match tree(name, path) {
             Ok(Some(root)) => reading.file(name, &root),
             Ok(None) => {}
-            Err(error) => return Err(whole(Some(error.line), Some(error.column), error.message).into()),
+            Err(problem) => unusable = Some(problem),
         }
     }
     let variables = reading.variables();
     reading.defaults();
     reading.across_keys();
+    reading.stand_in();
 
-    let Reading { config, mut problems, .. } = reading;
-    if problems.is_empty() {
-        return Ok(Loaded { config, file: path, variables });
-    }
-    problems.sort_by_key(|problem| match &problem.place {
-        Place::File { line, .. } => (0, line.unwrap_or(0)),
-        _ => (1, 0),
-    });
-    Err(ConfigError::new(problems))
+    let Reading { config, problems, .. } = reading;
+    (Loaded { config, file: path, variables }, unusable.map_or(problems, |problem| vec![problem]))
+}
+
+/// The file `path`, called `name` in messages, as YAML; `None` where nothing is in it.
+fn tree(name: &Path, path: &Path) -> Result<Option<Node>, Problem> {
+    let whole = |line, column, message: String| Problem {
+        place: Place::File { path: name.to_owned(), line, column },
+        key: None,
+        message,
+    };
+    let text = read(path).map_err(|message| whole(None, None, message))?;
+    let text = text_of(text).map_err(|(line, message)| whole(Some(line), None, message))?;
+    yaml::parse(&text).map_err(|error| whole(Some(error.line), Some(error.column), error.message))
 }
 
 /// The bytes of a file, or why they can't be had.
@@ -283,11 +302,18 @@ impl Reading<'_> {
     fn defaults(&mut self) {
         for key in KEYS {
             if !self.seen.contains_key(&key.path()) {
-                let given = match yaml::parse(key.default) {
-                    Ok(Some(node)) => Given::from_node(&node),
-                    Ok(None) | Err(_) => Given::Null,
-                };
-                self.take(key, &given, Place::Default);
+                self.take(key, &default_of(key), Place::Default);
+            }
+        }
+    }
+
+    /// Gives keys with a wrong value their defaults, for who goes on in spite of that.
+    fn stand_in(&mut self) {
+        for key in KEYS {
+            if !self.places.contains_key(&key.path()) {
+                let giver = Giver { place: &Place::Default, folder: self.folder };
+                // A default that can't serve here (there is no home) leaves the key blank.
+                let _ = accept(key, &default_of(key), &giver, self.environment, &mut self.config);
             }
         }
     }
@@ -389,6 +415,13 @@ impl Reading<'_> {
 
     fn problem(&mut self, place: Place, key: Option<String>, message: String) {
         self.problems.push(Problem { place, key, message });
+    }
+}
+
+fn default_of(key: &Key) -> Given {
+    match yaml::parse(key.default) {
+        Ok(Some(node)) => Given::from_node(&node),
+        Ok(None) | Err(_) => Given::Null,
     }
 }
 

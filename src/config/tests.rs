@@ -795,3 +795,22 @@ fn a_table_beside_another_shares_its_schema() {
     assert_eq!(events.beside("event_receipts").quoted(), r#""log"."event_receipts""#);
     assert_eq!(events.to_string(), "log.events");
 }
+
+#[test]
+fn who_must_go_on_gets_the_right_keys_of_a_wrong_file_and_defaults_for_the_wrong_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("c.yaml");
+    let environment = Environment::new(folder.path(), [("HOME", "/home/me")]);
+    for (text, spool, whole) in [
+        ("queue:\n  spool_path: other\n", "other", true),
+        ("queue:\n  spool_path: other\n  drain_window: many\nnonsense: 1\n", "other", false),
+        ("queue:\n  spool_path: [1]\n", "data/spool", false),
+        ("queue: {\n", "data/spool", false),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let (loaded, is_whole) = Config::load_leniently(Some(&file), &environment);
+        assert_eq!((loaded.config.queue.spool_path, is_whole), (folder.path().join(spool), whole), "{text}");
+        assert_eq!(loaded.config.queue.drain_window, 256);
+        assert_eq!(Config::load(Some(&file), &environment).is_ok(), whole);
+    }
+}
