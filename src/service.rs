@@ -1,9 +1,9 @@
 //! The running pipeline: puts the layers together, starts them, and ends them in time.
 //!
 //! ```text
-//! thread "transcripts"   Follower  ─┐
-//!                                   ├─► queue (its own writer thread) ─► task Drainer ─► Postgres
-//! tasks  HTTP, socket    router    ─┘
+//! thread "transcripts"   Follower    ─┐
+//! thread "spool"         SpoolReader ─┼─► queue (its own writer thread) ─► task Drainer ─► Postgres
+//! tasks  HTTP, socket    router      ─┘
 //! ```
 //!
 //! Stopping takes `shutdown_timeout` at most, whatever hangs: the follower ends after its chunk, the drainer after the
@@ -29,9 +29,12 @@ use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
 use crate::health::{HealthSource, Moment};
 use crate::history::History;
-use crate::http::{self, Access, Api};
+use crate::http::{self, Access, Api, Door};
 use crate::intake::Intake;
+use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
+use crate::intake::spool::Spool;
+use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
 use crate::intake::transcripts::{Doorbell, FollowConfig, Follower};
 use crate::queue::{Queue, QueueConfig, QueueError};
 use crate::sink::Verdict;
@@ -48,6 +51,10 @@ const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// How often binding the TCP port is tried again.
 const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
+/// The threads, as they are called in messages.
+const TRANSCRIPTS: &str = "transcripts";
+const SPOOL: &str = "spool";
+
 /// Longest path of a Unix socket, on Linux; macOS has 103.
 const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
 
@@ -56,6 +63,8 @@ const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else {
 pub enum ServiceError {
     #[error(transparent)]
     Schemas(#[from] SchemaError),
+    #[error(transparent)]
+    Redact(#[from] PatternError),
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error("could not listen on {path}: {problem}")]
@@ -96,8 +105,10 @@ impl Service {
         }
         let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
         declare_labels(&self.metrics, &schemas);
+        let redactor = Redactor::new(&config.redact)?;
         let queue = open_queue(config)?;
-        let intake = Arc::new(Intake::new(schemas, queue.clone(), self.metrics.clone()));
+        let intake = Arc::new(Intake::new(schemas, queue.clone(), redactor, self.metrics.clone()));
+        let spool = Spool::new(&config.queue.spool_path);
         let health = Arc::new(HealthSource {
             queue: queue.clone(),
             metrics: self.metrics.clone(),
@@ -110,9 +121,10 @@ impl Service {
         });
         let history = Arc::new(History::default());
         let pulse = tokio::spawn(Pulse { health: health.clone(), history: history.clone() }.run());
-        let api = Api { health, history, queue: queue.clone() };
-        let mut parts = Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None };
-        let started = self.start(&mut parts, api, intake);
+        let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
+        let mut parts =
+            Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None, spool: None };
+        let started = self.start(&mut parts, api, intake, spool);
         let result = match started {
             Ok(running) => {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
@@ -129,10 +141,10 @@ impl Service {
     }
 
     /// Starts the parts.
-    fn start(&self, parts: &mut Parts, api: Api, intake: Arc<Intake>) -> Result<Running, ServiceError> {
+    fn start(&self, parts: &mut Parts, api: Api, intake: Arc<Intake>, spool: Spool) -> Result<Running, ServiceError> {
         let config = &self.config;
         let socket = bind_socket(&config.http.socket)?;
-        parts.tasks.push(("socket", serve_socket(socket, http::router(api.clone(), None))));
+        parts.tasks.push(("socket", tokio::spawn(http::serve(socket, http::router(api.clone(), Door::Socket)))));
         if let Some(address) = config.http.listen {
             parts.tasks.push(("http", serve_tcp(address, api, &config.http)));
         }
@@ -168,29 +180,16 @@ impl Service {
                 line_bytes_max: config.file_watcher.max_line_bytes,
                 inactivity_timeout: config.file_watcher.inactivity_timeout,
             },
-            intake,
+            intake.clone(),
         )?;
         let bell = follower.doorbell();
         let idle = bell.idle();
         parts.bell = Some(bell);
-        let (read, reader) = oneshot::channel();
-        let (ended, end) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("transcripts".to_owned())
-            .spawn(move || {
-                let result = follower.run();
-                // The receivers are gone when we are stopping already.
-                let _ = read.send(result);
-                let _ = ended.send(());
-            })
-            .map_err(|_| ServiceError::Ended("the thread that follows transcripts"))?;
-        parts.tasks.push((
-            "transcripts",
-            tokio::spawn(async move {
-                let _ = end.await;
-            }),
-        ));
-        Ok(Running { drainer, reader, idle })
+        let reader = parts.start_thread(TRANSCRIPTS, move || follower.run())?;
+        let (spool_reader, handle) = SpoolReader::new(spool, intake, config.file_watcher.polling_interval);
+        parts.spool = Some(handle.clone());
+        let spool_reader = parts.start_thread(SPOOL, move || spool_reader.run())?;
+        Ok(Running { drainer, reader, spool_reader, idle, spool: handle })
     }
 
     fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
@@ -208,7 +207,7 @@ impl Service {
 
     /// Waits for whatever ends the run.
     async fn wait(&self, running: Running, parts: &Parts) -> Result<(), ServiceError> {
-        let Running { mut drainer, mut reader, idle } = running;
+        let Running { mut drainer, mut reader, mut spool_reader, idle, spool } = running;
         let mut stop = self.stop.clone();
         let mut failed = parts.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
@@ -223,13 +222,14 @@ impl Service {
                     return Ok(());
                 }
                 ended = &mut drainer => return Err(ended_early(ended, "the drainer")),
-                ended = &mut reader => return Err(ended_early(ended, "the thread that follows transcripts")),
+                ended = &mut reader => return Err(ended_early(ended, TRANSCRIPTS)),
+                ended = &mut spool_reader => return Err(ended_early(ended, SPOOL)),
                 Ok(problem) = changed_to_some(&mut failed) => {
                     error!(error = problem, "the queue can't be written; ending, so that the supervisor starts anew");
                     return parts.queue.append(Default::default()).map(|_| ()).map_err(ServiceError::from);
                 }
                 _ = idle_check.tick(), if self.until == Until::Idle => {
-                    if *idle.borrow() && parts.queue.stats().pending == 0 {
+                    if *idle.borrow() && spool.is_idle() && parts.queue.stats().pending == 0 {
                         info!("everything is read and delivered");
                         return Ok(());
                     }
@@ -286,7 +286,9 @@ async fn changed_to_some(failed: &mut watch::Receiver<Option<String>>) -> Result
 struct Running {
     drainer: oneshot::Receiver<Result<(), QueueError>>,
     reader: oneshot::Receiver<Result<(), QueueError>>,
+    spool_reader: oneshot::Receiver<Result<(), QueueError>>,
     idle: watch::Receiver<bool>,
+    spool: SpoolHandle,
 }
 
 fn ended_early(ended: Result<Result<(), QueueError>, oneshot::error::RecvError>, part: &'static str) -> ServiceError {
@@ -303,14 +305,44 @@ struct Parts {
     stop: watch::Sender<bool>,
     tasks: Vec<(&'static str, JoinHandle<()>)>,
     bell: Option<Doorbell>,
+    spool: Option<SpoolHandle>,
 }
 
 impl Parts {
+    /// Starts a thread of this name; the receiver tells how it ended.
+    fn start_thread(
+        &mut self,
+        name: &'static str,
+        run: impl FnOnce() -> Result<(), QueueError> + Send + 'static,
+    ) -> Result<oneshot::Receiver<Result<(), QueueError>>, ServiceError> {
+        let (sender, result) = oneshot::channel();
+        let (ended, end) = oneshot::channel();
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let result = run();
+                // The receivers are gone when we are stopping already.
+                let _ = sender.send(result);
+                let _ = ended.send(());
+            })
+            .map_err(|_| ServiceError::Ended(name))?;
+        self.tasks.push((
+            name,
+            tokio::spawn(async move {
+                let _ = end.await;
+            }),
+        ));
+        Ok(result)
+    }
+
     async fn end(self, timeout: Duration, socket: &Path, result: Result<(), ServiceError>) -> Result<(), ServiceError> {
         let begun = Instant::now();
         self.stop.send_replace(true);
         if let Some(bell) = &self.bell {
             bell.stop();
+        }
+        if let Some(spool) = &self.spool {
+            spool.stop();
         }
         let mut late = Vec::new();
         for (name, mut task) in self.tasks {
@@ -407,17 +439,10 @@ fn bind_socket(path: &Path) -> Result<UnixListener, ServiceError> {
     Ok(listener)
 }
 
-fn serve_socket(listener: UnixListener, router: axum::Router) -> JoinHandle<()> {
-    tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
-            error!(error = %error, "the socket for the commands has ended");
-        }
-    })
-}
-
 /// Serves on TCP, trying again where the port is taken: what captures must not fail for want of a port.
 fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<()> {
-    let router = http::router(api, Some(Access { token: config.token.clone(), listen: address.ip() }));
+    let access = Access { token: config.token.clone(), listen: address.ip() };
+    let router = http::router(api, Door::Tcp(access));
     tokio::spawn(async move {
         let mut said = false;
         loop {
@@ -426,9 +451,7 @@ fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<(
                     if said {
                         info!(%address, "the HTTP port is free now");
                     }
-                    if let Err(error) = axum::serve(listener, router.clone()).await {
-                        error!(error = %error, "serving HTTP has ended; beginning anew");
-                    }
+                    return http::serve(listener, router).await;
                 }
                 Err(error) if !said => {
                     said = true;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use headspace_watcher::config::Config;
+use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::sink::postgres::PostgresSink;
@@ -22,8 +23,10 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
     let mut findings = vec![
         ("configuration", configuration(context)),
         ("schemas", schemas(config)),
+        ("redact", redact(config)),
         ("transcripts", transcripts(&config.claude.projects_path)),
         ("queue", writable(&config.queue.path)),
+        ("spool", writable(&config.queue.spool_path)),
         ("socket", socket(&config.http.socket)),
     ];
     if !arguments.no_database {
@@ -62,6 +65,16 @@ fn schemas(config: &Config) -> Finding {
             let types: Vec<&str> = schemas.types().map(|event_type| event_type.as_str()).collect();
             Finding::Fine(types.join(", "))
         }
+        Err(error) => Finding::Wrong(error.to_string()),
+    }
+}
+
+fn redact(config: &Config) -> Finding {
+    match Redactor::new(&config.redact) {
+        Ok(redactor) if redactor.is_on() => {
+            Finding::Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
+        }
+        Ok(_) => Finding::Fine("off".to_owned()),
         Err(error) => Finding::Wrong(error.to_string()),
     }
 }

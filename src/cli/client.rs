@@ -3,14 +3,20 @@
 use std::path::Path;
 use std::time::Duration;
 
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Response};
+use hyper::http::request::Builder;
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::net::UnixStream;
 
 /// How long the watcher may take to begin its answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What is sent along.
+pub type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
 
 /// Why the watcher did not answer.
 #[derive(Debug)]
@@ -21,27 +27,36 @@ pub enum ClientError {
     NoAnswer(String),
 }
 
+/// The beginning of a request.
+pub fn request(method: Method, target: &str) -> Builder {
+    Request::builder().method(method).uri(target).header("host", "localhost")
+}
+
 /// The answer to `GET target`, its body still to be read.
 pub async fn get(socket: &Path, target: &str) -> Result<Response<Incoming>, ClientError> {
+    let request = request(Method::GET, target).body(Empty::new().boxed_unsync());
+    send(socket, request.map_err(|_| ClientError::NoAnswer(format!("{target} is no address")))?).await
+}
+
+/// The answer to a short request, its body still to be read.
+pub async fn send(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, send_patiently(socket, request)).await {
+        Ok(answered) => answered,
+        Err(_) => Err(ClientError::NoAnswer(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
+    }
+}
+
+/// As [`send`], for a request whose body takes its time.
+pub async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => ClientError::NotRunning,
         _ => ClientError::NoAnswer(error.to_string()),
     })?;
-    let asking = async {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(connection);
-        let request = Request::get(target).header("host", "localhost").body(Empty::<Bytes>::new());
-        match request {
-            Ok(request) => Ok(Some(sender.send_request(request).await?)),
-            Err(_) => Ok::<_, hyper::Error>(None),
-        }
-    };
-    match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
-        Ok(Ok(Some(response))) => Ok(response),
-        Ok(Ok(None)) => Err(ClientError::NoAnswer(format!("{target} is no address"))),
-        Ok(Err(error)) => Err(ClientError::NoAnswer(error.to_string())),
-        Err(_) => Err(ClientError::NoAnswer(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
-    }
+    let no_answer = |error: hyper::Error| ClientError::NoAnswer(error.to_string());
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(no_answer)?;
+    tokio::spawn(connection);
+    sender.send_request(request).await.map_err(no_answer)
 }
 
 /// The whole body.
@@ -52,4 +67,10 @@ pub async fn body(response: Response<Incoming>) -> Result<Bytes, ClientError> {
         Ok(Err(error)) => Err(ClientError::NoAnswer(error.to_string())),
         Err(_) => Err(ClientError::NoAnswer(format!("the answer did not end within {} s", ANSWER_TIMEOUT.as_secs()))),
     }
+}
+
+/// What the watcher says is wrong.
+pub fn problem(code: StatusCode, body: &[u8]) -> String {
+    let answer: Value = serde_json::from_slice(body).unwrap_or_default();
+    answer.get("error").and_then(Value::as_str).map_or_else(|| format!("the watcher says {code}"), str::to_owned)
 }

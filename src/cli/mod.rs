@@ -3,6 +3,9 @@
 mod check;
 mod client;
 mod completions;
+mod dead_letters;
+mod emit;
+mod hook;
 mod migrate;
 mod queue_dump;
 mod run;
@@ -18,7 +21,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use headspace_watcher::config::{Config, Environment, Loaded};
 use headspace_watcher::event::Sequence;
 use headspace_watcher::listing::Filter;
-use headspace_watcher::queue::QueueError;
+use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::ServiceError;
 use headspace_watcher::sink::postgres::TargetSource;
 use headspace_watcher::sink::{DeliverError, Verdict};
@@ -69,6 +72,22 @@ enum Command {
         after_help = "Examples:\n  headspace-watcher queue-dump --limit 20\n  headspace-watcher queue-dump --format jsonl --payload | jq .payload.text\n  headspace-watcher queue-dump --dead-letters"
     )]
     QueueDump(QueueDumpArguments),
+    /// Look at what was set aside, send it again, or forget it
+    #[command(
+        after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all"
+    )]
+    DeadLetters {
+        #[command(subcommand)]
+        command: DeadLettersCommand,
+    },
+    /// Hand in one event, or a stream of them. Exit code 0 only when all of it is durable
+    #[command(
+        after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl"
+    )]
+    Emit(EmitArguments),
+    /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
+    #[command(after_help = "Example:\n  headspace-watcher hook < hook-input.json   # as \"hooks install\" sets it up")]
+    Hook,
     /// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
     #[command(
         after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
@@ -110,7 +129,7 @@ struct RunArguments {
     until_idle: bool,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct QueueDumpArguments {
     /// table on a terminal, else jsonl, when not given
     #[arg(long, value_enum)]
@@ -145,6 +164,59 @@ impl QueueDumpArguments {
             payload: self.payload,
         }
     }
+}
+
+#[derive(Subcommand)]
+enum DeadLettersCommand {
+    /// One line each, oldest first; the options are those of queue-dump
+    List(QueueDumpArguments),
+    /// All of one, with its payload
+    Show {
+        #[arg(value_name = "SEQ")]
+        sequence: u64,
+    },
+    /// Put events back at the tail of the queue
+    Retry {
+        #[arg(value_name = "SEQ", required_unless_present = "all", conflicts_with = "all")]
+        sequences: Vec<u64>,
+        /// All that once were events
+        #[arg(long)]
+        all: bool,
+    },
+    /// Forget for good
+    Drop {
+        #[arg(value_name = "SEQ", required = true)]
+        sequences: Vec<u64>,
+    },
+}
+
+#[derive(Args)]
+struct EmitArguments {
+    /// The event's type
+    #[arg(long = "type", value_name = "T", required_unless_present = "ndjson")]
+    event_type: Option<String>,
+    /// The event's own data as a JSON object, or - to read it from stdin
+    #[arg(long, value_name = "JSON|-")]
+    payload: Option<String>,
+    /// When it happened, with its zone: 2026-01-02T03:04:05Z [default: now]
+    #[arg(long, value_name = "TS")]
+    timestamp: Option<String>,
+    /// The event's identity: the same one again stores nothing twice [default: a new one]
+    #[arg(long, value_name = "UUID")]
+    event_id: Option<String>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    project_id: Option<i64>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    agent_id: Option<i64>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    command_id: Option<i64>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    turn_id: Option<i64>,
+    /// Read events from stdin, one JSON object a line, as POST /events takes them; all of them or none
+    #[arg(long, conflicts_with_all = [
+        "event_type", "payload", "timestamp", "event_id", "project_id", "agent_id", "command_id", "turn_id"
+    ])]
+    ndjson: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -185,6 +257,7 @@ enum Exit {
     CheckFailed = 1,
     NotRunning = 3,
     Usage = 64,
+    Data = 65,
     Unavailable = 69,
     Internal = 70,
     Io = 74,
@@ -219,7 +292,9 @@ impl From<ServiceError> for Failure {
     fn from(error: ServiceError) -> Self {
         match error {
             ServiceError::Queue(error) => error.into(),
-            ServiceError::Schemas(_) | ServiceError::Socket { .. } => Failure::new(Exit::Configuration, error),
+            ServiceError::Schemas(_) | ServiceError::Redact(_) | ServiceError::Socket { .. } => {
+                Failure::new(Exit::Configuration, error)
+            }
             ServiceError::Unconfigured => Failure::new(Exit::Unavailable, error),
             ServiceError::Ended(_) => Failure::new(Exit::Internal, error),
         }
@@ -266,6 +341,9 @@ impl Context {
 pub fn main() -> ExitCode {
     // What we create (queue, spool, socket) is for its owner only, from birth.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    if let Some(hook) = hook::Invocation::of(std::env::args_os().skip(1)) {
+        return hook.run();
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -302,12 +380,25 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
     match arguments.command {
         Command::Run(arguments) => run::run(context, &arguments),
         Command::QueueDump(arguments) => queue_dump::queue_dump(&context, &arguments),
+        Command::DeadLetters { command } => dead_letters::dead_letters(&context, &command),
+        Command::Emit(arguments) => emit::emit(&context, &arguments),
+        // Taken in `main`, past all this; what comes here anyway is no reason to fail.
+        Command::Hook => Ok(Exit::Fine),
         Command::Status(arguments) => status::status(&context, &arguments),
         Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),
     }
+}
+
+/// Opens the queue for a command that changes it while no watcher runs.
+fn open_queue(config: &QueueConfig) -> Result<Queue, Failure> {
+    let (queue, recovery) = Queue::open(config)?;
+    for repair in &recovery.repairs {
+        eprintln!("headspace-watcher: queue {}: {repair}", config.path.display());
+    }
+    Ok(queue)
 }
 
 /// A small runtime for commands that ask something and end.

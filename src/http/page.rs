@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Api, json};
+use super::{Api, answer};
 use crate::event::{Origin, Payload};
 use crate::health::{Health, Moment};
 use crate::history::{Lag, SAMPLES_MAX, Sample};
@@ -104,7 +104,7 @@ pub struct OverviewParameters {
 
 /// `GET /overview?samples=600&text=false`
 pub async fn overview(State(api): State<Api>, Query(parameters): Query<OverviewParameters>) -> Response {
-    json(StatusCode::OK, &look(&api, parameters.samples.unwrap_or(SAMPLES_MAX), parameters.text))
+    answer(StatusCode::OK, &look(&api, parameters.samples.unwrap_or(SAMPLES_MAX), parameters.text))
 }
 
 fn look(api: &Api, samples: usize, text: bool) -> Overview {
@@ -128,7 +128,7 @@ fn look(api: &Api, samples: usize, text: bool) -> Overview {
 pub async fn live(State(api): State<Api>, Query(parameters): Query<OverviewParameters>) -> Response {
     let Some(viewer) = Viewer::admit() else {
         let error = serde_json::json!({"error": format!("{VIEWERS_MAX} pages are open already; close one")});
-        return json(StatusCode::SERVICE_UNAVAILABLE, &error);
+        return answer(StatusCode::SERVICE_UNAVAILABLE, &error);
     };
     let newest = api.history.subscribe();
     let text = parameters.text;

@@ -15,6 +15,7 @@ use std::fmt;
 
 use serde::de::{Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 /// What stands in for text that can't be kept.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
@@ -108,6 +109,124 @@ fn code_unit(text: &str) -> Option<(u16, &str)> {
 fn low_surrogate(text: &str) -> Option<(u16, &str)> {
     let (code, after) = code_unit(text.strip_prefix("\\u")?)?;
     (0xDC00..=0xDFFF).contains(&code).then_some((code, after))
+}
+
+/// Levels of arrays and objects that a payload may have: every reader of JSON on its way takes them.
+pub(super) const DEPTH_MAX: usize = 100;
+
+/// Why raw JSON is not taken as a value. Says nothing of the text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Unfit {
+    TooDeep,
+    /// A number outside the range of a double, or no JSON at all.
+    Malformed,
+}
+
+impl fmt::Display for Unfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unfit::TooDeep => write!(f, "nested deeper than {DEPTH_MAX} levels"),
+            Unfit::Malformed => f.write_str("not valid JSON, or a number out of range"),
+        }
+    }
+}
+
+/// The value `raw` with every string and key of it mended; sets `is_mended` where one had to be.
+pub(super) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+    if depth(raw) > DEPTH_MAX {
+        return Err(Unfit::TooDeep);
+    }
+    if memchr::memmem::find(raw.as_bytes(), b"\\u").is_none() {
+        return serde_json::from_str(raw).map_err(|_| Unfit::Malformed);
+    }
+    mended_value(raw, is_mended)
+}
+
+/// [`value`] for text with escapes that may need mending. Recurses [`DEPTH_MAX`] deep at most.
+fn mended_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+    let raw = raw.trim_ascii();
+    let mut problem = None;
+    let mut mended = |raw: &str| {
+        mended_value(raw, is_mended).unwrap_or_else(|unfit| {
+            problem.get_or_insert(unfit);
+            Value::Null
+        })
+    };
+    let value = match raw.as_bytes().first() {
+        Some(b'{') => {
+            let mut object = Map::new();
+            members(raw, |key, value| {
+                object.insert(key.to_owned(), mended(value));
+            })
+            .map_err(|_| Unfit::Malformed)?;
+            Value::Object(object)
+        }
+        Some(b'[') => {
+            let mut array = Vec::new();
+            items(raw, |item| array.push(mended(item))).map_err(|_| Unfit::Malformed)?;
+            Value::Array(array)
+        }
+        Some(b'"') => {
+            let text = string(raw).ok_or(Unfit::Malformed)?;
+            *is_mended |= text.is_mended;
+            return Ok(Value::String(text.text.into_owned()));
+        }
+        _ => return serde_json::from_str(raw).map_err(|_| Unfit::Malformed),
+    };
+    match problem {
+        Some(unfit) => Err(unfit),
+        None => Ok(value),
+    }
+}
+
+/// How deep arrays and objects nest in `raw`.
+fn depth(raw: &str) -> usize {
+    let mut scan = Scan::default();
+    scan.feed(raw.as_bytes());
+    scan.deepest
+}
+
+/// Follows JSON byte by byte, however it comes in pieces, to know when the first object or array is complete.
+///
+/// Looks at brackets and strings only; whether the text between them is JSON is for a parser to say.
+#[derive(Default, Debug)]
+pub struct Scan {
+    depth: usize,
+    deepest: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Scan {
+    /// Takes the next bytes; gives the number of them up to the end of the object, once it has come.
+    pub fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
+        for (index, &byte) in bytes.iter().enumerate() {
+            if self.in_string {
+                match byte {
+                    _ if self.escaped => self.escaped = false,
+                    b'\\' => self.escaped = true,
+                    b'"' => self.in_string = false,
+                    _ => {}
+                }
+                continue;
+            }
+            match byte {
+                b'"' => self.in_string = true,
+                b'{' | b'[' => {
+                    self.depth += 1;
+                    self.deepest = self.deepest.max(self.depth);
+                }
+                b'}' | b']' => {
+                    self.depth = self.depth.saturating_sub(1);
+                    if self.depth == 0 {
+                        return Some(index + 1);
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
+    }
 }
 
 struct Members<F> {
@@ -215,6 +334,40 @@ mod tests {
         let mut length = 0;
         members(&deep, |_, value| length = value.len()).unwrap();
         assert_eq!(length, 200_000);
+    }
+
+    #[test]
+    fn a_value_is_mended_in_every_string_and_key_and_says_so() {
+        let mut is_mended = false;
+        let found = value(r#"{"a\u0000":["\ud83d",{"b":"\\u0000"}],"n":1.5}"#, &mut is_mended).unwrap();
+        assert_eq!(found, serde_json::json!({"a\u{fffd}": ["\u{fffd}", {"b": "\\u0000"}], "n": 1.5}));
+        // A key's mending is not told, only done; the string's is.
+        assert!(is_mended);
+        let mut is_mended = false;
+        value(r#"{"a":"\\u0000 \ud83d\ude00"}"#, &mut is_mended).unwrap();
+        assert!(!is_mended);
+    }
+
+    #[test]
+    fn a_value_that_no_reader_would_take_is_refused() {
+        let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        assert!(value(&nested(DEPTH_MAX), &mut false).is_ok());
+        assert_eq!(value(&nested(DEPTH_MAX + 1), &mut false), Err(Unfit::TooDeep));
+        assert_eq!(value(&nested(100_000), &mut false), Err(Unfit::TooDeep));
+        assert_eq!(value("1e999", &mut false), Err(Unfit::Malformed));
+        assert_eq!(value(r#"["\u0041", 1e999]"#, &mut false), Err(Unfit::Malformed));
+    }
+
+    #[test]
+    fn the_end_of_an_object_is_found_in_whatever_pieces_it_comes() {
+        let text = br#" {"a":"}\"{","b":[{}]} tail"#;
+        for cut in 0..text.len() {
+            let (head, tail) = text.split_at(cut);
+            let mut scan = Scan::default();
+            let end = scan.feed(head).or_else(|| scan.feed(tail).map(|end| end + cut));
+            assert_eq!(end, Some(text.len() - 5), "{cut}");
+        }
+        assert_eq!(Scan::default().feed(b"{\"a\":1"), None);
     }
 
     proptest! {

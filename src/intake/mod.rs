@@ -1,16 +1,24 @@
 //! Where events come in: everything that is seen is checked here and handed to the queue.
 //!
 //! [`transcripts`] follows the files of Claude Code, [`lines`] makes events of their lines with [`claude_code`], which
-//! knows what a line means, and [`sessions`], which knows when one has ended; [`schema`] decides what is an event. [`Intake`] is the one door into the queue: what passes the check goes in as an event, what does
-//! not is kept among the dead letters with the field at fault, logged and counted.
+//! knows what a line means, and [`sessions`], which knows when one has ended; [`hook`] says what Claude Code's hooks mean,
+//! which come by the [`spool`]; [`request`] takes what other programs hand in. [`redact`] strikes out secrets before
+//! anything is written, and [`schema`] decides what is an event. [`Intake`] is the one door into the queue: what passes
+//! the check goes in as an event, what does not is kept among the dead letters with the field at fault, logged and
+//! counted.
 
 pub mod claude_code;
+pub mod hook;
 mod json;
 pub mod lines;
+pub mod redact;
+pub mod request;
 pub mod retention;
 mod salvage;
 pub mod schema;
 pub mod sessions;
+pub mod spool;
+pub mod spool_reader;
 pub mod transcripts;
 
 use std::collections::BTreeMap;
@@ -22,8 +30,11 @@ use std::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
+pub use self::json::Scan;
+use self::redact::Redactor;
 use self::schema::{Candidate, Invalid, Refused, Schemas};
-use crate::event::{EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
+use self::spool::Record;
+use crate::event::{Event, EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
 use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
 use crate::telemetry::{BatchActivity, Metrics};
 
@@ -31,14 +42,15 @@ use crate::telemetry::{BatchActivity, Metrics};
 pub struct Intake {
     schemas: Schemas,
     queue: Queue,
+    redactor: Redactor,
     metrics: Arc<Metrics>,
     /// Sessions whose SessionEnd hook has come, until the follower asks.
     closings: Mutex<BTreeMap<Uuid, Timestamp>>,
 }
 
 impl Intake {
-    pub fn new(schemas: Schemas, queue: Queue, metrics: Arc<Metrics>) -> Self {
-        Intake { schemas, queue, metrics, closings: Mutex::default() }
+    pub fn new(schemas: Schemas, queue: Queue, redactor: Redactor, metrics: Arc<Metrics>) -> Self {
+        Intake { schemas, queue, redactor, metrics, closings: Mutex::default() }
     }
 
     pub fn queue(&self) -> &Queue {
@@ -49,39 +61,51 @@ impl Intake {
         &self.metrics
     }
 
+    pub fn event_bytes_max(&self) -> u64 {
+        self.schemas.event_bytes_max()
+    }
+
+    /// The event, redacted, when it fits its schema. Whoever gets an error keeps what was rejected.
+    pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
+        self.redactor.payload(&mut candidate.payload);
+        self.schemas.check(candidate)
+    }
+
+    /// What is to be left in the spool, redacted.
+    pub fn redacted(&self, record: Record) -> Record {
+        self.redactor.record(record)
+    }
+
     /// Checks a candidate and puts it into the batch: as an event, or as a rejection that names the field.
     pub fn admit(&self, candidate: Candidate, batch: &mut Batch) {
-        match self.schemas.check(candidate) {
+        match self.check(candidate) {
             Ok(event) => batch.events.push(event),
             Err(refused) => {
                 let Refused { invalid, candidate } = *refused;
                 self.metrics.events_rejected.add(&candidate.event_type, 1);
                 log_rejection(&invalid, &candidate.origin);
-                let kind = match invalid {
-                    Invalid::TooLarge { .. } => FailureKind::TooLarge,
-                    Invalid::UnknownType { .. } | Invalid::Payload { .. } => FailureKind::Invalid,
-                };
-                // What is too large is not kept a second time: the message says where it is.
-                let bytes = match kind {
-                    FailureKind::TooLarge => Vec::new(),
-                    _ => serde_json::to_vec(&candidate.payload).unwrap_or_default(),
-                };
-                batch.rejections.push(Rejection {
-                    failure: Failure {
-                        kind,
-                        message: format!("{invalid}{}", place(&candidate.origin)),
-                        sqlstate: None,
-                    },
-                    event_type: Some(EventType::new(&candidate.event_type)),
-                    origin: candidate.origin,
-                    bytes,
-                });
+                batch.rejections.push(rejection_of(&invalid, candidate));
             }
         }
     }
 
+    /// Keeps input that another program handed in and that is no event.
+    pub fn keep_rejection(&self, rejection: Rejection) {
+        self.count_rejection(&rejection);
+        warn!(origin = rejection.origin.kind(), error = rejection.failure.message, "an event was rejected");
+        // Its caller is told what is wrong with it in any case; a queue that can't be written ends the process anyway.
+        let _ = self.submit(Batch { rejections: vec![rejection], ..Batch::default() }).wait();
+    }
+
+    fn count_rejection(&self, rejection: &Rejection) {
+        self.metrics.events_rejected.add(rejection.event_type.as_ref().map_or("unknown", EventType::as_str), 1);
+    }
+
     /// Hands the batch over; it is durable when the submission says so, and is counted then.
-    pub fn submit(&self, batch: Batch) -> Submission {
+    pub fn submit(&self, mut batch: Batch) -> Submission {
+        for rejection in &mut batch.rejections {
+            rejection.bytes = self.redactor.bytes(std::mem::take(&mut rejection.bytes));
+        }
         let counts = BatchCounts::of(&batch);
         let begun = Instant::now();
         Submission { ticket: self.queue.submit(batch), begun, counts: Some(counts), metrics: self.metrics.clone() }
@@ -173,6 +197,24 @@ fn note_answer(metrics: &Metrics, answer: &Result<Accepted, QueueError>, counts:
     if events > 0 {
         metrics.capture_seconds.observe(begun.elapsed(), events);
         metrics.activity.note(counts.activity, Timestamp::now());
+    }
+}
+
+fn rejection_of(invalid: &Invalid, candidate: Candidate) -> Rejection {
+    let kind = match invalid {
+        Invalid::TooLarge { .. } => FailureKind::TooLarge,
+        Invalid::UnknownType { .. } | Invalid::Payload { .. } => FailureKind::Invalid,
+    };
+    // What is too large is not kept a second time: the message says where it is.
+    let bytes = match kind {
+        FailureKind::TooLarge => Vec::new(),
+        _ => serde_json::to_vec(&candidate.payload).unwrap_or_default(),
+    };
+    Rejection {
+        failure: Failure { kind, message: format!("{invalid}{}", place(&candidate.origin)), sqlstate: None },
+        event_type: Some(EventType::new(&candidate.event_type)),
+        origin: candidate.origin,
+        bytes,
     }
 }
 

@@ -117,6 +117,10 @@ impl Schemas {
         Ok(schemas)
     }
 
+    pub fn event_bytes_max(&self) -> u64 {
+        self.event_bytes_max
+    }
+
     /// The types that are known, in alphabetical order.
     pub fn types(&self) -> impl Iterator<Item = &EventType> {
         self.by_type.values().map(|schema| &schema.event_type)

@@ -271,6 +271,16 @@ impl Stage {
         command
     }
 
+    /// Runs a command to its end with this on its stdin.
+    #[track_caller]
+    pub fn run_with_input(&self, arguments: &[&str], input: impl AsRef<[u8]>) -> Ran {
+        let mut command = self.command(arguments);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Who refuses its input may not read it to the end.
+        let _ = child.stdin.take().unwrap().write_all(input.as_ref());
+        Ran(child.wait_with_output().unwrap())
+    }
+
     /// Runs a command to its end.
     pub fn run(&self, arguments: &[&str]) -> Ran {
         Ran(self.command(arguments).output().unwrap())
@@ -333,6 +343,59 @@ impl Ran {
     }
 }
 
+/// An answer over HTTP.
+#[derive(Debug)]
+pub struct Answer {
+    pub code: u16,
+    /// Status line and fields, in lower case.
+    pub head: String,
+    pub body: String,
+}
+
+impl Answer {
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+/// One request and its answer; `None` where the connection gives none. Chunks are put together.
+pub fn exchange(
+    mut stream: impl std::io::Read + std::io::Write,
+    method: &str,
+    target: &str,
+    headers: &[&str],
+    body: Option<&str>,
+) -> Option<Answer> {
+    let mut head = format!("{method} {target} HTTP/1.1\r\nConnection: close\r\n");
+    for header in headers {
+        let _ = write!(head, "{header}\r\n");
+    }
+    if let Some(body) = body {
+        let _ = write!(head, "Content-Length: {}\r\n", body.len());
+    }
+    // Who is refused early may not be read to the end.
+    let _ = stream.write_all((head + "\r\n").as_bytes());
+    let _ = stream.write_all(body.unwrap_or_default().as_bytes());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let (head, rest) = answer.split_once("\r\n\r\n")?;
+    let head = head.to_lowercase();
+    let mut body = String::new();
+    if head.contains("transfer-encoding: chunked") {
+        let mut rest = rest;
+        while let Some((size, after)) = rest.split_once("\r\n") {
+            let size = usize::from_str_radix(size, 16).ok()?;
+            body.push_str(after.get(..size)?);
+            rest = after.get(size + 2..)?;
+        }
+    } else {
+        body.push_str(rest);
+    }
+    Some(Answer { code: head.split(' ').nth(1)?.parse().ok()?, head, body })
+}
+
 /// A running watcher. Killed when dropped.
 pub struct Watcher {
     child: Child,
@@ -377,14 +440,18 @@ impl Watcher {
 
     /// `GET` over the socket: status code and body.
     pub fn get(&self, target: &str) -> Option<(u16, String)> {
-        use std::io::Read;
-        let mut stream = std::os::unix::net::UnixStream::connect(&self.socket).ok()?;
+        let stream = std::os::unix::net::UnixStream::connect(&self.socket).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-        write!(stream, "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        let code = answer.split(' ').nth(1)?.parse().ok()?;
-        Some((code, answer.split_once("\r\n\r\n")?.1.to_owned()))
+        exchange(stream, "GET", target, &["Host: localhost"], None).map(|answer| (answer.code, answer.body))
+    }
+
+    /// Any request over the socket.
+    #[track_caller]
+    pub fn ask(&self, method: &str, target: &str, headers: &[&str], body: &str) -> Answer {
+        let stream = std::os::unix::net::UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let headers = [&["Host: localhost"], headers].concat();
+        exchange(stream, method, target, &headers, Some(body)).expect("an answer")
     }
 
     #[track_caller]

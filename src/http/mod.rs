@@ -1,0 +1,172 @@
+//! The HTTP interface, on the Unix socket and on loopback: health, the queue, and other programs' events.
+//!
+//! The socket is for the commands on this machine (mode 0600: its owner). On TCP [`access`] says who may ask. [`server`]
+//! bounds what connections cost, `events` and `hooks` what their bodies do. The only user of axum.
+
+mod access;
+mod dead_letters;
+mod events;
+mod hooks;
+mod listings;
+mod metrics;
+mod page;
+mod server;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use serde_json::json;
+use tokio::sync::Semaphore;
+
+pub use self::access::Access;
+pub use self::page::{Overview, RecentEvent, RecentSession};
+pub use self::server::serve;
+
+use crate::config::HookCapture;
+use crate::health::{HealthSource, Moment, Status};
+use crate::history::History;
+use crate::intake::Intake;
+use crate::intake::spool::Spool;
+
+/// Bytes that all bodies together may take while they come in, beyond what each has for free.
+const BODY_BYTES_MAX: usize = 64 << 20;
+
+/// Listings at once. Each takes a thread and a page of the queue.
+const LISTINGS_MAX: usize = 16;
+
+/// What the routes answer from. Cheap to clone.
+#[derive(Clone)]
+pub struct Api {
+    health: Arc<HealthSource>,
+    history: Arc<History>,
+    intake: Arc<Intake>,
+    spool: Spool,
+    capture: HookCapture,
+    /// A permit is a kilobyte.
+    body_room: Arc<Semaphore>,
+    listings: Arc<Semaphore>,
+}
+
+impl Api {
+    pub fn new(
+        health: Arc<HealthSource>,
+        history: Arc<History>,
+        intake: Arc<Intake>,
+        spool: Spool,
+        capture: HookCapture,
+    ) -> Api {
+        Api {
+            health,
+            history,
+            intake,
+            spool,
+            capture,
+            body_room: Arc::new(Semaphore::new(BODY_BYTES_MAX / 1024)),
+            listings: Arc::new(Semaphore::new(LISTINGS_MAX)),
+        }
+    }
+}
+
+/// Where callers come in.
+#[derive(Clone)]
+pub enum Door {
+    /// Its mode says who may ask.
+    Socket,
+    Tcp(Access),
+}
+
+/// How long a body may take.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Between two pieces.
+    idle: Duration,
+    /// In the long run; 0 asks nothing.
+    bytes_per_second_min: u64,
+}
+
+impl Pace {
+    fn of(door: &Door) -> Pace {
+        match door {
+            // A command may wait for the program whose output is piped into it.
+            Door::Socket => Pace { idle: Duration::from_secs(600), bytes_per_second_min: 0 },
+            Door::Tcp(_) => Pace { idle: Duration::from_secs(10), bytes_per_second_min: 16 << 10 },
+        }
+    }
+}
+
+/// All routes.
+pub fn router(api: Api, door: Door) -> Router {
+    let routes = Router::new()
+        .route("/health", get(health))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/queue", get(listings::queue))
+        .route("/events", post(events::events))
+        .route("/hook/{kind}", post(hooks::hook))
+        .route("/spool", post(ring))
+        .route("/dead-letters", get(listings::dead_letters))
+        .route("/dead-letters/{sequence}", delete(dead_letters::forget))
+        .route("/dead-letters/{sequence}/retry", post(dead_letters::retry))
+        .route("/metrics", get(metrics::metrics))
+        .route("/", get(page::page))
+        .route("/overview", get(page::overview))
+        .route("/live", get(page::live))
+        .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
+        .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
+        .layer(axum::Extension(Pace::of(&door)))
+        .layer(axum::Extension(origin_of(&door)))
+        .with_state(api);
+    match door {
+        Door::Socket => routes,
+        Door::Tcp(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller)),
+    }
+}
+
+/// Who hands in events: over the socket it can be our own command, which says so.
+#[derive(Clone, Copy)]
+struct MayBeCommand(bool);
+
+fn origin_of(door: &Door) -> MayBeCommand {
+    MayBeCommand(matches!(door, Door::Socket))
+}
+
+async fn health(State(api): State<Api>) -> Response {
+    let health = api.health.health(Moment::now());
+    let code = match health.status {
+        Status::Pass | Status::Warn => StatusCode::OK,
+        Status::Fail => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    answer(code, &health)
+}
+
+async fn livez() -> Response {
+    answer(StatusCode::OK, &json!({"ok": true}))
+}
+
+async fn readyz(State(api): State<Api>) -> Response {
+    let ready = api.health.ready();
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    answer(code, &json!({"ok": ready}))
+}
+
+/// A hook has left something in the spool.
+async fn ring(State(api): State<Api>) -> StatusCode {
+    api.spool.ring();
+    StatusCode::NO_CONTENT
+}
+
+fn answer(code: StatusCode, value: &impl serde::Serialize) -> Response {
+    let body = serde_json::to_vec(value).unwrap_or_default();
+    (code, [(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], body).into_response()
+}
+
+fn error(code: StatusCode, problem: impl std::fmt::Display) -> Response {
+    answer(code, &json!({"error": problem.to_string()}))
+}

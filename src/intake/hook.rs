@@ -1,0 +1,294 @@
+//! What one of Claude Code's hooks says, as a `hook_received` event.
+//!
+//! A hook's input is one flat JSON object without id and time, so who receives it mints both ([`Arrival`]). Nothing is
+//! required of it here and no string in it hurts: a field of the wrong type is passed over, what Postgres can't store is
+//! mended and marked (`metadata.repaired`). The schema has the last word.
+//!
+//! What is kept, by `hooks.capture`:
+//!
+//! * `summary`: the fields named in [`KEPT`], where they are strings. No prompt, no tool input or output, no answer of
+//!   the model: none of them stands in a field of these names.
+//! * `full`: the same, and the whole input as `data`.
+
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::claude_code::{SessionFacts, session_registered_event_id};
+use super::json;
+use super::schema::Candidate;
+use super::spool::Record;
+use crate::config::HookCapture;
+use crate::event::{EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+
+/// The type of every event that is made here.
+pub const EVENT_TYPE: &str = "hook_received";
+
+/// Fields of the input that are kept as they are, and what they are called in the payload.
+const KEPT: &[(&str, &str)] = &[
+    ("hook_event_name", "hook_type"),
+    ("session_id", "claude_session_id"),
+    ("cwd", "working_directory"),
+    ("transcript_path", "transcript_path"),
+    ("tool_name", "tool_name"),
+    ("tool_use_id", "tool_use_id"),
+    ("notification_type", "notification_type"),
+    ("permission_mode", "permission_mode"),
+    ("prompt_id", "prompt_id"),
+    ("agent_type", "agent_type"),
+    ("agent_id", "subagent_id"),
+    ("reason", "reason"),
+    ("source", "source"),
+    ("trigger", "trigger"),
+    ("message", "message"),
+    ("title", "title"),
+];
+
+/// What the receiver of a hook knows besides its input.
+pub struct Arrival {
+    /// The event's identity, made by the receiver (UUIDv7).
+    pub id: EventId,
+    /// The receiver's clock when the hook began.
+    pub received_at: Timestamp,
+    /// The hook's name where the input has none: the last part of the path it was posted to.
+    pub hook_type: Option<String>,
+    /// Where the hook runs, for input without `cwd`.
+    pub working_directory: Option<String>,
+    /// The project's folder, as Claude Code tells its hooks.
+    pub project_path: Option<String>,
+}
+
+/// The record of a hook with this input; a rejection where that is no JSON object.
+///
+/// The input of a rejection is kept under `full` only: it may hold anything.
+pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture) -> Record {
+    let lossy = String::from_utf8_lossy(input);
+    let text = lossy.trim_ascii();
+    let mut is_mended = matches!(lossy, std::borrow::Cow::Owned(_));
+    let Some(fields) = fields(text, &mut is_mended) else {
+        let kept = capture == HookCapture::Full;
+        let omitted = if kept { "" } else { "; it is kept only where hooks.capture is full" };
+        let message = format!("a hook's input of {} bytes is no JSON object{omitted}", input.len());
+        let bytes = if kept { input.to_vec() } else { Vec::new() };
+        return Record::Rejected(rejection(FailureKind::Unreadable, message, bytes));
+    };
+    let mut payload = Map::new();
+    payload.insert("hook_id".to_owned(), arrival.id.to_string().into());
+    for (name, value) in [
+        ("hook_type", arrival.hook_type),
+        ("working_directory", fields.working_directory.or(arrival.working_directory)),
+        ("project_path", arrival.project_path),
+    ] {
+        if let Some(value) = value {
+            payload.insert(name.to_owned(), value.into());
+        }
+    }
+    payload.extend(fields.kept);
+    let mut metadata = Map::new();
+    if capture == HookCapture::Full {
+        match json::value(text, &mut is_mended) {
+            Ok(whole) => drop(payload.insert("data".to_owned(), whole)),
+            Err(unfit) => drop(metadata.insert("data_omitted".to_owned(), unfit.to_string().into())),
+        }
+    }
+    if is_mended {
+        metadata.insert("repaired".to_owned(), true.into());
+    }
+    if !metadata.is_empty() {
+        payload.insert("metadata".to_owned(), metadata.into());
+    }
+    Record::Event(Candidate {
+        id: arrival.id,
+        event_type: EVENT_TYPE.to_owned(),
+        timestamp: arrival.received_at,
+        payload,
+        refs: ForeignKeys::default(),
+        origin: Origin::Hook,
+    })
+}
+
+/// The record of a hook whose input is larger than anybody reads.
+pub fn too_large(bytes_max: usize) -> Record {
+    let message = format!("a hook's input has more than {bytes_max} bytes; it was not kept");
+    Record::Rejected(rejection(FailureKind::TooLarge, message, Vec::new()))
+}
+
+fn rejection(kind: FailureKind, message: String, bytes: Vec<u8>) -> Rejection {
+    Rejection {
+        failure: Failure { kind, message, sqlstate: None },
+        event_type: Some(EventType::new(EVENT_TYPE)),
+        origin: Origin::Hook,
+        bytes,
+    }
+}
+
+/// The strings of an input that are kept.
+#[derive(Default)]
+struct Fields {
+    kept: Map<String, Value>,
+    /// `working_directory`, as Claude Headspace's own hook script calls `cwd`.
+    working_directory: Option<String>,
+}
+
+/// `None` where `text` is not exactly one object. Takes any nesting.
+fn fields(text: &str, is_mended: &mut bool) -> Option<Fields> {
+    let mut fields = Fields::default();
+    json::members(text, |key, value| {
+        let kept = KEPT.iter().find(|(name, _)| *name == key).map(|(_, kept)| *kept);
+        if kept.is_none() && key != "working_directory" {
+            return;
+        }
+        let Some(found) = json::string(value).filter(|found| !found.text.is_empty()) else { return };
+        *is_mended |= found.is_mended;
+        match kept {
+            Some(kept) => drop(fields.kept.insert(kept.to_owned(), found.text.into_owned().into())),
+            None => fields.working_directory = Some(found.text.into_owned()),
+        }
+    })
+    .ok()?;
+    Some(fields)
+}
+
+/// The registration that a SessionStart hook stands for. It has the identity that the session's first line would give it,
+/// so that whichever comes second is refused.
+pub fn registration(hook: &Candidate) -> Option<Candidate> {
+    let field = |name: &str| hook.payload.get(name).and_then(Value::as_str);
+    if hook.event_type != EVENT_TYPE || field("hook_type") != Some("SessionStart") {
+        return None;
+    }
+    let session = field("claude_session_id")?.parse().ok()?;
+    let facts = SessionFacts {
+        session,
+        cwd: field("working_directory")?,
+        git_branch: None,
+        transcript_path: field("transcript_path"),
+        started_at: Some(hook.timestamp),
+    };
+    Some(Candidate {
+        id: session_registered_event_id(session),
+        event_type: "session_registered".to_owned(),
+        timestamp: hook.timestamp,
+        payload: facts.payload(),
+        refs: ForeignKeys::default(),
+        origin: Origin::Hook,
+    })
+}
+
+/// The session whose end a SessionEnd hook tells, and when.
+pub fn session_end(hook: &Candidate) -> Option<(Uuid, Timestamp)> {
+    let field = |name: &str| hook.payload.get(name).and_then(Value::as_str);
+    if hook.event_type != EVENT_TYPE || field("hook_type") != Some("SessionEnd") {
+        return None;
+    }
+    Some((field("claude_session_id")?.parse().ok()?, hook.timestamp))
+}
+
+/// The hook's name in a path: `session-start` → `SessionStart`; what is written so already stays.
+pub fn hook_type_of_path(kind: &str) -> String {
+    let mut name = String::new();
+    for part in kind.split(['-', '_']) {
+        let mut letters = part.chars();
+        name.extend(letters.next().map(|first| first.to_ascii_uppercase()));
+        name.push_str(letters.as_str());
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn arrival() -> Arrival {
+        Arrival {
+            id: EventId::derived(b"hook"),
+            received_at: Timestamp::UNIX_EPOCH,
+            hook_type: None,
+            working_directory: None,
+            project_path: None,
+        }
+    }
+
+    fn payload(input: &str, capture: HookCapture) -> Value {
+        match record(input.as_bytes(), arrival(), capture) {
+            Record::Event(candidate) => {
+                let mut payload = candidate.payload;
+                assert_eq!(payload.remove("hook_id"), Some(candidate.id.to_string().into()));
+                Value::Object(payload)
+            }
+            Record::Rejected(rejection) => panic!("{rejection:?}"),
+        }
+    }
+
+    const TOOL: &str = r#"{"session_id":"s","cwd":"/app","hook_event_name":"PostToolUse","tool_name":"Bash",
+        "tool_input":{"command":"secret"},"tool_response":{"stdout":"N\u0000A"},"agent_id":"a1","trigger":null,
+        "prompt":"secret","last_assistant_message":"secret","message":7}"#;
+
+    #[test]
+    fn a_summary_holds_no_prompt_and_nothing_of_a_tool() {
+        assert_eq!(
+            payload(TOOL, HookCapture::Summary),
+            json!({"claude_session_id": "s", "working_directory": "/app", "hook_type": "PostToolUse",
+                   "tool_name": "Bash", "subagent_id": "a1"})
+        );
+    }
+
+    #[test]
+    fn full_capture_adds_the_whole_input_mended_and_marked() {
+        let payload = payload(TOOL, HookCapture::Full);
+        assert_eq!(payload["data"]["tool_response"]["stdout"], "N\u{fffd}A");
+        assert_eq!(payload["data"]["prompt"], "secret");
+        assert_eq!(payload["metadata"], json!({"repaired": true}));
+        assert_eq!(payload["tool_name"], "Bash");
+    }
+
+    #[test]
+    fn nesting_that_no_reader_takes_costs_the_data_and_not_the_event() {
+        let deep = format!(r#"{{"hook_event_name":"Stop","x":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        let payload = payload(&deep, HookCapture::Full);
+        assert_eq!(payload["hook_type"], "Stop");
+        assert_eq!(payload["data"], Value::Null);
+        assert!(payload["metadata"]["data_omitted"].as_str().unwrap().contains("deeper"));
+    }
+
+    #[test]
+    fn what_is_no_object_is_rejected_and_its_text_kept_only_in_full() {
+        for input in ["", "garbage secret", "[1]", "{\"a\":1", "{} {}", "null"] {
+            for (capture, kept) in [(HookCapture::Summary, ""), (HookCapture::Full, input)] {
+                let Record::Rejected(rejection) = record(input.as_bytes(), arrival(), capture) else {
+                    panic!("{input} is accepted")
+                };
+                assert_eq!(String::from_utf8(rejection.bytes).unwrap(), kept);
+                assert!(!rejection.failure.message.contains("secret"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_names_the_hook_where_the_input_does_not() {
+        for (kind, name) in [
+            ("session-start", "SessionStart"),
+            ("user-prompt-submit", "UserPromptSubmit"),
+            ("stop", "Stop"),
+            ("PostToolUse", "PostToolUse"),
+            ("post_tool_use", "PostToolUse"),
+        ] {
+            assert_eq!(hook_type_of_path(kind), name);
+        }
+    }
+
+    #[test]
+    fn only_a_session_start_registers_and_under_the_identity_of_the_first_line() {
+        let session = "11111111-2222-4333-8444-555555555555";
+        let hook = |name: &str| {
+            let input = json!({"session_id": session, "cwd": "/app", "hook_event_name": name}).to_string();
+            match record(input.as_bytes(), arrival(), HookCapture::Summary) {
+                Record::Event(candidate) => registration(&candidate),
+                Record::Rejected(_) => None,
+            }
+        };
+        let registered = hook("SessionStart").unwrap();
+        assert_eq!(registered.id, session_registered_event_id(session.parse().unwrap()));
+        assert_eq!(registered.payload["project_path"], "/app");
+        assert!(hook("Stop").is_none());
+    }
+}

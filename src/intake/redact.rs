@@ -1,0 +1,320 @@
+//! Strikes keys and tokens out of text before anything is written: `redact` in the configuration.
+//!
+//! The built-in patterns know what a secret looks like, or the words that stand before one. Patterns of the
+//! configuration are added to them. What a pattern matches becomes `[redacted]`; where it has a group named `secret`,
+//! only that does.
+//!
+//! What is looked at: every string of a payload but those that say what an event is and what it belongs to
+//! ([`is_exempt`]), at any depth, and the kept bytes of rejected input. Off by default, and then it costs nothing.
+
+use std::borrow::Cow;
+
+use regex::{Regex, RegexSet};
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use super::spool::Record;
+use crate::config::RedactConfig;
+
+/// What stands where a secret stood.
+const REPLACEMENT: &str = "[redacted]";
+
+/// Known forms of secrets, then words that announce one. No match of one may be matched again once it is replaced.
+const BUILT_IN: &[&str] = &[
+    // Private keys in PEM, to their end or to the end of the text.
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)",
+    // Anthropic, OpenAI, Stripe and others of that form.
+    r"\bsk-[A-Za-z0-9_-]{16,}",
+    r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",
+    // GitHub, GitLab, npm, PyPI, Hugging Face.
+    r"\bgh[pousr]_[A-Za-z0-9]{30,}",
+    r"\bgithub_pat_[A-Za-z0-9_]{30,}",
+    r"\bglpat-[A-Za-z0-9_-]{20,}",
+    r"\bnpm_[A-Za-z0-9]{30,}",
+    r"\bpypi-[A-Za-z0-9_-]{40,}",
+    r"\bhf_[A-Za-z0-9]{30,}",
+    // AWS key ids, Google API keys and OAuth tokens, Slack tokens and hooks, SendGrid, Telegram bots.
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    r"\bAIza[A-Za-z0-9_-]{35}",
+    r"\bya29\.[A-Za-z0-9_-]{20,}",
+    r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    r"https://hooks\.slack\.com/services/(?P<secret>[A-Za-z0-9/_+-]{20,})",
+    r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
+    r"\b[0-9]{8,10}:[A-Za-z0-9_-]{35}\b",
+    // JSON Web Tokens.
+    r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    // Authorization: Bearer … and Basic …
+    r"(?i)\b(?:bearer|basic)\s+(?P<secret>[A-Za-z0-9._~+/=-]{16,})",
+    // The password of a URL: scheme://user:password@host
+    r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@]*:(?P<secret>[^\s/@]+)@",
+    // NAME=value and "name": "value" where the name says what it is.
+    r#"(?i)\b[a-z0-9_.-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|passphrase|token|credentials?)[a-z0-9_]*["']?\s*[:=]\s*["']?(?P<secret>[^\s"',;&\[\]{}]{6,})"#,
+];
+
+/// A pattern of the configuration is no regular expression, or one that is too large.
+#[derive(Debug, Error)]
+#[error("redact.patterns[{index}]: '{pattern}' can't be used as a regular expression: {problem}")]
+pub struct PatternError {
+    /// Place in the list, from 0.
+    pub index: usize,
+    pub pattern: String,
+    /// What is wrong with it, in one line.
+    pub problem: String,
+}
+
+/// Replaces secrets; does nothing where redaction is off.
+#[derive(Default)]
+pub struct Redactor {
+    patterns: Option<Patterns>,
+}
+
+struct Patterns {
+    /// All of them at once, to know in one pass which match.
+    set: RegexSet,
+    each: Vec<Regex>,
+}
+
+impl Redactor {
+    /// Compiles the patterns, where redaction is on.
+    pub fn new(config: &RedactConfig) -> Result<Redactor, PatternError> {
+        for (index, pattern) in config.patterns.iter().enumerate() {
+            // Also looked at while redaction is off, so that switching it on is no surprise.
+            Regex::new(pattern).map_err(|error| PatternError {
+                index,
+                pattern: pattern.clone(),
+                problem: last_line(&error.to_string()),
+            })?;
+        }
+        if !config.enabled {
+            return Ok(Redactor::default());
+        }
+        Ok(Redactor::of(config.patterns.iter().map(String::as_str)))
+    }
+
+    /// The built-in set and those of `patterns` that can be used: for the hook, which must not fail.
+    pub fn careful(patterns: &[String]) -> Redactor {
+        Redactor::of(patterns.iter().map(String::as_str).filter(|pattern| Regex::new(pattern).is_ok()))
+    }
+
+    /// Of patterns that have been tried one by one.
+    fn of<'a>(added: impl Iterator<Item = &'a str>) -> Redactor {
+        let all: Vec<&str> = BUILT_IN.iter().copied().chain(added).collect();
+        let each = all.iter().filter_map(|pattern| Regex::new(pattern).ok()).collect();
+        // Together they may be larger than one alone may be.
+        let set = regex::RegexSetBuilder::new(&all).size_limit(256 << 20).build().unwrap_or_else(|_| RegexSet::empty());
+        Redactor { patterns: Some(Patterns { set, each }) }
+    }
+
+    pub fn is_on(&self) -> bool {
+        self.patterns.is_some()
+    }
+
+    /// `text` without secrets; borrowed where there are none.
+    pub fn text<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let mut redacted = Cow::Borrowed(text);
+        let Some(patterns) = &self.patterns else { return redacted };
+        let matching: Vec<usize> = if patterns.set.is_empty() {
+            (0..patterns.each.len()).collect()
+        } else {
+            patterns.set.matches(text).into_iter().collect()
+        };
+        for pattern in matching.into_iter().filter_map(|index| patterns.each.get(index)) {
+            if let Some(replaced) = strike(pattern, &redacted) {
+                redacted = Cow::Owned(replaced);
+            }
+        }
+        redacted
+    }
+
+    /// Redacts a payload in place.
+    pub fn payload(&self, payload: &mut Map<String, Value>) {
+        if !self.is_on() {
+            return;
+        }
+        for (name, value) in payload.iter_mut() {
+            if !is_exempt(name, value) {
+                self.value(value);
+            }
+        }
+    }
+
+    /// Input as it came, redacted as text: what is no UTF-8 is replaced where anything is struck out.
+    pub fn bytes(&self, bytes: Vec<u8>) -> Vec<u8> {
+        if !self.is_on() {
+            return bytes;
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        match self.text(&text) {
+            Cow::Borrowed(_) => bytes,
+            Cow::Owned(redacted) => redacted.into_bytes(),
+        }
+    }
+
+    /// Redacts what is to be left in the spool.
+    pub fn record(&self, record: Record) -> Record {
+        match record {
+            Record::Event(mut candidate) => {
+                self.payload(&mut candidate.payload);
+                Record::Event(candidate)
+            }
+            Record::Rejected(mut rejection) => {
+                rejection.bytes = self.bytes(rejection.bytes);
+                Record::Rejected(rejection)
+            }
+        }
+    }
+
+    /// Depth is bounded by what makes a payload.
+    fn value(&self, value: &mut Value) {
+        match value {
+            Value::String(text) => {
+                if let Cow::Owned(redacted) = self.text(text) {
+                    *text = redacted;
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| self.value(item)),
+            Value::Object(members) => {
+                for value in members.values_mut() {
+                    self.value(value);
+                }
+                if members.keys().any(|key| matches!(self.text(key), Cow::Owned(_))) {
+                    *members =
+                        std::mem::take(members).into_iter().map(|(k, v)| (self.text(&k).into_owned(), v)).collect();
+                }
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+}
+
+/// Whether a field of a payload says what an event is, when, or what it belongs to: no place for free text, and struck
+/// out it would make the event useless.
+fn is_exempt(name: &str, value: &Value) -> bool {
+    const NAMES: &[&str] = &["actor", "kind", "source", "trigger", "hook_type", "from_state", "to_state"];
+    let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    NAMES.contains(&name)
+        || ["_id", "_uuid", "_at", "_timestamp"].iter().any(|end| name.ends_with(end))
+        // A session's reason is a word, a denial's may be a sentence.
+        || (name == "reason" && value.as_str().is_some_and(is_word))
+}
+
+/// `text` with every match replaced; `None` where there is none.
+fn strike(pattern: &Regex, text: &str) -> Option<String> {
+    let mut struck = String::new();
+    let mut copied = 0;
+    for captures in pattern.captures_iter(text) {
+        let Some(found) = captures.name("secret").or_else(|| captures.get(0)) else { continue };
+        if found.is_empty() || found.as_str() == REPLACEMENT {
+            continue;
+        }
+        struck.push_str(text.get(copied..found.start()).unwrap_or_default());
+        struck.push_str(REPLACEMENT);
+        copied = found.end();
+    }
+    if copied == 0 {
+        return None;
+    }
+    struck.push_str(text.get(copied..).unwrap_or_default());
+    Some(struck)
+}
+
+/// What regex says is a drawing of several lines; the last one is the cause.
+fn last_line(message: &str) -> String {
+    let line = message.lines().last().unwrap_or_default().trim();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn redactor(patterns: &[&str]) -> Redactor {
+        let patterns = patterns.iter().map(|pattern| (*pattern).to_owned()).collect();
+        Redactor::new(&RedactConfig { enabled: true, patterns }).unwrap()
+    }
+
+    /// Made of two parts, so that no scanner takes these lines for leaked secrets.
+    fn token(prefix: &str, rest: &str) -> String {
+        format!("{prefix}{rest}")
+    }
+
+    #[test]
+    fn keys_and_tokens_are_struck_out_and_what_stands_around_them_is_kept() {
+        let redactor = redactor(&[]);
+        let letters = "Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fGh7jKl0n";
+        for secret in [
+            token("sk-", "ant-api03-abcdefghijklmnop"),
+            token("ghp_", letters),
+            token("github_pat_", letters),
+            token("glpat-", letters),
+            token("AKIA", "ABCDEFGHIJKLMNOP"),
+            token("AIza", &letters[..35]),
+            token("xoxb-", "123456789012-abcdef"),
+            token("npm_", letters),
+            token("hf_", letters),
+            token("sk_live_", letters),
+            token("eyJ", "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.SflKxwRJSMeKKF2QT4"),
+            format!("-----BEGIN {} KEY-----\nMIIE\nabc\n-----END {} KEY-----", "RSA PRIVATE", "RSA PRIVATE"),
+        ] {
+            let text = format!("before {secret} after");
+            assert_eq!(redactor.text(&text), "before [redacted] after", "{secret}");
+        }
+        assert_eq!(redactor.text("Authorization: Bearer abcdefghijklmnop"), "Authorization: Bearer [redacted]");
+        assert_eq!(redactor.text("postgresql://me:hunter2@host/db"), "postgresql://me:[redacted]@host/db");
+        assert_eq!(redactor.text("export DB_PASSWORD='correct horse'"), "export DB_PASSWORD='[redacted] horse'");
+        assert_eq!(redactor.text(r#"{"api_key": "abcdef123"}"#), r#"{"api_key": "[redacted]"}"#);
+    }
+
+    #[test]
+    fn plain_text_is_left_alone() {
+        let redactor = redactor(&[]);
+        for text in [
+            "fix the login test",
+            "the token is refreshed by the server",
+            "see https://example.com/a:b and user@example.com",
+            "11111111-2222-4333-8444-555555555555",
+            "task-force and risk-averse",
+            "/home/me/secret-project/src/password.rs",
+        ] {
+            assert!(matches!(redactor.text(text), Cow::Borrowed(_)), "{text}: {}", redactor.text(text));
+        }
+    }
+
+    #[test]
+    fn redacting_again_changes_nothing() {
+        let redactor = redactor(&[]);
+        let once = redactor.text("token=abcdefgh secret: \"hunter22\" Bearer abcdefghijklmnop").into_owned();
+        assert_eq!(redactor.text(&once), once);
+    }
+
+    #[test]
+    fn patterns_are_added_and_reach_every_depth_but_not_what_identifies_an_event() {
+        let redactor = redactor(&[r"ACME-\d+", "user|polling|fixed"]);
+        let mut payload = json!({
+            "session_uuid": "ACME-1", "actor": "user", "source": "polling", "text": "see ACME-22",
+            "metadata": {"ACME-3": ["ACME-4", {"x": "ACME-5"}]}
+        });
+        let Value::Object(map) = &mut payload else { unreachable!() };
+        redactor.payload(map);
+        assert_eq!(
+            payload,
+            json!({
+                "session_uuid": "ACME-1", "actor": "user", "source": "polling", "text": "see [redacted]",
+                "metadata": {"[redacted]": ["[redacted]", {"x": "[redacted]"}]}
+            })
+        );
+    }
+
+    #[test]
+    fn it_is_off_until_it_is_enabled_and_a_bad_pattern_is_named_all_the_same() {
+        let off = Redactor::new(&RedactConfig { enabled: false, patterns: vec!["a".into()] }).unwrap();
+        assert_eq!(off.text("a Bearer abcdefghijklmnopq"), "a Bearer abcdefghijklmnopq");
+        for enabled in [true, false] {
+            let config = RedactConfig { enabled, patterns: vec!["fine".into(), "(open".into()] };
+            let error = Redactor::new(&config).err().unwrap().to_string();
+            assert_eq!(error, "redact.patterns[1]: '(open' can't be used as a regular expression: unclosed group");
+        }
+        assert_eq!(Redactor::careful(&["(open".into(), "x+".into()]).text("xx"), "[redacted]");
+    }
+}

@@ -1,0 +1,504 @@
+//! The spool: events that wait in files of their own until they are taken into the queue.
+//!
+//! Two leave something here. A hook leaves one record and is gone, whether or not a watcher runs. A request that is too
+//! large for one batch is gathered in a file, and the moment in which it gets its final name is the moment in which all
+//! of it is accepted.
+//!
+//! ```text
+//!  Draft  .<uuid>.draft ── synced, renamed, folder synced ──► <UUIDv7>.hook | .events ── Reader ──► queue ── removed
+//! ```
+//!
+//! # Promises
+//!
+//! 1. A file is there whole or not at all: it gets its name once its bytes are on disk. What is left of a writer that
+//!    was killed is a draft, which nobody reads and which is removed a day later.
+//! 2. A file is removed only once all that is in it is durable in the queue. Killed in between, it is taken in again
+//!    under the same event ids, and the receipts refuse the second copy.
+//! 3. Files are taken in by their names, which is the order in which they were made.
+//! 4. A damaged file gives what is whole in it, and a dead letter for the rest; it stops nothing.
+//!
+//! # Layout of a file
+//!
+//! ```text
+//! file   := "HWSPOOL" 0x01  frame*  end
+//! frame  := length u32 (not 0)  crc32 u32 of the bytes  bytes (JSON: `Stored`)
+//! end    := 0 u32               crc32 u32 of the count  count u64 of frames
+//! ```
+//!
+//! Numbers are little-endian. Files have mode 0600, the folder 0700.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use thiserror::Error;
+use uuid::Uuid;
+
+use super::schema::Candidate;
+use crate::event::{EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+
+const MAGIC: &[u8; 8] = b"HWSPOOL\x01";
+
+/// A frame above this is damage. More than the largest `max_event_bytes`, with room for what stands around a payload.
+const FRAME_BYTES_MAX: u32 = (256 << 20) + (1 << 20);
+
+/// After this a draft is what a killed writer left.
+const DRAFT_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Kept of a file that can't be read.
+pub const DAMAGED_BYTES_KEPT_MAX: usize = 64 << 10;
+
+/// What is left in the spool: an event that is not checked yet, or input that never can be one.
+pub enum Record {
+    Event(Candidate),
+    Rejected(Rejection),
+}
+
+/// Who left a file, told by the end of its name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Hook,
+    Events,
+}
+
+impl Kind {
+    fn extension(self) -> &'static str {
+        match self {
+            Kind::Hook => "hook",
+            Kind::Events => "events",
+        }
+    }
+}
+
+/// A handle on the folder; cheap to clone.
+#[derive(Clone)]
+pub struct Spool {
+    folder: Arc<Path>,
+    bell: Arc<Bell>,
+}
+
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    ringing: Condvar,
+}
+
+impl Spool {
+    /// Touches nothing yet: the folder is made by who first leaves something.
+    pub fn new(folder: &Path) -> Spool {
+        Spool { folder: folder.into(), bell: Arc::default() }
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Leaves one record; durable on return.
+    pub fn leave(&self, record: &Record) -> io::Result<()> {
+        let mut draft = self.draft()?;
+        draft.add(record)?;
+        draft.commit(Kind::Hook)?;
+        Ok(())
+    }
+
+    /// Begins a file.
+    pub fn draft(&self) -> io::Result<Draft> {
+        let path = self.folder.join(format!(".{}.draft", Uuid::now_v7()));
+        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+                if let Some(parent) = self.folder.parent() {
+                    File::open(parent)?.sync_all()?;
+                }
+                open()?
+            }
+            opened => opened?,
+        };
+        let mut draft = Draft { folder: self.folder.clone(), path, file: BufWriter::new(file), frames: 0, bytes: 0 };
+        draft.file.write_all(MAGIC)?;
+        Ok(draft)
+    }
+
+    /// Wakes who waits in [`Spool::wait`].
+    pub fn ring(&self) {
+        *self.bell.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.bell.ringing.notify_all();
+    }
+
+    /// Waits until it is rung or `patience` has run out.
+    pub fn wait(&self, patience: Duration) {
+        let rung = self.bell.rung.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut rung, _) =
+            self.bell.ringing.wait_timeout_while(rung, patience, |rung| !*rung).unwrap_or_else(PoisonError::into_inner);
+        *rung = false;
+    }
+
+    /// The files that wait, in the order in which they were made. None where there is no folder.
+    pub fn waiting(&self) -> io::Result<Vec<PathBuf>> {
+        let mut paths: Vec<PathBuf> = self
+            .entries()?
+            .into_iter()
+            .filter(|path| {
+                let extension = path.extension().and_then(|extension| extension.to_str());
+                extension.is_some_and(|end| end == Kind::Hook.extension() || end == Kind::Events.extension())
+            })
+            .collect();
+        paths.sort();
+        Ok(paths)
+    }
+
+    /// Bytes of accepted requests that are not in the queue yet.
+    pub fn backlog_bytes(&self) -> u64 {
+        let paths = self.waiting().unwrap_or_default();
+        let requests = paths.iter().filter(|path| path.extension().is_some_and(|end| end == Kind::Events.extension()));
+        requests.filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
+    }
+
+    /// Removes drafts whose writers are long gone.
+    pub fn remove_old_drafts(&self) -> io::Result<()> {
+        for path in self.entries()? {
+            let is_draft = path.extension().is_some_and(|extension| extension == "draft");
+            let changed = path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::now());
+            if is_draft && changed.elapsed().is_ok_and(|age| age > DRAFT_AGE_MAX) {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn entries(&self) -> io::Result<Vec<PathBuf>> {
+        match fs::read_dir(&self.folder) {
+            Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A file that is being written. Removed when dropped before it was committed.
+pub struct Draft {
+    folder: Arc<Path>,
+    /// Empty once committed.
+    path: PathBuf,
+    file: BufWriter<File>,
+    frames: u64,
+    bytes: u64,
+}
+
+impl Draft {
+    pub fn add(&mut self, record: &Record) -> io::Result<()> {
+        let bytes = serde_json::to_vec(&Stored::of(record)).map_err(io::Error::from)?;
+        let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= FRAME_BYTES_MAX);
+        let length = length.ok_or_else(|| io::Error::new(io::ErrorKind::FileTooLarge, "the record is too large"))?;
+        self.file.write_all(&length.to_le_bytes())?;
+        self.file.write_all(&crc32fast::hash(&bytes).to_le_bytes())?;
+        self.file.write_all(&bytes)?;
+        self.frames += 1;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes of the records so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes it durable and gives it its name; gives a reader of what is in it, for who must tell what was accepted.
+    pub fn commit(mut self, kind: Kind) -> io::Result<Frames> {
+        let count = self.frames.to_le_bytes();
+        self.file.write_all(&0u32.to_le_bytes())?;
+        self.file.write_all(&crc32fast::hash(&count).to_le_bytes())?;
+        self.file.write_all(&count)?;
+        self.file.flush()?;
+        self.file.get_ref().sync_data()?;
+        let frames = Frames::open(&self.path)?;
+        fs::rename(&self.path, self.folder.join(format!("{}.{}", Uuid::now_v7(), kind.extension())))?;
+        self.path = PathBuf::new();
+        File::open(&self.folder)?.sync_all()?;
+        Ok(frames)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.path.as_os_str().is_empty() {
+            // What can't be removed now is removed as an old draft.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Why a file gave no further record.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    #[error("damaged: {0}")]
+    Damaged(&'static str),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// The records of one file, in order. Ends at the first damage.
+pub struct Frames {
+    file: BufReader<File>,
+    read: u64,
+    left: u64,
+    started: bool,
+}
+
+impl Frames {
+    pub fn open(path: &Path) -> io::Result<Frames> {
+        let file = File::open(path)?;
+        let left = file.metadata()?.len();
+        Ok(Frames { file: BufReader::new(file), read: 0, left, started: false })
+    }
+
+    /// The next record and its size in bytes; `None` at the end.
+    pub fn next_record(&mut self) -> Result<Option<(Record, usize)>, ReadError> {
+        if !self.started {
+            if self.take::<8>()? != *MAGIC {
+                return Err(ReadError::Damaged("it does not begin as a spool file"));
+            }
+            self.started = true;
+        }
+        let length = u32::from_le_bytes(self.take()?);
+        let checksum = u32::from_le_bytes(self.take()?);
+        if length == 0 {
+            let count: [u8; 8] = self.take()?;
+            if crc32fast::hash(&count) != checksum || u64::from_le_bytes(count) != self.read || self.left > 0 {
+                return Err(ReadError::Damaged("its end does not fit what stands before"));
+            }
+            return Ok(None);
+        }
+        if length > FRAME_BYTES_MAX || u64::from(length) > self.left {
+            return Err(ReadError::Damaged("it ends within a record"));
+        }
+        let mut bytes = vec![0; length as usize];
+        self.file.read_exact(&mut bytes)?;
+        self.left -= u64::from(length);
+        if crc32fast::hash(&bytes) != checksum {
+            return Err(ReadError::Damaged("a record's checksum is wrong"));
+        }
+        let stored: Stored = serde_json::from_slice(&bytes).map_err(|_| ReadError::Damaged("a record is no record"))?;
+        self.read += 1;
+        Ok(Some((stored.into_record()?, bytes.len())))
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
+        self.left = self.left.checked_sub(N as u64).ok_or(ReadError::Damaged("it is cut short"))?;
+        let mut bytes = [0; N];
+        self.file.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// A record as JSON.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    origin: StoredOrigin,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    event: Option<StoredEvent>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rejected: Option<StoredRejection>,
+}
+
+#[derive(Serialize, Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+enum StoredOrigin {
+    Hook,
+    Http,
+    Cli,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredEvent {
+    event_id: Uuid,
+    event_type: String,
+    timestamp: Timestamp,
+    /// One object.
+    payload: Box<RawValue>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    project_id: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    agent_id: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    command_id: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    turn_id: Option<i32>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredRejection {
+    too_large: bool,
+    message: String,
+    event_type: Option<String>,
+    /// The input; what was no UTF-8 in it is replaced.
+    input: String,
+}
+
+impl Stored {
+    fn of(record: &Record) -> Stored {
+        match record {
+            Record::Event(candidate) => Stored {
+                origin: StoredOrigin::of(&candidate.origin),
+                event: Some(StoredEvent {
+                    event_id: candidate.id.0,
+                    event_type: candidate.event_type.clone(),
+                    timestamp: candidate.timestamp,
+                    payload: serde_json::value::to_raw_value(&candidate.payload).unwrap_or_default(),
+                    project_id: candidate.refs.project_id,
+                    agent_id: candidate.refs.agent_id,
+                    command_id: candidate.refs.command_id,
+                    turn_id: candidate.refs.turn_id,
+                }),
+                rejected: None,
+            },
+            Record::Rejected(rejection) => Stored {
+                origin: StoredOrigin::of(&rejection.origin),
+                event: None,
+                rejected: Some(StoredRejection {
+                    too_large: rejection.failure.kind == FailureKind::TooLarge,
+                    message: rejection.failure.message.clone(),
+                    event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str().to_owned()),
+                    input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
+                }),
+            },
+        }
+    }
+
+    fn into_record(self) -> Result<Record, ReadError> {
+        let origin = self.origin.into_origin();
+        match (self.event, self.rejected) {
+            (Some(event), _) => Ok(Record::Event(Candidate {
+                id: EventId(event.event_id),
+                event_type: event.event_type,
+                timestamp: event.timestamp,
+                payload: serde_json::from_str(event.payload.get())
+                    .map_err(|_| ReadError::Damaged("a record's payload is no object"))?,
+                refs: ForeignKeys {
+                    project_id: event.project_id,
+                    agent_id: event.agent_id,
+                    command_id: event.command_id,
+                    turn_id: event.turn_id,
+                },
+                origin,
+            })),
+            (None, Some(rejected)) => Ok(Record::Rejected(Rejection {
+                failure: Failure {
+                    kind: if rejected.too_large { FailureKind::TooLarge } else { FailureKind::Unreadable },
+                    message: rejected.message,
+                    sqlstate: None,
+                },
+                event_type: rejected.event_type.as_deref().map(EventType::new),
+                origin,
+                bytes: rejected.input.into_bytes(),
+            })),
+            (None, None) => Err(ReadError::Damaged("a record is empty")),
+        }
+    }
+}
+
+impl StoredOrigin {
+    /// Transcripts have no need of the spool.
+    fn of(origin: &Origin) -> StoredOrigin {
+        match origin {
+            Origin::Hook | Origin::Transcript { .. } => StoredOrigin::Hook,
+            Origin::Http => StoredOrigin::Http,
+            Origin::Cli => StoredOrigin::Cli,
+        }
+    }
+
+    fn into_origin(self) -> Origin {
+        match self {
+            StoredOrigin::Hook => Origin::Hook,
+            StoredOrigin::Http => Origin::Http,
+            StoredOrigin::Cli => Origin::Cli,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn event(number: usize) -> Record {
+        let serde_json::Value::Object(payload) = json!({"number": number, "text": "ä\u{fffd}"}) else {
+            unreachable!()
+        };
+        Record::Event(Candidate {
+            id: EventId::derived(&number.to_le_bytes()),
+            event_type: "hook_received".to_owned(),
+            timestamp: "2026-01-02T03:04:05.678901234Z".parse().unwrap(),
+            payload,
+            refs: ForeignKeys { agent_id: Some(-7), ..ForeignKeys::default() },
+            origin: Origin::Cli,
+        })
+    }
+
+    fn shown(record: &Record) -> String {
+        serde_json::to_string(&Stored::of(record)).unwrap()
+    }
+
+    fn all(path: &Path) -> (Vec<String>, Result<(), String>) {
+        let mut frames = Frames::open(path).unwrap();
+        let mut records = Vec::new();
+        loop {
+            match frames.next_record() {
+                Ok(Some((record, _))) => records.push(shown(&record)),
+                Ok(None) => return (records, Ok(())),
+                Err(error) => return (records, Err(error.to_string())),
+            }
+        }
+    }
+
+    #[test]
+    fn records_come_back_as_they_were_left_in_the_order_of_their_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::new(&folder.path().join("made/when/needed"));
+        assert!(spool.waiting().unwrap().is_empty());
+        spool.leave(&event(1)).unwrap();
+        let mut draft = spool.draft().unwrap();
+        draft.add(&event(2)).unwrap();
+        draft.add(&event(3)).unwrap();
+        assert_eq!(spool.waiting().unwrap().len(), 1, "a draft is not seen");
+        draft.commit(Kind::Events).unwrap();
+        drop(spool.draft().unwrap());
+        let waiting = spool.waiting().unwrap();
+        let found: Vec<String> = waiting.iter().flat_map(|path| all(path).0).collect();
+        assert_eq!(found, [shown(&event(1)), shown(&event(2)), shown(&event(3))]);
+        assert_eq!(fs::read_dir(spool.folder()).unwrap().count(), 2, "a draft that is given up is removed");
+        assert_eq!(spool.backlog_bytes(), waiting[1].metadata().unwrap().len());
+        assert_eq!(spool.folder().metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(waiting[0].metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn whatever_byte_is_cut_or_changed_gives_whole_records_and_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::new(folder.path());
+        let mut draft = spool.draft().unwrap();
+        draft.add(&event(1)).unwrap();
+        draft.add(&event(2)).unwrap();
+        draft.commit(Kind::Events).unwrap();
+        let path = spool.waiting().unwrap().remove(0);
+        let bytes = fs::read(&path).unwrap();
+        let whole = [shown(&event(1)), shown(&event(2))];
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            for damaged in [bytes[..at].to_vec(), changed] {
+                fs::write(&path, damaged).unwrap();
+                let (found, outcome) = all(&path);
+                assert!(outcome.is_err(), "{at}");
+                assert!(whole.starts_with(&found), "{at}: {found:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Dead letters: looked at, sent again and forgotten, while the watcher runs and while it doesn't.
+
+use serde_json::Value;
+
+use crate::stage::{SOON, Server, Stage, wait_until};
+
+/// A stage whose database refuses one turn, which is a dead letter by now; and a rejected event beside it.
+fn stage_with_dead_letters() -> Stage {
+    let stage = Stage::new();
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    stage.database().query(
+        "ALTER TABLE events ADD CONSTRAINT no_swearing CHECK (payload->>'text' IS DISTINCT FROM 'a curse') NOT VALID",
+    );
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("first");
+    transcript.say("a curse");
+    transcript.say("last");
+    let rejected = stage.run(&["emit", "--type", "session_ended", "--payload", r#"{"reason":"closed"}"#]);
+    assert_eq!(rejected.code(), 65, "{}", rejected.error());
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["first", "last"]);
+    stage
+}
+
+/// Sequence numbers of the event and of the rejection.
+fn letters(stage: &Stage) -> (Option<u64>, Option<u64>) {
+    let lines = stage.run(&["dead-letters", "list", "--format", "jsonl"]).lines();
+    let find = |reason: &str| {
+        lines.iter().find(|line| line["reason"] == reason).map(|line| line["sequence"].as_u64().unwrap())
+    };
+    (find("refused"), find("invalid"))
+}
+
+fn look_retry_and_drop(stage: &Stage) {
+    let (event, rejection) = letters(stage);
+    let (event, rejection) = (event.unwrap(), rejection.unwrap());
+    let show = stage.run(&["dead-letters", "show", &event.to_string()]);
+    assert_eq!(show.code(), 0, "{}", show.error());
+    let shown: Value = serde_json::from_str(&show.output()).unwrap();
+    assert_eq!(shown["payload"]["text"], "a curse");
+    assert_eq!((shown["reason"].as_str(), shown["sqlstate"].as_str()), (Some("refused"), Some("23514")));
+    assert!(shown["failed_at"].is_string() && shown["origin"]["path"].is_string(), "{shown}");
+    let shown = stage.run(&["dead-letters", "show", &rejection.to_string()]).output();
+    assert!(shown.contains("session_uuid: required field is missing"), "{shown}");
+    assert!(!stage.run(&["dead-letters", "list"]).output().contains("curse"), "text is shown only when asked for");
+
+    assert_eq!(stage.run(&["dead-letters", "show", "999"]).code(), 65);
+    assert_eq!(stage.run(&["dead-letters", "retry", "999"]).code(), 65);
+    assert_eq!(stage.run(&["dead-letters", "drop", "999"]).code(), 65);
+    assert_eq!(stage.run(&["dead-letters", "retry"]).code(), 64);
+    let never = stage.run(&["dead-letters", "retry", &rejection.to_string()]);
+    assert_eq!(never.code(), 65);
+    assert!(never.error().contains("never was an event"), "{}", never.error());
+
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT no_swearing");
+    let retried = stage.run(&["dead-letters", "retry", "--all"]);
+    assert_eq!(retried.code(), 0, "{}", retried.error());
+    let dropped = stage.run(&["dead-letters", "drop", &rejection.to_string()]);
+    assert_eq!(dropped.code(), 0, "{}", dropped.error());
+    assert_eq!(letters(stage), (None, None));
+}
+
+#[test]
+fn dead_letters_are_looked_at_sent_again_and_forgotten_while_the_watcher_runs() {
+    let stage = stage_with_dead_letters();
+    let watcher = stage.start();
+    look_retry_and_drop(&stage);
+    wait_until("it is delivered", SOON, || stage.database().count() == 4);
+    assert_eq!(stage.database().texts(), ["first", "last", "a curse"]);
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
+}
+
+#[test]
+fn dead_letters_are_looked_at_sent_again_and_forgotten_without_the_watcher() {
+    let stage = stage_with_dead_letters();
+    look_retry_and_drop(&stage);
+    assert_eq!(stage.run(&["queue-dump"]).lines().len(), 1);
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["first", "last", "a curse"]);
+}
+
+#[test]
+fn a_letter_that_is_sent_again_goes_to_the_tail() {
+    let server = Server::start();
+    let stage = Stage::with(Some(server.database.another()));
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    stage.database().query("ALTER TABLE events ADD CONSTRAINT no_one CHECK (payload->>'text' <> 'one') NOT VALID");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    stage.run_until_idle();
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT no_one");
+    server.stop("fast");
+    let watcher = stage.start();
+    transcript.say("two");
+    wait_until("it waits", SOON, || watcher.health()["queue"]["pending"] == 1);
+    let letter = letters(&stage).0.unwrap();
+    let answer = watcher.ask("POST", &format!("/dead-letters/{letter}/retry"), &[], "");
+    assert_eq!(answer.code, 200, "{answer:?}");
+    let pending = stage.run(&["queue-dump", "--payload"]).lines();
+    let texts: Vec<&str> = pending.iter().map(|line| line["payload"]["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["two", "one"]);
+    assert_eq!(pending[1]["sequence"], answer.json()["sequence"]);
+    assert_eq!(watcher.ask("POST", &format!("/dead-letters/{letter}/retry"), &[], "").code, 404);
+    assert_eq!(watcher.ask("DELETE", &format!("/dead-letters/{letter}"), &[], "").code, 404);
+    server.start_again();
+    wait_until("they are delivered", SOON, || stage.database().texts() == ["two", "one"]);
+}
+
+#[test]
+fn without_a_queue_there_is_nothing_to_send_again() {
+    let stage = Stage::with(None);
+    for arguments in
+        [&["dead-letters", "list"][..], &["dead-letters", "retry", "--all"], &["dead-letters", "drop", "1"]]
+    {
+        let ran = stage.run(arguments);
+        assert_eq!(ran.code(), 69, "{arguments:?}");
+        assert!(ran.error().contains("no queue at"), "{}", ran.error());
+    }
+    assert!(!stage.folder().join("data/queue").exists(), "looking makes nothing");
+}

@@ -1,0 +1,240 @@
+//! Events of other programs: `emit` and `POST /events`, through the watcher and without one.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use crate::stage::{SOON, Stage, Watcher, rounds, signal, wait_until};
+
+/// One event of each type with its required fields, as `POST /events` takes it.
+fn each_type() -> [Value; 5] {
+    let session = "11111111-2222-4333-8444-555555555555";
+    [
+        ("session_registered", json!({"session_uuid": session, "project_path": "/p", "working_directory": "/p"})),
+        ("session_ended", json!({"session_uuid": session, "reason": "unregistered"})),
+        (
+            "turn_detected",
+            json!({"session_uuid": session, "actor": "user", "text": "hi", "source": "hook",
+                   "turn_timestamp": "2026-01-02T03:04:05Z"}),
+        ),
+        (
+            "state_transition",
+            json!({"agent_id": 1, "command_id": 2, "from_state": "a", "to_state": "b", "trigger": "manual"}),
+        ),
+        ("hook_received", json!({"hook_type": "Stop", "claude_session_id": session, "working_directory": "/p"})),
+    ]
+    .map(|(event_type, payload)| json!({"event_type": event_type, "payload": payload}))
+}
+
+/// A valid event whose payload bears this number.
+fn numbered(number: usize) -> String {
+    json!({"event_type": "session_ended",
+           "payload": {"session_uuid": "s", "reason": "closed", "metadata": {"number": number}}})
+    .to_string()
+}
+
+fn stream(count: usize) -> String {
+    let mut lines = String::new();
+    for number in 0..count {
+        let _ = writeln!(lines, "{}", numbered(number));
+    }
+    lines
+}
+
+fn types(stage: &Stage) -> Vec<String> {
+    let rows = stage.database().query("SELECT event_type FROM events ORDER BY id");
+    rows.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
+}
+
+/// The numbers of [`numbered`] events in the order of the table.
+fn numbers(stage: &Stage) -> Vec<usize> {
+    let rows = stage.database().query("SELECT payload->'metadata'->>'number' FROM events ORDER BY id");
+    rows.into_iter().map(|mut row| row.remove(0).unwrap().parse().unwrap()).collect()
+}
+
+/// The most memory that a process has had, in bytes.
+fn peak_memory_bytes(watcher: &Watcher) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", watcher.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn all_five_types_are_emitted_one_by_one_and_as_a_stream_with_and_without_the_watcher() {
+    let stage = Stage::new();
+    let emit_all = || {
+        for event in each_type() {
+            let event_type = event["event_type"].as_str().unwrap();
+            let options = ["emit", "--type", event_type, "--payload", &event["payload"].to_string(), "--agent-id", "7"];
+            let ran = stage.run(&options);
+            assert_eq!(ran.code(), 0, "{}", ran.error());
+            assert_eq!(ran.output().trim().len(), 36, "the id is printed: {}", ran.output());
+        }
+        let lines: String = each_type().iter().map(|event| format!("{event}\n")).collect();
+        let ran = stage.run_with_input(&["emit", "--ndjson"], lines);
+        assert_eq!((ran.code(), ran.output().trim()), (0, "5 events accepted"), "{}", ran.error());
+    };
+    emit_all();
+    let watcher = stage.start();
+    emit_all();
+    stage.wait_for_rows(20);
+    let expected: Vec<String> = each_type().iter().map(|event| event["event_type"].as_str().unwrap().into()).collect();
+    assert_eq!(types(&stage), [&expected[..], &expected, &expected, &expected].concat());
+    assert_eq!(stage.database().value("SELECT count(*) FROM events WHERE agent_id = 7"), "10");
+    watcher.stop();
+}
+
+#[test]
+fn what_does_not_fit_is_65_with_line_and_field_and_nothing_of_it_is_accepted() {
+    let stage = Stage::with(None);
+    let refused = |stage: &Stage| {
+        let field = stage.run(&["emit", "--type", "session_ended", "--payload", r#"{"session_uuid":"s"}"#]);
+        assert_eq!(field.code(), 65);
+        assert!(field.error().contains("reason: required field is missing"), "{}", field.error());
+        let unknown = stage.run(&["emit", "--type", "session_endd", "--payload", "{}"]);
+        assert_eq!(unknown.code(), 65);
+        assert!(unknown.error().contains("did you mean \"session_ended\""), "{}", unknown.error());
+        let broken = stage.run_with_input(&["emit", "--type", "session_ended", "--payload", "-"], "{\"a\":");
+        assert_eq!(broken.code(), 65);
+        assert!(broken.error().contains("payload: not valid JSON"), "{}", broken.error());
+        let time = stage.run(&["emit", "--type", "session_ended", "--payload", "{}", "--timestamp", "noon"]);
+        assert_eq!(time.code(), 65);
+        assert!(time.error().contains("timestamp: expected a time"), "{}", time.error());
+        for many in [3, 20_000] {
+            let lines = stream(many) + &numbered(0).replace("closed", "tired") + "\n" + &stream(3);
+            let ran = stage.run_with_input(&["emit", "--ndjson"], lines);
+            assert_eq!(ran.code(), 65, "{}", ran.error());
+            assert!(ran.error().contains(&format!("line {}: reason: ", many + 1)), "{}", ran.error());
+            assert!(!ran.error().contains("tired"), "{}", ran.error());
+        }
+        assert_eq!(stage.run(&["emit"]).code(), 64);
+    };
+    refused(&stage);
+    let watcher = stage.start();
+    refused(&stage);
+    assert_eq!(watcher.health()["queue"]["pending"], 0);
+    assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 0);
+    let rejected = stage.run(&["queue-dump", "--dead-letters", "--payload"]).lines();
+    assert!(rejected.iter().any(|letter| letter["message"].as_str().unwrap().contains("reason")), "{rejected:?}");
+}
+
+#[test]
+fn the_same_event_again_is_stored_once() {
+    let stage = Stage::new();
+    let watcher = stage.start();
+    let id = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee";
+    let payload = r#"{"session_uuid":"s","reason":"closed"}"#;
+    for _ in 0..2 {
+        let ran = stage.run(&["emit", "--type", "session_ended", "--payload", payload, "--event-id", id]);
+        assert_eq!((ran.code(), ran.output().trim()), (0, id), "{}", ran.error());
+    }
+    for key in ["my key", id] {
+        let header = format!("Idempotency-Key: {key}");
+        let first = watcher.ask("POST", "/events", &[&header], &stream(3));
+        assert_eq!(first.code, 202, "{first:?}");
+        assert_eq!(first.json(), watcher.ask("POST", "/events", &[&header], &stream(3)).json());
+    }
+    wait_until("all are delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
+    // The key that is an id names the event that was emitted above.
+    assert_eq!(stage.database().count(), 1 + 3 + 2);
+}
+
+#[test]
+fn a_long_stream_is_taken_whole_in_little_memory_in_order_and_its_answer_names_every_event() {
+    let count = rounds(1).max(1) as usize * 30_000;
+    let stage = Stage::new();
+    let watcher = stage.start();
+    let before = peak_memory_bytes(&watcher);
+    let answer = watcher.ask("POST", "/events", &["Content-Type: application/x-ndjson"], &stream(count));
+    assert_eq!(answer.code, 202, "{answer:?}");
+    let answer = answer.json();
+    assert_eq!(answer["accepted"], count);
+    let ids: std::collections::HashSet<&str> =
+        answer["event_ids"].as_array().unwrap().iter().map(|id| id.as_str().unwrap()).collect();
+    assert_eq!(ids.len(), count);
+    wait_until("all are delivered", SOON * rounds(1).max(1), || stage.database().count() == count as u64);
+    assert_eq!(numbers(&stage), (0..count).collect::<Vec<_>>());
+    let grown = peak_memory_bytes(&watcher).saturating_sub(before);
+    eprintln!("{count} events: {} kB of requests, {} kB more memory", stream(count).len() / 1000, grown / 1000);
+    assert!(grown < 40_000_000, "{grown} bytes more");
+    assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_long_stream_that_was_accepted_survives_kill_9_and_one_that_was_not_leaves_nothing() {
+    let mut stage = Stage::new();
+    let count = 6000;
+    // Dies once a part of the stream is in the queue, and again after the next part.
+    for nth in [2, 5] {
+        stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), format!("append-synced:{nth}"));
+        let mut watcher = stage.start();
+        if nth == 2 {
+            let answer = watcher.ask("POST", "/events", &[], &stream(count));
+            assert_eq!(answer.code, 202, "{answer:?}");
+        }
+        watcher.wait();
+    }
+    stage.environment.remove("HEADSPACE_FAULT_POINT");
+    let watcher = stage.start();
+    // Half a request, then the end of its sender.
+    {
+        use std::io::Write;
+        let mut stream_of_one =
+            std::os::unix::net::UnixStream::connect(stage.folder().join("data/watcher.sock")).unwrap();
+        let body = stream(count);
+        write!(stream_of_one, "POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len())
+            .unwrap();
+        stream_of_one.write_all(&body.as_bytes()[..body.len() - 10]).unwrap();
+    }
+    stage.wait_for_rows(count as u64);
+    wait_until("the spool is empty", SOON, || {
+        std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count() == 0
+    });
+    wait_until("all are delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
+    let mut numbers = numbers(&stage);
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..count).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_watcher_that_does_not_answer_is_69_and_a_full_queue_is_74_and_503() {
+    let mut stage = Stage::with(None);
+    stage.set("queue.max_pending_bytes", "1048576").set("event_system.max_event_bytes", "1024");
+    let watcher = stage.start();
+    let full = watcher.ask("POST", "/events", &[], &stream(40_000));
+    assert_eq!(full.code, 413, "{}", full.body);
+    let mut code = 202;
+    for _ in 0..20 {
+        let answer = watcher.ask("POST", "/events", &[], &stream(1000));
+        code = answer.code;
+        if code != 202 {
+            assert!(answer.head.contains("retry-after: "), "{answer:?}");
+            break;
+        }
+    }
+    assert_eq!(code, 503);
+    let ran = stage.run_with_input(&["emit", "--ndjson"], stream(8000));
+    assert_eq!(ran.code(), 74, "{}", ran.error());
+    assert!(ran.error().contains("full"), "{}", ran.error());
+    signal(watcher.pid(), "STOP");
+    let ran = stage.run(&["emit", "--type", "session_ended", "--payload", "{}"]);
+    signal(watcher.pid(), "CONT");
+    assert_eq!(ran.code(), 69, "{}", ran.error());
+    assert!(ran.error().contains("does not answer"), "{}", ran.error());
+}
+
+#[test]
+fn what_postgres_can_not_store_is_mended_and_marked() {
+    let stage = Stage::new();
+    let watcher = stage.start();
+    let event = r#"{"event_type":"session_ended","payload":{"session_uuid":"a\u0000b\ud83d","reason":"closed",
+        "metadata":{"literal":"\\u0000","deep":["\ude00"]}}}"#;
+    assert_eq!(watcher.ask("POST", "/events", &[], event).code, 202);
+    stage.wait_for_rows(1);
+    let payload: Value = serde_json::from_str(&stage.database().value("SELECT payload FROM events")).unwrap();
+    assert_eq!(
+        payload,
+        json!({"session_uuid": "a\u{fffd}b\u{fffd}", "reason": "closed",
+               "metadata": {"literal": "\\u0000", "deep": ["\u{fffd}"], "repaired": true}})
+    );
+}
