@@ -112,7 +112,7 @@ fn drainer(queue: &Queue, url: &str, window: usize, metrics: &Arc<Metrics>) -> a
 }
 
 fn target(url: &str) -> anyhow::Result<TargetSource> {
-    let environment = Environment::new("/", [("DATABASE_URL", url)]);
+    let environment = Environment::new("/", [("DATABASE_URL", url), ("HOME", "/")]);
     let database = Config::load(None, &environment)?.config.database;
     Ok(Arc::new(move || database.resolve(&environment).map_err(|error| error.to_string())))
 }

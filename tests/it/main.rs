@@ -18,6 +18,8 @@ mod full_disk;
 mod health;
 mod http;
 mod metrics;
+mod outages;
+mod proxy;
 mod stopping;
 mod supervisor;
 mod top;
