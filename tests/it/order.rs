@@ -1,0 +1,215 @@
+//! Rows come in the order of acceptance, nothing twice and nothing missing, whatever breaks in the middle of a window,
+//! and wherever the drainer is cut off.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use headspace_watcher::sink::drain::Drainer;
+use headspace_watcher::sink::{Place, Sink, Verdict};
+use headspace_watcher::telemetry::Metrics;
+use tokio::sync::watch;
+
+use crate::inside::{self, CancelledAt, assert_stored};
+use crate::stage::{Database, SOON, Stage};
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+#[test]
+fn transactions_that_fail_in_the_middle_of_a_window_keep_the_order_whatever_the_cause() {
+    let mut stage = Stage::new();
+    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("line", 200);
+    stage.run_until_idle();
+    // Every seventh row is there already. Each of these lines fails three times, line 120 for ever.
+    stage.database().query(
+        "DELETE FROM event_receipts r USING events e WHERE r.row_id = e.id AND e.id % 7 <> 0;
+         DELETE FROM events WHERE id % 7 <> 0;
+         CREATE TABLE trouble (line text PRIMARY KEY, code text, seen text);
+         INSERT INTO trouble VALUES ('line 21', '40001'), ('line 41', '40P01'), ('line 60', '55P03'), ('line 80', '57014'),
+           ('line 101', '57P01'), ('line 120', '23514'), ('line 140', 'XX000'), ('line 161', '53100'),
+           ('line 181', '25006');
+         CREATE SEQUENCE seen_21; CREATE SEQUENCE seen_41; CREATE SEQUENCE seen_60; CREATE SEQUENCE seen_80;
+         CREATE SEQUENCE seen_101; CREATE SEQUENCE seen_120; CREATE SEQUENCE seen_140; CREATE SEQUENCE seen_161;
+         CREATE SEQUENCE seen_181;
+         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+         DECLARE code text; seen bigint;
+         BEGIN
+           SELECT t.code INTO code FROM trouble t WHERE t.line = NEW.payload->>'text';
+           IF code IS NULL THEN RETURN NEW; END IF;
+           seen := nextval('seen_' || split_part(NEW.payload->>'text', ' ', 2));
+           IF seen > 3 AND code <> '23514' THEN RETURN NEW; END IF;
+           IF code = '57P01' THEN
+             PERFORM pg_terminate_backend(pg_backend_pid());
+             PERFORM pg_sleep(1);
+           END IF;
+           RAISE EXCEPTION 'not now' USING ERRCODE = code;
+         END $$;
+         CREATE TRIGGER fail BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION fail()",
+    );
+    let stayed = stage.database().texts();
+    assert!(!stayed.contains(&"line 120".to_owned()), "the line that fails for ever must not be there before");
+    std::fs::remove_dir_all(stage.folder().join("data")).unwrap();
+    stage.run_until_idle();
+    texts.retain(|text| text != "line 120");
+    let now = stage.database().texts();
+    let added: Vec<&String> = now.iter().filter(|text| !stayed.contains(text)).collect();
+    let expected: Vec<&String> = texts.iter().filter(|text| !stayed.contains(text)).collect();
+    assert_eq!(added, expected);
+    assert_eq!(now.len(), texts.len());
+    assert_eq!(stage.database().value("SELECT last_value FROM seen_120"), "3");
+    for line in [21, 41, 60, 80, 101, 140, 161, 181] {
+        assert_eq!(stage.database().value(&format!("SELECT last_value FROM seen_{line}")), "4", "line {line}");
+    }
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    assert_eq!(letters.len(), 1);
+    assert_eq!(letters[0]["sqlstate"], "23514");
+}
+
+#[test]
+fn a_deadlock_and_a_lock_that_is_not_given_are_waited_out() {
+    let database = Database::new();
+    let runtime = runtime();
+    let texts = inside::texts("line", 8);
+    let envelopes = inside::envelopes(&texts, 1);
+    let place = Place { after: None, durable: true };
+    let sink = inside::sink(&format!("{}&options=-c%20deadlock_timeout%3D50ms", database.url));
+    let opened = runtime.block_on(sink.deliver(&envelopes[..1], place));
+    assert!(opened.failure.is_none(), "{opened:?}");
+    // Our transaction holds the receipt of `line 3` and wants the lock; the other holds the lock and wants the receipt.
+    database.query(
+        "CREATE FUNCTION want_lock() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+           IF NEW.payload->>'text' = 'line 3' THEN PERFORM pg_sleep(0.3), pg_advisory_xact_lock(1); END IF;
+           RETURN NEW;
+         END $$;
+         CREATE TRIGGER want_lock BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION want_lock()",
+    );
+    let other = runtime.block_on(connect(&database));
+    // The one whose timer ends first is the victim: ours.
+    let holding = "SET deadlock_timeout = '10s'; BEGIN; SELECT pg_advisory_xact_lock(1)";
+    runtime.block_on(other.batch_execute(holding)).unwrap();
+    let taking = format!(
+        "INSERT INTO event_receipts (event_id, row_id, source_id, captured_at, delivered_at)
+         VALUES ('{}', 0, 0, now(), now())",
+        envelopes[3].event.id()
+    );
+    let asleep = async {
+        let watching = connect(&database).await;
+        let sql = "SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()";
+        while watching.query_opt(sql, &[]).await.unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        other.batch_execute(&taking).await
+    };
+    let (deadlocked, taken) = runtime.block_on(async { tokio::join!(sink.deliver(&envelopes[1..], place), asleep) });
+    assert!(taken.is_ok(), "the other goes on when ours was ended: {taken:?}");
+    assert_eq!(deadlocked.done.len(), 2, "{deadlocked:?}");
+    let failure = deadlocked.failure.unwrap();
+    assert_eq!((failure.verdict, failure.sqlstate.as_deref()), (Verdict::Again, Some("40P01")), "{failure}");
+    // What the other holds now keeps ours waiting until it lets go.
+    let limited = inside::sink(&format!("{}&options=-c%20lock_timeout%3D50ms", database.url));
+    let waited = runtime.block_on(limited.deliver(&envelopes[3..], place));
+    let failure = waited.failure.unwrap();
+    assert_eq!((failure.verdict, failure.sqlstate.as_deref()), (Verdict::Again, Some("55P03")), "{failure}");
+    runtime.block_on(other.batch_execute("ROLLBACK")).unwrap();
+    let rest = runtime.block_on(limited.deliver(&envelopes[3..], place));
+    assert!(rest.failure.is_none(), "{rest:?}");
+    assert_stored(&database, &texts);
+}
+
+async fn connect(database: &Database) -> tokio_postgres::Client {
+    let (client, connection) = tokio_postgres::connect(&database.url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+#[test]
+fn a_delivery_cut_off_at_any_await_loses_and_doubles_nothing() {
+    let database = Database::new();
+    let runtime = runtime();
+    let (sink, mut texts) = (inside::sink(&database.url), Vec::new());
+    let mut waits = 0;
+    loop {
+        let window = inside::texts(&format!("cut off at wait {waits}, line"), 4);
+        let envelopes = inside::envelopes(&window, texts.len() as u64 + 1);
+        texts.extend(window);
+        let place = Place { after: None, durable: true };
+        let (first, rest) = runtime.block_on(async {
+            let first = CancelledAt::new(sink.deliver(&envelopes, place), waits).await;
+            (first, sink.deliver(&envelopes, place).await)
+        });
+        assert!(rest.failure.is_none() && rest.durable && rest.done.len() == 4, "{rest:?}");
+        assert_stored(&database, &texts);
+        if first.is_some() && waits > 8 {
+            break;
+        }
+        // From time to time a new session, so that its opening is cut off too.
+        if waits % 3 == 2 {
+            database.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                  WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            );
+        }
+        waits += 1;
+        assert!(waits < 500, "it never comes to its end");
+    }
+}
+
+#[test]
+fn windows_under_way_behind_one_that_is_cut_off_store_nothing() {
+    let database = Database::new();
+    let runtime = runtime();
+    let sink = inside::sink(&database.url);
+    let texts = inside::texts("line", 9);
+    let envelopes = inside::envelopes(&texts, 1);
+    runtime.block_on(async {
+        let opened = sink.deliver(&envelopes[..1], Place { after: None, durable: true }).await;
+        assert!(opened.failure.is_none(), "{opened:?}");
+    });
+    database.query("CREATE SEQUENCE tries; CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+          IF NEW.payload->>'text' = 'line 3' AND nextval('tries') = 1 THEN RAISE 'not now' USING ERRCODE = '40001'; END IF;
+          RETURN NEW;
+        END $$; CREATE TRIGGER fail BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION fail()");
+    runtime.block_on(async {
+        let place = |after: usize, durable| Place { after: envelopes.get(after).map(|e| e.sequence), durable };
+        let (first, second) = tokio::join!(
+            sink.deliver(&envelopes[1..5], Place { after: None, durable: false }),
+            sink.deliver(&envelopes[5..], place(4, true)),
+        );
+        assert_eq!((first.done.len(), first.durable), (2, true), "{first:?}");
+        assert!(second.done.is_empty() && second.failure.is_some(), "{second:?}");
+        let again = sink.deliver(&envelopes[5..], place(4, true)).await;
+        assert!(again.done.is_empty() && again.failure.is_some(), "it was told to follow what failed: {again:?}");
+        let rest = sink.deliver(&envelopes[3..], Place { after: None, durable: true }).await;
+        assert!(rest.failure.is_none(), "{rest:?}");
+    });
+    assert_stored(&database, &texts);
+}
+
+#[test]
+fn a_drainer_cut_off_at_any_await_loses_and_doubles_nothing() {
+    let database = Database::new();
+    let runtime = runtime();
+    let folder = tempfile::tempdir().unwrap();
+    let texts = inside::texts("line", 400);
+    let queue = inside::queue(&folder.path().join("queue"), &texts);
+    let metrics = Arc::new(Metrics::default());
+    let mut waits = 0;
+    let deadline = Instant::now() + SOON;
+    while queue.stats().pending > 0 {
+        assert!(Instant::now() < deadline, "{} are left", queue.stats().pending);
+        let sink = inside::sink(&database.url);
+        let drainer = Drainer::new(queue.clone(), sink, inside::drain_config(8), metrics.clone());
+        let (_stop, stopped) = watch::channel(false);
+        runtime.block_on(async {
+            let running = CancelledAt::new(drainer.run(stopped), waits);
+            let _ = tokio::time::timeout(Duration::from_millis(200), running).await;
+        });
+        waits = (waits + 1) % 60;
+    }
+    assert_stored(&database, &texts);
+}
