@@ -21,6 +21,7 @@ mod inside;
 mod metrics;
 mod order;
 mod outages;
+mod power_cut;
 mod proxy;
 mod stopping;
 mod supervisor;
