@@ -9,6 +9,7 @@
 mod stage;
 
 mod architecture;
+mod bad_events;
 mod capture;
 mod commands;
 mod dead_letters;
@@ -19,6 +20,7 @@ mod health;
 mod http;
 mod inside;
 mod metrics;
+mod operator_errors;
 mod order;
 mod outages;
 mod power_cut;
