@@ -20,6 +20,7 @@ mod health;
 mod http;
 mod inside;
 mod metrics;
+mod neighbours;
 mod operator_errors;
 mod order;
 mod outages;

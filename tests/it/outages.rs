@@ -62,10 +62,7 @@ impl Scene {
     /// The texts that were written and those that are in the table.
     fn finish(self) -> (Vec<String>, Vec<String>) {
         let written = self.writer.finish();
-        wait_until("all is read and delivered", SOON, || {
-            let health = self.watcher.health();
-            health["queue"]["pending"] == 0 && health["watcher"]["lines"] == written.len()
-        });
+        wait_until("all is delivered", SOON, || self.watcher.has_settled(written.len() + 1));
         let database = self.stage.database();
         assert_eq!(database.value("SELECT count(*) FROM event_receipts"), database.count().to_string());
         (written, database.texts())
@@ -112,8 +109,8 @@ fn a_backend_killed_hard_takes_the_server_down_and_nothing_with_it() {
     let scene = Scene::start(&database, &database.url);
     // Right after such an end the server takes nobody in.
     let count = || {
-        let rows = wait_for("the server answers", SOON, || database.try_query("SELECT count(*) FROM events").ok());
-        rows[0][0].as_ref().unwrap().parse::<u64>().unwrap()
+        let answer = || database.try_query("SELECT count(*) FROM events").ok()?.pop()?.pop()?;
+        wait_for("the server answers", SOON, answer).parse::<u64>().unwrap()
     };
     for _ in 0..2 {
         let before = count();
@@ -382,10 +379,7 @@ fn cut_at_every_answer(window: &str, lines: u32) {
         proxy.set(Road::CutAfter(u64::from(count)));
         texts.extend(transcript.say_many(&format!("cut at {count} line"), lines));
         wait_until("the connection is cut", SOON, || proxy.cuts() == u64::from(count));
-        wait_until("the queue is empty", SOON, || {
-            let health = watcher.health();
-            health["queue"]["pending"] == 0 && health["watcher"]["lines"] == texts.len()
-        });
+        wait_until("the queue is empty", SOON, || watcher.has_settled(texts.len() + 1));
     }
     assert_eq!(database.texts(), texts);
     assert_eq!(database.value("SELECT count(*) FROM event_receipts"), database.count().to_string());

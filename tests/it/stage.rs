@@ -459,6 +459,14 @@ impl Watcher {
         wait_for("health answers", SOON, || serde_json::from_str(&self.get("/health")?.1).ok())
     }
 
+    /// Whether so many events have left the queue since the start, as rows or as dead letters, and none is left.
+    pub fn has_settled(&self, events: usize) -> bool {
+        let health = self.health();
+        let number = |section: &str, name: &str| health[section][name].as_u64().unwrap();
+        let settled = number("writes", "succeeded") + number("writes", "duplicates") + number("queue", "dead_letters");
+        number("queue", "pending") == 0 && settled >= events as u64
+    }
+
     /// SIGTERM, then its status and how long it took.
     #[track_caller]
     pub fn stop(mut self) -> (ExitStatus, Duration) {

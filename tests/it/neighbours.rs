@@ -1,0 +1,253 @@
+//! What stands between us and Postgres, and who else uses it: poolers, standbys, the table's owner, other watchers.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use crate::stage::{Database, SOON, Server, Stage, Writer, wait_until};
+
+/// PgBouncer in front of a database.
+struct Pooler {
+    child: Child,
+    folder: tempfile::TempDir,
+    database: Database,
+}
+
+impl Pooler {
+    /// `None`, said aloud, where there is no PgBouncer.
+    fn start(database: &Database, settings: &str) -> Option<Pooler> {
+        let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/opt/homebrew/bin/pgbouncer"]
+            .map(PathBuf::from)
+            .into_iter()
+            .find(|path| path.exists());
+        let Some(program) = program else {
+            eprintln!("SKIPPED: pgbouncer is not here (Debian: apt-get install pgbouncer)");
+            return None;
+        };
+        static NEXT: AtomicU8 = AtomicU8::new(0);
+        let folder = tempfile::Builder::new().prefix("hw-pool").tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        let server = database.url.split(['?', '&']).find_map(|part| part.strip_prefix("host=")).unwrap();
+        let port = 20_000 + u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        std::fs::write(folder.path().join("users.txt"), "\"headspace\" \"\"\n").unwrap();
+        let config = folder.path().join("pgbouncer.ini");
+        let text = format!(
+            "[databases]\n* = host={server} port=5432 user=headspace\n[pgbouncer]\nlisten_port = {port}\n\
+             unix_socket_dir = {folder}\nauth_type = any\nauth_file = {folder}/users.txt\n\
+             logfile = {folder}/log\npidfile = {folder}/pid\ndefault_pool_size = 4\nserver_round_robin = 1\n{settings}\n",
+            folder = folder.path().display(),
+        );
+        std::fs::write(&config, text).unwrap();
+        // It does not run as root; the user that runs the server may also reach the server's socket.
+        let mut command = match std::env::var("HEADSPACE_TEST_PG_USER") {
+            Ok(user) => {
+                let mut command = Command::new("setpriv");
+                command.args(["--reuid", &user, "--clear-groups", "--"]).arg(program);
+                command
+            }
+            Err(_) if is_root() => {
+                let mut command = Command::new("setpriv");
+                command.args(["--reuid", "postgres", "--clear-groups", "--"]).arg(program);
+                command
+            }
+            Err(_) => Command::new(program),
+        };
+        let child = command.arg(&config).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let url = database.url.replace(server, folder.path().to_str().unwrap()) + &format!("&port={port}");
+        let pooler = Pooler { child, folder, database: Database { url } };
+        wait_until("the pooler answers", SOON, || pooler.database.try_query("SELECT 1").is_ok());
+        Some(pooler)
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n")
+}
+
+/// Events flow through the pooler, exactly once and in order, also while its server connections are cut.
+fn flows_through(settings: &str) {
+    let database = Database::new();
+    let Some(pooler) = Pooler::start(&database, settings) else { return };
+    let mut stage = Stage::with(Some(database.clone()));
+    stage.environment.insert("DATABASE_URL".to_owned(), pooler.database.url.clone());
+    let watcher = stage.start();
+    let writer = Writer::start(stage.transcript("-home-me-app", 1), Duration::from_millis(3));
+    // Others use the pool too, so that our transactions come to different server connections.
+    for _ in 0..3 {
+        let before = database.count();
+        wait_until("rows go on", SOON, || {
+            let _ = pooler.database.try_query("BEGIN; SELECT pg_sleep(0.002); COMMIT");
+            database.count() > before + 60
+        });
+        database.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+              WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        );
+    }
+    let texts = writer.finish();
+    wait_until("all is delivered", SOON, || watcher.has_settled(texts.len() + 1));
+    assert_eq!(database.texts(), texts, "{} {}", watcher.log(), pooler.log());
+    assert_eq!(database.value("SELECT count(*) FROM event_receipts"), database.count().to_string());
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
+    // Nothing of ours is left in the server connections for whoever gets them next.
+    assert_eq!(pooler.database.value("SHOW statement_timeout"), "0");
+}
+
+#[test]
+fn events_flow_through_pgbouncer_in_session_mode() {
+    flows_through("pool_mode = session");
+}
+
+#[test]
+fn events_flow_through_pgbouncer_in_transaction_mode() {
+    flows_through("pool_mode = transaction");
+}
+
+#[test]
+fn events_flow_through_pgbouncer_in_transaction_mode_that_hides_itself() {
+    // It takes the startup options and passes them over, so only lost statements give it away.
+    flows_through("pool_mode = transaction\nignore_startup_parameters = options,extra_float_digits");
+}
+
+#[test]
+fn two_watchers_share_pgbouncer_in_transaction_mode() {
+    let database = Database::new();
+    let Some(pooler) = Pooler::start(&database, "pool_mode = transaction\nignore_startup_parameters = options") else {
+        return;
+    };
+    let stages = [1, 2].map(|number| {
+        let mut stage = Stage::with(Some(database.clone()));
+        stage.environment.insert("DATABASE_URL".to_owned(), pooler.database.url.clone());
+        stage.transcript("-home-me-app", number).say_many(&format!("watcher {number} line"), 500);
+        stage
+    });
+    let watchers = stages.each_ref().map(Stage::start);
+    for watcher in &watchers {
+        wait_until("its queue is empty", SOON, || watcher.has_settled(501));
+    }
+    for number in [1, 2] {
+        let expected: Vec<String> = (0..500).map(|line| format!("watcher {number} line {line}")).collect();
+        let stored: Vec<String> =
+            database.texts().into_iter().filter(|text| text.starts_with(&format!("watcher {number} "))).collect();
+        let odd = stored.iter().zip(&expected).find(|(stored, expected)| stored != expected);
+        assert_eq!((odd, stored.len()), (None, expected.len()), "{} {}", watchers[0].log(), watchers[1].log());
+    }
+    assert_eq!(database.count(), 1002);
+}
+
+#[test]
+fn a_standby_that_must_confirm_is_waited_for() {
+    let server = Server::start();
+    let database = server.database.another();
+    let mut stage = Stage::with(Some(database.clone()));
+    stage.set("database.statement_timeout_ms", "500");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("before", 5);
+    stage.run_until_idle();
+    server.database.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
+    server.database.query("SELECT pg_reload_conf()");
+    let watcher = stage.start();
+    wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
+    texts.extend(transcript.say_many("while the standby is away", 5));
+    wait_until("it is noticed", SOON, || watcher.health()["database"]["state"] == "down");
+    // Nothing leaves the queue that the standby has not confirmed, however often it is tried.
+    let failed = watcher.health()["writes"]["failed"].as_u64().unwrap();
+    wait_until("it tries again", SOON, || watcher.health()["writes"]["failed"].as_u64().unwrap() > failed + 1);
+    assert_eq!(watcher.health()["queue"]["pending"], 5);
+    server.database.query("ALTER SYSTEM RESET synchronous_standby_names");
+    server.database.query("SELECT pg_reload_conf()");
+    wait_until("all is delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
+    assert_eq!(database.texts(), texts);
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    assert_eq!(database.value(waiting), "0", "backends are left behind");
+}
+
+#[test]
+fn the_original_s_table_with_its_foreign_keys_and_other_writers_is_used_as_it_stands() {
+    for column in ["command_id", "task_id"] {
+        let stage = Stage::new();
+        stage.database().query(&format!(
+            "CREATE TABLE projects (id serial PRIMARY KEY); CREATE TABLE agents (id serial PRIMARY KEY);
+             CREATE TABLE commands (id serial PRIMARY KEY); CREATE TABLE turns (id serial PRIMARY KEY);
+             CREATE TABLE events (id serial PRIMARY KEY, timestamp timestamptz NOT NULL,
+               project_id int REFERENCES projects (id) ON DELETE CASCADE,
+               agent_id int REFERENCES agents (id) ON DELETE CASCADE,
+               {column} int REFERENCES commands (id) ON DELETE CASCADE,
+               turn_id int REFERENCES turns (id) ON DELETE CASCADE,
+               event_type varchar(50) NOT NULL, payload jsonb);
+             CREATE INDEX ix_events_timestamp ON events (timestamp)"
+        ));
+        let watcher = stage.start();
+        let texts = stage.transcript("-home-me-app", 1).say_many("line", 300);
+        for _ in 0..50 {
+            stage.database().query(
+                "INSERT INTO events (timestamp, event_type, payload) VALUES (now(), 'state_transition', '{\"by\": \"other\"}')",
+            );
+        }
+        wait_until("all is delivered", SOON, || watcher.has_settled(301));
+        assert_eq!(stage.database().texts(), texts);
+        assert_eq!(stage.database().count(), 351);
+    }
+}
+
+#[test]
+fn service_files_are_refused_by_a_clear_word() {
+    let mut stage = Stage::with(None);
+    stage.environment.insert("PGSERVICE".to_owned(), "mine".to_owned());
+    let ran = stage.run(&["run", "--until-idle"]);
+    assert_eq!(ran.code(), 78, "{}", ran.error());
+    assert!(ran.error().contains("service files are not supported; set database.url"), "{}", ran.error());
+}
+
+#[test]
+fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
+    let mut stage = Stage::new();
+    stage.set("database.notify_channel", "new events");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("first");
+    stage.run_until_idle();
+    stage.database().query("ALTER TABLE events ADD CONSTRAINT no_bad CHECK (payload->>'text' <> 'bad')");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (sender, received) = std::sync::mpsc::channel();
+    let client = runtime.block_on(async {
+        let (client, mut connection) =
+            tokio_postgres::connect(&stage.database().url, tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
+                if let tokio_postgres::AsyncMessage::Notification(notification) = message {
+                    let _ = sender.send(notification.payload().to_owned());
+                }
+            }
+        });
+        client.batch_execute("LISTEN \"new events\"").await.unwrap();
+        client
+    });
+    let bad = transcript.prompt("bad");
+    let known = transcript.prompt("first");
+    transcript.append(bad + "\n" + &known + "\n");
+    let texts = transcript.say_many("line", 300);
+    stage.run_until_idle();
+    assert_eq!(stage.database().count(), texts.len() as u64 + 2);
+    let ids: Vec<String> = stage
+        .database()
+        .query("SELECT id FROM events WHERE payload->>'text' LIKE 'line %' ORDER BY id")
+        .into_iter()
+        .map(|mut row| row.remove(0).unwrap())
+        .collect();
+    let heard: Vec<String> = (0..ids.len()).map(|_| received.recv_timeout(SOON).unwrap()).collect();
+    assert_eq!(heard, ids);
+    assert!(received.recv_timeout(Duration::from_millis(200)).is_err(), "more was told than was stored");
+    drop(client);
+}
