@@ -279,7 +279,7 @@ enum Trouble {
     DatabaseMisconfigured,
     #[error("no database is configured; events wait in the queue. Set database.url, DATABASE_URL or PGHOST")]
     DatabaseUnconfigured,
-    #[error("{0} dead letters; see \"headspace-watcher queue-dump --dead-letters\"")]
+    #[error("{0} dead letter{plural}; see \"headspace-watcher queue-dump --dead-letters\"", plural = if *.0 == 1 { "" } else { "s" })]
     DeadLetters(u64),
     #[error(
         "{0} transcripts are not wholly stored and Claude Code deletes them within {WARN_DAYS} days; bring the database \

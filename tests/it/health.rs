@@ -66,7 +66,7 @@ fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_mend() {
     assert_eq!(health["status"], "warn");
     assert!(health["database"]["last_error"].as_str().unwrap().contains("headspace-watcher migrate"), "{health}");
     let reasons = health["reasons"].to_string();
-    assert!(reasons.contains("dead letters") && reasons.contains("someone mends"), "{reasons}");
+    assert!(reasons.contains("1 dead letter;") && reasons.contains("someone mends"), "{reasons}");
     assert_eq!(stage.run(&["migrate"]).code(), 0);
     wait_until("up", SOON, || watcher.health()["database"]["state"] == "up");
 }

@@ -24,6 +24,7 @@ mod neighbours;
 mod operator_errors;
 mod order;
 mod outages;
+mod page;
 mod power_cut;
 mod proxy;
 mod stopping;

@@ -90,7 +90,7 @@ fn top_shows_what_goes_on_at_80_by_24_and_texts_only_when_asked_for() {
         "headspace-watcher",
         "▲ warn",
         &format!("pid {}", watcher.pid()),
-        "1 dead letters",
+        "1 dead letter;",
         "captured",
         "delivered",
         "queue      0 (0 B)",

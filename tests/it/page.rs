@@ -1,0 +1,188 @@
+//! The status page: one self-contained page that is kept up to date, and nobody else's to read.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::stage::{SOON, Stage, wait_until};
+
+/// A stage whose watcher listens on TCP, and where.
+fn with_port(mut stage: Stage) -> (Stage, u16) {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    stage.set("http.listen", &format!("127.0.0.1:{port}"));
+    (stage, port)
+}
+
+/// A request with further header lines, each ending with CR LF; the answer is to be read from what it gives.
+fn ask(port: u16, target: &str, headers: &str) -> BufReader<TcpStream> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    write!(stream, "GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n{headers}\r\n").unwrap();
+    BufReader::new(stream)
+}
+
+/// The whole answer.
+fn get(port: u16, target: &str, headers: &str) -> String {
+    let mut answer = String::new();
+    ask(port, target, headers).read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn code(answer: &str) -> u16 {
+    answer.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+/// The next server-sent event.
+fn next_event(stream: &mut BufReader<TcpStream>) -> Value {
+    loop {
+        let mut line = String::new();
+        assert!(stream.read_line(&mut line).unwrap() > 0, "the stream has ended");
+        if let Some(data) = line.strip_prefix("data: ") {
+            return serde_json::from_str(data).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_page_needs_nothing_from_outside_and_lets_nothing_else_run() {
+    let (stage, port) = with_port(Stage::with(None));
+    let _watcher = stage.start();
+    wait_until("it listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let answer = get(port, "/", "");
+    let (head, page) = answer.split_once("\r\n\r\n").unwrap();
+    assert_eq!(code(head), 200);
+    let policy = head.lines().find_map(|line| line.strip_prefix("content-security-policy: ")).unwrap();
+    assert!(policy.starts_with("default-src 'none';") && policy.contains("connect-src 'self'"), "{policy}");
+    assert!(!policy.contains("unsafe") && policy.contains("frame-ancestors 'none'"), "{policy}");
+    let nonce = policy.split("'nonce-").nth(1).unwrap().split('\'').next().unwrap();
+    assert_eq!(page.matches(&format!("nonce=\"{nonce}\"")).count(), 2, "one style and one script");
+    assert!(!get(port, "/", "").contains(nonce), "a nonce is used once");
+    for outside in ["http://", "https://", "//cdn", " src=", "@import", "{{"] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    assert!(
+        page.contains("<html lang=") && page.contains("name=\"viewport\"") && page.contains("prefers-color-scheme")
+    );
+}
+
+#[test]
+fn only_who_has_the_token_sees_what_happens_and_no_page_of_another_origin() {
+    let (mut stage, port) = with_port(Stage::with(None));
+    stage.set("http.token", "a-secret-token");
+    let _watcher = stage.start();
+    wait_until("it listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    assert_eq!(code(&get(port, "/", "")), 200, "the page itself holds nothing and asks for the token");
+    for target in ["/overview", "/live", "/metrics", "/health"] {
+        assert_eq!(code(&get(port, target, "")), 401, "{target}");
+        assert_eq!(code(&get(port, target, "Authorization: Bearer another-token\r\n")), 401, "{target}");
+        let foreign = "Origin: http://evil.example\r\nAuthorization: Bearer a-secret-token\r\n";
+        assert_eq!(code(&get(port, target, foreign)), 403, "{target}");
+    }
+    assert_eq!(code(&get(port, "/overview", "Authorization: Bearer a-secret-token\r\n")), 200);
+}
+
+#[test]
+fn whoever_looks_on_gets_the_last_ten_minutes_and_then_every_second() {
+    let (stage, port) = with_port(Stage::new());
+    let watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say_many("a secret text", 5);
+    stage.wait_for_rows(6);
+    let overview = || -> Value { serde_json::from_str(&watcher.get("/overview").unwrap().1).unwrap() };
+    wait_until("three samples", SOON, || overview()["samples"].as_array().unwrap().len() >= 3);
+    let mut live = ask(port, "/live", "");
+    let first = next_event(&mut live);
+    assert!(first["samples"].as_array().unwrap().len() >= 3, "{first}");
+    let captured: u64 = first["samples"].as_array().unwrap().iter().map(|one| one["captured"].as_u64().unwrap()).sum();
+    assert_eq!((captured, &first["totals"]["delivered"]), (6, &6.into()), "{first}");
+    assert_eq!(first["lag"]["events"], 6, "{first}");
+    assert!(first["lag"]["p50_seconds"].as_f64().unwrap() > 0.0);
+    assert_eq!(first["events"].as_array().unwrap().len(), 6);
+    assert_eq!(first["events"][0]["session"], transcript.session.as_str());
+    assert_eq!((&first["events"][0]["detail"], &first["events"][0]["origin"]), (&"user".into(), &"transcript".into()));
+    assert_eq!(first["sessions"][0]["events"], 6);
+    assert!(!first.to_string().contains("secret"), "text is shown only when asked for");
+    let with_text = watcher.get("/overview?text=true&samples=0").unwrap().1;
+    assert!(with_text.contains("a secret text 4"), "{with_text}");
+    let begun = Instant::now();
+    let (second, third) = (next_event(&mut live), next_event(&mut live));
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert_eq!(second["samples"].as_array().unwrap().len(), 1);
+    assert!(third["samples"][0]["at"].as_i64() > second["samples"][0]["at"].as_i64());
+}
+
+#[test]
+fn only_so_many_look_on_and_a_place_is_given_back() {
+    let (stage, port) = with_port(Stage::with(None));
+    let _watcher = stage.start();
+    wait_until("it listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let mut viewers: Vec<_> = (0..32).map(|_| ask(port, "/live", "")).collect();
+    viewers.iter_mut().for_each(|viewer| drop(next_event(viewer)));
+    let refused = get(port, "/live", "");
+    assert_eq!(code(&refused), 503);
+    assert!(refused.contains("close one"), "{refused}");
+    drop(viewers);
+    wait_until("a place is free", SOON, || {
+        let mut line = String::new();
+        ask(port, "/live", "").read_line(&mut line).unwrap();
+        code(&line) == 200
+    });
+}
+
+/// What Chromium makes of the page after some seconds, or `None`, said aloud, where there is no Chromium.
+fn rendered(stage: &Stage, port: u16) -> Option<(String, String)> {
+    let found = ["chromium", "chromium-browser", "google-chrome"].into_iter();
+    let program = found.into_iter().find(|program| Command::new(program).arg("--version").output().is_ok());
+    let Some(program) = program else {
+        eprintln!("SKIPPED: no Chromium here (Debian: apt-get install chromium)");
+        return None;
+    };
+    let profile = stage.folder().join("profile");
+    let output = Command::new(program)
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
+        .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        .args(["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"])
+        .arg(format!("--user-data-dir={}", profile.display()))
+        .arg(format!("http://127.0.0.1:{port}/"))
+        .output()
+        .unwrap();
+    Some((String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+#[test]
+fn a_browser_shows_the_page_alive() {
+    let (stage, port) = with_port(Stage::new());
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("a secret text");
+    transcript.append("<script>alert('no JSON')</script>\n");
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    stage.database().query("ALTER TABLE events ADD CHECK (payload->>'text' IS DISTINCT FROM 'poison')");
+    transcript.say("poison");
+    wait_until("both dead letters", SOON, || watcher.health()["queue"]["dead_letters"] == 2);
+    let expected = [
+        "▲ It works, but someone should look",
+        "2 dead letters;",
+        ">live<",
+        "2 since start, 0 known already",
+        "session_registered",
+        "aria-label=\"Retry dead letter ",
+        ">never was an event<",
+        "aria-label=\"Events a second over the last 10 minutes: at most ",
+        "-home-me-app",
+    ];
+    // How far the page is when Chromium takes its picture is Chromium's to say.
+    let deadline = Instant::now() + SOON;
+    let page = loop {
+        let Some((page, log)) = rendered(&stage, port) else { return };
+        for complaint in ["Content Security Policy", "Uncaught", "SyntaxError", "TypeError"] {
+            assert!(!log.contains(complaint), "{log}");
+        }
+        let Some(missing) = expected.iter().find(|part| !page.contains(**part)) else { break page };
+        assert!(Instant::now() < deadline, "{missing}: {page}");
+    };
+    assert!(!page.contains("secret text"), "{page}");
+}
