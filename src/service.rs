@@ -10,6 +10,7 @@
 //! answers in flight or 300 ms; who has not ended after three fifths of the time is named once and left behind, which
 //! is harmless as every step can be repeated; then the queue is flushed and synced.
 
+mod manager;
 mod pulse;
 
 use std::net::SocketAddr;
@@ -24,7 +25,8 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
-use self::pulse::{Pulse, tell_systemd};
+use self::manager::{Manager, Notice};
+use self::pulse::Pulse;
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
 use crate::health::{HealthSource, Moment};
@@ -120,7 +122,9 @@ impl Service {
                 + config.event_system.write_retry_max_delay,
         });
         let history = Arc::new(History::default());
-        let pulse = tokio::spawn(Pulse { health: health.clone(), history: history.clone() }.run());
+        let manager = Manager::of_process();
+        let pulse = Pulse { health: health.clone(), history: history.clone(), manager: manager.clone() };
+        let pulse = tokio::spawn(pulse.run());
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
         let mut parts =
             Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None, spool: None };
@@ -130,13 +134,13 @@ impl Service {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
                       projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
                       pending = queue.stats().pending, "ready");
-                tell_systemd(&[sd_notify::NotifyState::Ready]);
+                manager.tell(Notice::Ready);
                 self.wait(running, &parts).await
             }
             Err(error) => Err(error),
         };
         pulse.abort();
-        tell_systemd(&[sd_notify::NotifyState::Stopping]);
+        manager.tell(Notice::Stopping);
         parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
     }
 

@@ -9,6 +9,7 @@ mod hook;
 mod migrate;
 mod queue_dump;
 mod run;
+mod service;
 mod status;
 mod top;
 
@@ -102,6 +103,11 @@ enum Command {
     /// Create or bring up to date what is needed in Postgres
     #[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
     Migrate(MigrateArguments),
+    /// Install the systemd user unit or launchd agent that keeps the watcher running
+    #[command(
+        after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml service install\n  headspace-watcher service status"
+    )]
+    Service(ServiceArguments),
     /// Print what a shell needs to complete commands and options
     #[command(
         after_help = "Examples:\n  headspace-watcher completions bash > ~/.local/share/bash-completion/completions/headspace-watcher\n  headspace-watcher completions zsh > \"${fpath[1]}/_headspace-watcher\""
@@ -114,6 +120,39 @@ struct TopArguments {
     /// Show the beginning of each event's text
     #[arg(long)]
     text: bool,
+}
+
+#[derive(Args)]
+struct ServiceArguments {
+    #[command(subcommand)]
+    action: ServiceAction,
+    /// For whom; the system's own supervisor when not given
+    #[arg(long = "for", global = true, value_enum, value_name = "SUPERVISOR")]
+    kind: Option<ServiceKind>,
+}
+
+#[derive(Subcommand)]
+enum ServiceAction {
+    /// Write it, enable it and start it
+    Install {
+        /// Write the file only
+        #[arg(long)]
+        no_enable: bool,
+    },
+    /// Stop it, disable it and remove it
+    Uninstall {
+        /// Remove the file only
+        #[arg(long)]
+        no_enable: bool,
+    },
+    /// Whether it is installed and runs. Exit code 0 when it runs, else 3
+    Status,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ServiceKind {
+    Systemd,
+    Launchd,
 }
 
 #[derive(Args)]
@@ -388,6 +427,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
+        Command::Service(arguments) => service::service(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),
     }
 }

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
+use super::manager::{Manager, Notice};
 use crate::health::{Health, HealthSource, Moment, Status};
 use crate::history::{History, Sampler};
 
@@ -20,6 +21,7 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 pub struct Pulse {
     pub health: Arc<HealthSource>,
     pub history: Arc<History>,
+    pub manager: Manager,
 }
 
 impl Pulse {
@@ -38,7 +40,7 @@ impl Pulse {
             beat.tick().await;
             let now = Moment::now();
             if watchdog.is_some() && self.health.goes_on(now) {
-                tell_systemd(&[sd_notify::NotifyState::Watchdog]);
+                self.manager.tell(Notice::GoesOn);
             }
             if now.clock.saturating_duration_since(sampled) + period / 2 < PULSE_INTERVAL {
                 continue;
@@ -48,7 +50,7 @@ impl Pulse {
             self.history.push(sample, sampler.lag_of_last_minute());
             let health = self.health.health(now);
             state.note(&health);
-            state.tell(&health, now);
+            state.tell(&self.manager, &health, now);
         }
     }
 }
@@ -76,7 +78,7 @@ impl State {
         }
     }
 
-    fn tell(&mut self, health: &Health, now: Moment) {
+    fn tell(&mut self, manager: &Manager, health: &Health, now: Moment) {
         let status = format!(
             "{}: {} pending, {} delivered, {} dead letters, database {}",
             health.status.as_str(),
@@ -90,15 +92,8 @@ impl State {
             *told != status && (changed || now.clock.saturating_duration_since(at.clock) >= STATUS_INTERVAL)
         });
         if is_due {
-            tell_systemd(&[sd_notify::NotifyState::Status(&status)]);
+            manager.tell(Notice::Status(status.clone()));
             self.told = Some((status, now));
         }
-    }
-}
-
-/// Tells systemd, where it listens.
-pub fn tell_systemd(state: &[sd_notify::NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        warn!(error = %error, "could not tell systemd");
     }
 }

@@ -27,6 +27,7 @@ mod outages;
 mod page;
 mod power_cut;
 mod proxy;
+mod services;
 mod stopping;
 mod supervisor;
 mod top;

@@ -1,0 +1,72 @@
+//! The service manager: what systemd is told, where it listens.
+//!
+//! Sending blocks while its socket is full. A thread of its own waits for that, so that nothing else does.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use sd_notify::NotifyState;
+use tracing::warn;
+
+/// What waits to be told at most; a manager that does not listen is not told everything.
+const NOTICES_MAX: usize = 16;
+
+pub enum Notice {
+    Ready,
+    Status(String),
+    /// Feeds the watchdog.
+    GoesOn,
+    Stopping,
+}
+
+/// Tells the service manager. Cheap to clone.
+#[derive(Clone)]
+pub struct Manager {
+    /// `None` where nobody listens.
+    notices: Option<SyncSender<Notice>>,
+}
+
+impl Manager {
+    /// The one that `NOTIFY_SOCKET` names, if it does.
+    pub fn of_process() -> Manager {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return Manager { notices: None };
+        }
+        let (notices, waiting) = sync_channel(NOTICES_MAX);
+        let thread = std::thread::Builder::new().name("systemd".to_owned()).spawn(move || pass_on(&waiting));
+        match thread {
+            Ok(_) => Manager { notices: Some(notices) },
+            Err(error) => {
+                warn!(error = %error, "could not tell systemd");
+                Manager { notices: None }
+            }
+        }
+    }
+
+    /// Returns at once.
+    pub fn tell(&self, notice: Notice) {
+        if let Some(notices) = &self.notices {
+            // Full: it does not listen, and what is told every second is told again.
+            let _ = notices.try_send(notice);
+        }
+    }
+}
+
+fn pass_on(notices: &Receiver<Notice>) {
+    let mut said = false;
+    for notice in notices {
+        let told = match &notice {
+            Notice::Ready => sd_notify::notify(&[NotifyState::Ready]),
+            Notice::Status(status) => sd_notify::notify(&[NotifyState::Status(status)]),
+            Notice::GoesOn => sd_notify::notify(&[NotifyState::Watchdog]),
+            Notice::Stopping => sd_notify::notify(&[NotifyState::Stopping]),
+        };
+        match told {
+            Ok(()) => said = false,
+            Err(error) if !said => {
+                said = true;
+                warn!(error = %error, "could not tell systemd");
+            }
+            Err(_) => {}
+        }
+    }
+}
