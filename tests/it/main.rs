@@ -19,6 +19,7 @@ mod full_disk;
 mod health;
 mod http;
 mod inside;
+mod logs;
 mod metrics;
 mod neighbours;
 mod operator_errors;
