@@ -99,7 +99,9 @@ fn five_hundred_connections_do_no_harm() {
         .collect();
     let begun = Instant::now();
     assert_eq!(ask(address, "POST", "/events", &["Host: localhost"], EVENT).code, 202);
-    eprintln!("answered after {:?} among {} idle connections", begun.elapsed(), idle.len());
+    let elapsed = begun.elapsed();
+    // Before their heads have run out of time: they are closed because others wait.
+    assert!(elapsed < Duration::from_secs(8), "answered after {elapsed:?} among {} idle connections", idle.len());
     // The commands' socket does not notice.
     assert_eq!(watcher.get("/livez").unwrap().0, 200);
     drop(idle);
