@@ -402,6 +402,7 @@ mod tests {
                 false,
             ),
             (|facts| facts.stats.dead_letters = 3, Trouble::DeadLetters(3), Status::Warn, false),
+            (|facts| facts.transcripts_expiring = 2, Trouble::TranscriptsExpire(2), Status::Warn, false),
         ] {
             let found = after(change);
             assert_eq!(found, Some(expected.clone()));

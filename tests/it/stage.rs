@@ -209,6 +209,8 @@ pub struct Stage {
     pub database: Option<Database>,
     /// Environment of every process started here; overrides the configuration.
     pub environment: BTreeMap<String, String>,
+    /// A command and its arguments that run the program for us: with fewer rights, under limits.
+    pub wrapped_by: Vec<String>,
 }
 
 impl Stage {
@@ -224,7 +226,7 @@ impl Stage {
         // The lines that tests write were said long ago: only where a test says so do their sessions end.
         let config = "claude:\n  projects_path: projects\nfile_watcher:\n  inactivity_timeout: 3153600000\nhttp:\n  listen: null\n";
         std::fs::write(folder.path().join("config.yaml"), config).unwrap();
-        Stage { folder, database, environment: BTreeMap::new() }
+        Stage { folder, database, environment: BTreeMap::new(), wrapped_by: Vec::new() }
     }
 
     /// Sets a configuration key through its twin in the environment: `set("queue.drain_window", "1")`.
@@ -256,7 +258,15 @@ impl Stage {
 
     /// The program with this stage's configuration and nothing of the caller's environment that could steer it.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_headspace-watcher"));
+        let program = env!("CARGO_BIN_EXE_headspace-watcher");
+        let mut command = match self.wrapped_by.split_first() {
+            Some((wrapper, further)) => {
+                let mut command = Command::new(wrapper);
+                command.args(further).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
         command.args(arguments).current_dir(self.folder()).env_clear().stdin(Stdio::null());
         for name in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
             if let Some(value) = std::env::var_os(name) {

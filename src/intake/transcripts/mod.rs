@@ -110,6 +110,8 @@ pub struct Follower {
     again: Vec<Arc<Path>>,
     /// Cursors to go back to once their files are not being read.
     rewound: Vec<(Arc<Path>, Cursor)>,
+    /// Cursors that moved over lines which are no events: as they were when that began, and now.
+    moved: BTreeMap<Arc<Path>, (Cursor, Cursor)>,
     buffer: Vec<u8>,
     doorbell: Doorbell,
     watch: Watch,
@@ -146,6 +148,7 @@ impl Follower {
             in_flight: VecDeque::new(),
             again: Vec::new(),
             rewound: Vec::new(),
+            moved: BTreeMap::new(),
             buffer: Vec::new(),
             doorbell: Doorbell::new(),
             watch: Watch::default(),
@@ -218,9 +221,11 @@ impl Follower {
                     more.insert(path);
                 }
             }
+            self.flush_moved()?;
             self.await_tickets(0)?;
             more.extend(std::mem::take(&mut self.again));
         }
+        self.flush_moved()?;
         self.await_tickets(0)
     }
 
@@ -269,6 +274,7 @@ impl Follower {
             }
             again.into_iter().rev().for_each(|path| paths.push_front(path));
         }
+        self.flush_moved()?;
         self.await_tickets(0)?;
         Ok(unfinished)
     }
@@ -579,6 +585,20 @@ impl Follower {
         metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), now);
     }
 
+    /// Hands over the cursors that moved over lines which are no events.
+    fn flush_moved(&mut self) -> Result<(), QueueError> {
+        if self.moved.is_empty() {
+            return Ok(());
+        }
+        let mut batch = Batch::default();
+        let mut undo = Undo::default();
+        for (path, (before, now)) in std::mem::take(&mut self.moved) {
+            batch.cursors.push((path.to_path_buf(), Some(now)));
+            undo.rewind.push((path, before));
+        }
+        self.submit(batch, undo)
+    }
+
     fn submit(&mut self, batch: Batch, undo: Undo) -> Result<(), QueueError> {
         let submission = self.intake.submit(batch);
         self.in_flight.push_back(HandedOver { submission, undo });
@@ -615,6 +635,7 @@ impl Follower {
             }
         }
         for (path, before) in std::mem::take(&mut self.rewound) {
+            self.moved.remove(&path);
             match self.files.get_mut(&path) {
                 Some(file) => file.rewind(before),
                 // It is being read at this moment.

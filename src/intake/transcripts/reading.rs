@@ -25,6 +25,9 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Events of one batch: with lines of a kilobyte about as much as a chunk.
 const BATCH_EVENTS_MAX: usize = 1024;
 
+/// Cursors that moved over lines which are no events, in one batch.
+const MOVED_CURSORS_MAX: usize = 256;
+
 /// Bytes of damaged lines in one batch, above one line.
 const BATCH_REJECTED_BYTES_MAX: usize = 4 << 20;
 
@@ -474,10 +477,30 @@ impl Follower {
     ) -> Result<(), ReadError> {
         file.cursor.fingerprint = place.fingerprint();
         file.scanned_to = file.cursor.offset;
+        if batch.events.is_empty() && batch.rejections.is_empty() {
+            return self.move_cursor(file, before);
+        }
+        self.moved.remove(&file.path);
         batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
         self.submit(batch, Undo { rewind: vec![(Arc::clone(&file.path), before)], ..Undo::default() })?;
         // A batch that found no room has set the file back; what was read after it is to be read again.
         if self.again.contains(&file.path) { Err(ReadError::NoRoom) } else { Ok(()) }
+    }
+}
+
+impl Follower {
+    /// Puts a cursor down that moved over lines which are no events: it goes with others, as each batch costs the queue a
+    /// sync. Losing it only reads those lines again.
+    fn move_cursor(&mut self, file: &Followed, before: Cursor) -> Result<(), ReadError> {
+        if self.again.contains(&file.path) {
+            return Err(ReadError::NoRoom);
+        }
+        let now = file.cursor.clone();
+        self.moved.entry(Arc::clone(&file.path)).and_modify(|moved| moved.1 = now.clone()).or_insert((before, now));
+        if self.moved.len() >= MOVED_CURSORS_MAX {
+            self.flush_moved()?;
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,231 @@
+//! Sessions begin once and end once each time they end: closed, by timeout, or unregistered.
+
+use std::fs;
+use std::process::{Child, Command};
+
+use serde_json::Value;
+
+use crate::stage::{SOON, Stage, Transcript, wait_for, wait_until};
+
+/// The ends in the table: reason, time, payload.
+fn ends(stage: &Stage) -> Vec<(String, String, Value)> {
+    if stage.database().count() == 0 {
+        return Vec::new();
+    }
+    let sql = "SELECT payload->>'reason', to_char(\"timestamp\" AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'), payload
+                 FROM events WHERE event_type = 'session_ended' ORDER BY id";
+    let rows = stage.database().query(sql).into_iter();
+    rows.map(|row| {
+        let [reason, at, payload] = row.try_into().unwrap();
+        (reason.unwrap(), at.unwrap(), serde_json::from_str(&payload.unwrap()).unwrap())
+    })
+    .collect()
+}
+
+fn reasons(stage: &Stage) -> Vec<String> {
+    ends(stage).into_iter().map(|(reason, _, _)| reason).collect()
+}
+
+#[track_caller]
+fn wait_for_ends(stage: &Stage, expected: &[&str]) {
+    wait_until(&format!("the ends {expected:?}, there are {:?}", reasons(stage)), SOON, || reasons(stage) == expected);
+}
+
+fn with_timeout(seconds: &str) -> Stage {
+    let mut stage = Stage::new();
+    stage.set("file_watcher.polling_interval", "0.1");
+    stage.set("file_watcher.inactivity_timeout", seconds);
+    stage
+}
+
+/// A prompt at a time of its own, as `HH:MM` of one day or with the day before it.
+fn say_at(transcript: &mut Transcript, text: &str, time: &str) {
+    let time = if time.contains('T') { time.to_owned() } else { format!("2026-01-02T{time}:00") };
+    let line = transcript.prompt(text).replace("2026-01-02T03:04:05.678Z", &format!("{time}.000Z"));
+    transcript.append(line + "\n");
+}
+
+fn say_now(transcript: &mut Transcript, text: &str) {
+    let now = jiff::Timestamp::now();
+    let line = transcript.prompt(text).replace("2026-01-02T03:04:05.678Z", &format!("{now:.3}"));
+    transcript.append(line + "\n");
+}
+
+/// A process that Claude Code's own folder says has the session open.
+struct Process {
+    child: Child,
+    file: std::path::PathBuf,
+}
+
+impl Process {
+    fn open(stage: &Stage, transcript: &Transcript) -> Process {
+        let child = Command::new("sleep").arg("600").spawn().unwrap();
+        let folder = stage.folder().join("sessions");
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join(format!("{}.json", child.id()));
+        let text = format!(r#"{{"pid":{},"sessionId":"{}","cwd":"/"}}"#, child.id(), transcript.session);
+        fs::write(&file, text).unwrap();
+        Process { child, file }
+    }
+
+    /// As a crash does: the file stays.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
+#[test]
+fn old_history_ends_once_at_the_time_it_ended_and_with_every_pause() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_at(&mut transcript, "morning", "08:00");
+    say_at(&mut transcript, "still morning", "09:00");
+    say_at(&mut transcript, "evening", "18:00");
+    let metadata = r#"{"type":"custom-title","customTitle":"t","timestamp":"2026-01-05T00:00:00.000Z"}"#;
+    transcript.append(metadata.to_owned() + "\n");
+    stage.run_until_idle();
+    let found = ends(&stage);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert_eq!((found[0].0.as_str(), found[0].1.as_str()), ("timeout", "2026-01-02 10:30:00"));
+    assert_eq!((found[1].0.as_str(), found[1].1.as_str()), ("timeout", "2026-01-02 19:30:00"));
+    assert_eq!(found[0].2["duration_seconds"], 3600);
+    assert_eq!(found[1].2["duration_seconds"], 36_000);
+    assert_eq!(found[1].2["last_activity_at"], "2026-01-02T18:00:00.000Z");
+    // Neither starting again nor reading everything again ends them again.
+    stage.run_until_idle();
+    fs::remove_dir_all(stage.folder().join("data")).unwrap();
+    stage.run_until_idle();
+    assert_eq!(ends(&stage), found);
+}
+
+#[test]
+fn a_session_that_comes_back_ends_again_whether_the_watcher_ran_or_not() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_at(&mut transcript, "one", "08:00");
+    let watcher = stage.start();
+    wait_for_ends(&stage, &["timeout"]);
+    say_at(&mut transcript, "back", "12:00");
+    wait_for_ends(&stage, &["timeout", "timeout"]);
+    // Killed in the middle; meanwhile it comes back and ends twice.
+    watcher.kill();
+    say_at(&mut transcript, "back again", "16:00");
+    say_at(&mut transcript, "and again", "20:00");
+    stage.run_until_idle();
+    let times: Vec<String> = ends(&stage).into_iter().map(|(_, at, _)| at).collect();
+    let expected = ["2026-01-02 09:30:00", "2026-01-02 13:30:00", "2026-01-02 17:30:00", "2026-01-02 21:30:00"];
+    assert_eq!(times, expected);
+}
+
+#[test]
+fn a_live_session_times_out_by_what_is_said_not_by_metadata() {
+    let stage = with_timeout("3");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let _watcher = stage.start();
+    say_now(&mut transcript, "one");
+    stage.wait_for_rows(2);
+    // Opened again and again, which is no activity.
+    wait_for("its end", SOON, || {
+        transcript.append("{\"type\":\"mode\",\"mode\":\"normal\"}\n");
+        reasons(&stage).pop()
+    });
+    assert_eq!(reasons(&stage), ["timeout"]);
+    say_now(&mut transcript, "two");
+    wait_for_ends(&stage, &["timeout", "timeout"]);
+}
+
+#[test]
+fn a_session_whose_process_is_gone_is_closed() {
+    let stage = with_timeout("5400");
+    let mut first = stage.transcript("-home-me-app", 1);
+    let mut second = stage.transcript("-home-me-app", 2);
+    say_now(&mut first, "one");
+    say_now(&mut second, "two");
+    let (crashed, left) = (Process::open(&stage, &first), Process::open(&stage, &second));
+    let watcher = stage.start();
+    stage.wait_for_rows(4);
+    crashed.kill();
+    wait_for_ends(&stage, &["closed"]);
+    assert_eq!(ends(&stage)[0].2["session_uuid"], first.session.as_str());
+    // Its file goes while nobody looks.
+    watcher.kill();
+    drop(left);
+    stage.run_until_idle();
+    wait_for_ends(&stage, &["closed", "closed"]);
+    // Opened again it ends again, once something was said.
+    let again = Process::open(&stage, &first);
+    say_now(&mut first, "three");
+    let _watcher = stage.start();
+    stage.wait_for_rows(7);
+    assert_eq!(reasons(&stage).len(), 2);
+    drop(again);
+    wait_for_ends(&stage, &["closed", "closed", "closed"]);
+}
+
+#[test]
+fn a_session_whose_transcript_is_removed_is_unregistered_also_while_nobody_looks() {
+    let stage = with_timeout("5400");
+    let mut first = stage.transcript("-home-me-app", 1);
+    let mut second = stage.transcript("-home-me-app", 2);
+    say_now(&mut first, "one");
+    say_now(&mut second, "two");
+    let watcher = stage.start();
+    stage.wait_for_rows(4);
+    fs::remove_file(&first.path).unwrap();
+    wait_for_ends(&stage, &["unregistered"]);
+    watcher.kill();
+    fs::remove_file(&second.path).unwrap();
+    stage.run_until_idle();
+    wait_for_ends(&stage, &["unregistered", "unregistered"]);
+    stage.run_until_idle();
+    assert_eq!(reasons(&stage).len(), 2);
+}
+
+#[test]
+fn a_copy_of_a_session_ends_none_of_the_pauses_that_it_inherited() {
+    let stage = with_timeout("5400");
+    let mut original = stage.transcript("-home-me-app", 1);
+    let mut copy = stage.transcript("-home-me-app", 2);
+    say_at(&mut original, "one", "08:00");
+    say_at(&mut original, "two", "12:00");
+    let opened = r#"{"type":"queue-operation","operation":"enqueue","timestamp":"2026-01-03T10:00:00.000Z"}"#;
+    copy.append(opened.to_owned() + "\n");
+    let history = fs::read_to_string(&original.path).unwrap();
+    copy.append(history.replace(&original.session, &copy.session));
+    say_at(&mut copy, "three", "2026-01-03T10:00:05");
+    stage.run_until_idle();
+    let found = ends(&stage);
+    let of = |session: &str| found.iter().filter(|end| end.2["session_uuid"] == session).count();
+    assert_eq!((of(&original.session), of(&copy.session)), (2, 1), "{found:?}");
+    assert_eq!(
+        found.iter().find(|end| end.2["session_uuid"] == copy.session.as_str()).unwrap().2["duration_seconds"],
+        5
+    );
+    assert_eq!(stage.database().texts(), ["one", "two", "three"]);
+    let registered = "SELECT payload->>'started_at' FROM events WHERE event_type = 'session_registered' ORDER BY id";
+    let started: Vec<_> = stage.database().query(registered).into_iter().flatten().flatten().collect();
+    assert_eq!(started, ["2026-01-02T08:00:00.000Z", "2026-01-03T10:00:00.000Z"]);
+}
+
+#[test]
+fn a_transcript_of_metadata_only_registers_and_ends_nothing() {
+    let stage = with_timeout("1");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.append("{\"type\":\"summary\",\"summary\":\"s\",\"leafUuid\":\"x\"}\n");
+    transcript.append("{\"type\":\"mode\",\"mode\":\"normal\"}\n");
+    let mut empty = stage.transcript("-home-me-app", 2);
+    empty.append("");
+    stage.run_until_idle();
+    fs::remove_file(&transcript.path).unwrap();
+    stage.run_until_idle();
+    assert_eq!(stage.database().count(), 0);
+}
