@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
@@ -450,7 +450,7 @@ fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<(
     tokio::spawn(async move {
         let mut said = false;
         loop {
-            match TcpListener::bind(address).await {
+            match http::listen(address) {
                 Ok(listener) => {
                     if said {
                         info!(%address, "the HTTP port is free now");

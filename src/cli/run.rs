@@ -9,15 +9,19 @@ use headspace_watcher::telemetry::Metrics;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Context, Exit, Failure, RunArguments};
 
 /// How long threads that hang in a system call are waited for at the very end.
 const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 
+/// Open files that are asked for: transcripts, connections and the queue, with room to spare.
+const FILES_WANTED: u64 = 8192;
+
 pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
     context.start_logging();
+    allow_files();
     let (target, has_database) = context.target()?;
     let until = if arguments.until_idle { Until::Idle } else { Until::Stopped };
     // Built by hand: dropping a runtime waits for ever on a thread that hangs.
@@ -40,6 +44,18 @@ pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> 
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN_TIMEOUT);
     result.map(|()| Exit::Fine)
+}
+
+/// Raises our own limit of open files as far as the system lets us; some start programs with 256.
+fn allow_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(FILES_WANTED, |maximum| maximum.min(FILES_WANTED));
+    if limit.current.is_some_and(|current| current < wanted)
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum })
+    {
+        warn!(error = %error, "the limit of open files could not be raised");
+    }
 }
 
 /// Turns true at the first SIGTERM or SIGINT; the second ends the process at once.

@@ -12,7 +12,7 @@ use crate::queue::{QueueError, RetryOutcome};
 
 pub async fn retry(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
     let Some(sequence) = Sequence::new(sequence) else { return not_found(0) };
-    match tokio::task::block_in_place(|| api.intake.queue().retry_dead_letter(sequence)) {
+    match api.work(|| api.intake.queue().retry_dead_letter(sequence)).await {
         Ok(RetryOutcome::Queued(new)) => answer(StatusCode::OK, &json!({"sequence": new.get()})),
         Ok(RetryOutcome::NotFound) => not_found(sequence.get()),
         Ok(RetryOutcome::NotAnEvent) => {
@@ -24,7 +24,7 @@ pub async fn retry(State(api): State<Api>, Path(sequence): Path<u64>) -> Respons
 
 pub async fn forget(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
     let Some(sequence) = Sequence::new(sequence) else { return not_found(0) };
-    match tokio::task::block_in_place(|| api.intake.queue().drop_dead_letter(sequence)) {
+    match api.work(|| api.intake.queue().drop_dead_letter(sequence)).await {
         Ok(true) => answer(StatusCode::OK, &json!({"dropped": sequence.get()})),
         Ok(false) => not_found(sequence.get()),
         Err(problem) => unavailable(&problem),

@@ -11,7 +11,6 @@ use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::block_in_place;
 
 use super::dead_letters::unavailable;
 use super::listings::streamed;
@@ -59,7 +58,7 @@ pub async fn events(
     loop {
         match incoming.next().await {
             Ok(Some(bytes)) => {
-                if let Err(refusal) = block_in_place(|| request.feed(&bytes)) {
+                if let Err(refusal) = api.work(|| request.feed(&bytes)).await {
                     incoming.read_leftovers().await;
                     return refused(refusal);
                 }
@@ -76,7 +75,7 @@ pub async fn events(
             Err(answer) => return answer,
         }
     }
-    match block_in_place(|| request.finish()) {
+    match api.work(|| request.finish()).await {
         Ok(AcceptedRequest::Batch(ids)) => {
             let ids: Vec<String> = ids.iter().map(|id| id.to_string()).collect();
             answer(StatusCode::ACCEPTED, &json!({"accepted": ids.len(), "event_ids": ids}))

@@ -8,7 +8,6 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use tokio::task::block_in_place;
 use tracing::warn;
 
 use super::events::{BodyRoom, Incoming, busy};
@@ -53,10 +52,12 @@ pub async fn hook(
         working_directory: None,
         project_path: None,
     };
-    let left = block_in_place(|| {
-        let record = api.intake.redacted(hook::record(&input, arrival, api.capture));
-        api.spool.leave(&record)
-    });
+    let left = api
+        .work(|| {
+            let record = api.intake.redacted(hook::record(&input, arrival, api.capture));
+            api.spool.leave(&record)
+        })
+        .await;
     match left {
         Ok(()) => {
             api.spool.ring();

@@ -27,7 +27,7 @@ use tokio::sync::Semaphore;
 
 pub use self::access::Access;
 pub use self::page::{Overview, RecentEvent, RecentSession};
-pub use self::server::serve;
+pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
 use crate::health::{HealthSource, Moment, Status};
@@ -41,6 +41,9 @@ const BODY_BYTES_MAX: usize = 64 << 20;
 /// Listings at once. Each takes a thread and a page of the queue.
 const LISTINGS_MAX: usize = 16;
 
+/// Requests that check, write or sync at once; each of them holds a thread.
+const WORKING_MAX: usize = 16;
+
 /// What the routes answer from. Cheap to clone.
 #[derive(Clone)]
 pub struct Api {
@@ -52,6 +55,7 @@ pub struct Api {
     /// A permit is a kilobyte.
     body_room: Arc<Semaphore>,
     listings: Arc<Semaphore>,
+    working: Arc<Semaphore>,
 }
 
 impl Api {
@@ -70,7 +74,15 @@ impl Api {
             capture,
             body_room: Arc::new(Semaphore::new(BODY_BYTES_MAX / 1024)),
             listings: Arc::new(Semaphore::new(LISTINGS_MAX)),
+            working: Arc::new(Semaphore::new(WORKING_MAX)),
         }
+    }
+
+    /// Does what blocks, when it is its turn.
+    async fn work<T>(&self, work: impl FnOnce() -> T) -> T {
+        // Nobody closes the semaphore; without a permit it would still be right, only not bounded.
+        let _permit = self.working.acquire().await.ok();
+        tokio::task::block_in_place(work)
     }
 }
 

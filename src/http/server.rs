@@ -1,12 +1,14 @@
 //! Serves connections within limits, so that neither many of them nor slow ones do harm.
 //!
 //! So many are held at once ([`CONNECTIONS_MAX`] on each listener); who comes later waits in the listener's backlog until
-//! one ends, or until one that does nothing is closed in its favour: one without a request after a second, one whose
+//! one ends, or until one that does nothing is closed in its favour: one without a request after five seconds, one whose
 //! request or answer has not moved for half a minute. Heads are bounded in size, number of fields and time.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,10 +25,11 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::AbortHandle;
 
-/// Connections at once. Leaves files enough for transcripts where a process may have 1,024 of them.
-pub const CONNECTIONS_MAX: usize = 256;
+/// Connections at once on one listener. `cli::run` sees to it that there are files enough beside them.
+pub const CONNECTIONS_MAX: usize = 512;
 
 /// Time for the head of a request, and for the next request on a connection that is kept.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,13 +39,24 @@ const HEAD_BYTES_MAX: usize = 32 << 10;
 const HEADER_FIELDS_MAX: usize = 64;
 
 /// A connection without a request may be closed after this when others wait.
-const IDLE_AFTER: Duration = Duration::from_secs(1);
+const IDLE_AFTER: Duration = Duration::from_secs(5);
 
 /// One with a request may be when neither it nor its answer has moved for so long.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 
+/// Connections that wait to be taken. With fewer, the system turns callers away when many come at the same moment.
+const BACKLOG: u32 = 1024;
+
 /// How often it is looked for a connection to close while others wait.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Listens on a TCP address.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Serves `router` on `listener` for ever.
 pub async fn serve<L>(mut listener: L, router: Router)
@@ -84,12 +98,18 @@ struct Activity {
     begun: Instant,
     /// Milliseconds after `begun` at which something last moved.
     moved: AtomicU64,
-    has_request: AtomicBool,
+    /// Whether it is our turn: to look at the connection for the first time, or to answer.
+    is_our_turn: AtomicBool,
 }
 
 impl Activity {
     fn new() -> Activity {
-        Activity { begun: Instant::now(), moved: AtomicU64::new(0), has_request: AtomicBool::new(false) }
+        Activity { begun: Instant::now(), moved: AtomicU64::new(0), is_our_turn: AtomicBool::new(true) }
+    }
+
+    fn has_turn(&self, is_our_turn: bool) {
+        self.is_our_turn.store(is_our_turn, Ordering::Relaxed);
+        self.moves();
     }
 
     fn moves(&self) {
@@ -98,7 +118,7 @@ impl Activity {
 
     fn is_useless(&self) -> bool {
         let quiet = self.begun.elapsed().saturating_sub(Duration::from_millis(self.moved.load(Ordering::Relaxed)));
-        quiet > if self.has_request.load(Ordering::Relaxed) { STUCK_AFTER } else { IDLE_AFTER }
+        quiet > if self.is_our_turn.load(Ordering::Relaxed) { STUCK_AFTER } else { IDLE_AFTER }
     }
 }
 
@@ -107,16 +127,14 @@ struct UnderWay(Arc<Activity>);
 
 impl UnderWay {
     fn new(activity: &Arc<Activity>) -> UnderWay {
-        activity.has_request.store(true, Ordering::Relaxed);
-        activity.moves();
+        activity.has_turn(true);
         UnderWay(activity.clone())
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.0.has_request.store(false, Ordering::Relaxed);
-        self.0.moves();
+        self.0.has_turn(false);
     }
 }
 
@@ -124,6 +142,7 @@ async fn connection<I>(io: I, router: Router, activity: Arc<Activity>)
 where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
+    activity.has_turn(false);
     let routes = TowerToHyperService::new(router);
     let service = service_fn(move |request: hyper::Request<Incoming>| answer(&routes, request, &activity));
     let serving = http1::Builder::new()
