@@ -10,8 +10,8 @@
 //! answers in flight or 300 ms; who has not ended after three fifths of the time is named once and left behind, which
 //! is harmless as every step can be repeated; then the queue is flushed and synced.
 
-mod manager;
 mod pulse;
+mod systemd;
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -25,8 +25,8 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
-use self::manager::{Manager, Notice};
 use self::pulse::Pulse;
+use self::systemd::{Notice, Systemd};
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
 use crate::health::{HealthSource, Moment};
@@ -122,8 +122,8 @@ impl Service {
                 + config.event_system.write_retry_max_delay,
         });
         let history = Arc::new(History::default());
-        let manager = Manager::of_process();
-        let pulse = Pulse { health: health.clone(), history: history.clone(), manager: manager.clone() };
+        let systemd = Systemd::of_process();
+        let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
         let pulse = tokio::spawn(pulse.run());
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
         let mut parts =
@@ -134,13 +134,13 @@ impl Service {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
                       projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
                       pending = queue.stats().pending, "ready");
-                manager.tell(Notice::Ready);
+                systemd.tell(Notice::Ready);
                 self.wait(running, &parts).await
             }
             Err(error) => Err(error),
         };
         pulse.abort();
-        manager.tell(Notice::Stopping);
+        systemd.tell(Notice::Stopping);
         parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
     }
 

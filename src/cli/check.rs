@@ -1,14 +1,26 @@
 //! `check`: what is wrong, and how to mend it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use headspace_watcher::config::Config;
 use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::schema::Schemas;
+use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::connect_settings;
-use headspace_watcher::sink::postgres::PostgresSink;
+use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
+use serde_json::Value;
 
 use super::{CheckArguments, Context, Exit, Failure, block_on};
+
+/// The oldest PostgreSQL that is tested.
+const POSTGRES_VERSION_MIN: i32 = 130_000;
+
+/// A clock further off than this confuses whoever compares timestamps.
+const CLOCK_SKEW_MAX: Duration = Duration::from_secs(2);
+
+/// Below this the queue can't be expected to work.
+const FREE_BYTES_MIN: u64 = 64 << 20;
 
 /// What became of one thing that was looked at.
 enum Finding {
@@ -25,12 +37,17 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("schemas", schemas(config)),
         ("redact", redact(config)),
         ("transcripts", transcripts(&config.claude.projects_path)),
+        ("notifications", notifications(&config.claude.projects_path)),
+        ("hooks", hooks(&context.settings_file())),
         ("queue", writable(&config.queue.path)),
+        ("queue", held(config)),
+        ("queue", file_system(&config.queue.path)),
+        ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
         ("spool", writable(&config.queue.spool_path)),
         ("socket", socket(&config.http.socket)),
     ];
     if !arguments.no_database {
-        findings.push(("database", database(context)?));
+        findings.extend(database(context)?.into_iter().map(|finding| ("database", finding)));
     }
     let mut wrong = false;
     for (subject, finding) in findings {
@@ -115,33 +132,293 @@ fn socket(path: &Path) -> Finding {
     }
 }
 
-fn database(context: &Context) -> Result<Finding, Failure> {
+fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
     let (target, has_database) = match context.target() {
         Ok(target) => target,
-        Err(failure) => return Ok(Finding::Wrong(failure.message)),
+        Err(failure) => return Ok(vec![Finding::Wrong(failure.message)]),
     };
     if !has_database {
-        return Ok(Finding::Note(
+        return Ok(vec![Finding::Note(
             "none is configured: events would stay in the queue; set database.url, DATABASE_URL or PGHOST, or use scripts/run-watcher.sh"
                 .to_owned(),
-        ));
+        )]);
     }
     let config = context.config();
     let inspected = block_on(PostgresSink::inspect(connect_settings(config, target)))?;
     Ok(match inspected {
-        Ok(inspection) if inspection.missing.is_empty() => {
-            Finding::Fine(format!("PostgreSQL {}, the tables are there", inspection.version))
-        }
-        Ok(inspection) if config.database.auto_migrate => Finding::Fine(format!(
-            "PostgreSQL {}; will be created at the start: {}",
-            inspection.version,
-            inspection.missing.join(", ")
-        )),
-        Ok(inspection) => Finding::Wrong(format!(
-            "PostgreSQL {}; missing: {}; run \"headspace-watcher migrate\" or set database.auto_migrate",
-            inspection.version,
-            inspection.missing.join(", ")
-        )),
-        Err(error) => Finding::Wrong(error.to_string()),
+        Ok(inspection) => judge_database(&inspection, config.database.auto_migrate),
+        Err(error) => vec![Finding::Wrong(error.to_string())],
     })
+}
+
+fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
+    let version = &database.version;
+    let missing = database.missing.join(", ");
+    let mut findings = vec![match (database.missing.is_empty(), auto_migrate) {
+        (true, _) => Finding::Fine(format!("PostgreSQL {version}, the tables are there")),
+        (false, true) if !database.may_create => Finding::Wrong(format!(
+            "PostgreSQL {version}; missing: {missing}, and this user may not create tables; GRANT CREATE ON SCHEMA, or run \"headspace-watcher migrate\" as the schema's owner"
+        )),
+        (false, true) => Finding::Fine(format!("PostgreSQL {version}; will be created at the start: {missing}")),
+        (false, false) => Finding::Wrong(format!(
+            "PostgreSQL {version}; missing: {missing}; run \"headspace-watcher migrate\" or set database.auto_migrate"
+        )),
+    }];
+    if database.version_number < POSTGRES_VERSION_MIN {
+        let oldest = POSTGRES_VERSION_MIN / 10_000;
+        findings.push(Finding::Wrong(format!("PostgreSQL {version} is too old; {oldest} or later is needed")));
+    }
+    if !database.lacks.is_empty() {
+        let lacks = database.lacks.join(", ");
+        findings.push(Finding::Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
+    }
+    if database.is_read_only {
+        let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
+        findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
+    }
+    let skew = database.clock_ahead.unsigned_abs();
+    if skew > CLOCK_SKEW_MAX {
+        let direction = if database.clock_ahead.is_negative() { "behind" } else { "ahead of" };
+        findings.push(Finding::Note(format!(
+            "its clock is {} s {direction} this machine's; delivered_at and the events' timestamps will not fit together. Set both by NTP",
+            skew.as_secs()
+        )));
+    }
+    findings
+}
+
+/// Notifications make new lines seen at once; where they can't be had, rescanning finds them.
+fn notifications(projects: &Path) -> Finding {
+    let limit = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_watches");
+    let Some(limit) = limit.ok().and_then(|limit| limit.trim().parse::<u64>().ok()) else {
+        return Finding::Fine("this system needs no watch for each folder".to_owned());
+    };
+    let entries = walkdir::WalkDir::new(projects).max_depth(8).into_iter().flatten();
+    judge_watches(entries.filter(|entry| entry.file_type().is_dir()).count() as u64, limit)
+}
+
+fn judge_watches(folders: u64, limit: u64) -> Finding {
+    let text = format!("{folders} folders to watch, fs.inotify.max_user_watches is {limit}");
+    // Editors and others of this user take from the same limit.
+    if folders.saturating_mul(4) > limit.saturating_mul(3) {
+        let way_out = format!("sudo sysctl fs.inotify.max_user_watches={}", (folders * 4).max(524_288));
+        return Finding::Wrong(format!("{text}: too low, new lines would wait for the rescan; {way_out}"));
+    }
+    Finding::Fine(text)
+}
+
+/// Whether Claude Code's settings call this program.
+fn hooks(settings: &Path) -> Finding {
+    let shown = settings.display();
+    let install = "run \"headspace-watcher hooks install\"";
+    let text = match std::fs::read_to_string(settings) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Finding::Note(format!(
+                "none: there is no {shown}; transcripts are followed all the same. To have hooks too, {install}"
+            ));
+        }
+        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; mend its owner or mode")),
+    };
+    let settings: Value = match serde_json::from_str(&text) {
+        Ok(settings) => settings,
+        Err(error) => return Finding::Wrong(format!("{shown} is no JSON: {error}; Claude Code can't read it either")),
+    };
+    let commands = hook_commands(&settings);
+    let Some(command) = commands.first() else {
+        return Finding::Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
+    };
+    let ours = std::env::current_exe().and_then(|program| program.canonicalize()).unwrap_or_default();
+    let called = called_program(command);
+    match called.canonicalize() {
+        Ok(program) if program == ours => {
+            Finding::Fine(format!("{} hooks in {shown} call this program", commands.len()))
+        }
+        Ok(_) => Finding::Note(format!("{shown} calls {}, which is not this program; {install}", called.display())),
+        // By its bare name it is looked for in Claude Code's own PATH, which is not known here.
+        Err(_) if called.components().count() == 1 => Finding::Fine(format!("{shown} calls {}", called.display())),
+        Err(error) => Finding::Wrong(format!("{shown} calls {}: {error}; {install}", called.display())),
+    }
+}
+
+/// The commands of all hooks that call headspace-watcher.
+fn hook_commands(settings: &Value) -> Vec<String> {
+    let events = settings.get("hooks").and_then(Value::as_object).into_iter().flat_map(|events| events.values());
+    let groups = events.filter_map(Value::as_array).flatten();
+    let hooks = groups.filter_map(|group| group.get("hooks").and_then(Value::as_array)).flatten();
+    let commands = hooks.filter_map(|hook| hook.get("command").and_then(Value::as_str));
+    commands.filter(|command| command.contains("headspace-watcher")).map(str::to_owned).collect()
+}
+
+/// The first word of a shell command, its quotes taken off.
+fn called_program(command: &str) -> PathBuf {
+    let command = command.trim_start();
+    let quoted = command.chars().next().filter(|first| matches!(first, '"' | '\''));
+    let word = match quoted {
+        Some(quote) => command.get(1..).unwrap_or_default().split(quote).next(),
+        None => command.split_whitespace().next(),
+    };
+    PathBuf::from(word.unwrap_or_default())
+}
+
+/// Whether somebody holds the queue.
+fn held(config: &Config) -> Finding {
+    let queue = QueueConfig { path: config.queue.path.clone(), max_pending_bytes: config.queue.max_pending_bytes };
+    match Queue::inspect(&queue) {
+        Ok(queue) => Finding::Fine(format!("nobody holds it; {} pending", queue.stats().pending)),
+        Err(QueueError::NotFound { .. }) => Finding::Fine("made when the watcher first runs".to_owned()),
+        Err(QueueError::InUse { pid, .. }) => {
+            let holder = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
+            match std::os::unix::net::UnixStream::connect(&config.http.socket) {
+                Ok(_) => Finding::Fine(format!("held by the running watcher, {holder}")),
+                Err(_) => Finding::Wrong(format!(
+                    "held by {holder}, which does not listen on {}; end it, or set queue.path or http.socket as it has them",
+                    config.http.socket.display()
+                )),
+            }
+        }
+        Err(error) => Finding::Wrong(error.to_string()),
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn file_system(folder: &Path) -> Finding {
+    let existing = existing(folder);
+    match rustix::fs::statfs(existing) {
+        Ok(found) => judge_file_system(found.f_type as u64, existing),
+        Err(error) => Finding::Note(format!("the file system of {} is not known: {error}", existing.display())),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn file_system(folder: &Path) -> Finding {
+    Finding::Fine(format!("{}: keep it on a local disk", folder.display()))
+}
+
+/// `magic`: the number of the kind of file system, of statfs(2).
+#[cfg(target_os = "linux")]
+fn judge_file_system(magic: u64, folder: &Path) -> Finding {
+    let kind = match magic & 0xffff_ffff {
+        0x6969 => "NFS",
+        0x517b | 0xfe53_4d42 | 0xff53_4d42 => "SMB",
+        0x0102_1997 => "9P",
+        0x00c3_6400 => "Ceph",
+        0x5346_414f | 0x6b41_4653 => "AFS",
+        0x6573_5546 => {
+            let text =
+                format!("{} is on FUSE: make sure it is a local disk; locks and syncs must be real", folder.display());
+            return Finding::Note(text);
+        }
+        _ => return Finding::Fine("on a local file system".to_owned()),
+    };
+    Finding::Wrong(format!(
+        "{} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk",
+        folder.display()
+    ))
+}
+
+fn disk(folder: &Path, pending_bytes_max: u64) -> Finding {
+    let existing = existing(folder);
+    match rustix::fs::statvfs(existing) {
+        Ok(found) => judge_disk(found.f_bavail.saturating_mul(found.f_frsize), pending_bytes_max, existing),
+        Err(error) => Finding::Note(format!("the room below {} is not known: {error}", existing.display())),
+    }
+}
+
+fn judge_disk(free: u64, pending_bytes_max: u64, folder: &Path) -> Finding {
+    let text = format!("{} free below {}", super::status::bytes(free), folder.display());
+    if free < FREE_BYTES_MIN {
+        return Finding::Wrong(format!("{text}: too little; make room, or set queue.path to another disk"));
+    }
+    if free < pending_bytes_max {
+        let max = super::status::bytes(pending_bytes_max);
+        return Finding::Note(format!(
+            "{text}, less than queue.max_pending_bytes ({max}): the disk would be full before the queue is"
+        ));
+    }
+    Finding::Fine(text)
+}
+
+/// The folder, or its nearest parent that exists.
+fn existing(folder: &Path) -> &Path {
+    folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn database() -> Inspection {
+        Inspection {
+            version: "15.4".to_owned(),
+            version_number: 150_004,
+            missing: Vec::new(),
+            lacks: Vec::new(),
+            may_create: true,
+            is_read_only: false,
+            clock_ahead: jiff::SignedDuration::ZERO,
+        }
+    }
+
+    /// What is not fine about it.
+    fn wrong(change: impl FnOnce(&mut Inspection)) -> Vec<String> {
+        let mut inspection = database();
+        change(&mut inspection);
+        let findings = judge_database(&inspection, true);
+        findings
+            .into_iter()
+            .filter_map(|finding| match finding {
+                Finding::Fine(_) => None,
+                Finding::Note(text) => Some(format!("note: {text}")),
+                Finding::Wrong(text) => Some(text),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_database_is_judged_by_age_privileges_mode_and_clock() {
+        assert!(wrong(|_| {}).is_empty());
+        assert!(wrong(|found| found.version_number = 120_009)[0].contains("13 or later"));
+        assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
+        assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
+        let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));
+        assert!(ahead[0].starts_with("note: its clock is 9 s ahead of"), "{ahead:?}");
+        let behind = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(-9));
+        assert!(behind[0].contains("9 s behind this machine's"), "{behind:?}");
+        let no_right = wrong(|found| (found.missing, found.may_create) = (vec!["events".to_owned()], false));
+        assert!(no_right[0].contains("GRANT CREATE"), "{no_right:?}");
+    }
+
+    #[test]
+    fn little_room_few_watches_and_network_file_systems_are_found() {
+        let here = Path::new("/here");
+        assert!(matches!(judge_disk(10 << 30, 4 << 30, here), Finding::Fine(_)));
+        assert!(matches!(judge_disk(1 << 30, 4 << 30, here), Finding::Note(_)));
+        assert!(matches!(judge_disk(1 << 20, 4 << 30, here), Finding::Wrong(_)));
+        assert!(matches!(judge_watches(100, 8192), Finding::Fine(_)));
+        assert!(matches!(judge_watches(7000, 8192), Finding::Wrong(text) if text.contains("sysctl")));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_network_file_system_is_told_by_its_number() {
+        let here = Path::new("/here");
+        for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
+            assert!(matches!(judge_file_system(magic, here), Finding::Wrong(text) if text.contains(expected)));
+        }
+        assert!(matches!(judge_file_system(0x6573_5546, here), Finding::Note(_)));
+        assert!(matches!(judge_file_system(0xef53, here), Finding::Fine(_)), "ext4");
+    }
+
+    #[test]
+    fn the_program_of_a_hook_is_found_whatever_its_quotes() {
+        for (command, expected) in [
+            ("/opt/headspace-watcher hook", "/opt/headspace-watcher"),
+            ("'/opt/my programs/headspace-watcher' hook", "/opt/my programs/headspace-watcher"),
+            (" \"/a/headspace-watcher\" hook", "/a/headspace-watcher"),
+            ("headspace-watcher hook", "headspace-watcher"),
+        ] {
+            assert_eq!(called_program(command), Path::new(expected));
+        }
+    }
 }

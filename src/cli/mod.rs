@@ -363,6 +363,13 @@ impl Context {
         &self.loaded.config
     }
 
+    /// Claude Code's own settings, which name its hooks.
+    fn settings_file(&self) -> PathBuf {
+        let moved = std::env::var_os("CLAUDE_CONFIG_DIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".claude");
+        moved.unwrap_or_else(home).join("settings.json")
+    }
+
     fn start_logging(&self) {
         telemetry::start_logging(self.log_format, self.log_level);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tracing::{error, info};
 
-use super::manager::{Manager, Notice};
+use super::systemd::{Notice, Systemd};
 use crate::health::{Health, HealthSource, Moment, Status};
 use crate::history::{History, Sampler};
 
@@ -21,7 +21,7 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 pub struct Pulse {
     pub health: Arc<HealthSource>,
     pub history: Arc<History>,
-    pub manager: Manager,
+    pub systemd: Systemd,
 }
 
 impl Pulse {
@@ -40,7 +40,7 @@ impl Pulse {
             beat.tick().await;
             let now = Moment::now();
             if watchdog.is_some() && self.health.goes_on(now) {
-                self.manager.tell(Notice::GoesOn);
+                self.systemd.tell(Notice::GoesOn);
             }
             if now.clock.saturating_duration_since(sampled) + period / 2 < PULSE_INTERVAL {
                 continue;
@@ -50,7 +50,7 @@ impl Pulse {
             self.history.push(sample, sampler.lag_of_last_minute());
             let health = self.health.health(now);
             state.note(&health);
-            state.tell(&self.manager, &health, now);
+            state.tell(&self.systemd, &health, now);
         }
     }
 }
@@ -78,7 +78,7 @@ impl State {
         }
     }
 
-    fn tell(&mut self, manager: &Manager, health: &Health, now: Moment) {
+    fn tell(&mut self, systemd: &Systemd, health: &Health, now: Moment) {
         let status = format!(
             "{}: {} pending, {} delivered, {} dead letters, database {}",
             health.status.as_str(),
@@ -92,7 +92,7 @@ impl State {
             *told != status && (changed || now.clock.saturating_duration_since(at.clock) >= STATUS_INTERVAL)
         });
         if is_due {
-            manager.tell(Notice::Status(status.clone()));
+            systemd.tell(Notice::Status(status.clone()));
             self.told = Some((status, now));
         }
     }

@@ -11,6 +11,7 @@ mod stage;
 mod architecture;
 mod bad_events;
 mod capture;
+mod check;
 mod commands;
 mod dead_letters;
 mod delivery;

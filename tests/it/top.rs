@@ -1,6 +1,7 @@
 //! `top` on a real terminal (tmux): what it shows, and that the terminal is given back whatever happens.
 
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::stage::{SOON, Stage, signal, wait_for, wait_until};
 
@@ -16,7 +17,9 @@ impl Terminal {
             eprintln!("SKIPPED: tmux is not here (Debian: apt-get install tmux)");
             return None;
         }
-        let terminal = Terminal { server: stage.folder().join("tmux").to_str().unwrap().to_owned() };
+        static TERMINALS: AtomicU32 = AtomicU32::new(0);
+        let number = TERMINALS.fetch_add(1, Ordering::Relaxed);
+        let terminal = Terminal { server: stage.folder().join(format!("tmux-{number}")).to_str().unwrap().to_owned() };
         let script = stage.folder().join("top.sh");
         let config = stage.folder().join("config.yaml");
         std::fs::write(

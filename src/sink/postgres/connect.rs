@@ -35,7 +35,7 @@ use super::layout::{Found, Layout};
 use super::verdict::{session_outlives, step_error};
 use super::{layout, no_answer, source_path};
 use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode, TableName};
-use crate::event::Envelope;
+use crate::event::{Envelope, Timestamp};
 use crate::sink::{DeliverError, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
@@ -454,23 +454,66 @@ pub async fn migrate(settings: &ConnectSettings) -> Result<Vec<String>, DeliverE
 /// What `check` wants to know of the database.
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
     let (client, _) = connect(settings, &Pooler::default()).await?;
-    let version = async {
-        let rows = client.query_typed("SELECT current_setting('server_version')", &[]).await;
-        rows.map_err(|error| step_error(&error))
-    };
-    let version = limited(settings, version).await?;
-    let version = version.first().map(|row| row.get(0)).unwrap_or_default();
     let missing = match find_layout(&client, settings).await? {
         Found::Complete(_) => Vec::new(),
         Found::Missing(missing) => missing,
     };
-    Ok(Inspection { version, missing })
+    let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&settings.events_table.quoted(), Type::TEXT)];
+    let asked = std::time::Instant::now();
+    let facts = async { client.query_typed(INSPECT_SQL, &parameters).await.map_err(|error| step_error(&error)) };
+    let facts = limited(settings, facts).await?;
+    let Some(row) = facts.first() else { return Err(no_answer(settings.statement_timeout)) };
+    // The server looked at its clock somewhere between asking and hearing.
+    let theirs = Timestamp::try_from(row.get::<_, std::time::SystemTime>(5)).unwrap_or_else(|_| Timestamp::now());
+    let ours = Timestamp::now() - asked.elapsed() / 2;
+    Ok(Inspection {
+        version: row.get(0),
+        version_number: row.get(1),
+        missing,
+        lacks: row.get::<_, Vec<String>>(2),
+        may_create: row.get(3),
+        is_read_only: row.get(4),
+        clock_ahead: theirs.duration_since(ours),
+    })
 }
 
+/// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time.
+const INSPECT_SQL: &str = "
+    SELECT current_setting('server_version'), current_setting('server_version_num')::int,
+           ARRAY(SELECT needed.privilege || ' on ' || found.relid::regclass::text
+                   FROM (SELECT n.nspname, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                          WHERE c.oid = to_regclass($1)) AS events
+                  CROSS JOIN LATERAL (VALUES
+                         (events.oid, 'INSERT'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_receipts')::oid, 'INSERT'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_receipts')::oid, 'SELECT'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_receipts')::oid, 'UPDATE'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_sources')::oid, 'INSERT'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_sources')::oid, 'SELECT'),
+                         (to_regclass(quote_ident(events.nspname) || '.event_sources')::oid, 'UPDATE')
+                        ) AS needed(relid, privilege)
+                  CROSS JOIN LATERAL (SELECT needed.relid) AS found
+                  WHERE found.relid IS NOT NULL AND NOT has_table_privilege(found.relid, needed.privilege)),
+           COALESCE(has_schema_privilege(COALESCE(
+               (SELECT relnamespace FROM pg_class WHERE oid = to_regclass($1)),
+               to_regnamespace(current_schema()::text)::oid), 'CREATE'), false),
+           current_setting('transaction_read_only') = 'on',
+           clock_timestamp()";
+
+/// The database as `check` finds it.
 pub struct Inspection {
     pub version: String,
+    /// 150004 is 15.4.
+    pub version_number: i32,
     /// Names of tables that are not there.
     pub missing: Vec<String>,
+    /// Privileges that are needed and not there: `INSERT on events`.
+    pub lacks: Vec<String>,
+    /// Whether missing tables may be created.
+    pub may_create: bool,
+    pub is_read_only: bool,
+    /// How far the server's clock is ahead of ours.
+    pub clock_ahead: jiff::SignedDuration,
 }
 
 async fn find_layout(client: &Client, settings: &ConnectSettings) -> Result<Found, DeliverError> {

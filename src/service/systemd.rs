@@ -1,4 +1,4 @@
-//! The service manager: what systemd is told, where it listens.
+//! What systemd is told, where it listens.
 //!
 //! Sending blocks while its socket is full. A thread of its own waits for that, so that nothing else does.
 
@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use sd_notify::NotifyState;
 use tracing::warn;
 
-/// What waits to be told at most; a manager that does not listen is not told everything.
+/// What waits to be told at most; a systemd that does not listen is not told everything.
 const NOTICES_MAX: usize = 16;
 
 pub enum Notice {
@@ -18,26 +18,26 @@ pub enum Notice {
     Stopping,
 }
 
-/// Tells the service manager. Cheap to clone.
+/// The way to systemd. Cheap to clone.
 #[derive(Clone)]
-pub struct Manager {
+pub struct Systemd {
     /// `None` where nobody listens.
     notices: Option<SyncSender<Notice>>,
 }
 
-impl Manager {
+impl Systemd {
     /// The one that `NOTIFY_SOCKET` names, if it does.
-    pub fn of_process() -> Manager {
+    pub fn of_process() -> Systemd {
         if std::env::var_os("NOTIFY_SOCKET").is_none() {
-            return Manager { notices: None };
+            return Systemd { notices: None };
         }
         let (notices, waiting) = sync_channel(NOTICES_MAX);
         let thread = std::thread::Builder::new().name("systemd".to_owned()).spawn(move || pass_on(&waiting));
         match thread {
-            Ok(_) => Manager { notices: Some(notices) },
+            Ok(_) => Systemd { notices: Some(notices) },
             Err(error) => {
                 warn!(error = %error, "could not tell systemd");
-                Manager { notices: None }
+                Systemd { notices: None }
             }
         }
     }
