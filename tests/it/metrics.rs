@@ -137,3 +137,40 @@ fn the_numbers_tell_what_happened() {
     }
     assert!(value("rescans_total{cause=\"interval\"}").unwrap() >= 1.0);
 }
+
+#[test]
+fn dashboard_and_alerts_ask_only_for_numbers_that_there_are_and_each_alert_can_be_caused() {
+    let stage = Stage::with(None);
+    let watcher = stage.start();
+    let page = watcher.get("/metrics").unwrap().1;
+    let declared: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    let docs = crate::stage::project().join("docs");
+    for file in ["alerts.yml", "alerts.test.yml", "grafana-dashboard.json"] {
+        let text = std::fs::read_to_string(docs.join(file)).unwrap();
+        let mut asked = 0;
+        for (at, _) in text.match_indices("headspace_watcher_") {
+            let name = text[at..].split(|c: char| !c.is_ascii_lowercase() && c != '_').next().unwrap();
+            let name = name.strip_suffix("_bucket").unwrap_or(name);
+            assert!(declared.contains(&name), "{file} asks for {name}");
+            asked += 1;
+        }
+        assert!(asked > 5, "{file}");
+    }
+    let dashboard = std::fs::read_to_string(docs.join("grafana-dashboard.json")).unwrap();
+    serde_json::from_str::<serde_json::Value>(&dashboard).unwrap();
+    let rules = std::fs::read_to_string(docs.join("alerts.yml")).unwrap();
+    let tests = std::fs::read_to_string(docs.join("alerts.test.yml")).unwrap();
+    for alert in rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")) {
+        assert!(tests.contains(&format!("alertname=\"{alert}\"")), "nothing causes {alert}");
+    }
+    let Ok(output) = Command::new("promtool").args(["test", "rules", "alerts.test.yml"]).current_dir(docs).output()
+    else {
+        eprintln!("SKIPPED: promtool is not here, so the alerts were not caused");
+        return;
+    };
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
