@@ -86,3 +86,39 @@ fn a_second_signal_ends_it_at_once() {
     let status = watcher.wait();
     assert!(matches!(status.code(), Some(0 | 143)), "{status:?}");
 }
+
+#[test]
+fn it_stops_in_time_with_200_clients_and_half_a_huge_line_and_a_database_that_never_answers() {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    // Takes connections and says nothing, for ever: as behind a firewall that drops what comes back.
+    let silence = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("postgresql://me@127.0.0.1:{}/db?sslmode=disable", silence.local_addr().unwrap().port());
+    let mut stage = Stage::with(Some(crate::stage::Database { url }));
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    stage.set("http.listen", &format!("127.0.0.1:{port}"));
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    transcript.append(vec![b'x'; 60 << 20]);
+    let watcher = stage.start();
+    wait_until("the whole line is queued", SOON, || watcher.health()["queue"]["pending"] == 2);
+    let clients: Vec<TcpStream> = (0..200)
+        .map(|number| {
+            let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let target = if number < 20 { "/live" } else { "/health" };
+            let request = format!("GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n");
+            // Some look on, some have asked and stay, some are in the middle of asking.
+            let sent = if number % 2 == 0 { request.len() } else { request.len() / 2 };
+            client.write_all(&request.as_bytes()[..sent]).unwrap();
+            if number % 2 == 0 {
+                assert!(client.read(&mut [0; 64]).unwrap() > 0);
+            }
+            client
+        })
+        .collect();
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    drop(clients);
+    assert_eq!(stage.run(&["queue-dump"]).lines().len(), 2, "nothing is lost");
+}
