@@ -245,7 +245,12 @@ fn an_empty_queue_with_large_files_moves_on_to_small_ones() {
     let letters = queue.dead_letters(None, 10).unwrap();
     let before = queue.stats();
     queue.settle(delivered(1..next)).unwrap();
-    eventually("a fresh generation", || queue.stats().disk_bytes < 4 << 20);
+    eventually("small files", || queue.stats().disk_bytes <= 48 << 20);
+    if queue.stats().disk_bytes > 4 << 20 {
+        // Now and then sled cuts off free segments at the end of its file, and it is small enough as it is.
+        assert!(queue.compact().unwrap());
+    }
+    assert!(queue.stats().disk_bytes < 4 << 20);
     assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
     eventually("the removal of the old one", || !fixture.config.path.join("sled-1").exists());
     let moved = |queue: &Queue| {
