@@ -262,8 +262,8 @@ fn permission_taken_away_and_given_back_loses_nothing_and_is_said_once() {
     while_asleep(&watcher, || {
         transcript.say("two");
         other.say("other two");
-        fs::set_permissions(&transcript.path, Permissions::from_mode(0)).unwrap();
-        fs::set_permissions(&folder, Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&transcript.path, Permissions::from_mode(0o000)).unwrap();
+        fs::set_permissions(&folder, Permissions::from_mode(0o000)).unwrap();
     });
     watcher.wait_for_log("a transcript can't be read");
     watcher.wait_for_log("a folder can't be read");
