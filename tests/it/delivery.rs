@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Server, Stage, Writer, signal, wait_for, wait_until};
+use crate::stage::{SOON, Server, Stage, Writer, pause, wait_for, wait_until};
 
 /// How soon rows must come after Postgres accepts connections again.
 const BACK_WITHIN: Duration = Duration::from_millis(2500);
@@ -274,7 +274,7 @@ fn a_hanging_server_is_noticed_by_its_silence() {
     let mut transcript = stage.transcript("-home-me-app", 1);
     transcript.say("one");
     stage.wait_for_rows(2);
-    signal(server.postmaster(), "STOP");
+    pause(server.postmaster());
     server.pause(true);
     transcript.say("two");
     wait_until("the silence is noticed", SOON, || watcher.health()["database"]["state"] == "down");

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, Watcher, rounds, signal, wait_until};
+use crate::stage::{SOON, Stage, Watcher, pause, resume, rounds, wait_until};
 
 /// One event of each type with its required fields, as `POST /events` takes it.
 fn each_type() -> [Value; 5] {
@@ -216,9 +216,9 @@ fn a_watcher_that_does_not_answer_is_69_and_a_full_queue_is_74_and_503() {
     let ran = stage.run_with_input(&["emit", "--ndjson"], stream(8000));
     assert_eq!(ran.code(), 74, "{}", ran.error());
     assert!(ran.error().contains("full"), "{}", ran.error());
-    signal(watcher.pid(), "STOP");
+    pause(watcher.pid());
     let ran = stage.run(&["emit", "--type", "session_ended", "--payload", "{}"]);
-    signal(watcher.pid(), "CONT");
+    resume(watcher.pid());
     assert_eq!(ran.code(), 69, "{}", ran.error());
     assert!(ran.error().contains("does not answer"), "{}", ran.error());
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::stage::{SOON, Server, Stage, signal, wait_until};
+use crate::stage::{SOON, Server, Stage, pause, resume, wait_until};
 
 #[test]
 fn health_warns_while_postgres_is_away_and_passes_again_when_it_is_back() {
@@ -71,26 +71,17 @@ fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_mend() {
     wait_until("up", SOON, || watcher.health()["database"]["state"] == "up");
 }
 
-/// The first letter of the state of each thread.
-fn state_of_threads(pid: u32) -> String {
-    let ps = std::process::Command::new("ps").args(["-L", "-o", "stat=", "-p", &pid.to_string()]).output().unwrap();
-    String::from_utf8(ps.stdout).unwrap().lines().filter_map(|line| line.chars().next()).collect()
-}
-
 #[test]
 fn status_says_within_seconds_that_the_watcher_hangs() {
     let stage = Stage::new();
     let watcher = stage.start();
     watcher.wait_for_log("database connected");
-    signal(watcher.pid(), "STOP");
-    wait_until("all its threads are stopped", SOON, || {
-        state_of_threads(watcher.pid()).chars().all(|state| state == 'T')
-    });
+    pause(watcher.pid());
     let begun = std::time::Instant::now();
     let hangs = stage.run(&["status"]);
     let json = stage.run(&["status", "--json"]);
     let took = begun.elapsed();
-    signal(watcher.pid(), "CONT");
+    resume(watcher.pid());
     assert_eq!(hangs.code(), 1, "{}", hangs.error());
     let pid = watcher.pid().to_string();
     assert!(hangs.error().contains("does not answer") && hangs.error().contains(&pid), "{}", hangs.error());

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, Transcript, Watcher, signal, wait_until};
+use crate::stage::{SOON, Stage, Transcript, Watcher, pause, resume, wait_until};
 
 /// The texts of all turns, whatever their order.
 fn texts(stage: &Stage) -> BTreeSet<String> {
@@ -42,9 +42,9 @@ fn size(transcript: &Transcript) -> u64 {
 
 /// Lets everything happen at once for a watcher that is asleep meanwhile.
 fn while_asleep(watcher: &Watcher, change: impl FnOnce()) {
-    signal(watcher.pid(), "STOP");
+    pause(watcher.pid());
     change();
-    signal(watcher.pid(), "CONT");
+    resume(watcher.pid());
 }
 
 /// The number behind a name in the watcher's metrics.

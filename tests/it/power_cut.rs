@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::stage::{Dice, Poster, SOON, Stage, rounds, signal, wait_until};
+use crate::stage::{Dice, Poster, SOON, Stage, pause, rounds, wait_until};
 
 /// An ext4 file system on an image file.
 struct Disk {
@@ -176,7 +176,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
             watcher.kill();
             watcher = stage.start_with(&[]);
             std::thread::sleep(Duration::from_millis(dice.below(60)));
-            signal(watcher.pid(), "STOP");
+            pause(watcher.pid());
             check(&stage, &disk.cut(), &[filled], round);
             watcher.kill();
             disk = Disk::new().unwrap();
@@ -189,7 +189,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
             assert_eq!(blobs(&disk.queue()), Vec::<PathBuf>::new());
             std::thread::sleep(Duration::from_millis(20));
         }
-        signal(watcher.pid(), "STOP");
+        pause(watcher.pid());
         let after = disk.cut();
         watcher.kill();
         let acknowledged: Vec<_> = senders.into_iter().map(Sender::finish).collect();

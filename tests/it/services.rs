@@ -4,7 +4,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, signal, wait_until};
+use crate::stage::{SOON, Stage, pause, resume, wait_until};
 
 /// systemd's end of the conversation.
 struct Manager {
@@ -69,7 +69,7 @@ fn the_watchdog_is_fed_while_the_database_is_away() {
     manager.wait_for("the status", "STATUS=warn: 2 pending");
     let before = manager.feedings();
     wait_until("it is fed: a restart would not help", SOON, || manager.feedings() >= before + 5);
-    signal(watcher.pid(), "STOP");
+    pause(watcher.pid());
     // Hungry for ten times its patience, apart from what was under way.
     let begun = Instant::now();
     let mut last = (manager.feedings(), Instant::now());
@@ -80,7 +80,7 @@ fn the_watchdog_is_fed_while_the_database_is_away() {
             last = (now, Instant::now());
         }
     }
-    signal(watcher.pid(), "CONT");
+    resume(watcher.pid());
     wait_until("it is fed again", SOON, || manager.feedings() > last.0);
 }
 

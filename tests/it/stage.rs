@@ -203,6 +203,20 @@ pub fn signal(pid: u32, name: &str) {
     assert!(status.success(), "kill -{name} {pid}");
 }
 
+/// SIGSTOP, and waits until every thread has stopped: `kill` returns before that.
+pub fn pause(pid: u32) {
+    signal(pid, "STOP");
+    wait_until("all its threads are stopped", SOON, || {
+        let ps = Command::new("ps").args(["-L", "-o", "stat=", "-p", &pid.to_string()]).output().unwrap();
+        String::from_utf8(ps.stdout).unwrap().lines().all(|state| state.starts_with('T'))
+    });
+}
+
+/// SIGCONT.
+pub fn resume(pid: u32) {
+    signal(pid, "CONT");
+}
+
 /// A folder with transcripts, configuration and queue, and a database.
 pub struct Stage {
     folder: TempDir,
