@@ -1,5 +1,6 @@
 //! `POST /events`: events of other programs, all of a request or nothing of it. `intake::request` says how.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use axum::Extension;
@@ -98,16 +99,16 @@ fn spooled(count: u64, ids: SpooledIds) -> Response {
         let mut piece = format!("{{\"accepted\":{count},\"event_ids\":[").into_bytes();
         for (index, id) in ids.enumerate() {
             // The file was written a moment ago; if it can't be read the answer is cut short, and so no JSON.
-            let Ok(id) = id else { return };
+            let id = id.map_err(io::Error::other)?;
             piece.extend_from_slice(if index == 0 { b"\"" } else { b",\"" });
             piece.extend_from_slice(id.to_string().as_bytes());
             piece.push(b'"');
-            if piece.len() >= IDS_BYTES && write(std::mem::take(&mut piece)).is_err() {
-                return;
+            if piece.len() >= IDS_BYTES {
+                write(std::mem::take(&mut piece))?;
             }
         }
         piece.extend_from_slice(b"]}");
-        let _ = write(piece);
+        write(piece)
     });
     (StatusCode::ACCEPTED, [(CONTENT_TYPE, "application/json")], stream).into_response()
 }

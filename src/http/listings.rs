@@ -1,6 +1,5 @@
 //! `GET /queue` and `GET /dead-letters`: streamed page by page, so that a million lines take the memory of a page.
 
-use std::convert::Infallible;
 use std::io;
 use std::time::Duration;
 
@@ -57,29 +56,33 @@ fn ndjson(api: Api, listing: Listing, filter: Filter) -> Response {
     };
     let queue = api.intake.queue().clone();
     let stream = streamed(move |write| {
-        // An error here is the reader's: it has gone.
-        let _ = listing::write_lines(&queue, listing, &filter, write);
-        drop(permit);
+        let _permit = permit;
+        listing::write_lines(&queue, listing, &filter, write).map_err(io::Error::other)
     });
     ([(CONTENT_TYPE, "application/x-ndjson"), (CACHE_CONTROL, "no-store")], stream).into_response()
 }
 
-/// A body that `produce` writes on a thread of its own, as fast as the reader takes it.
-pub fn streamed(produce: impl FnOnce(&mut dyn FnMut(Vec<u8>) -> io::Result<()>) + Send + 'static) -> Body {
-    let (sender, receiver) = tokio::sync::mpsc::channel::<Bytes>(2);
+/// A body that `produce` writes on a thread of its own, as fast as the reader takes it. Where it fails the connection is
+/// broken off: what is not whole must not look as if it were.
+pub fn streamed(
+    produce: impl FnOnce(&mut dyn FnMut(Vec<u8>) -> io::Result<()>) -> io::Result<()> + Send + 'static,
+) -> Body {
+    let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<Bytes>>(2);
     let runtime = Handle::current();
     tokio::task::spawn_blocking(move || {
-        produce(&mut |piece| {
-            // One who does not read any more must not hold the thread for ever.
-            let sending = tokio::time::timeout(READER_TIMEOUT, sender.send(Bytes::from(piece)));
-            match runtime.block_on(sending) {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(_)) | Err(_) => Err(io::ErrorKind::BrokenPipe.into()),
-            }
-        });
+        // One who does not read any more must not hold the thread for ever.
+        let send = |piece| match runtime.block_on(tokio::time::timeout(READER_TIMEOUT, sender.send(piece))) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        let produced = produce(&mut |piece| send(Ok(Bytes::from(piece))));
+        if let Err(error) = produced {
+            // The reader may be who has gone.
+            let _: io::Result<()> = send(Err(error));
+        }
     });
     let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
-        receiver.recv().await.map(|page| (Ok::<_, Infallible>(page), receiver))
+        receiver.recv().await.map(|page| (page, receiver))
     });
     Body::from_stream(stream)
 }
