@@ -53,6 +53,10 @@ const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// How often binding the TCP port is tried again.
 const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How long a queue that somebody holds is waited for at the start, and how often a look is taken.
+const HELD_QUEUE_PATIENCE: Duration = Duration::from_secs(2);
+const HELD_QUEUE_INTERVAL: Duration = Duration::from_millis(20);
+
 /// The threads, as they are called in messages.
 const TRANSCRIPTS: &str = "transcripts";
 const SPOOL: &str = "spool";
@@ -108,7 +112,7 @@ impl Service {
         let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
         declare_labels(&self.metrics, &schemas);
         let redactor = Redactor::new(&config.redact)?;
-        let queue = open_queue(config)?;
+        let queue = self.open_queue().await?;
         let intake = Arc::new(Intake::new(schemas, queue.clone(), redactor, self.metrics.clone()));
         let spool = Spool::new(&config.queue.spool_path);
         let health = Arc::new(HealthSource {
@@ -142,6 +146,21 @@ impl Service {
         pulse.abort();
         systemd.tell(Notice::Stopping);
         parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
+    }
+
+    /// Opens the queue. Commands that look into it hold it for a moment, and so does a watcher that is ending: they are
+    /// waited for. One that listens is not.
+    async fn open_queue(&self) -> Result<Queue, QueueError> {
+        let deadline = Instant::now() + HELD_QUEUE_PATIENCE;
+        loop {
+            let is_watched = || std::os::unix::net::UnixStream::connect(&self.config.http.socket).is_ok();
+            match open_queue(&self.config) {
+                Err(QueueError::InUse { .. }) if Instant::now() < deadline && !*self.stop.borrow() && !is_watched() => {
+                    tokio::time::sleep(HELD_QUEUE_INTERVAL).await;
+                }
+                opened => return opened,
+            }
+        }
     }
 
     /// Starts the parts.
