@@ -1,13 +1,15 @@
 //! What waits in the queue and what was set aside, as lines of JSON: the one shape of `queue-dump`, `GET /queue` and
 //! `GET /dead-letters`.
 
+use std::borrow::Cow;
 use std::io;
+use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::event::{DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
+use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
 use crate::queue::{Inspector, Queue, QueueError};
 
 /// Records that are read from the queue at once.
@@ -96,6 +98,28 @@ pub fn write_lines(
         match last {
             Some(sequence) if left > 0 => after = Some(sequence),
             _ => return Ok(()),
+        }
+    }
+}
+
+/// How far a transcript has been read: one line of `GET /cursors`.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct CursorLine<'a> {
+    /// As events name it.
+    pub path: Cow<'a, str>,
+    /// Every byte before it is queued or set aside.
+    pub offset: u64,
+    /// Hash over bytes before the offset, in hexadecimal: it holds for the file that was read, not for one that has
+    /// replaced it.
+    pub fingerprint: Cow<'a, str>,
+}
+
+impl<'a> CursorLine<'a> {
+    pub fn of(path: &'a Path, cursor: &Cursor) -> CursorLine<'a> {
+        CursorLine {
+            path: path.to_string_lossy(),
+            offset: cursor.offset,
+            fingerprint: format!("{:016x}", cursor.fingerprint).into(),
         }
     }
 }

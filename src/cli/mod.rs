@@ -12,6 +12,7 @@ mod run;
 mod service;
 mod status;
 mod top;
+mod verify;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use headspace_watcher::config::{Config, Environment, Loaded};
-use headspace_watcher::event::Sequence;
+use headspace_watcher::event::{Sequence, Timestamp};
 use headspace_watcher::listing::Filter;
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::ServiceError;
@@ -100,6 +101,11 @@ enum Command {
     /// Check configuration, schemas, folders and database, and say how to mend what is wrong
     #[command(after_help = "Example:\n  headspace-watcher check --no-database")]
     Check(CheckArguments),
+    /// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
+    #[command(
+        after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked."
+    )]
+    Verify(VerifyArguments),
     /// Create or bring up to date what is needed in Postgres
     #[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
     Migrate(MigrateArguments),
@@ -283,6 +289,19 @@ struct CheckArguments {
 }
 
 #[derive(Args)]
+struct VerifyArguments {
+    /// One JSON object; it lists all that is missing
+    #[arg(long)]
+    json: bool,
+    /// Send again what is missing: through the running watcher, else into the queue itself
+    #[arg(long)]
+    repair: bool,
+    /// Leave out what happened before: 2026-01-02T03:04:05Z, or 90d for the last 90 days
+    #[arg(long, value_name = "TS|DAYSd", value_parser = verify::since)]
+    since: Option<Timestamp>,
+}
+
+#[derive(Args)]
 struct MigrateArguments {
     /// Print the SQL instead of running it
     #[arg(long)]
@@ -433,6 +452,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Status(arguments) => status::status(&context, &arguments),
         Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),
+        Command::Verify(arguments) => verify::verify(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
         Command::Service(arguments) => service::service(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),

@@ -11,6 +11,7 @@ mod listings;
 mod metrics;
 mod page;
 mod server;
+mod transcripts;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -126,6 +127,8 @@ pub fn router(api: Api, door: Door) -> Router {
         .route("/dead-letters", get(listings::dead_letters))
         .route("/dead-letters/{sequence}", delete(dead_letters::forget))
         .route("/dead-letters/{sequence}/retry", post(dead_letters::retry))
+        .route("/cursors", get(transcripts::cursors))
+        .route("/transcripts", post(transcripts::resend))
         .route("/metrics", get(metrics::metrics))
         .route("/", get(page::page))
         .route("/overview", get(page::overview))

@@ -800,9 +800,14 @@ pub(super) fn iso_8601(timestamp: Timestamp) -> String {
 /// session share; without one by session, place and content. `line` begins at byte `offset` of the session's file.
 pub fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
     match &turn.identity {
-        TurnIdentity::Uuid(uuid) => EventId::derived(format!("turn/{uuid}").as_bytes()),
+        TurnIdentity::Uuid(uuid) => event_id_of_turn(uuid),
         TurnIdentity::None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
     }
+}
+
+/// The identity of the turn whose line has this uuid: `turn_uuid` in its payload.
+pub fn event_id_of_turn(uuid: &str) -> EventId {
+    EventId::derived(format!("turn/{uuid}").as_bytes())
 }
 
 /// The identity of a session's registration.

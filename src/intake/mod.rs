@@ -13,6 +13,7 @@ mod json;
 pub mod lines;
 pub mod redact;
 pub mod request;
+pub mod resend;
 pub mod retention;
 mod salvage;
 pub mod schema;

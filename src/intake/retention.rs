@@ -34,13 +34,18 @@ impl Retention {
 
     /// Transcripts that were last changed before this are deleted within [`WARN_DAYS`], or overdue.
     pub fn expires_before(&mut self, now: Timestamp) -> Timestamp {
+        let age = self.period().saturating_sub(DAY * WARN_DAYS as u32);
+        let age = SignedDuration::try_from(age).unwrap_or(SignedDuration::MAX);
+        now.checked_sub(age).unwrap_or(Timestamp::MIN)
+    }
+
+    /// How long a transcript is kept after it was last changed.
+    pub fn period(&mut self) -> Duration {
         if self.read_at.is_none_or(|at| at.elapsed() >= READ_INTERVAL) {
             self.read_at = Some(Instant::now());
             self.period = DAY.saturating_mul(u32::try_from(cleanup_period_days(&self.settings)).unwrap_or(u32::MAX));
         }
-        let age = self.period.saturating_sub(DAY * WARN_DAYS as u32);
-        let age = SignedDuration::try_from(age).unwrap_or(SignedDuration::MAX);
-        now.checked_sub(age).unwrap_or(Timestamp::MIN)
+        self.period
     }
 }
 

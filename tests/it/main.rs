@@ -38,3 +38,4 @@ mod stopping;
 mod supervisor;
 mod top;
 mod torture;
+mod verify;

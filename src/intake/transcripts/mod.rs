@@ -16,6 +16,7 @@
 //!
 //! Runs on a thread of its own. The only user of notify.
 
+pub mod census;
 mod reading;
 mod watching;
 
@@ -30,10 +31,10 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-pub use self::reading::{UNTERMINATED_QUIET, open, read_full_at, stands_where_it_stood};
+pub use self::reading::UNTERMINATED_QUIET;
 pub use self::watching::Doorbell;
 
-use self::reading::{Followed, Progress};
+use self::reading::{Followed, Progress, open, read_full_at};
 use self::watching::Watch;
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;

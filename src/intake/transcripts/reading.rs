@@ -20,7 +20,7 @@ use crate::queue::{Batch, QueueError};
 pub const UNTERMINATED_QUIET: Duration = Duration::from_secs(5);
 
 /// Bytes that are read at once.
-const CHUNK_BYTES: usize = 1 << 20;
+pub const CHUNK_BYTES: usize = 1 << 20;
 
 /// Events of one batch: with lines of a kilobyte about as much as a chunk.
 const BATCH_EVENTS_MAX: usize = 1024;

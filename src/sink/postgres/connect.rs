@@ -516,7 +516,7 @@ pub struct Inspection {
     pub clock_ahead: jiff::SignedDuration,
 }
 
-async fn find_layout(client: &Client, settings: &ConnectSettings) -> Result<Found, DeliverError> {
+pub async fn find_layout(client: &Client, settings: &ConnectSettings) -> Result<Found, DeliverError> {
     limited(settings, layout::inspect(client, &settings.events_table, settings.notify_channel.as_deref())).await
 }
 
@@ -530,7 +530,7 @@ async fn limited<T>(
 }
 
 /// A connection, and the connector it was made with.
-async fn connect(settings: &ConnectSettings, pooler: &Pooler) -> Result<(Client, MakeRustlsConnect), DeliverError> {
+pub async fn connect(settings: &ConnectSettings, pooler: &Pooler) -> Result<(Client, MakeRustlsConnect), DeliverError> {
     let misconfigured = |message| DeliverError { verdict: Verdict::Operator, sqlstate: None, message };
     let target = (settings.target)().map_err(misconfigured)?.ok_or_else(|| {
         misconfigured("no database is configured; set database.url, DATABASE_URL or PGHOST".to_owned())
@@ -633,7 +633,7 @@ fn connection_config(
     config
 }
 
-fn missing_tables(missing: &[String]) -> DeliverError {
+pub fn missing_tables(missing: &[String]) -> DeliverError {
     DeliverError {
         verdict: Verdict::Operator,
         sqlstate: None,

@@ -22,6 +22,9 @@ pub struct Layout {
     pub barrier_sql: String,
     /// The ids of the sources `($1::text, unnest($2::text[]))`, made where they are new.
     pub sources_sql: String,
+    /// The tables, qualified and quoted.
+    pub events: String,
+    pub receipts: String,
 }
 
 /// What [`inspect`] found.
@@ -100,6 +103,8 @@ pub async fn inspect(
             "INSERT INTO {schema}.event_sources AS s (host, path) SELECT $1::text, unnest($2::text[])
              ON CONFLICT (host, path) DO UPDATE SET path = s.path RETURNING id, path"
         ),
+        receipts: format!("{schema}.event_receipts"),
+        events: table,
     }))
 }
 

@@ -19,6 +19,7 @@
 //!
 //! The only user of tokio-postgres, bb8, bb8-postgres and rustls.
 
+mod audit;
 mod connect;
 mod layout;
 mod verdict;
@@ -36,6 +37,7 @@ use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
+pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
 pub use self::connect::{ConnectSettings, Inspection, TargetSource};
 use self::connect::{Connections, PooledSession, Session, Source};
 use self::layout::Layout;

@@ -1,0 +1,330 @@
+//! Everything that stands on disk, and where else each of it was found.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use headspace_watcher::event::{EventId, Timestamp};
+use headspace_watcher::intake::claude_code::{event_id_of_turn, session_registered_event_id};
+use headspace_watcher::intake::retention::Retention;
+use headspace_watcher::intake::transcripts::census::{Buffer, Census, Extent, Sighting};
+use headspace_watcher::sink::DeliverError;
+use headspace_watcher::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
+use indicatif::{ProgressBar, ProgressStyle};
+use uuid::Uuid;
+
+use super::super::{Context, Failure};
+use super::waiting::{self, Files, Waiting};
+
+/// Everything that stands on disk.
+pub struct Inventory {
+    pub census: Census,
+    /// The transcripts, in the order in which they were read.
+    pub transcripts: Vec<Transcript>,
+    pub files: Files,
+    pub sub_agents: u64,
+    /// What can't be read, and why.
+    pub unreadable: Vec<(PathBuf, String)>,
+    /// Sorted by identity, then in the order of reading.
+    pub occurrences: Vec<Occurrence>,
+    /// Postgres has told of all of them.
+    pub is_asked: bool,
+    pub retention: Retention,
+}
+
+pub struct Transcript {
+    pub path: PathBuf,
+    /// `None`: it could not be read, or was gone.
+    pub extent: Option<Extent>,
+}
+
+/// A turn or a registration at one place on disk; in copies of a session the same stands at several.
+pub struct Occurrence {
+    pub id: Uuid,
+    pub offset: u64,
+    pub file: u32,
+    /// The same for all occurrences.
+    pub standing: Standing,
+    pub is_registration: bool,
+    /// The follower's cursor is past it.
+    pub is_read: bool,
+    /// It was looked at again, and still stands there.
+    pub is_confirmed: bool,
+}
+
+/// Where an event is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// In Postgres: the receipt, and the row that it leads to.
+    Stored,
+    /// In Postgres: the row, whose receipt is gone.
+    StoredWithoutReceipt,
+    /// The receipt says that the row was removed on purpose.
+    Removed,
+    Pending,
+    /// Among the dead letters.
+    Dead,
+    NotYetRead,
+    /// Postgres could not be asked, and it is nowhere else.
+    Unproven,
+    Missing(Absence),
+    /// It was missing, and waits in the queue now.
+    SentAgain(Absence),
+    /// It was missing, and stands on disk no more.
+    Vanished,
+}
+
+/// What Postgres has of an event that is missing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Absence {
+    Receipt,
+    /// The receipt leads nowhere.
+    Row,
+    /// The receipt leads to the row of another event.
+    OtherRow,
+}
+
+impl Standing {
+    /// What it lacks, or lacked.
+    pub fn absence(self) -> Option<Absence> {
+        match self {
+            Standing::Missing(absence) | Standing::SentAgain(absence) => Some(absence),
+            _ => None,
+        }
+    }
+}
+
+impl Absence {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Absence::Receipt => "no_receipt",
+            Absence::Row => "no_row",
+            Absence::OtherRow => "other_row",
+        }
+    }
+
+    pub fn described(self) -> &'static str {
+        match self {
+            Absence::Receipt => "neither receipt nor row",
+            Absence::Row => "its row is gone",
+            Absence::OtherRow => "its receipt leads to another event's row",
+        }
+    }
+}
+
+impl Inventory {
+    /// Reads every transcript.
+    pub async fn take(context: &Context, since: Option<Timestamp>) -> Result<Inventory, Failure> {
+        let config = context.config();
+        let projects = config.claude.projects_path.clone();
+        let retention = Retention::new(projects.parent().unwrap_or(&projects));
+        let census = Census {
+            projects,
+            line_bytes_max: config.file_watcher.max_line_bytes,
+            inactivity_timeout: config.file_watcher.inactivity_timeout,
+        };
+        let cursors = waiting::cursors(context).await?;
+        let found = census.find();
+        let bar = progress("reading", found.bytes, "{bytes}/{total_bytes}");
+        let mut inventory = Inventory {
+            census,
+            transcripts: Vec::with_capacity(found.main.len()),
+            files: Files::new(),
+            sub_agents: found.sub_agents,
+            unreadable: found.unreadable,
+            occurrences: Vec::new(),
+            is_asked: false,
+            retention,
+        };
+        let mut buffer = Buffer::default();
+        for (file, path) in (0..).zip(found.main) {
+            let name = path.to_string_lossy().into_owned();
+            let occurrences = &mut inventory.occurrences;
+            let read = inventory.census.read(&path, cursors.get(&name), &mut buffer, |sighting| {
+                if is_wanted(&sighting, since) {
+                    occurrences.push(Occurrence::of(&sighting, file));
+                }
+            });
+            let extent = match read {
+                Ok(extent) => extent,
+                Err(error) => {
+                    inventory.unreadable.push((path.clone(), error.to_string()));
+                    None
+                }
+            };
+            bar.inc(extent.map_or(0, |extent| extent.bytes));
+            inventory.files.insert(name, file);
+            inventory.transcripts.push(Transcript { path, extent });
+        }
+        bar.finish_and_clear();
+        inventory.occurrences.sort_unstable_by_key(|one| (one.id, one.file, one.offset));
+        Ok(inventory)
+    }
+
+    pub fn is_anything_missing(&self) -> bool {
+        self.occurrences.iter().any(|one| one.is_missing())
+    }
+
+    /// Finds the place of each event.
+    pub async fn place_all(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
+        self.place(auditor, waiting, |_| true).await
+    }
+
+    /// Looks again for what is missing.
+    pub async fn place_missing(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
+        self.place(auditor, waiting, Occurrence::is_missing).await
+    }
+
+    async fn place(
+        &mut self,
+        auditor: &Auditor,
+        waiting: &Waiting,
+        wants: impl Fn(&Occurrence) -> bool,
+    ) -> Result<(), DeliverError> {
+        let bar = progress("asking Postgres", self.occurrences.len() as u64, "{pos}/{len}");
+        let mut groups = groups(&mut self.occurrences).filter(|group| group.first().is_some_and(&wants));
+        loop {
+            let asked: Vec<&mut [Occurrence]> = groups.by_ref().take(ASKED_MAX).collect();
+            if asked.is_empty() {
+                break;
+            }
+            let ids: Vec<Uuid> = asked.iter().filter_map(|group| group.first()).map(|one| one.id).collect();
+            let receipts = auditor.find(&ids).await?;
+            for group in asked {
+                bar.inc(group.len() as u64);
+                let Some(first) = group.first() else { continue };
+                let standing = match first.judge(receipts.get(&first.id)) {
+                    Standing::Missing(absence) => {
+                        standing_elsewhere(group, waiting).unwrap_or(Standing::Missing(absence))
+                    }
+                    standing => standing,
+                };
+                set(group, standing);
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// What can be said while Postgres can't be asked.
+    pub fn place_without_postgres(&mut self, waiting: &Waiting) {
+        for group in groups(&mut self.occurrences) {
+            let standing = standing_elsewhere(group, waiting).unwrap_or(Standing::Unproven);
+            set(group, standing);
+        }
+    }
+
+    /// Looks for missing events among all rows: a ledger that was pruned or restored to another state knows nothing of
+    /// rows that are there, and those must not be stored a second time.
+    pub async fn find_without_receipt(&mut self, auditor: &Auditor) -> Result<(), DeliverError> {
+        let bar = progress("looking for rows without receipt", 0, "{pos} rows");
+        let mut after = i64::MIN;
+        while let Some((last, rows)) = auditor.rows_after(after).await? {
+            after = last;
+            bar.inc(rows.len() as u64);
+            for id in rows.iter().filter_map(identity_of) {
+                let group = self.group(id.0);
+                if group.first().is_some_and(Occurrence::is_missing) {
+                    set(group, Standing::StoredWithoutReceipt);
+                }
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// All occurrences of an event.
+    pub fn group(&mut self, id: Uuid) -> &mut [Occurrence] {
+        let start = self.occurrences.partition_point(|one| one.id < id);
+        let rest = self.occurrences.get_mut(start..).unwrap_or_default();
+        let length = rest.iter().take_while(|one| one.id == id).count();
+        rest.get_mut(..length).unwrap_or_default()
+    }
+}
+
+impl Occurrence {
+    fn of(sighting: &Sighting, file: u32) -> Occurrence {
+        Occurrence {
+            id: sighting.candidate.id.0,
+            offset: sighting.offset,
+            file,
+            standing: Standing::Unproven,
+            is_registration: sighting.candidate.event_type == "session_registered",
+            is_read: sighting.is_read,
+            is_confirmed: false,
+        }
+    }
+
+    pub fn is_missing(&self) -> bool {
+        matches!(self.standing, Standing::Missing(_))
+    }
+
+    pub fn event_type(&self) -> &'static str {
+        if self.is_registration { "session_registered" } else { "turn_detected" }
+    }
+
+    /// Where it is, by what Postgres says alone.
+    fn judge(&self, receipt: Option<&Receipt>) -> Standing {
+        match receipt {
+            None => Standing::Missing(Absence::Receipt),
+            Some(Receipt::Removed) => Standing::Removed,
+            Some(Receipt::WithoutRow { .. }) => Standing::Missing(Absence::Row),
+            Some(Receipt::Row { row, .. }) if self.is_told_by(row) => Standing::Stored,
+            Some(Receipt::Row { .. }) => Standing::Missing(Absence::OtherRow),
+        }
+    }
+
+    /// Whether the row is this event's. Turns whose line has no uuid are known by their place alone, of which the row
+    /// says nothing.
+    fn is_told_by(&self, row: &AuditedRow) -> bool {
+        row.event_type == self.event_type()
+            && (row.identity.is_none() || identity_of(row).is_some_and(|id| id.0 == self.id))
+    }
+}
+
+/// The identity of the event that a row says it is.
+fn identity_of(row: &AuditedRow) -> Option<EventId> {
+    let identity = row.identity.as_deref()?;
+    match row.event_type.as_str() {
+        "session_registered" => identity.parse().ok().map(session_registered_event_id),
+        "turn_detected" => Some(event_id_of_turn(identity)),
+        _ => None,
+    }
+}
+
+/// Where an event is that Postgres does not have; `None`: nowhere, though it was read.
+fn standing_elsewhere(group: &[Occurrence], waiting: &Waiting) -> Option<Standing> {
+    let id = group.first().map(|one| one.id)?;
+    let is_rejected = |one: &Occurrence| waiting.is_rejected(one.file, one.offset, one.is_registration);
+    if waiting.is_pending(&id) {
+        Some(Standing::Pending)
+    } else if waiting.is_dead(&id) || group.iter().any(is_rejected) {
+        Some(Standing::Dead)
+    } else if group.iter().any(|one| one.is_read) {
+        None
+    } else {
+        Some(Standing::NotYetRead)
+    }
+}
+
+/// The occurrences of each event.
+fn groups(occurrences: &mut [Occurrence]) -> impl Iterator<Item = &mut [Occurrence]> {
+    occurrences.chunk_by_mut(|a, b| a.id == b.id)
+}
+
+pub fn set(group: &mut [Occurrence], standing: Standing) {
+    group.iter_mut().for_each(|one| one.standing = standing);
+}
+
+fn is_wanted(sighting: &Sighting, since: Option<Timestamp>) -> bool {
+    since.is_none_or(|since| sighting.candidate.timestamp >= since)
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub fn progress(what: &'static str, length: u64, unit: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = if length == 0 { "{spinner}" } else { "{bar:32}" };
+    let style = ProgressStyle::with_template(&format!("{{elapsed_precise}} {bar} {unit} {{msg}}"));
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(what)
+}

@@ -1,0 +1,303 @@
+//! Counts what stands on disk, for `verify`: reads every transcript from its first byte by the very rules of the
+//! follower, and says of each turn and registration whether the follower's cursor is past it. Changes nothing.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::super::claude_code::{self, TranscriptKind};
+use super::super::lines::{self, Found, Source};
+use super::super::schema::Candidate;
+use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
+use super::{DEPTH_MAX, head_order};
+use crate::event::{Cursor, Origin, Timestamp};
+
+/// How transcripts are found and read: as the follower does.
+#[derive(Clone, Debug)]
+pub struct Census {
+    pub projects: PathBuf,
+    pub line_bytes_max: u64,
+    pub inactivity_timeout: Duration,
+}
+
+/// The transcripts that were found.
+#[derive(Default, Debug)]
+pub struct Transcripts {
+    /// Those of sessions, in the order in which they are to be read: copies after what they were copied from.
+    pub main: Vec<PathBuf>,
+    /// Sub-agents', whose lines are no turns.
+    pub sub_agents: u64,
+    /// Bytes of the main ones, as they were found.
+    pub bytes: u64,
+    /// Folders that can't be looked into, and why.
+    pub unreadable: Vec<(PathBuf, String)>,
+}
+
+/// A turn, or a session's registration, that stands on disk.
+pub struct Sighting {
+    pub candidate: Candidate,
+    /// Where its record begins.
+    pub offset: u64,
+    /// The follower's cursor is past it: it was handed to the queue.
+    pub is_read: bool,
+}
+
+/// One transcript, read to its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    pub bytes: u64,
+    /// Bytes that the follower has read.
+    pub read_bytes: u64,
+    pub modified: Timestamp,
+}
+
+/// Room for one look at a file; to be used again for the next.
+#[derive(Default)]
+pub struct Buffer(Vec<u8>);
+
+impl Census {
+    /// Looks for all transcripts.
+    pub fn find(&self) -> Transcripts {
+        let mut found = Transcripts::default();
+        let mut main = Vec::new();
+        for entry in walkdir::WalkDir::new(&self.projects).follow_links(true).max_depth(DEPTH_MAX) {
+            match entry {
+                Ok(entry) if entry.file_type().is_file() => match self.kind_of(entry.path()) {
+                    Some(TranscriptKind::SubAgent) => found.sub_agents += 1,
+                    Some(kind) => {
+                        found.bytes += entry.metadata().map_or(0, |metadata| metadata.len());
+                        main.push((head_order(entry.path(), &kind), entry.into_path()));
+                    }
+                    None => {}
+                },
+                Ok(_) => {}
+                Err(error) => {
+                    let kind = error.io_error().map(io::Error::kind);
+                    if let (Some(io::ErrorKind::PermissionDenied), Some(path)) = (kind, error.path()) {
+                        found.unreadable.push((path.to_owned(), error.to_string()));
+                    }
+                }
+            }
+        }
+        main.sort();
+        found.main = main.into_iter().map(|(_, path)| path).collect();
+        found
+    }
+
+    fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
+        path.strip_prefix(&self.projects).ok().and_then(claude_code::classify)
+    }
+
+    /// Reads one transcript up to the size it has now. `cursor`: the follower's, as it stood before. `Ok(None)`: it is
+    /// gone, or no transcript.
+    pub fn read(
+        &self,
+        path: &Path,
+        cursor: Option<&Cursor>,
+        buffer: &mut Buffer,
+        mut sighted: impl FnMut(Sighting),
+    ) -> io::Result<Option<Extent>> {
+        let Some(kind) = self.kind_of(path) else { return Ok(None) };
+        let (handle, metadata) = match open(path) {
+            Ok(opened) => opened,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let bytes = metadata.len();
+        let read_bytes = match cursor {
+            Some(cursor) if stands_where_it_stood(&handle, bytes, cursor).or_else(cut_short)? => cursor.offset,
+            _ => 0,
+        };
+        let mut look = Look {
+            handle,
+            bytes,
+            line_bytes_max: self.line_bytes_max,
+            source: Source { kind, path: path.to_string_lossy().into(), inactivity_timeout: self.inactivity_timeout },
+            cursor: lines::START,
+        };
+        look.read(&mut buffer.0, &mut |candidate| {
+            let Origin::Transcript { offset, .. } = candidate.origin else { return };
+            if matches!(candidate.event_type.as_str(), "turn_detected" | "session_registered") {
+                sighted(Sighting { is_read: offset < read_bytes, offset, candidate });
+            }
+        })?;
+        let modified = metadata.modified().ok().and_then(|modified| Timestamp::try_from(modified).ok());
+        Ok(Some(Extent { bytes, read_bytes, modified: modified.unwrap_or(Timestamp::MAX) }))
+    }
+}
+
+/// A file that was cut short under our hands does not stand where it stood.
+fn cut_short(error: io::Error) -> io::Result<bool> {
+    if error.kind() == io::ErrorKind::UnexpectedEof { Ok(false) } else { Err(error) }
+}
+
+/// Cursors by path, as events name it.
+pub type Cursors = HashMap<String, Cursor>;
+
+struct Look {
+    handle: File,
+    /// What is read; what comes after it is another time's.
+    bytes: u64,
+    line_bytes_max: u64,
+    source: Source,
+    cursor: Cursor,
+}
+
+impl Look {
+    fn read(&mut self, buffer: &mut Vec<u8>, seen: &mut impl FnMut(Candidate)) -> io::Result<()> {
+        let mut offset = 0;
+        let mut wanted = CHUNK_BYTES;
+        while offset < self.bytes {
+            let length = (self.bytes - offset).min(wanted as u64) as usize;
+            buffer.resize(length, 0);
+            let length = read_full_at(&self.handle, buffer, offset)?;
+            let bytes = buffer.get(..length).unwrap_or_default();
+            let Some(end) = memchr::memrchr(b'\n', bytes) else {
+                let is_all = length < wanted || offset + length as u64 >= self.bytes;
+                if is_all {
+                    self.unterminated(bytes, offset, seen);
+                    break;
+                }
+                if length as u64 > self.line_bytes_max {
+                    // The follower passes over it, too.
+                    offset = self.next_line(offset + length as u64)?;
+                    wanted = CHUNK_BYTES;
+                } else {
+                    wanted = wanted
+                        .saturating_mul(2)
+                        .min(usize::try_from(self.line_bytes_max).unwrap_or(usize::MAX).saturating_add(CHUNK_BYTES));
+                }
+                continue;
+            };
+            let mut start = 0;
+            for newline in memchr::memchr_iter(b'\n', bytes.get(..=end).unwrap_or_default()) {
+                let line = bytes.get(start..newline).unwrap_or_default();
+                if line.len() as u64 <= self.line_bytes_max {
+                    self.line(line, offset + start as u64, seen);
+                }
+                start = newline + 1;
+            }
+            offset += start as u64;
+            wanted = CHUNK_BYTES;
+        }
+        // A long line must not hold its memory on.
+        buffer.truncate(CHUNK_BYTES);
+        buffer.shrink_to(CHUNK_BYTES);
+        Ok(())
+    }
+
+    fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
+        self.source.read(line, offset, &mut self.cursor, |found| match found {
+            Found::Event(candidate) => seen(candidate),
+            Found::Unreadable(_) => {}
+        });
+    }
+
+    /// A last line without newline counts when it is whole: then the follower takes it, too, once its file is quiet.
+    fn unterminated(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
+        let is_whole = line.last() == Some(&b'}') && claude_code::read_line(line, &self.source.kind).is_ok();
+        if is_whole && line.len() as u64 <= self.line_bytes_max {
+            self.line(line, offset, seen);
+        }
+    }
+
+    /// Where the next line begins after the first newline at or after `offset`; the end where there is none.
+    fn next_line(&self, offset: u64) -> io::Result<u64> {
+        let mut piece = vec![0; CHUNK_BYTES];
+        let mut offset = offset;
+        while offset < self.bytes {
+            let length = self.handle.read_at(&mut piece, offset)?;
+            if length == 0 {
+                break;
+            }
+            if let Some(newline) = memchr::memchr(b'\n', piece.get(..length).unwrap_or_default()) {
+                return Ok(offset + newline as u64 + 1);
+            }
+            offset += length as u64;
+        }
+        Ok(self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    /// A projects folder with one transcript of these bytes, and the prompts in it: the text, where it begins, whether
+    /// it was read.
+    fn prompts(bytes: &[u8], line_bytes_max: u64, cursor: Option<&Cursor>) -> Vec<(String, u64, bool)> {
+        let folder = tempfile::tempdir().unwrap();
+        let projects = folder.path().to_owned();
+        let path = projects.join("-app").join(format!("{}.jsonl", Uuid::from_u128(1)));
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        let census = Census { projects, line_bytes_max, inactivity_timeout: Duration::from_secs(60) };
+        assert_eq!(census.find().main, [path.as_path()]);
+        let mut found = Vec::new();
+        census
+            .read(&path, cursor, &mut Buffer::default(), |sighting| {
+                if let Some(text) = sighting.candidate.payload.get("text") {
+                    found.push((text.as_str().unwrap().to_owned(), sighting.offset, sighting.is_read));
+                }
+            })
+            .unwrap();
+        found
+    }
+
+    fn prompt(text: &str) -> String {
+        format!(r#"{{"type":"user","uuid":"{text}","message":{{"role":"user","content":"{text}"}}}}"#)
+    }
+
+    #[test]
+    fn lines_of_every_length_are_found_at_their_place() {
+        let long = "x".repeat(CHUNK_BYTES + CHUNK_BYTES / 2);
+        let lines = [prompt("a"), prompt(&long), prompt("b"), prompt("c")];
+        let text = lines.join("\n");
+        let found = prompts(text.as_bytes(), 1 << 30, None);
+        let mut offset = 0;
+        let expected: Vec<u64> = lines
+            .iter()
+            .map(|line| {
+                offset += line.len() as u64 + 1;
+                offset - line.len() as u64 - 1
+            })
+            .collect();
+        assert_eq!(found.iter().map(|(_, offset, _)| *offset).collect::<Vec<_>>(), expected);
+        assert_eq!(found[1].0, long);
+        assert_eq!(found[3].0, "c", "the last line is whole, though it has no newline");
+        // What the follower passes over is no turn here either, in a chunk and beyond one.
+        for limit in [100, CHUNK_BYTES as u64 + 5] {
+            let found = prompts(text.as_bytes(), limit, None);
+            assert_eq!(found.iter().map(|(text, ..)| text.as_str()).collect::<Vec<_>>(), ["a", "b", "c"], "{limit}");
+        }
+    }
+
+    #[test]
+    fn a_cut_last_line_is_no_turn() {
+        let text = format!("{}\n{}", prompt("a"), prompt("b"));
+        let found = prompts(&text.as_bytes()[..text.len() - 1], 1 << 20, None);
+        assert_eq!(found, [("a".to_owned(), 0, false)]);
+    }
+
+    #[test]
+    fn a_cursor_counts_only_for_the_bytes_that_were_read() {
+        let (first, second) = (prompt("a"), prompt("b"));
+        let text = format!("{first}\n{second}\n");
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("copy");
+        std::fs::write(&copy, &text).unwrap();
+        let offset = first.len() as u64 + 1;
+        let fingerprint = super::super::reading::Place::at(&File::open(&copy).unwrap(), offset).unwrap().fingerprint();
+        let cursor = Cursor { offset, fingerprint, ..lines::START };
+        let read = |text: &str| -> Vec<bool> {
+            prompts(text.as_bytes(), 1 << 20, Some(&cursor)).into_iter().map(|(_, _, is_read)| is_read).collect()
+        };
+        assert_eq!(read(&text), [true, false]);
+        assert_eq!(read(&text.replace("\"a\"", "\"z\"")), [false, false], "the file was replaced");
+        assert_eq!(read(&prompt("a")[..20]), [] as [bool; 0], "cut short");
+    }
+}

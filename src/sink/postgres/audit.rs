@@ -1,0 +1,164 @@
+//! Asks Postgres what it holds, for `verify`: needs no right but SELECT, changes nothing and makes no tables. Only
+//! [`Auditor::forget_stale`] writes, for `--repair`.
+//!
+//! On a connection of its own, one statement after the other, each short: what does not answer within
+//! `statement_timeout` is asked again in smaller pieces.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Row};
+use uuid::Uuid;
+
+use super::connect::{ConnectSettings, Pooler, connect, find_layout, missing_tables};
+use super::layout::Found;
+use super::no_answer;
+use super::verdict::step_error;
+use crate::sink::DeliverError;
+
+/// Events that are asked for at once, at most.
+pub const ASKED_MAX: usize = 2048;
+
+/// Rows that are looked through at once.
+const ROWS_MAX: i64 = 5000;
+
+/// The `row_id` of a receipt whose row was removed on purpose: no row has it.
+const REMOVED: i64 = 0;
+
+/// The receipt of an event and what it leads to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Receipt {
+    /// It says that the row was removed on purpose.
+    Removed,
+    /// Its row does not exist.
+    WithoutRow { row_id: i64 },
+    /// Its row.
+    Row { row_id: i64, row: AuditedRow },
+}
+
+/// What a row says of its own identity.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AuditedRow {
+    pub event_type: String,
+    /// `session_uuid` of a registration, else `turn_uuid`; `None` where the payload has none.
+    pub identity: Option<String>,
+}
+
+/// A receipt that leads to no row of its event, as it was found; and what that row would say.
+#[derive(Clone, Debug)]
+pub struct StaleReceipt {
+    pub event_id: Uuid,
+    pub row_id: i64,
+    pub event_type: String,
+    pub identity: Option<String>,
+}
+
+/// A connection for questions.
+pub struct Auditor {
+    client: Client,
+    statement_timeout: Duration,
+    find_sql: String,
+    rows_sql: String,
+    forget_sql: String,
+}
+
+impl Auditor {
+    pub async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
+        let (client, _) = connect(settings, &Pooler::default()).await?;
+        let layout = match find_layout(&client, settings).await? {
+            Found::Complete(layout) => layout,
+            Found::Missing(missing) => return Err(missing_tables(&missing)),
+        };
+        let (events, receipts) = (&layout.events, &layout.receipts);
+        const IDENTITY: &str =
+            "payload->>(CASE event_type WHEN 'session_registered' THEN 'session_uuid' ELSE 'turn_uuid' END)";
+        Ok(Auditor {
+            client,
+            statement_timeout: settings.statement_timeout,
+            // OFFSET 0 keeps the planner from joining whole tables: each is looked up by its primary key, also where
+            // nobody has analyzed the tables yet.
+            find_sql: format!(
+                "SELECT r.event_id, r.row_id, e.event_type, e.identity
+                   FROM unnest($1) AS asked (id)
+                  CROSS JOIN LATERAL (SELECT event_id, row_id FROM {receipts} WHERE event_id = asked.id OFFSET 0) AS r
+                   LEFT JOIN LATERAL (SELECT event_type::text, {IDENTITY} AS identity
+                                        FROM {events} WHERE id = r.row_id OFFSET 0) AS e ON true"
+            ),
+            rows_sql: format!(
+                "SELECT id::bigint, event_type::text,
+                        CASE WHEN event_type IN ('turn_detected', 'session_registered') THEN {IDENTITY} END
+                   FROM {events} WHERE id > $1 ORDER BY id LIMIT {ROWS_MAX}"
+            ),
+            forget_sql: format!(
+                "DELETE FROM {receipts} AS r USING unnest($1, $2, $3, $4) AS stale (event_id, row_id, event_type, identity)
+                  WHERE r.event_id = stale.event_id AND r.row_id = stale.row_id AND r.row_id <> {REMOVED}
+                    AND NOT EXISTS (SELECT FROM {events}
+                                     WHERE id = r.row_id AND event_type = stale.event_type
+                                       AND (stale.identity IS NULL OR COALESCE({IDENTITY}, stale.identity) = stale.identity))"
+            ),
+        })
+    }
+
+    /// The receipts of these events, [`ASKED_MAX`] of them at most; those that are not in the answer have none.
+    pub async fn find(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Receipt>, DeliverError> {
+        let mut found = HashMap::with_capacity(ids.len());
+        // Pieces that are still to be asked for; a last one of one event is given up on.
+        let mut pieces = vec![ids];
+        while let Some(piece) = pieces.pop() {
+            match self.query(&self.find_sql, &[(&piece, Type::UUID_ARRAY)]).await {
+                Ok(rows) => found.extend(rows.iter().map(receipt_of)),
+                Err(error) if error.sqlstate.as_deref() == Some("57014") && piece.len() > 1 => {
+                    let (left, right) = piece.split_at(piece.len() / 2);
+                    pieces.extend([right, left]);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Rows after the one numbered `after`, in their order; none at the end of the table. Gives the number to go on at.
+    pub async fn rows_after(&self, after: i64) -> Result<Option<(i64, Vec<AuditedRow>)>, DeliverError> {
+        let rows = self.query(&self.rows_sql, &[(&after, Type::INT8)]).await?;
+        let Some(last) = rows.last().map(|row| row.get(0)) else { return Ok(None) };
+        Ok(Some((last, rows.iter().map(|row| AuditedRow { event_type: row.get(1), identity: row.get(2) }).collect())))
+    }
+
+    /// Removes receipts that lead to no row of their event, each on condition that this is still so. Gives their
+    /// number.
+    pub async fn forget_stale(&self, stale: &[StaleReceipt]) -> Result<u64, DeliverError> {
+        let ids: Vec<Uuid> = stale.iter().map(|receipt| receipt.event_id).collect();
+        let rows: Vec<i64> = stale.iter().map(|receipt| receipt.row_id).collect();
+        let types: Vec<&str> = stale.iter().map(|receipt| receipt.event_type.as_str()).collect();
+        let identities: Vec<Option<&str>> = stale.iter().map(|receipt| receipt.identity.as_deref()).collect();
+        let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&ids, Type::UUID_ARRAY),
+            (&rows, Type::INT8_ARRAY),
+            (&types, Type::TEXT_ARRAY),
+            (&identities, Type::TEXT_ARRAY),
+        ];
+        let sql = format!("WITH gone AS ({} RETURNING 1) SELECT count(*) FROM gone", self.forget_sql);
+        let rows = self.query(&sql, &parameters).await?;
+        Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0).unsigned_abs()))
+    }
+
+    async fn query(&self, sql: &str, parameters: &[(&(dyn ToSql + Sync), Type)]) -> Result<Vec<Row>, DeliverError> {
+        // Behind a pooler that takes no startup options the server's own statement_timeout holds, if it has one.
+        let limit = self.statement_timeout + Duration::from_secs(1);
+        match tokio::time::timeout(limit, self.client.query_typed(sql, parameters)).await {
+            Ok(answer) => answer.map_err(|error| step_error(&error)),
+            Err(_) => Err(no_answer(limit)),
+        }
+    }
+}
+
+fn receipt_of(row: &Row) -> (Uuid, Receipt) {
+    let row_id: i64 = row.get(1);
+    let receipt = match row.get::<_, Option<String>>(2) {
+        _ if row_id == REMOVED => Receipt::Removed,
+        Some(event_type) => Receipt::Row { row_id, row: AuditedRow { event_type, identity: row.get(3) } },
+        None => Receipt::WithoutRow { row_id },
+    };
+    (row.get(0), receipt)
+}
