@@ -1,19 +1,217 @@
 #!/usr/bin/env bash
-# Measurements, each beside its reference in the same run: scripts/bench.sh WHAT [arguments]
+# Measurements, each beside what it is to be compared with, in the same run. Numbers alone say little on a machine that
+# does other things too; what counts is the ratio.
 #
-# WHAT is the name of a file in scripts/bench/. Numbers are ratios taken side by side, as machines are noisy.
+# Usage: scripts/bench.sh                 all of it, in under ten minutes; writes docs/benchmarks.md and docs/benchmarks.tsv
+#        scripts/bench.sh --quick         the same in small, in under a minute, to see that everything works; writes nothing
+#        scripts/bench.sh PART [--quick]  one part
+#        scripts/bench.sh ratio --check   fails where the drain falls under half of its published ratio to pgbench
+#
+# PART, and the seconds planned for it on two processors:
+#   queue 50       durable append beside write + fdatasync; opening and memory with a million pending
+#   drain 70       the drainer beside pgbench (1, 4, 16 clients, synchronous_commit on and off), COPY, a plain loop
+#   ratio 30       the drainer beside pgbench with one client, in a debug build, which CI has anyway
+#   backfill 45    200,000 turns from file into Postgres
+#   rsyslog 30     the same job by rsyslog
+#   latency 40     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
+#   outage 75      a minute without Postgres at 500 lines a second
+#   restart 10     kill -9 with 100,000 pending
+#   capture 120    a million turns captured with Postgres away, then drained; stops in all kinds of trouble
+#   idle 40        1,000 transcripts, nothing happens
+#   hook 5         wall time of Claude Code's hook
+# and whatever else is in scripts/bench/ as PART.sh.
+#
+# Needs PostgreSQL's programs (scripts/dev-postgres.sh installs them where it may), Linux's /proc, and 8 GB of disk. All
+# is done in a folder of its own below target/, on the disk the project is on, with a server of its own; all of it is
+# gone afterwards. rsyslog is taken from the system, or fetched by apt-get and unpacked there, not installed.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-what=${1:-}
-if [ -z "$what" ] || [ ! -f "$here/bench/$what.sh" ]; then
-  {
-    printf 'Usage: scripts/bench.sh WHAT [arguments], where WHAT is one of:\n'
-    for file in "$here"/bench/*.sh; do
-      printf '  %-10s %s\n' "$(basename "$file" .sh)" "$(sed -n '2s/^# //p' "$file")"
-    done
-  } >&2
-  exit 64
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd "$root"
+postgres=$root/scripts/dev-postgres.sh
+readonly PARTS='queue drain backfill rsyslog latency outage restart capture idle hook'
+
+die() {
+  printf 'bench: %s\n' "$2" >&2
+  exit "$1"
+}
+
+parts='' quick='' profile=release published=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      sed -n '2,/^set -euo/s/^# \{0,1\}//p' "$0"
+      exit 0
+      ;;
+    --quick) quick=--quick ;;
+    --check) published=(--published "$root/docs/benchmarks.tsv") ;;
+    -*) die 64 "no option $1; see scripts/bench.sh --help" ;;
+    *)
+      case " $PARTS ratio " in
+        *" $1 "*)
+          parts="$parts $1"
+          [ "$1" != ratio ] || profile=debug
+          ;;
+        *)
+          [ -f "scripts/bench/$1.sh" ] || die 64 "no part $1; see scripts/bench.sh --help"
+          [ -z "$parts" ] || die 64 "$1 is run on its own"
+          part=$1
+          shift
+          exec bash "scripts/bench/$part.sh" "$@" ${quick:+"$quick"}
+          ;;
+      esac
+      ;;
+  esac
+  shift
+done
+everything=''
+if [ -z "$parts" ]; then
+  everything=1
+  parts=$PARTS
 fi
-shift
-exec bash "$here/bench/$what.sh" "$@"
+[ -d /proc/self/task ] || die 69 "this needs Linux: what it measures of processes it reads from /proc"
+
+# What a caller has set for other servers and other watchers must not steer these.
+# shellcheck disable=SC2086 # a list of names
+unset DATABASE_URL NOTIFY_SOCKET RUST_LOG ${!PG@} ${!HEADSPACE_@} ${!CLAUDE@}
+
+command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+command -v cargo >/dev/null 2>&1 || die 69 "cargo is not installed: get Rust from https://rustup.rs, then try again"
+if [ "$profile" = release ]; then
+  cargo build --release --locked --bin headspace-watcher --example bench
+else
+  cargo build --locked --bin headspace-watcher --example bench
+fi
+if [ -n "$everything" ] && [ -z "$quick" ]; then cargo build --locked --example bench; fi
+program=$root/target/$profile/examples/bench
+bin=$("$postgres" bin)
+
+began=$SECONDS
+mkdir -p target/bench
+work=$(mktemp -d "$root/target/bench/run.XXXXXX")
+# The server's user and mine may differ.
+chmod 0711 "$work"
+mkdir "$work/disk"
+measuring=''
+clean_up() {
+  trap '' INT TERM HUP
+  [ -z "$measuring" ] || kill "$measuring" 2>/dev/null || true
+  local pid
+  while IFS= read -r pid; do
+    # Only what still is what it was: what runs out of this very folder.
+    if grep -qF "$work/" "/proc/$pid/cmdline" 2>/dev/null; then kill -KILL "$pid" 2>/dev/null || true; fi
+  done < <(cat "$work/disk/pids" 2>/dev/null)
+  # Paused, it would not hear of its end.
+  local server
+  server=$(head -n 1 "$work/postgres/cluster/postmaster.pid" 2>/dev/null) || server=''
+  # shellcheck disable=SC2046 # a list of ids
+  [ -z "$server" ] || kill -CONT "$server" $(pgrep -P "$server") 2>/dev/null || true
+  [ ! -e "$work/postgres" ] || "$postgres" stop --mode immediate "$work/postgres" >/dev/null 2>&1 || true
+  if [ -f "$work/postgres/moved" ]; then rm -rf "$(cat "$work/postgres/moved")"; fi
+  rm -rf "$work"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+# rsyslogd with ompgsql: the system's, else Debian's packages unpacked into target/. Nothing is installed, so no system
+# logger is started by this.
+rsyslog=() why=''
+find_rsyslog() {
+  local place=$root/target/bench/rsyslog
+  if [ -x /usr/sbin/rsyslogd ] && [ -n "$(find /usr/lib -maxdepth 3 -name ompgsql.so 2>/dev/null)" ]; then
+    rsyslog=(--rsyslog /)
+    return
+  fi
+  if [ ! -x "$place/usr/sbin/rsyslogd" ]; then
+    if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
+      why='neither rsyslog with its rsyslog-pgsql nor apt-get is here'
+      return
+    fi
+    rm -rf "$place" && mkdir -p "$place"
+    local packages=(rsyslog rsyslog-pgsql libestr0 libfastjson4 liblognorm5)
+    # Lists that are old name versions which are no longer to be had.
+    if ! (cd "$place" && apt-get download -qq "${packages[@]}" >/dev/null 2>&1) &&
+      ! { [ "$(id -u)" -eq 0 ] && apt-get update -qq >/dev/null 2>&1 &&
+        (cd "$place" && apt-get download -qq "${packages[@]}" >/dev/null 2>&1); }; then
+      rm -rf "$place"
+      why='rsyslog and rsyslog-pgsql are not here, and apt-get could not fetch them'
+      return
+    fi
+    local package
+    for package in "$place"/*.deb; do dpkg-deb -x "$package" "$place"; done
+    rm -f "$place"/*.deb
+  fi
+  # Debian's folders are the same as the system's only since its lib is in usr.
+  if LD_LIBRARY_PATH=$(dirname "$(find "$place/usr/lib" -name 'libestr.so.0' | head -n 1)") "$place/usr/sbin/rsyslogd" -v >/dev/null 2>&1; then
+    rsyslog=(--rsyslog "$place")
+  else
+    why='rsyslogd was fetched, but does not run here'
+  fi
+}
+case " $parts " in
+  *' rsyslog '*)
+    find_rsyslog
+    [ -z "$why" ] || rsyslog=(--no-rsyslog "$why")
+    ;;
+esac
+
+"$postgres" start "$work/postgres" >/dev/null
+rows=$work/rows.tsv
+arguments=(--server "$work/postgres" --folder "$work/disk" --rows "$rows" ${published[@]+"${published[@]}"})
+# In the background, so that a signal is heard at once.
+# shellcheck disable=SC2086 # a list of parts
+"$program" "${arguments[@]}" ${rsyslog[@]+"${rsyslog[@]}"} ${quick:+"$quick"} $parts &
+measuring=$!
+wait "$measuring"
+if [ -n "$everything" ] && [ -z "$quick" ]; then
+  target/debug/examples/bench "${arguments[@]}" ratio &
+  measuring=$!
+  wait "$measuring"
+fi
+measuring=''
+
+# What other files of scripts/bench/ measure goes into the same table.
+if [ -n "$everything" ] && [ -f scripts/bench/verify.sh ]; then
+  HEADSPACE_BENCH_ROWS=$rows bash scripts/bench/verify.sh ${quick:+"$quick"}
+fi
+took=$((SECONDS - began))
+printf '\n%s s\n' "$took"
+[ -n "$everything" ] && [ -z "$quick" ] || exit 0
+
+# ---- docs/benchmarks.md ----------------------------------------------------------------------------------------------
+
+grep -v "^$" "$rows" >docs/benchmarks.tsv
+processor=$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)
+memory=$(awk '/^MemTotal/ { printf "%.0f GB", $2 / 1048576 }' /proc/meminfo)
+system=$(sed -n 's/^PRETTY_NAME="\(.*\)"$/\1/p' /etc/os-release 2>/dev/null || true)
+disk=$(df -T "$root" | awk 'NR == 2 { print $2 }')
+readonly END='<!-- Written by scripts/bench.sh up to here; what follows stays. -->'
+kept=$(awk -v end="$END" 'found { print } $0 == end { found = 1 }' docs/benchmarks.md 2>/dev/null || true)
+{
+  cat <<HEAD
+# Benchmarks
+
+Written by \`scripts/bench.sh\`, which measures all of it anew, on any Linux machine with PostgreSQL's programs. What stands in
+the column beside a number was measured in the same run, on the same server, disk and table, taking turns where that
+matters: compare ratios, not numbers of different machines. \`docs/benchmarks.tsv\` has the same for programs.
+
+| | |
+|---|---|
+| Command | \`scripts/bench.sh\`, $took s |
+| Date | $(date -u +%Y-%m-%d) |
+| Machine | $(getconf _NPROCESSORS_ONLN) × ${processor:-$(uname -m)}, $memory, $disk |
+| System | ${system:-$(uname -s)}, Linux $(uname -r) |
+| headspace-watcher | $(target/$profile/headspace-watcher --version | awk '{ print $2 }'), $(git rev-parse --short HEAD 2>/dev/null || echo 'no git'), $(rustc --version | cut -d' ' -f1,2), release |
+| PostgreSQL | $("$bin/postgres" -V | awk '{ print $3 }'), its own defaults |
+HEAD
+  awk -F'\t' '
+    NF == 2 { printf "\n## %s\n\n| What | | Beside it, in the same run | Aim | |\n|---|--:|---|---|---|\n", $2; next }
+    { printf "| %s | %s | %s | %s | %s |\n", $2, $3 (($4 != "") ? " " $4 : ""), $5, $6, ($7 == "yes") ? "reached" : (($7 == "no") ? "**missed**" : "") }
+  ' docs/benchmarks.tsv
+  printf '\n%s\n' "$END"
+  [ -z "$kept" ] || printf '%s\n' "$kept"
+} >"$work/benchmarks.md"
+cp "$work/benchmarks.md" docs/benchmarks.md
+printf 'docs/benchmarks.md and docs/benchmarks.tsv are written\n'
