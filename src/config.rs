@@ -91,6 +91,8 @@ pub struct DatabaseConfig {
     pub events_table: TableName,
     pub auto_migrate: bool,
     pub notify_channel: Option<String>,
+    /// What this machine is called in `event_sources`; `None`: what it calls itself.
+    pub host_name: Option<String>,
 }
 
 /// Section `queue`: where events wait.

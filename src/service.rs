@@ -217,8 +217,7 @@ impl Service {
 
     fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
         let config = &self.config;
-        let host = gethostname::gethostname().to_string_lossy().into_owned();
-        let sink = PostgresSink::new(connect_settings(config, self.target.clone()), host);
+        let sink = PostgresSink::new(connect_settings(config, self.target.clone()), host_name(config));
         let drain = DrainConfig {
             window: config.queue.drain_window,
             attempts_max: config.event_system.write_retry_attempts,
@@ -286,6 +285,12 @@ impl Service {
             "since start"
         );
     }
+}
+
+/// What this machine is called in `event_sources`.
+pub fn host_name(config: &Config) -> String {
+    let own = || gethostname::gethostname().to_string_lossy().into_owned();
+    config.database.host_name.clone().unwrap_or_else(own)
 }
 
 /// How the sink reaches Postgres under this configuration.

@@ -341,6 +341,25 @@ pub(super) const KEYS: &[Key] = &[
         },
     },
     Key {
+        section: "database",
+        name: "host_name",
+        default: "null",
+        about: &[
+            "What this machine is called in event_sources; null: what it calls itself.",
+            "Needed where several watchers of one database would have the same name, as in containers.",
+        ],
+        kind: Kind::Text {
+            expected: "a name of 1 to 253 bytes",
+            nullable: true,
+            secret: false,
+            set: |config, text, _| {
+                let is_name = |name: &&str| (1..=253).contains(&name.len()) && !name.contains(char::is_control);
+                config.database.host_name = read(text, |text| Some(text).filter(is_name).map(str::to_owned))?;
+                Ok(())
+            },
+        },
+    },
+    Key {
         section: "queue",
         name: "path",
         default: "data/queue",

@@ -595,6 +595,7 @@ fn blank() -> Config {
             events_table: TableName { schema: None, table: String::new() },
             auto_migrate: false,
             notify_channel: None,
+            host_name: None,
         },
         queue: QueueConfig { path: path.clone(), spool_path: path.clone(), max_pending_bytes: 0, drain_window: 0 },
         http: HttpConfig { listen: None, socket: path, token: None },

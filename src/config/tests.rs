@@ -91,6 +91,7 @@ fn without_a_file_the_defaults_of_the_contract_serve() {
             events_table: TableName { schema: None, table: "events".to_owned() },
             auto_migrate: true,
             notify_channel: None,
+            host_name: None,
         },
         queue: QueueConfig {
             path: desk.path("data/queue"),
@@ -204,7 +205,7 @@ fn values_land_in_their_fields() {
          event_system: {write_retry_attempts: 4, write_retry_delay_ms: 7, write_retry_max_delay_ms: 70,\n\
          \x20 max_restarts_per_minute: 6, shutdown_timeout_seconds: 1.5, max_event_bytes: 2048}\n\
          database: {url: 'postgresql://ada@db/head', pool_size: 8, connect_timeout_ms: 20, statement_timeout_ms: 300,\n\
-         \x20 events_table: log.events, auto_migrate: false, notify_channel: news}\n\
+         \x20 events_table: log.events, auto_migrate: false, notify_channel: news, host_name: pod-7}\n\
          queue: {path: q, spool_path: s, max_pending_bytes: 2000000, drain_window: 1}\n\
          http: {listen: 'localhost:80', socket: w.sock, token: sesame-open}\n\
          schemas: {path: schemas}\n\
@@ -228,6 +229,7 @@ fn values_land_in_their_fields() {
     assert_eq!(database.statement_timeout, Duration::from_millis(300));
     assert_eq!(database.events_table.quoted(), r#""log"."events""#);
     assert_eq!(database.notify_channel.as_deref(), Some("news"));
+    assert_eq!(database.host_name.as_deref(), Some("pod-7"));
     assert_eq!((queue.path, queue.spool_path), (desk.path("q"), desk.path("s")));
     assert_eq!((queue.max_pending_bytes, queue.drain_window), (2_000_000, 1));
     assert_eq!(http.listen, Some("127.0.0.1:80".parse().unwrap()));
@@ -451,6 +453,10 @@ fn wrong_types_say_what_was_expected_and_found() {
             "database:\n  notify_channel: ''\n",
             "config.yaml:2: database.notify_channel: expected a name of 1 to 63 bytes, or null, found the \
              quoted text \"\"",
+        ),
+        (
+            "database:\n  host_name: ''\n",
+            "config.yaml:2: database.host_name: expected a name of 1 to 253 bytes, or null, found the quoted text \"\"",
         ),
         (
             "redact:\n  patterns: a\n",

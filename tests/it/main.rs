@@ -32,6 +32,7 @@ mod page;
 mod power_cut;
 mod privacy;
 mod proxy;
+mod scaling;
 mod services;
 mod sessions;
 mod stopping;

@@ -117,7 +117,8 @@ const FLUSH: &str = "CASE WHEN current_setting('synchronous_commit') = 'off'
 /// One event, exactly once, in order, in one statement and so in one transaction.
 ///
 /// * The receipt refuses a second copy. A copy marks the receipt (`seen_again_at`), so that it counts as a
-///   predecessor below and so that its commit writes: a transaction that writes nothing flushes nothing.
+///   predecessor below and so that its commit writes: a transaction that writes nothing flushes nothing. That mark is
+///   also what tells a copy from a new event: `xmax`, which would too, can't be asked for in a partitioned table.
 /// * The receipt is only made on a `condition`: that the predecessor has been here in *this* delivery of it (its
 ///   receipt carries its window's time). So nothing that follows a failed transaction is stored, duplicates or not.
 /// * Result: no row: the condition does not hold, nothing was done. One row: whether the event was new.
@@ -140,7 +141,7 @@ fn deliver_sql(
            INSERT INTO {schema}.event_receipts AS r (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
            SELECT $1, {next_id}, $2, $3, $4, $5 WHERE {condition}
            ON CONFLICT (event_id) DO UPDATE SET seen_again_at = $5
-           RETURNING row_id, r.xmax = 0 AS is_new,
+           RETURNING row_id, r.seen_again_at IS NULL AS is_new,
                      CASE WHEN $8 THEN set_config('synchronous_commit', 'off', true) ELSE {FLUSH} END
          ), stored AS (
            INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)

@@ -1,0 +1,246 @@
+#!/usr/bin/env bash
+# ten times the work: time and peak memory of each kind of size, at a size and at ten times it
+#
+# Usage: scripts/bench.sh growth [--quick | --full] [WHAT ...]
+#        WHAT: pending, transcripts, history, single (default: all)
+#
+#   pending      so many events wait in the queue: the time to open it, and to drain it into Postgres
+#   transcripts  so many transcripts of three turns each, from the start until all is in Postgres
+#   history      so many bytes to back-fill in transcripts of 25 MB, one line in ten a turn, as they are
+#   single       the same in one transcript
+#
+# Peak memory is of the whole run of the program. Work grows tenfold; time must grow no faster, which is the column
+# "time / work" at about 1 or less, and memory not at all.
+#
+#                      pending              transcripts        history           single
+#   --quick            2,000 / 20,000       50 / 500           2 / 20 MB         2 / 20 MB
+#   without            100,000 / 1 million  1,000 / 10,000     50 / 500 MB       50 / 500 MB
+#   --full             1 / 10 million       1,000 / 10,000     2 / 20 GB         100 MB / 1 GB
+#
+# A run without --quick, of all kinds, writes docs/growth.md. --full needs 45 GB of disk, and half an hour to two hours.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+cd "$root"
+size=default pending=100000 transcripts=1000 history=50 single=50
+case ${1-} in
+  --quick) size=quick pending=2000 transcripts=50 history=2 single=2 && shift ;;
+  --full) size=full pending=1000000 transcripts=1000 history=2000 single=100 && shift ;;
+esac
+whole=''
+if [ $# -eq 0 ]; then
+  set -- pending transcripts history single
+  [ "$size" = quick ] || whole=1
+fi
+for what in "$@"; do
+  case $what in
+    pending | transcripts | history | single) ;;
+    *)
+      printf 'Usage: scripts/bench.sh growth [--quick | --full] [pending | transcripts | history | single ...]\n' >&2
+      exit 64
+      ;;
+  esac
+done
+
+command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+cargo build --release --locked --quiet --bin headspace-watcher --example bench-drain
+watcher=$root/target/release/headspace-watcher
+bench=$root/target/release/examples/bench-drain
+postgres=$root/scripts/dev-postgres.sh
+
+work=$(mktemp -d)
+cluster='' running=''
+clean_up() {
+  trap '' INT TERM HUP
+  [ -z "$running" ] || kill "$running" 2>/dev/null || true
+  [ -z "$cluster" ] || "$postgres" stop "$cluster" >/dev/null 2>&1 || true
+  rm -rf "$work"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+cluster=$("$postgres" start --throwaway)
+url=$("$postgres" url "$cluster")
+sql() { "$postgres" psql "$cluster" -qAtX -v ON_ERROR_STOP=1 -c "$1"; }
+now() { date +%s%N; }
+
+# lines KIND NUMBER COUNT: lines of transcript NUMBER. KIND turns: prompts of 0.9 kB. KIND mixed: each tenth is one, the
+# others are results of tools and progress of 2.7 kB in the mean.
+lines() {
+  awk -v kind="$1" -v number="$2" -v count="$3" 'BEGIN {
+    for (i = 0; i < 8; i++) text = text "The drainer takes the oldest envelopes out of the queue and hands them to the sink. "
+    for (i = 0; i < 50; i++) output = output "src/queue/writer.rs:120: let batch = gather(&inbox); // one sync\\n"
+    session = sprintf("%08x-0000-4000-8000-000000000000", number)
+    tail = ",\"timestamp\":\"2026-01-02T03:04:05.678Z\",\"cwd\":\"/home/me/app\",\"sessionId\":\"" session "\",\"version\":\"2.1.219\"}"
+    head = "{\"parentUuid\":null,\"isSidechain\":false,\"type\":\"user\",\"message\":{\"role\":\"user\",\"content\":"
+    for (i = 1; i <= count; i++) {
+      uuid = sprintf("\"uuid\":\"%08x-%04x-4000-8000-%012x\"", i, number % 65536, number)
+      if (kind == "turns" || i % 10 == 1) print head "\"" text "\"}," uuid tail
+      else print head "[{\"type\":\"tool_result\",\"tool_use_id\":\"toolu_" i "\",\"content\":\"" substr(output, 1, 300 + (i * 7919) % 2900) "\"}]}," uuid tail
+    }
+  }'
+}
+# transcript KIND NUMBER COUNT
+transcript() {
+  local folder
+  folder=$work/projects/-home-me-$(($2 % 50))
+  mkdir -p "$folder"
+  lines "$@" >"$folder/$(printf '%08x' "$2")-0000-4000-8000-000000000000.jsonl"
+}
+
+fresh() {
+  rm -rf "$work/projects" "$work/data"
+  mkdir -p "$work/projects"
+  if [ "$(sql "SELECT to_regclass('events') IS NOT NULL")" = t ]; then sql 'TRUNCATE events, event_receipts, event_sources'; fi
+  sql 'CHECKPOINT'
+}
+
+# until_idle: runs the program until all is delivered; sets seconds, peak_mb and rows.
+until_idle() {
+  local begun line most=0
+  begun=$(now)
+  env -u DATABASE_URL HEADSPACE_DATABASE__URL="$url" "$watcher" --config "$work/config.yaml" --log-level warn run --until-idle \
+    2>>"$work/log" &
+  running=$!
+  while line=$(grep VmHWM "/proc/$running/status" 2>/dev/null); do
+    most=$(printf '%s\n' "$line" | awk '{ print $2 }')
+    sleep 0.02
+  done
+  wait "$running" || { tail -n 3 "$work/log" >&2; exit 1; }
+  running=''
+  seconds=$(awk -v begun="$begun" -v now="$(now)" 'BEGIN { printf "%.2f", (now - begun) / 1e9 }')
+  peak_mb=$((most / 1024))
+  rows=$(sql 'SELECT count(*) FROM events')
+}
+cat >"$work/config.yaml" <<'YAML'
+claude: {projects_path: projects}
+file_watcher: {inactivity_timeout: 3153600000}
+queue: {max_pending_bytes: 1099511627776}
+http: {listen: null}
+YAML
+
+# record WHAT AMOUNT SECONDS MB: one point.
+record() {
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$work/points"
+  printf '%-34s %12s  %10s s  %6s MB\n' "$1" "$2" "$3" "$4"
+}
+must_be() { # WHAT FOUND EXPECTED
+  [ "$2" = "$3" ] || { printf '%s: %s, not %s\n' "$1" "$2" "$3" >&2; exit 1; }
+}
+
+# Opened by a program that shows the oldest event and ends; then drained.
+measure_pending() { # EVENTS
+  fresh
+  "$bench" fill "$work/data/queue" "$1"
+  local begun opened
+  begun=$(now)
+  "$watcher" --config "$work/config.yaml" queue-dump --limit 1 >/dev/null
+  opened=$(awk -v begun="$begun" -v now="$(now)" 'BEGIN { printf "%.2f", (now - begun) / 1e9 }')
+  until_idle
+  must_be 'rows' "$rows" "$1"
+  record 'pending: opened' "$1 events" "$opened" "-"
+  record 'pending: drained' "$1 events" "$seconds" "$peak_mb"
+}
+
+measure_transcripts() { # TRANSCRIPTS
+  fresh
+  local number
+  for number in $(seq "$1"); do transcript turns "$number" 3; done
+  until_idle
+  must_be 'rows' "$rows" "$(($1 * 4))"
+  record 'transcripts of three turns' "$1 files" "$seconds" "$peak_mb"
+}
+
+# Lines of the mixed kind in a megabyte, and of them turns.
+readonly LINES_OF_MB=500
+measure_history() { # MB
+  fresh
+  local number files=$(($1 / 25))
+  [ "$files" -gt 0 ] || files=1
+  # All are the same but for session and uuids; the first is generated, the others are told apart by sed.
+  transcript mixed 1 $((LINES_OF_MB * $1 / files))
+  for number in $(seq 2 "$files"); do
+    local session uuid folder
+    session=$(printf '%08x-0000-4000-8000-000000000000' "$number")
+    uuid=$(printf -- '-%04x-4000-8000-%012x' "$number" "$number")
+    folder=$work/projects/-home-me-$((number % 50))
+    mkdir -p "$folder"
+    sed "s/00000001-0000-4000-8000-000000000000/$session/; s/-0001-4000-8000-000000000001\"/$uuid\"/" \
+      "$work/projects/-home-me-1/00000001-0000-4000-8000-000000000000.jsonl" >"$folder/$session.jsonl"
+  done
+  until_idle
+  must_be 'rows' "$rows" "$((files * (LINES_OF_MB * $1 / files / 10 + 1)))"
+  record 'history, one line in ten a turn' "$1 MB" "$seconds" "$peak_mb"
+}
+
+measure_single() { # MB
+  fresh
+  transcript mixed 1 $((LINES_OF_MB * $1))
+  until_idle
+  must_be 'rows' "$rows" "$((LINES_OF_MB * $1 / 10 + 1))"
+  record 'one transcript' "$1 MB" "$seconds" "$peak_mb"
+}
+
+: >"$work/points"
+for what in "$@"; do
+  for times in 1 10; do
+    case $what in
+      pending) measure_pending $((pending * times)) ;;
+      transcripts) measure_transcripts $((transcripts * times)) ;;
+      history) measure_history $((history * times)) ;;
+      single) measure_single $((single * times)) ;;
+    esac
+  done
+done
+
+# Two points of each kind, the second of ten times the work.
+table() {
+  awk -F '\t' '
+    { kind = $1 }
+    kind in amount {
+      ratio = seconds[kind] > 0 ? sprintf("%.2f", $3 / seconds[kind] / 10) : "-"
+      printf "| %s | %s | %s | %s | %s | **%s** | %s | %s |\n", kind, amount[kind], $2, seconds[kind], $3, ratio, mb[kind], $4
+    }
+    { amount[kind] = $2; seconds[kind] = $3; mb[kind] = $4 }' "$work/points"
+}
+# Bars: # for time / work, a full line is 1; peak memory, a full line is 64 MB.
+bars() {
+  awk -F '\t' '
+    function bar(share,   text, i) {
+      for (i = 0; i < share * 40 && i < 80; i++) text = text "#"
+      return text
+    }
+    { kind = $1 }
+    kind in seconds {
+      if (seconds[kind] > 0) printf "%-32s time/work  |%-40s %.2f\n", kind, bar($3 / seconds[kind] / 10), $3 / seconds[kind] / 10
+      if ($4 != "-") {
+        printf "%-32s MB at 1x   |%-40s %s\n", "", bar(mb[kind] / 64), mb[kind]
+        printf "%-32s MB at 10x  |%-40s %s\n", "", bar($4 / 64), $4
+      }
+    }
+    { seconds[kind] = $3; mb[kind] = $4 }' "$work/points"
+}
+page() {
+  local option=''
+  [ "$size" = default ] || option=" --$size"
+  cat <<MARKDOWN
+# Growth
+
+What ten times the work costs: \`scripts/bench.sh growth$option\`, which says what is measured. $(date -u +%Y-%m-%d),
+$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version).
+
+Time must grow no faster than the work: "time / work" is about 1 or less. Memory must not grow.
+
+| | amount | ten times | s | s | time / work | peak MB | peak MB |
+|---|---|---|---|---|---|---|---|
+$(table)
+
+\`\`\`text
+$(bars)
+\`\`\`
+MARKDOWN
+}
+printf '\n'
+page | tee "$work/page"
+[ -z "$whole" ] || cp "$work/page" docs/growth.md
