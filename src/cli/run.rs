@@ -20,6 +20,7 @@ const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 const FILES_WANTED: u64 = 8192;
 
 pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
+    tame_allocator();
     context.start_logging();
     allow_files();
     let (target, has_database) = context.target()?;
@@ -45,6 +46,36 @@ pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> 
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN_TIMEOUT);
     result.map(|()| Exit::Fine)
 }
+
+/// What glibc's allocator is told: one arena for all threads, and large blocks given back when they are free.
+///
+/// By itself it makes an arena for each thread that allocates while another does, keeps what was freed in each of them,
+/// and after the first large line takes larger and larger ones out of them: resident memory grew by 6 MB a minute under
+/// lines of up to 1 MB, and did not come back.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const ALLOCATOR_SETTINGS: [(&str, &str); 3] =
+    [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
+
+/// Starts the program anew, in the same process, with [`ALLOCATOR_SETTINGS`]: glibc reads them only then. Who has set one
+/// of them is left alone. Where it can't be done nothing is lost but memory.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn tame_allocator() {
+    use std::os::unix::process::CommandExt;
+    if ALLOCATOR_SETTINGS.iter().any(|(name, _)| std::env::var_os(name).is_some()) {
+        return;
+    }
+    let Ok(program) = std::env::current_exe() else { return };
+    let mut arguments = std::env::args_os();
+    let mut command = std::process::Command::new(program);
+    if let Some(name) = arguments.next() {
+        command.arg0(name);
+    }
+    // Only returns where it has failed.
+    let _ = command.args(arguments).envs(ALLOCATOR_SETTINGS).exec();
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn tame_allocator() {}
 
 /// Raises our own limit of open files as far as the system lets us; some start programs with 256.
 fn allow_files() {
