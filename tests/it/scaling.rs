@@ -109,6 +109,21 @@ fn watchers_of_one_database_are_told_apart_by_their_configured_host_names() {
 }
 
 #[test]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn the_watcher_keeps_its_allocator_small_unless_it_was_told_otherwise() {
+    for (given, expected) in [(None, "1"), (Some("4"), "4")] {
+        let mut stage = Stage::with(None);
+        stage.environment.extend(given.map(|arenas| ("MALLOC_ARENA_MAX".to_owned(), arenas.to_owned())));
+        let watcher = stage.start();
+        let environment = std::fs::read(format!("/proc/{}/environ", watcher.pid())).unwrap();
+        let arenas = environment.split(|byte| *byte == 0).find_map(|line| line.strip_prefix(b"MALLOC_ARENA_MAX="));
+        assert_eq!(arenas, Some(expected.as_bytes()));
+        let (status, _) = watcher.stop();
+        assert_eq!(status.code(), Some(0));
+    }
+}
+
+#[test]
 fn a_logical_subscriber_gets_each_row_once_and_in_order_though_both_servers_are_killed() {
     let (publisher, subscriber) = (Server::start(), Server::start());
     publisher.database.query("ALTER SYSTEM SET wal_level = 'logical'");
