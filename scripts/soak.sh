@@ -18,6 +18,7 @@
 #            disk         queue and data folder: the most of the run's last quarter at most 1.5 times that of its second
 #                         quarter and 64 MB
 #
+# SOAK_PROFILE names another cargo profile than release; SOAK_KEEP=1 keeps the folder of the run.
 # Exit 0 when all of this holds. A run of 30 minutes or more writes its report to docs/soak.md.
 set -euo pipefail
 
@@ -32,7 +33,10 @@ esac
 
 cd "$root"
 command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
-cargo build --release --locked --quiet --bin headspace-watcher --example soak-drive
+profile=${SOAK_PROFILE:-release}
+cargo build --profile "$profile" --locked --quiet --bin headspace-watcher --example soak-drive
+built=$root/target/$profile
+[ "$profile" != dev ] || built=$root/target/debug
 postgres=$root/scripts/dev-postgres.sh
 
 # Made under /tmp: the path of a socket may not be long.
@@ -75,7 +79,9 @@ problem() {
 url=$("$postgres" url "$work/postgres")
 sql() { "$postgres" psql "$work/postgres" -qAtX -v ON_ERROR_STOP=1 -c "$1"; }
 
-mkdir -p "$work/projects" "$work/disk"
+mkdir -p "$work/projects" "$work/disk" "$work/bin"
+# What is built meanwhile is another program.
+cp "$built/headspace-watcher" "$built/examples/soak-drive" "$work/bin/"
 queue=$work/data/queue
 disk_word='SKIPPED (a small file system needs root)'
 if mount -t tmpfs -o size=400m tmpfs "$work/disk" 2>/dev/null; then
@@ -104,14 +110,14 @@ queue:
 http:
   listen: null
 YAML
-export SOAK_WATCHER=$root/target/release/headspace-watcher SOAK_SCRIPTS=$root/scripts SOAK_POSTGRES=$work/postgres
+export SOAK_WATCHER=$work/bin/headspace-watcher SOAK_SCRIPTS=$root/scripts SOAK_POSTGRES=$work/postgres
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 printf '%s minutes, seed %s, in %s\n' "$minutes" "$seed" "$work"
 [ -z "$disk_word" ] || printf 'full disks: %s\n' "$disk_word"
 [ -z "$clock_word" ] || printf 'clock jumps: %s\n' "$clock_word"
-target/release/examples/soak-drive "$work" "$minutes" "$seed" 2>"$work/driver-error" &
+"$work/bin/soak-drive" "$work" "$minutes" "$seed" 2>"$work/driver-error" &
 driver=$!
 if wait "$driver"; then
   rm "$work/supervisor"
@@ -263,7 +269,8 @@ report() {
 # Soak
 
 The last report of \`scripts/soak.sh\`, which says how it is judged. $(date -u +%Y-%m-%d), $minutes minutes, seed $seed,
-$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r), PostgreSQL $(sql 'SHOW server_version'), $("$SOAK_WATCHER" --version).
+$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r), PostgreSQL $(sql 'SHOW server_version'), $("$SOAK_WATCHER" --version)
+($profile build).
 
 $verdict
 

@@ -19,11 +19,11 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 cd "$root"
 rounds=3 watchers=32 events=160000
-if [ "${1-}" = --quick ]; then
-  rounds=1 watchers=4 events=8000
-  shift
-fi
-watchers=${1:-$watchers} events=${2:-$events}
+numbers=()
+for argument in "$@"; do
+  if [ "$argument" = --quick ]; then rounds=1 watchers=4 events=8000; else numbers+=("$argument"); fi
+done
+watchers=${numbers[0]:-$watchers} events=${numbers[1]:-$events}
 case $watchers$events in
   *[!0-9]*)
     printf 'Usage: scripts/bench.sh fleet [--quick] [WATCHERS] [EVENTS]\n' >&2
@@ -38,7 +38,9 @@ cargo build --release --locked --quiet --bin headspace-watcher
 watcher=$root/target/release/headspace-watcher
 postgres=$root/scripts/dev-postgres.sh
 
-work=$(mktemp -d)
+mkdir -p target
+# The path of a socket may not be long.
+work=$(mktemp -d "$root/target/fleet.XXXXXX") sockets=$(mktemp -d /tmp/hw-fleet.XXXXXX)
 cluster='' sampler=''
 running=()
 clean_up() {
@@ -46,7 +48,7 @@ clean_up() {
   [ -z "$sampler" ] || kill "$sampler" 2>/dev/null || true
   [ ${#running[@]} -eq 0 ] || kill "${running[@]}" 2>/dev/null || true
   [ -z "$cluster" ] || "$postgres" stop "$cluster" >/dev/null 2>&1 || true
-  rm -rf "$work"
+  rm -rf "$work" "$sockets"
 }
 trap clean_up EXIT
 trap 'exit 130' INT
@@ -74,8 +76,8 @@ scene() {
   local folder=$work/$1
   mkdir -p "$folder/projects/-home-me-app"
   transcript "$2" "$3" >"$folder/projects/-home-me-app/$(printf '%08x' "$2")-0000-4000-8000-000000000000.jsonl"
-  printf 'claude: {projects_path: projects}\nhttp: {listen: null}\nfile_watcher: {inactivity_timeout: 3153600000}\ndatabase: {host_name: %s, url: "%s&application_name=%s"}\n' \
-    "$1" "$url" "$1" >"$folder/config.yaml"
+  printf 'claude: {projects_path: projects}\nhttp: {listen: null, socket: %s}\nfile_watcher: {inactivity_timeout: 3153600000}\ndatabase: {host_name: %s, url: "%s&application_name=%s"}\n' \
+    "$sockets/$1" "$1" "$url" "$1" >"$folder/config.yaml"
 }
 
 # Samples until it is killed: connections of the watcher that has most, and kB of all watchers together.

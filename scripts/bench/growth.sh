@@ -4,7 +4,8 @@
 # Usage: scripts/bench.sh growth [--quick | --full] [WHAT ...]
 #        WHAT: pending, transcripts, history, single (default: all)
 #
-#   pending      so many events wait in the queue: the time to open it, and to drain it into Postgres
+#   pending      so many events wait in the queue: the time to capture them with Postgres away, to open the queue, and to
+#                drain it into Postgres
 #   transcripts  so many transcripts of three turns each, from the start until all is in Postgres
 #   history      so many bytes to back-fill in transcripts of 25 MB, one line in ten a turn, as they are
 #   single       the same in one transcript
@@ -23,38 +24,38 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 cd "$root"
 size=default pending=100000 transcripts=1000 history=50 single=50
-case ${1-} in
-  --quick) size=quick pending=2000 transcripts=50 history=2 single=2 && shift ;;
-  --full) size=full pending=1000000 transcripts=1000 history=2000 single=100 && shift ;;
-esac
-whole=''
-if [ $# -eq 0 ]; then
-  set -- pending transcripts history single
-  [ "$size" = quick ] || whole=1
-fi
-for what in "$@"; do
-  case $what in
-    pending | transcripts | history | single) ;;
+kinds=()
+for argument in "$@"; do
+  case $argument in
+    --quick) size=quick pending=2000 transcripts=50 history=2 single=2 ;;
+    --full) size=full pending=1000000 transcripts=1000 history=2000 single=100 ;;
+    pending | transcripts | history | single) kinds+=("$argument") ;;
     *)
       printf 'Usage: scripts/bench.sh growth [--quick | --full] [pending | transcripts | history | single ...]\n' >&2
       exit 64
       ;;
   esac
 done
+whole=''
+if [ ${#kinds[@]} -eq 0 ]; then
+  kinds=(pending transcripts history single)
+  [ "$size" = quick ] || whole=1
+fi
 
 command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
-cargo build --release --locked --quiet --bin headspace-watcher --example bench-drain
+cargo build --release --locked --quiet --bin headspace-watcher
 watcher=$root/target/release/headspace-watcher
-bench=$root/target/release/examples/bench-drain
 postgres=$root/scripts/dev-postgres.sh
 
-work=$(mktemp -d)
+mkdir -p target
+# The path of a socket may not be long.
+work=$(mktemp -d "$root/target/growth.XXXXXX") sockets=$(mktemp -d /tmp/hw-growth.XXXXXX)
 cluster='' running=''
 clean_up() {
   trap '' INT TERM HUP
   [ -z "$running" ] || kill "$running" 2>/dev/null || true
   [ -z "$cluster" ] || "$postgres" stop "$cluster" >/dev/null 2>&1 || true
-  rm -rf "$work"
+  rm -rf "$work" "$sockets"
 }
 trap clean_up EXIT
 trap 'exit 130' INT
@@ -64,6 +65,8 @@ cluster=$("$postgres" start --throwaway)
 url=$("$postgres" url "$cluster")
 sql() { "$postgres" psql "$cluster" -qAtX -v ON_ERROR_STOP=1 -c "$1"; }
 now() { date +%s%N; }
+since() { awk -v begun="$1" -v now="$(now)" 'BEGIN { printf "%.2f", (now - begun) / 1e9 }'; }
+peak_mb_of() { awk '/^VmHWM/ { printf "%d", $2 / 1024 }' "/proc/$1/status"; }
 
 # lines KIND NUMBER COUNT: lines of transcript NUMBER. KIND turns: prompts of 0.9 kB. KIND mixed: each tenth is one, the
 # others are results of tools and progress of 2.7 kB in the mean.
@@ -98,26 +101,27 @@ fresh() {
 
 # until_idle: runs the program until all is delivered; sets seconds, peak_mb and rows.
 until_idle() {
-  local begun line most=0
+  local begun line
   begun=$(now)
+  peak_mb=0
   env -u DATABASE_URL HEADSPACE_DATABASE__URL="$url" "$watcher" --config "$work/config.yaml" --log-level warn run --until-idle \
     2>>"$work/log" &
   running=$!
-  while line=$(grep VmHWM "/proc/$running/status" 2>/dev/null); do
-    most=$(printf '%s\n' "$line" | awk '{ print $2 }')
+  # What it is in the end is the peak; after its end it is no longer there.
+  while line=$(peak_mb_of "$running" 2>/dev/null) && [ -n "$line" ]; do
+    peak_mb=$line
     sleep 0.02
   done
   wait "$running" || { tail -n 3 "$work/log" >&2; exit 1; }
   running=''
-  seconds=$(awk -v begun="$begun" -v now="$(now)" 'BEGIN { printf "%.2f", (now - begun) / 1e9 }')
-  peak_mb=$((most / 1024))
+  seconds=$(since "$begun")
   rows=$(sql 'SELECT count(*) FROM events')
 }
-cat >"$work/config.yaml" <<'YAML'
+cat >"$work/config.yaml" <<YAML
 claude: {projects_path: projects}
 file_watcher: {inactivity_timeout: 3153600000}
 queue: {max_pending_bytes: 1099511627776}
-http: {listen: null}
+http: {listen: null, socket: $sockets/socket}
 YAML
 
 # record WHAT AMOUNT SECONDS MB: one point.
@@ -129,17 +133,30 @@ must_be() { # WHAT FOUND EXPECTED
   [ "$2" = "$3" ] || { printf '%s: %s, not %s\n' "$1" "$2" "$3" >&2; exit 1; }
 }
 
-# Opened by a program that shows the oldest event and ends; then drained.
+# Captured with Postgres away; opened by a command that shows the oldest event and ends; then drained.
 measure_pending() { # EVENTS
   fresh
-  "$bench" fill "$work/data/queue" "$1"
-  local begun opened
+  # The session's registration is an event too.
+  transcript turns 1 $(($1 - 1))
+  local begun captured opened
+  begun=$(now)
+  HEADSPACE_DATABASE__URL='postgresql:///away?host=/nowhere&user=nobody' "$watcher" --config "$work/config.yaml" \
+    --log-level error run 2>>"$work/log" &
+  running=$!
+  until "$watcher" --config "$work/config.yaml" status --json 2>/dev/null | grep -q "\"pending\":$1,"; do
+    kill -0 "$running" || { tail -n 3 "$work/log" >&2; exit 1; }
+    sleep 0.1
+  done
+  captured=$(since "$begun")
+  record 'pending: captured' "$1 events" "$captured" "$(peak_mb_of "$running")"
+  kill "$running" && wait "$running"
+  running=''
   begun=$(now)
   "$watcher" --config "$work/config.yaml" queue-dump --limit 1 >/dev/null
-  opened=$(awk -v begun="$begun" -v now="$(now)" 'BEGIN { printf "%.2f", (now - begun) / 1e9 }')
+  opened=$(since "$begun")
+  record 'pending: opened' "$1 events" "$opened" '-'
   until_idle
   must_be 'rows' "$rows" "$1"
-  record 'pending: opened' "$1 events" "$opened" "-"
   record 'pending: drained' "$1 events" "$seconds" "$peak_mb"
 }
 
@@ -183,7 +200,7 @@ measure_single() { # MB
 }
 
 : >"$work/points"
-for what in "$@"; do
+for what in "${kinds[@]}"; do
   for times in 1 10; do
     case $what in
       pending) measure_pending $((pending * times)) ;;
