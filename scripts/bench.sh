@@ -16,7 +16,7 @@
 #   latency 40     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
 #   outage 75      a minute without Postgres at 500 lines a second
 #   restart 10     kill -9 with 100,000 pending
-#   capture 120    a million turns captured with Postgres away, then drained; stops in all kinds of trouble
+#   capture 140    a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
 #   idle 40        1,000 transcripts, nothing happens
 #   hook 5         wall time of Claude Code's hook
 # and whatever else is in scripts/bench/ as PART.sh.
@@ -172,10 +172,6 @@ if [ -n "$everything" ] && [ -z "$quick" ]; then
 fi
 measuring=''
 
-# What other files of scripts/bench/ measure goes into the same table.
-if [ -n "$everything" ] && [ -f scripts/bench/verify.sh ]; then
-  HEADSPACE_BENCH_ROWS=$rows bash scripts/bench/verify.sh ${quick:+"$quick"}
-fi
 took=$((SECONDS - began))
 printf '\n%s s\n' "$took"
 [ -n "$everything" ] && [ -z "$quick" ] || exit 0

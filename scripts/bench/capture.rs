@@ -1,11 +1,12 @@
-//! A backlog: captured while Postgres is away, then drained; and how the watcher starts and stops with it.
+//! A backlog: captured while Postgres is away, then drained, then verified; and how the watcher starts and stops
+//! with it.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
 use crate::rows::{Aim, milliseconds, short};
-use crate::stage::{Bench, Scene, Transcript, wait_for};
+use crate::stage::{Bench, Scene, Transcript, wait_for, watcher_program};
 
 /// How long a stop may take.
 const STOP_MS_MAX: Aim = Aim::Most(300.0);
@@ -96,6 +97,16 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     let peak = watcher.usage().peak_mb();
     bench.rows.add("capture.drain_memory", "memory meanwhile", peak, "MB", "peak", Aim::Most(50.0))?;
     watcher.stop()?;
+
+    let mut command = scene.command(&watcher_program()?, &database.url);
+    command.args(["verify", "--json"]);
+    let mut verify = scene.spawn(command)?;
+    let status = verify.wait()?;
+    let seconds = verify.begun.elapsed().as_secs_f64();
+    ensure!(status.success(), "verify ended with {status}: {}", std::fs::read_to_string(scene.log())?);
+    let beside = format!("{} turns/s", short(turns as f64 / seconds));
+    bench.rows.add("verify.seconds", &format!("verify of {turns} turns"), seconds, "s", &beside, Aim::None)?;
+    bench.rows.add("verify.memory", "memory meanwhile", verify.usage().peak_mb(), "MB", "peak", Aim::Most(50.0))?;
     bench.server.drop(database)?;
     Ok(std::fs::remove_dir_all(bench.folder.join("capture"))?)
 }

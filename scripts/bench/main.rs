@@ -24,7 +24,7 @@ mod stage;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use self::rows::Rows;
 use self::stage::{Bench, Server};
@@ -69,14 +69,23 @@ fn main() -> Result<()> {
     let server = Server::at(&server.context("--server is missing")?)?;
     let folder = folder.context("--folder is missing")?.canonicalize()?;
     let mut bench = Bench { quick, folder, server, rows: Rows::to(rows.as_deref())?, published, rsyslog };
+    let mut failed = Vec::new();
     for part in parts {
         let Some((_, title, measure)) = PARTS.iter().find(|(name, _, _)| *name == part) else {
             bail!("no part {part}; there are: {}", PARTS.map(|(name, _, _)| name).join(", "));
         };
         let begun = Instant::now();
         bench.rows.title(&part, title)?;
-        measure(&mut bench).with_context(|| format!("while measuring {part}"))?;
+        if let Err(error) = measure(&mut bench) {
+            // The others need not do without the server for it.
+            let _ = bench.server.pause(false);
+            bench.server.start()?;
+            eprintln!("{part}: failed: {error:#}");
+            failed.push(part);
+            continue;
+        }
         eprintln!("{part}: {:.0} s", begun.elapsed().as_secs_f64());
     }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::rows::Rows;
 
 /// How long anything may take before the measurement gives up.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What Linux counts processor time in, for programs, on every machine.
 const TICKS_PER_SECOND: u64 = 100;
