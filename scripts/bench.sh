@@ -11,12 +11,12 @@
 #   queue 50       durable append beside write + fdatasync; opening and memory with a million pending
 #   drain 70       the drainer beside pgbench (1, 4, 16 clients, synchronous_commit on and off), COPY, a plain loop
 #   ratio 30       the drainer beside pgbench with one client, in a debug build, which CI has anyway
-#   backfill 45    200,000 turns from file into Postgres
+#   backfill 30    200,000 turns from file into Postgres, twice
 #   rsyslog 30     the same job by rsyslog
 #   latency 40     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
 #   outage 75      a minute without Postgres at 500 lines a second
 #   restart 10     kill -9 with 100,000 pending
-#   capture 140    a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
+#   capture 190    a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
 #   idle 40        1,000 transcripts, nothing happens
 #   hook 5         wall time of Claude Code's hook
 # and whatever else is in scripts/bench/ as PART.sh.

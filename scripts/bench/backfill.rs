@@ -6,7 +6,7 @@ use crate::rows::{Aim, median, short};
 use crate::stage::{Bench, Scene, Transcript};
 
 pub fn measure(bench: &mut Bench) -> Result<()> {
-    let (rounds, turns) = bench.choose((3, 200_000), (1, 20_000));
+    let (rounds, turns) = bench.choose((2, 200_000), (1, 20_000));
     let (mut rates, mut peaks, mut written, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut line_bytes = 0.0;
     for _ in 0..rounds {
