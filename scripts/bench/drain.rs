@@ -110,7 +110,7 @@ pub fn ratio(bench: &mut Bench) -> Result<()> {
     let folder = bench.make_folder("ratio")?;
     let database = prepared(bench, &folder)?;
     let (mut ratios, mut drained, mut inserted) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..bench.choose(5, 1) {
+    for _ in 0..bench.choose(3, 1) {
         let ours = drain_new(&folder, &database, 8000)?;
         let theirs = pgbench(bench, &database, &folder, 1, 1, "off")?;
         ratios.push(ours / theirs);
