@@ -95,7 +95,11 @@ mkdir "$work/disk"
 measuring=''
 clean_up() {
   trap '' INT TERM HUP
-  [ -z "$measuring" ] || kill "$measuring" 2>/dev/null || true
+  if [ -n "$measuring" ]; then
+    kill "$measuring" 2>/dev/null || true
+    # What its watchers listened on.
+    rm -f "${TMPDIR:-/tmp}/bench-$measuring-"*.sock
+  fi
   local pid
   while IFS= read -r pid; do
     # Only what still is what it was: what runs out of this very folder.
