@@ -6,10 +6,10 @@ use std::time::Duration;
 use headspace_watcher::config::Config;
 use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::schema::Schemas;
+use headspace_watcher::intake::settings;
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
-use serde_json::Value;
 
 use super::{CheckArguments, Context, Exit, Failure, block_on};
 
@@ -208,10 +208,10 @@ fn judge_watches(folders: u64, limit: u64) -> Finding {
 }
 
 /// Whether Claude Code's settings call this program.
-fn hooks(settings: &Path) -> Finding {
-    let shown = settings.display();
+fn hooks(file: &Path) -> Finding {
+    let shown = file.display();
     let install = "run \"headspace-watcher hooks install\"";
-    let text = match std::fs::read_to_string(settings) {
+    let text = match std::fs::read_to_string(file) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Finding::Note(format!(
@@ -220,45 +220,34 @@ fn hooks(settings: &Path) -> Finding {
         }
         Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; mend its owner or mode")),
     };
-    let settings: Value = match serde_json::from_str(&text) {
-        Ok(settings) => settings,
-        Err(error) => return Finding::Wrong(format!("{shown} is no JSON: {error}; Claude Code can't read it either")),
+    let found = match settings::find(&text) {
+        Ok(found) => found,
+        Err(error) => return Finding::Wrong(format!("{shown}: {error}; Claude Code can't read it either")),
     };
-    let commands = hook_commands(&settings);
-    let Some(command) = commands.first() else {
+    let Some(first) = found.first() else {
         return Finding::Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
     };
+    if settings::are_off(&text) {
+        return Finding::Note(format!("{shown} has disableAllHooks: none of them runs; take it out to have hooks"));
+    }
+    let missing: Vec<&str> = settings::EVENTS
+        .into_iter()
+        .filter(|event| !found.iter().any(|found| found.event == *event && found.is_seen))
+        .collect();
     let ours = std::env::current_exe().and_then(|program| program.canonicalize()).unwrap_or_default();
-    let called = called_program(command);
+    let called = PathBuf::from(settings::called_program(&first.command));
     match called.canonicalize() {
-        Ok(program) if program == ours => {
-            Finding::Fine(format!("{} hooks in {shown} call this program", commands.len()))
-        }
+        Ok(program) if program == ours && !missing.is_empty() => Finding::Note(format!(
+            "{} hooks in {shown} call this program, none at {}; {install}",
+            found.len(),
+            missing.join(", ")
+        )),
+        Ok(program) if program == ours => Finding::Fine(format!("{} hooks in {shown} call this program", found.len())),
         Ok(_) => Finding::Note(format!("{shown} calls {}, which is not this program; {install}", called.display())),
         // By its bare name it is looked for in Claude Code's own PATH, which is not known here.
         Err(_) if called.components().count() == 1 => Finding::Fine(format!("{shown} calls {}", called.display())),
         Err(error) => Finding::Wrong(format!("{shown} calls {}: {error}; {install}", called.display())),
     }
-}
-
-/// The commands of all hooks that call headspace-watcher.
-fn hook_commands(settings: &Value) -> Vec<String> {
-    let events = settings.get("hooks").and_then(Value::as_object).into_iter().flat_map(|events| events.values());
-    let groups = events.filter_map(Value::as_array).flatten();
-    let hooks = groups.filter_map(|group| group.get("hooks").and_then(Value::as_array)).flatten();
-    let commands = hooks.filter_map(|hook| hook.get("command").and_then(Value::as_str));
-    commands.filter(|command| command.contains("headspace-watcher")).map(str::to_owned).collect()
-}
-
-/// The first word of a shell command, its quotes taken off.
-fn called_program(command: &str) -> PathBuf {
-    let command = command.trim_start();
-    let quoted = command.chars().next().filter(|first| matches!(first, '"' | '\''));
-    let word = match quoted {
-        Some(quote) => command.get(1..).unwrap_or_default().split(quote).next(),
-        None => command.split_whitespace().next(),
-    };
-    PathBuf::from(word.unwrap_or_default())
 }
 
 /// Whether somebody holds the queue.
@@ -408,17 +397,5 @@ mod tests {
         }
         assert!(matches!(judge_file_system(0x6573_5546, here), Finding::Note(_)));
         assert!(matches!(judge_file_system(0xef53, here), Finding::Fine(_)), "ext4");
-    }
-
-    #[test]
-    fn the_program_of_a_hook_is_found_whatever_its_quotes() {
-        for (command, expected) in [
-            ("/opt/headspace-watcher hook", "/opt/headspace-watcher"),
-            ("'/opt/my programs/headspace-watcher' hook", "/opt/my programs/headspace-watcher"),
-            (" \"/a/headspace-watcher\" hook", "/a/headspace-watcher"),
-            ("headspace-watcher hook", "headspace-watcher"),
-        ] {
-            assert_eq!(called_program(command), Path::new(expected));
-        }
     }
 }

@@ -6,6 +6,7 @@ mod completions;
 mod dead_letters;
 mod emit;
 mod hook;
+mod hooks;
 mod migrate;
 mod queue_dump;
 mod run;
@@ -90,6 +91,11 @@ enum Command {
     /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
     #[command(after_help = "Example:\n  headspace-watcher hook < hook-input.json   # as \"hooks install\" sets it up")]
     Hook,
+    /// Have Claude Code call this program at its hooks, or no longer
+    #[command(
+        after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml hooks install\n  headspace-watcher hooks show\n  headspace-watcher hooks uninstall --settings ~/project/.claude/settings.local.json"
+    )]
+    Hooks(HooksArguments),
     /// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
     #[command(
         after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
@@ -126,6 +132,29 @@ struct TopArguments {
     /// Show the beginning of each event's text
     #[arg(long)]
     text: bool,
+}
+
+#[derive(Args)]
+struct HooksArguments {
+    #[command(subcommand)]
+    action: HooksAction,
+    /// Claude Code's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude]
+    #[arg(long, global = true, value_name = "FILE")]
+    settings: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum HooksAction {
+    /// Add what is missing and mend what calls a program elsewhere; all else in the file stays, and a copy is kept
+    Install {
+        /// One more event, by Claude Code's name for it; an old version may refuse a file with an event that is new
+        #[arg(long = "event", value_name = "EVENT")]
+        events: Vec<String>,
+    },
+    /// Take the hooks out again
+    Uninstall,
+    /// What is installed, what is missing, and what would be added. Changes nothing
+    Show,
 }
 
 #[derive(Args)]
@@ -449,6 +478,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Emit(arguments) => emit::emit(&context, &arguments),
         // Taken in `main`, past all this; what comes here anyway is no reason to fail.
         Command::Hook => Ok(Exit::Fine),
+        Command::Hooks(arguments) => hooks::hooks(&context, &arguments),
         Command::Status(arguments) => status::status(&context, &arguments),
         Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),

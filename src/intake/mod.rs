@@ -5,7 +5,7 @@
 //! which come by the [`spool`]; [`request`] takes what other programs hand in. [`redact`] strikes out secrets before
 //! anything is written, and [`schema`] decides what is an event. [`Intake`] is the one door into the queue: what passes
 //! the check goes in as an event, what does not is kept among the dead letters with the field at fault, logged and
-//! counted.
+//! counted. [`settings`] has Claude Code call us.
 
 pub mod claude_code;
 pub mod hook;
@@ -18,6 +18,7 @@ pub mod retention;
 mod salvage;
 pub mod schema;
 pub mod sessions;
+pub mod settings;
 pub mod spool;
 pub mod spool_reader;
 pub mod transcripts;

@@ -42,7 +42,12 @@ fn hooks_that_are_missing_or_point_elsewhere_are_found() {
     write("/gone/headspace-watcher hook");
     assert_says(&stage, 78, "WRONG", "calls /gone/headspace-watcher");
     write(&format!("'{}' hook", env!("CARGO_BIN_EXE_headspace-watcher")));
+    assert_says(&stage, 0, "note", "call this program, none at SessionStart, ");
+    assert_eq!(stage.run(&["hooks", "install"]).code(), 0);
     assert_says(&stage, 0, "ok", "call this program");
+    let all = std::fs::read_to_string(&settings).unwrap();
+    std::fs::write(&settings, all.replacen('{', "{\"disableAllHooks\": true,", 1)).unwrap();
+    assert_says(&stage, 0, "note", "none of them runs");
     std::fs::write(&settings, "{").unwrap();
     assert_says(&stage, 78, "WRONG", "is no JSON");
 }

@@ -19,6 +19,7 @@ mod emit;
 mod full_disk;
 mod health;
 mod hooks;
+mod hooks_install;
 mod http;
 mod inside;
 mod logs;

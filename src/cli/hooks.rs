@@ -1,0 +1,307 @@
+//! `hooks`: has Claude Code call this program, or no longer, by its own settings file.
+//!
+//! That file is not ours. A change is written beside it, synced and put in its place at once, after a copy of what was
+//! there was kept; [`settings`] says which bytes change. Where the file is a link, what it leads to is changed. A file
+//! that is no JSON, or is being changed by somebody else, is left alone.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use headspace_watcher::event::Timestamp;
+use headspace_watcher::intake::settings::{self, Found, Group, SettingsError};
+use serde_json::json;
+
+use super::{Context, Exit, Failure, HooksAction, HooksArguments};
+
+/// Links on links that are followed.
+const LINKS_MAX: usize = 16;
+
+/// Between the name of the settings file and the time at which the copy was made.
+const COPY_INFIX: &str = ".before-headspace-watcher-";
+
+/// What a file that is not there yet begins as.
+const EMPTY: &str = "{}\n";
+
+pub fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
+    let path = arguments.settings.clone().unwrap_or_else(|| context.settings_file());
+    match &arguments.action {
+        HooksAction::Install { events } => {
+            let events = events_of(events)?;
+            install(context, &SettingsFile::read(path)?, &events)
+        }
+        HooksAction::Uninstall => uninstall(&SettingsFile::read(path)?),
+        HooksAction::Show => show(context, &SettingsFile::read(path)?),
+    }
+}
+
+/// The usual events and those asked for.
+fn events_of(further: &[String]) -> Result<Vec<String>, Failure> {
+    if further.iter().any(|event| event == settings::NEVER_HOOKED) {
+        let message = format!(
+            "{} is never hooked: whatever runs at it must print the worktree's path, and a hook prints nothing; leave it out",
+            settings::NEVER_HOOKED
+        );
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    let mut events: Vec<String> = settings::EVENTS.map(str::to_owned).to_vec();
+    for event in further {
+        if !events.contains(event) {
+            events.push(event.clone());
+        }
+    }
+    Ok(events)
+}
+
+fn install(context: &Context, file: &SettingsFile, events: &[String]) -> Result<Exit, Failure> {
+    let command = command(context)?;
+    let before = file.text.as_deref().unwrap_or(EMPTY);
+    let after = settings::install(before, &command, events).map_err(|error| file.refused(&error))?;
+    let shown = file.path.display();
+    if file.text.as_deref() == Some(&after) {
+        println!("nothing to do: {shown} has the hooks already");
+    } else {
+        file.replace(&after)?;
+        println!("{} hooks in {shown} call {command}", find(file, &after)?.len());
+        println!("sessions that run take them up by themselves or at their next start");
+    }
+    for found in find(file, &after)?.iter().filter(|found| found.command != command) {
+        println!("note: left as it is, {found}");
+    }
+    say_what_else(context, file, &after);
+    Ok(Exit::Fine)
+}
+
+fn uninstall(file: &SettingsFile) -> Result<Exit, Failure> {
+    let shown = file.path.display();
+    let Some(text) = &file.text else {
+        println!("nothing to do: there is no {shown}");
+        return Ok(Exit::Fine);
+    };
+    let after = settings::uninstall(text).map_err(|error| file.refused(&error))?;
+    if after == *text {
+        println!("nothing to do: none of the hooks in {shown} calls headspace-watcher");
+        return Ok(Exit::Fine);
+    }
+    match file.origin(&find(file, text)?) {
+        Some(Origin::Copy(copy, original)) => {
+            file.write(&original)?;
+            // It says what the file says now.
+            let _ = std::fs::remove_file(copy);
+            println!("{shown} is what it was before the hooks were installed");
+        }
+        Some(Origin::Nothing) => {
+            std::fs::remove_file(&file.path).map_err(|error| file.io("remove", &error))?;
+            println!("removed {shown}: it held nothing but the hooks");
+        }
+        None => {
+            file.replace(&after)?;
+            println!("no hook in {shown} calls this program any more");
+        }
+    }
+    for found in find(file, &after)? {
+        println!("note: left as it is, {found}");
+    }
+    Ok(Exit::Fine)
+}
+
+fn show(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
+    let command = command(context)?;
+    let shown = file.path.display();
+    let text = file.text.as_deref().unwrap_or(EMPTY);
+    let found = find(file, text)?;
+    println!("{shown}{}", if file.text.is_some() { "" } else { " is not there yet" });
+    let further = found.iter().map(|found| found.event.as_str()).filter(|event| !settings::EVENTS.contains(event));
+    let mut missing = BTreeMap::new();
+    let mut events: Vec<&str> = settings::EVENTS.into_iter().chain(further).collect();
+    events.dedup();
+    for event in events {
+        let mut calls: Vec<&Found> = found.iter().filter(|found| found.event == event && found.is_seen).collect();
+        calls.dedup_by(|a, b| a.command == b.command);
+        if calls.is_empty() {
+            println!("missing    {event}");
+            missing.insert(event, [Group::of(&command)]);
+        }
+        for call in calls {
+            let mark = if call.command == command { "installed" } else { "other    " };
+            println!("{mark}  {event:<18}  {}", call.command);
+        }
+    }
+    if !missing.is_empty() {
+        println!("\n\"headspace-watcher hooks install\" adds:\n{:#}", json!({"hooks": missing}));
+    }
+    say_what_else(context, file, text);
+    Ok(Exit::Fine)
+}
+
+/// What keeps hooks from being run, or from finding the watcher.
+fn say_what_else(context: &Context, file: &SettingsFile, text: &str) {
+    if settings::are_off(text) {
+        println!("note: disableAllHooks is true in {}: none of them runs", file.path.display());
+    }
+    for name in &context.loaded.variables {
+        println!(
+            "note: {name} is set here, but Claude Code may not have it when it runs a hook; put it into config.yaml"
+        );
+    }
+}
+
+/// What Claude Code runs. It does so in any folder, so everything is named by its whole path, the configuration too:
+/// what a project calls `config.yaml` is none of ours.
+fn command(context: &Context) -> Result<String, Failure> {
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))?;
+    let Some(config) = &context.loaded.file else {
+        let message = "no configuration file: hooks run in any folder and would not find this watcher's queue; give it with --config FILE";
+        return Err(Failure::new(Exit::Configuration, message));
+    };
+    let [program, config] = [&program, config].map(|path| {
+        path.to_str().filter(|text| !text.contains(char::is_control)).map(settings::shell_word).ok_or_else(|| {
+            let message =
+                format!("{} can't stand in a settings file; move it to a path in plain UTF-8", path.display());
+            Failure::new(Exit::Configuration, message)
+        })
+    });
+    Ok(format!("{} --config {} hook", program?, config?))
+}
+
+fn find(file: &SettingsFile, text: &str) -> Result<Vec<Found>, Failure> {
+    settings::find(text).map_err(|error| file.refused(&error))
+}
+
+/// A settings file as it was found.
+struct SettingsFile {
+    /// Where it really is: links are followed.
+    path: PathBuf,
+    is_linked: bool,
+    /// `None`: there is none.
+    text: Option<String>,
+}
+
+/// What a file was before the hooks came into it.
+enum Origin {
+    Nothing,
+    Copy(PathBuf, String),
+}
+
+impl SettingsFile {
+    fn read(named: PathBuf) -> Result<SettingsFile, Failure> {
+        let mut path = named.clone();
+        for _ in 0..LINKS_MAX {
+            let Ok(target) = std::fs::read_link(&path) else { break };
+            path = path.parent().unwrap_or(Path::new("/")).join(target);
+        }
+        let mut file = SettingsFile { is_linked: path != named, path, text: None };
+        file.text = file.current()?;
+        Ok(file)
+    }
+
+    /// What it says now.
+    fn current(&self) -> Result<Option<String>, Failure> {
+        let bytes = match std::fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.io("read", &error)),
+        };
+        String::from_utf8(bytes).map(Some).map_err(|error| {
+            let message =
+                format!("{} was left as it is: it is no UTF-8 ({error}); mend it by hand", self.path.display());
+            Failure::new(Exit::Data, message)
+        })
+    }
+
+    /// What it was before, where all that has happened since is that the hooks were installed.
+    fn origin(&self, found: &[Found]) -> Option<Origin> {
+        let text = self.text.as_deref()?;
+        let command = &found.first()?.command;
+        // In the order in which they were added.
+        let usual = |event: &str| settings::EVENTS.iter().position(|usual| *usual == event).unwrap_or(usize::MAX);
+        let mut events: Vec<String> = found.iter().map(|found| found.event.clone()).collect();
+        events.sort_by_key(|event| usual(event));
+        let leads_here = |before: &str| settings::install(before, command, &events).is_ok_and(|after| after == text);
+        let mut copies = self.copies();
+        // The newest first.
+        copies.sort_by(|a, b| b.cmp(a));
+        for copy in copies {
+            let original = std::fs::read_to_string(&copy).ok().filter(|original| leads_here(original));
+            if let Some(original) = original {
+                return Some(Origin::Copy(copy, original));
+            }
+        }
+        (!self.is_linked && leads_here(EMPTY)).then_some(Origin::Nothing)
+    }
+
+    /// The copies that were made of it.
+    fn copies(&self) -> Vec<PathBuf> {
+        let prefix = format!("{}{COPY_INFIX}", self.name());
+        let entries =
+            self.path.parent().and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Keeps a copy of what is there, then writes `text` in its place.
+    fn replace(&self, text: &str) -> Result<(), Failure> {
+        if let Some(before) = &self.text {
+            let second = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+            let copy = (1..100)
+                .map(|number| if number == 1 { second.clone() } else { format!("{second}-{number}") })
+                .map(|time| self.path.with_file_name(format!("{}{COPY_INFIX}{time}", self.name())))
+                .find(|copy| !copy.exists())
+                .unwrap_or_else(|| self.path.with_extension("before"));
+            self.create(&copy, before).map_err(|error| self.io("keep a copy of", &error))?;
+            println!("what was there is kept in {}", copy.display());
+        }
+        self.write(text)
+    }
+
+    /// All of it or nothing, also when the power goes.
+    fn write(&self, text: &str) -> Result<(), Failure> {
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(folder).map_err(|error| self.io("make the folder of", &error))?;
+        let fresh = self.path.with_file_name(format!(".{}.{}", self.name(), std::process::id()));
+        let written = self.create(&fresh, text).map_err(|error| self.io("write", &error)).and_then(|()| {
+            if self.current()? != self.text {
+                let message =
+                    format!("{} was changed meanwhile, and left as it is; run this again", self.path.display());
+                return Err(Failure::new(Exit::Io, message));
+            }
+            std::fs::rename(&fresh, &self.path).map_err(|error| self.io("write", &error))
+        });
+        if written.is_err() {
+            let _ = std::fs::remove_file(&fresh);
+        }
+        written?;
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| self.io("write", &error))
+    }
+
+    /// A new file with the mode and the owner of the old one, on disk.
+    fn create(&self, path: &Path, text: &str) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        if let Ok(old) = std::fs::metadata(&self.path) {
+            file.set_permissions(PermissionsExt::from_mode(old.mode() & 0o7777))?;
+            // Only root may give a file away; it is run for somebody else then.
+            let _ = std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()));
+        }
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    }
+
+    fn refused(&self, error: &SettingsError) -> Failure {
+        let message =
+            format!("{} was left as it is: {error}; mend it, Claude Code can't use it either", self.path.display());
+        Failure::new(Exit::Data, message)
+    }
+
+    fn io(&self, what: &str, error: &io::Error) -> Failure {
+        Failure::new(Exit::Io, format!("could not {what} {}: {error}; mend its owner or mode", self.path.display()))
+    }
+}

@@ -1,0 +1,274 @@
+//! `hooks`: Claude Code calls the watcher, and nothing else in its settings is touched.
+
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::stage::{Ran, SOON, Stage, wait_until};
+
+const EVENTS: [&str; 10] = [
+    "SessionStart",
+    "UserPromptSubmit",
+    "PreToolUse",
+    "PermissionRequest",
+    "PostToolUse",
+    "Notification",
+    "SubagentStop",
+    "PreCompact",
+    "Stop",
+    "SessionEnd",
+];
+
+/// Settings with other people's hooks, in a style of their own: line ends, indentation, a mark, keys that come twice.
+const SETTINGS: &str = "\u{feff}{\r\n\t\"model\" : \"opus\",\r\n\r\n\t\"model\" : \"sonnet\",\r\n\t\"odd\": \"\\ud83d \\u0000\",\r\n\t\"hooks\": {\r\n\t\t\"Stop\": [ {\"hooks\":[{\"type\":\"command\",\"command\":\"say done\"}]} ]\r\n\t},\r\n\t\"env\": {\"A\":\"1\"}   }\r\n\r\n";
+
+/// The settings file of this stage's user, in a folder that is there.
+fn settings(stage: &Stage) -> PathBuf {
+    let folder = stage.folder().join("home/.claude");
+    std::fs::create_dir_all(&folder).unwrap();
+    folder.join("settings.json")
+}
+
+#[track_caller]
+fn run(stage: &Stage, arguments: &[&str]) -> Ran {
+    let ran = stage.run(&[&["hooks"], arguments].concat());
+    assert_eq!((ran.code(), &*ran.error()), (0, ""), "{}", ran.output());
+    ran
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// What is beside the settings in their folder.
+fn neighbours(path: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(path.parent().unwrap()).unwrap();
+    entries.map(|entry| entry.unwrap().path()).filter(|other| other != path).collect()
+}
+
+/// The commands that are run at an event.
+fn commands(settings: &str, event: &str) -> Vec<String> {
+    // A surrogate without its partner is more than this reader takes.
+    let text = settings.trim_start_matches('\u{feff}').replace("\\ud83d", "");
+    let settings: Value = serde_json::from_str(&text).unwrap();
+    let groups = settings["hooks"][event].as_array().cloned().unwrap_or_default();
+    let hooks = groups.iter().flat_map(|group| group["hooks"].as_array().cloned().unwrap_or_default());
+    hooks.map(|hook| hook["command"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn an_installed_hook_is_run_by_a_shell_from_any_folder_and_becomes_a_row() {
+    let stage = Stage::new();
+    let path = settings(&stage);
+    run(&stage, &["install"]);
+    let watcher = stage.start();
+    let elsewhere = stage.folder().join("else where");
+    std::fs::create_dir(&elsewhere).unwrap();
+    // Not ours, and not to be taken for ours.
+    std::fs::write(elsewhere.join("config.yaml"), "queue:\n  spool_path: here\n").unwrap();
+    for event in EVENTS {
+        let command = commands(&read(&path), event).remove(0);
+        let input = json!({"session_id": "s", "cwd": "/w", "hook_event_name": event}).to_string();
+        let script = format!("printf '%s' '{input}' | {command}");
+        let ran = Command::new("sh").args(["-c", &script]).current_dir(&elsewhere).env_clear().output().unwrap();
+        assert!(ran.status.success() && ran.stdout.is_empty() && ran.stderr.is_empty(), "{ran:?}");
+    }
+    stage.wait_for_rows(EVENTS.len() as u64);
+    let query = "SELECT count(DISTINCT payload->>'hook_type') FROM events WHERE event_type = 'hook_received'";
+    assert_eq!(stage.database().value(query), EVENTS.len().to_string());
+    assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 1, "nothing is left where the agent works");
+    drop(watcher);
+}
+
+#[test]
+fn everything_else_stays_byte_for_byte_and_comes_back_when_the_hooks_go() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    std::fs::write(&path, SETTINGS).unwrap();
+    std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+    run(&stage, &["install"]);
+    let after = read(&path);
+    let (head, tail) = SETTINGS.split_once("\"say done\"}]}").unwrap();
+    assert!(after.starts_with(&format!("{head}\"say done\"}}]}}")), "{after}");
+    assert!(after.ends_with(&tail[tail.find('\t').unwrap() + 1..]), "{after}");
+    assert_eq!(commands(&after, "Stop").first().map(String::as_str), Some("say done"));
+    assert_eq!(commands(&after, "Stop").len(), 2);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    let copies = neighbours(&path);
+    assert_eq!(copies.len(), 1, "{copies:?}");
+    assert_eq!(read(&copies[0]), SETTINGS);
+
+    let ran = run(&stage, &["install"]);
+    assert!(ran.output().starts_with("nothing to do"), "{}", ran.output());
+    assert_eq!((read(&path), neighbours(&path)), (after, copies), "a second time changes nothing and copies nothing");
+
+    run(&stage, &["uninstall"]);
+    assert_eq!(read(&path), SETTINGS);
+    assert_eq!(neighbours(&path), Vec::<PathBuf>::new());
+    let ran = run(&stage, &["uninstall"]);
+    assert!(ran.output().starts_with("nothing to do"), "{}", ran.output());
+}
+
+#[test]
+fn what_was_empty_comes_back_as_it_was_and_what_was_changed_since_stays_changed() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    for text in ["", " \n", "{ }", "{\n\n}\n", "{\"hooks\": { }}", "{\"hooks\":{\"Stop\":[\n]}, \"a\":1}"] {
+        std::fs::write(&path, text).unwrap();
+        run(&stage, &["install"]);
+        assert_eq!(commands(&read(&path), "Stop").len(), 1);
+        run(&stage, &["uninstall"]);
+        assert_eq!(read(&path), text);
+    }
+    run(&stage, &["install"]);
+    let changed = read(&path).replace("\"a\":1", "\"a\":2");
+    std::fs::write(&path, &changed).unwrap();
+    run(&stage, &["uninstall"]);
+    assert_eq!(read(&path), "{\"a\":2}");
+}
+
+#[test]
+fn a_folder_and_a_file_that_are_missing_are_made_and_go_again() {
+    let mut stage = Stage::with(None);
+    let path = stage.folder().join("moved/claude/settings.json");
+    stage.environment.insert("CLAUDE_CONFIG_DIR".to_owned(), path.parent().unwrap().to_str().unwrap().to_owned());
+    run(&stage, &["install"]);
+    assert_eq!(EVENTS.map(|event| commands(&read(&path), event).len()), [1; 10]);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    run(&stage, &["uninstall"]);
+    assert!(!path.exists() && neighbours(&path).is_empty());
+
+    let named = stage.folder().join("a project/settings.local.json");
+    run(&stage, &["install", "--settings", named.to_str().unwrap()]);
+    assert_eq!(commands(&read(&named), "Stop").len(), 1);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_link_stays_a_link_and_what_it_leads_to_is_changed() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let dotfiles = stage.folder().join("dotfiles");
+    std::fs::create_dir(&dotfiles).unwrap();
+    symlink("../../dotfiles/claude.json", &path).unwrap();
+    // It leads to nothing yet.
+    run(&stage, &["install"]);
+    assert!(path.is_symlink());
+    assert_eq!(commands(&read(&dotfiles.join("claude.json")), "Stop").len(), 1);
+    std::fs::write(dotfiles.join("claude.json"), "{\"a\": 1}\n").unwrap();
+    run(&stage, &["install"]);
+    assert!(path.is_symlink() && commands(&read(&dotfiles.join("claude.json")), "Stop").len() == 1);
+    run(&stage, &["uninstall"]);
+    assert!(path.is_symlink());
+    assert_eq!(read(&dotfiles.join("claude.json")), "{\"a\": 1}\n");
+}
+
+#[test]
+fn what_can_not_be_understood_or_written_is_an_error_and_left_alone() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let wrong: [&[u8]; 5] = [b"{\"a\": 1,}", b"{", b"[1]", b"{\"hooks\": []}", b"{\"a\": \"\xff\"}"];
+    for bytes in wrong {
+        std::fs::write(&path, bytes).unwrap();
+        for command in ["install", "show"] {
+            let ran = stage.run(&["hooks", command]);
+            // Hooks that are no object can be looked at, though nothing can be added.
+            if command == "show" && bytes == b"{\"hooks\": []}" {
+                continue;
+            }
+            assert_eq!(ran.code(), 65, "{command} {:?}: {}", String::from_utf8_lossy(bytes), ran.error());
+            assert!(ran.error().contains("left as it is") && ran.error().lines().count() == 1, "{}", ran.error());
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        assert_eq!(neighbours(&path), Vec::<PathBuf>::new());
+    }
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    assert_eq!(stage.run(&["hooks", "install"]).code(), 74);
+    let ran = stage.run(&["hooks", "install", "--event", "WorktreeCreate"]);
+    assert_eq!(ran.code(), 64, "{}", ran.error());
+}
+
+#[test]
+fn a_hook_of_a_program_that_moved_is_mended_and_a_script_around_it_is_left() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let hook =
+        |command: &str| json!([{"matcher": "Bash", "hooks": [{"type": "command", "command": command, "timeout": 1}]}]);
+    let text = json!({"hooks": {
+        "PreToolUse": hook("/gone/headspace-watcher hook"),
+        "Stop": hook("nice headspace-watcher hook"),
+    }});
+    std::fs::write(&path, text.to_string()).unwrap();
+    let ran = run(&stage, &["install"]);
+    assert!(ran.output().contains("left as it is, Stop: nice headspace-watcher hook"), "{}", ran.output());
+    let after: Value = serde_json::from_str(&read(&path)).unwrap();
+    let command = commands(&read(&path), "SessionStart").remove(0);
+    assert_eq!(after["hooks"]["PreToolUse"], hook(&command), "its matcher and its timeout are the user's");
+    assert_eq!(after["hooks"]["Stop"], text["hooks"]["Stop"]);
+    assert_eq!(stage.run(&["check"]).output().lines().filter(|line| line.contains("hooks in")).count(), 1);
+}
+
+#[test]
+fn show_says_what_is_there_what_is_missing_and_what_would_be_added() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let ran = run(&stage, &["show"]);
+    assert_eq!(ran.output().lines().filter(|line| line.starts_with("missing")).count(), EVENTS.len());
+    let added: Value = serde_json::from_str(ran.output().split_once("adds:\n").unwrap().1).unwrap();
+    assert!(!path.exists(), "it changes nothing");
+    run(&stage, &["install", "--event", "StopFailure"]);
+    let mut there: Value = serde_json::from_str(&read(&path)).unwrap();
+    assert!(there["hooks"].as_object_mut().unwrap().remove("StopFailure").is_some());
+    assert_eq!(there, added);
+    let ran = run(&stage, &["show"]);
+    assert_eq!(ran.output().lines().filter(|line| line.starts_with("installed")).count(), EVENTS.len() + 1);
+    assert!(!ran.output().contains("missing"), "{}", ran.output());
+    std::fs::write(&path, read(&path).replacen('{', "{\"disableAllHooks\": true,", 1)).unwrap();
+    assert!(run(&stage, &["show"]).output().contains("note: disableAllHooks is true"));
+}
+
+#[test]
+fn without_a_configuration_file_nothing_is_installed() {
+    let stage = Stage::with(None);
+    std::fs::remove_file(stage.folder().join("config.yaml")).unwrap();
+    let ran = stage.run(&["hooks", "install"]);
+    assert_eq!(ran.code(), 78, "{}", ran.output());
+    assert!(ran.error().contains("--config FILE"), "{}", ran.error());
+    assert!(!stage.folder().join("home/.claude").exists());
+}
+
+#[test]
+fn who_reads_the_settings_meanwhile_never_sees_half_of_them() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let text = json!({"text": "x".repeat(1 << 20)}).to_string();
+    std::fs::write(&path, &text).unwrap();
+    let (seen, reader) = {
+        let path = path.clone();
+        let (sender, seen) = std::sync::mpsc::channel();
+        let end = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ended = end.clone();
+        let thread = std::thread::spawn(move || {
+            let mut reads = 0u64;
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                let text = std::fs::read_to_string(&path).expect("it is always there");
+                assert!(serde_json::from_str::<Value>(&text).is_ok(), "half a file of {} bytes", text.len());
+                reads += 1;
+                let _ = sender.send(reads);
+            }
+        });
+        (seen, (thread, end))
+    };
+    for command in ["install", "uninstall", "install", "uninstall"] {
+        let before = seen.try_iter().last().unwrap_or_default();
+        run(&stage, &[command]);
+        wait_until("it was read since", SOON, || seen.try_iter().last().is_some_and(|reads| reads > before));
+    }
+    reader.1.store(true, std::sync::atomic::Ordering::Relaxed);
+    reader.0.join().unwrap();
+    assert_eq!(read(&path), text);
+}
