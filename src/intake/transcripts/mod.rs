@@ -18,6 +18,8 @@
 
 pub mod census;
 mod reading;
+#[cfg(test)]
+mod tests;
 mod watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -114,6 +116,8 @@ pub struct Follower {
     /// Cursors that moved over lines which are no events: as they were when that began, and now.
     moved: BTreeMap<Arc<Path>, (Cursor, Cursor)>,
     buffer: Vec<u8>,
+    /// Bytes that are read at once.
+    chunk_bytes: usize,
     doorbell: Doorbell,
     watch: Watch,
     retention: Retention,
@@ -151,6 +155,7 @@ impl Follower {
             rewound: Vec::new(),
             moved: BTreeMap::new(),
             buffer: Vec::new(),
+            chunk_bytes: reading::CHUNK_BYTES,
             doorbell: Doorbell::new(),
             watch: Watch::default(),
             retention,

@@ -313,14 +313,14 @@ impl Follower {
         // Bytes that hold no newline are not read again until one has come.
         let unscanned = file.unscanned(&look.handle);
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(CHUNK_BYTES, 0);
+        buffer.resize(self.chunk_bytes, 0);
         let result = read_full_at(&look.handle, &mut buffer, unscanned).map_err(ReadError::File).and_then(|length| {
             let bytes = buffer.get(..length).unwrap_or_default();
             match memchr::memrchr(b'\n', bytes) {
                 None => {
                     file.scanned_to = unscanned + length as u64;
                     file.scanned_hash = scanned_hash(&look.handle, start, file.scanned_to)?;
-                    Ok(length == CHUNK_BYTES)
+                    Ok(length == self.chunk_bytes)
                 }
                 Some(end) if unscanned == start => {
                     self.take_lines(bytes.get(..=end).unwrap_or_default(), look, place, file).map(|()| true)

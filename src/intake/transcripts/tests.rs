@@ -1,0 +1,296 @@
+//! However a file comes to be, and however often whoever reads it is stopped or killed, it is read the same.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+
+use proptest::prelude::*;
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::*;
+use crate::event::{DeadContent, EventId, Sequence};
+use crate::intake::redact::Redactor;
+use crate::intake::schema::Schemas;
+use crate::queue::{Queue, QueueConfig};
+use crate::telemetry::Metrics;
+
+const SESSION: &str = "00000001-0000-4000-8000-000000000000";
+
+/// Longer lines are passed over.
+const LINE_BYTES_MAX: u64 = 1500;
+
+/// What happens between two reads, beside the bytes that come.
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    /// So many more bytes are written.
+    Append(usize),
+    /// Somebody rang.
+    Look,
+    Rescan,
+    /// It ends as it does when it is told to, and starts again.
+    Stop,
+    /// It ends with batches under way and with cursors that are not put down.
+    Kill,
+    /// As `Stop`, and the queue is closed and opened too.
+    Reopen,
+}
+
+/// A transcript that grows, and who reads it.
+struct Scene {
+    folder: TempDir,
+    chunk_bytes: usize,
+    queue: Queue,
+    /// `None` only while it is being started anew.
+    follower: Option<Follower>,
+}
+
+/// What was read, without what is different each time: sequence numbers and inodes.
+#[derive(PartialEq, Eq, Debug)]
+struct Outcome {
+    /// By identity, which the receipts go by: what was read twice counts once.
+    events: Vec<(EventId, String, String, u64)>,
+    /// Offset and bytes of what is no record.
+    lost: BTreeSet<(u64, Vec<u8>)>,
+    cursors: Vec<(u64, u64, Option<String>, SessionState)>,
+}
+
+impl Scene {
+    fn new(chunk_bytes: usize) -> Scene {
+        let folder = TempDir::new().unwrap();
+        std::fs::create_dir_all(folder.path().join("projects/-p")).unwrap();
+        let queue = open(folder.path());
+        let mut scene = Scene { folder, chunk_bytes, queue, follower: None };
+        scene.start();
+        scene
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("projects/-p").join(format!("{SESSION}.jsonl"))
+    }
+
+    fn start(&mut self) {
+        let schemas = Schemas::load(None, 1 << 24).unwrap();
+        let intake = Intake::new(schemas, self.queue.clone(), Redactor::default(), Arc::new(Metrics::default()));
+        let config = FollowConfig {
+            projects: self.folder.path().join("projects"),
+            polling_interval: Duration::from_secs(1),
+            debounce: Duration::ZERO,
+            line_bytes_max: LINE_BYTES_MAX,
+            inactivity_timeout: Duration::from_secs(100 * 365 * 86_400),
+        };
+        let mut follower = Follower::new(config, Arc::new(intake)).unwrap();
+        follower.chunk_bytes = self.chunk_bytes;
+        self.follower = Some(follower);
+        self.rescan();
+    }
+
+    fn rescan(&mut self) {
+        self.follower.as_mut().unwrap().rescan().unwrap();
+    }
+
+    fn append(&self, bytes: &[u8]) {
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(self.path()).unwrap();
+        file.write_all(bytes).unwrap();
+    }
+
+    /// As the end of [`Follower::run`].
+    fn stop(&mut self) {
+        let mut follower = self.follower.take().unwrap();
+        follower.flush_moved().unwrap();
+        follower.await_tickets(0).unwrap();
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Append(_) => {}
+            Op::Look => {
+                let path = self.path();
+                self.follower.as_mut().unwrap().look_at(&path).unwrap();
+            }
+            Op::Rescan => self.rescan(),
+            Op::Stop => {
+                self.stop();
+                self.start();
+            }
+            Op::Kill => {
+                let path = self.path();
+                self.follower.as_mut().unwrap().look_at(&path).unwrap();
+                self.follower = None;
+                self.start();
+            }
+            Op::Reopen => {
+                self.stop();
+                self.queue.close().unwrap();
+                self.queue = open(self.folder.path());
+                self.start();
+            }
+        }
+    }
+
+    /// Reads to the end and gives what has come of it all.
+    fn outcome(mut self) -> Outcome {
+        self.rescan();
+        self.stop();
+        let mut events = BTreeMap::new();
+        let mut after: Option<Sequence> = None;
+        loop {
+            let page = self.queue.page(after, 1000).unwrap();
+            let Some(last) = page.last() else { break };
+            after = Some(last.sequence);
+            for envelope in page {
+                let event = envelope.event;
+                let id = event.id();
+                let known = (
+                    event.event_type().as_str().to_owned(),
+                    event.payload().as_json().to_owned(),
+                    offset_of(event.origin()),
+                );
+                let first = events.entry(id).or_insert_with(|| (envelope.sequence, known.clone()));
+                assert_eq!(first.1, known, "one identity, two contents");
+            }
+        }
+        let mut events: Vec<_> = events.into_iter().map(|(id, (sequence, known))| (sequence, id, known)).collect();
+        events.sort();
+        let letters = self.queue.dead_letters(None, 100_000).unwrap();
+        let lost = letters.into_iter().map(|letter| match letter.content {
+            DeadContent::Input(rejection) => (offset_of(&rejection.origin), rejection.bytes),
+            DeadContent::Event { event, .. } => panic!("nobody refused {event:?}"),
+        });
+        let cursors = self
+            .queue
+            .cursors()
+            .unwrap()
+            .into_iter()
+            .map(|(_, cursor)| (cursor.offset, cursor.fingerprint, cursor.project_path, cursor.session));
+        let text = |path: String| path.replace(&*self.folder.path().to_string_lossy(), "");
+        Outcome {
+            events: events
+                .into_iter()
+                .map(|(_, id, (kind, payload, offset))| (id, kind, text(payload), offset))
+                .collect(),
+            lost: lost.collect(),
+            cursors: cursors.collect(),
+        }
+    }
+}
+
+fn open(folder: &Path) -> Queue {
+    let config = QueueConfig { path: folder.join("queue"), max_pending_bytes: u64::MAX / 2 };
+    let (queue, recovery) = Queue::open(&config).unwrap();
+    assert_eq!(recovery.repairs, []);
+    queue
+}
+
+fn offset_of(origin: &Origin) -> u64 {
+    match origin {
+        Origin::Transcript { offset, .. } => *offset,
+        other => panic!("it comes from a transcript: {other:?}"),
+    }
+}
+
+/// A line of a transcript without its newline, whole or damaged. `number` tells it from the others.
+fn line(number: usize, kind: u8, length: usize) -> Vec<u8> {
+    let filling = "ä\u{7f}x".repeat(length / 4);
+    // As Claude Code orders its keys: by the first of them a record is found after a cut one.
+    let record = |text: &str, number: usize| {
+        format!(
+            r#"{{"parentUuid":null,"type":"user","message":{{"role":"user","content":{}}},"uuid":"{}","timestamp":"2026-07-28T18:{:02}:{:02}.000Z","cwd":"/w/{}","sessionId":"{SESSION}"}}"#,
+            json!(format!("{text} {number}")),
+            uuid::Uuid::from_u128(number as u128 + 1),
+            number / 60 % 60,
+            number % 60,
+            number / 3,
+        )
+    };
+    let whole = record(&filling, number);
+    match kind {
+        0 => format!("{{\"type\":\"mode\",\"mode\":\"{filling}\"}}").into_bytes(),
+        1 => format!("garbage {number} {filling}").into_bytes(),
+        2 => format!("{whole}{}", record("second", number + 1000)).into_bytes(),
+        3 => {
+            let cut = (0..=whole.len() / 2).rev().find(|at| whole.is_char_boundary(*at)).unwrap();
+            format!("{}{}", &whole[..cut], record("after a cut", number + 1000)).into_bytes()
+        }
+        4 => ["\0\0\0", &whole, "\0"].concat().into_bytes(),
+        5 => [whole.as_bytes(), b" \xff\xfe"].concat(),
+        6 => Vec::new(),
+        7 => "y".repeat(LINE_BYTES_MAX as usize + 1 + length).into_bytes(),
+        8 => format!("{{\"a\":{}{}}}", "[".repeat(length), "]".repeat(length)).into_bytes(),
+        _ => whole.into_bytes(),
+    }
+}
+
+fn file() -> impl Strategy<Value = Vec<u8>> {
+    let tail = prop::sample::select(vec!["", "", "{\"type\":\"us", "}{", "\0"]);
+    (prop::collection::vec((0u8..14, 0usize..400), 1..14), tail).prop_map(|(lines, tail)| {
+        let mut file = Vec::new();
+        for (number, (kind, length)) in lines.into_iter().enumerate() {
+            file.extend(line(number, kind, length));
+            file.push(b'\n');
+        }
+        file.extend(tail.bytes());
+        file
+    })
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => (1usize..700).prop_map(Op::Append),
+        4 => Just(Op::Look),
+        1 => Just(Op::Rescan),
+        1 => Just(Op::Stop),
+        2 => Just(Op::Kill),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, max_shrink_iters: 100, ..ProptestConfig::with_cases(20) })]
+
+    #[test]
+    fn any_split_into_appends_with_any_stops_and_kills_gives_the_same_events_and_cursors(
+        file in file(),
+        chunk_bytes in prop_oneof![1usize..200, Just(reading::CHUNK_BYTES)],
+        ops in prop::collection::vec(op(), 1..24),
+    ) {
+        let at_once = Scene::new(reading::CHUNK_BYTES);
+        at_once.append(&file);
+        let expected = at_once.outcome();
+        prop_assert!(expected.cursors.iter().all(|(offset, ..)| *offset <= file.len() as u64));
+
+        let mut scene = Scene::new(chunk_bytes);
+        let mut rest = file.as_slice();
+        for op in ops {
+            if let Op::Append(length) = op {
+                let (now, later) = rest.split_at(length.min(rest.len()));
+                scene.append(now);
+                rest = later;
+            }
+            scene.apply(op);
+        }
+        scene.append(rest);
+        prop_assert_eq!(scene.outcome(), expected);
+    }
+}
+
+#[test]
+fn every_single_cut_gives_the_same_events_and_cursors() {
+    let mut file = Vec::new();
+    for (number, kind) in [9, 2, 3, 4, 6, 1, 9].into_iter().enumerate() {
+        file.extend(line(number, kind, 8));
+        file.push(b'\n');
+    }
+    let at_once = Scene::new(reading::CHUNK_BYTES);
+    at_once.append(&file);
+    let expected = at_once.outcome();
+    assert_eq!((expected.events.len(), expected.lost.len()), (7, 2), "{expected:?}");
+    // One scene for many cuts: each line is looked at with the cut moving through it.
+    for step in [1, 2, 3, 5, 64] {
+        let mut scene = Scene::new(32);
+        for piece in file.chunks(step) {
+            scene.append(piece);
+            scene.rescan();
+        }
+        assert_eq!(scene.outcome(), expected, "{step} bytes at a time");
+    }
+}
