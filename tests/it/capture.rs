@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{SOON, Stage, wait_until};
 
@@ -106,6 +106,34 @@ fn an_unfinished_last_line_waits_for_its_end_and_garbage_hurts_nothing() {
     let health = watcher.health();
     assert_eq!(health["watcher"]["bad_lines"], 1);
     assert_eq!(health["queue"]["dead_letters"], 1);
+}
+
+#[test]
+fn lines_of_64_megabytes_and_of_a_hundred_thousand_levels_are_read_and_the_file_goes_on() {
+    const LINE_BYTES_MAX: usize = 64 << 20;
+    let stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let with_picture = |picture: &str| {
+        let content = json!([{"type": "text", "text": "look"}, {"type": "image", "source": {"data": picture}}]);
+        let mut line: Value = serde_json::from_str(&transcript.prompt("look")).unwrap();
+        line["message"]["content"] = content;
+        line.to_string()
+    };
+    let largest = with_picture(&"A".repeat(LINE_BYTES_MAX - with_picture("").len()));
+    assert_eq!(largest.len(), LINE_BYTES_MAX);
+    let larger = "x".repeat(LINE_BYTES_MAX + 1);
+    let (open, close) = ("[".repeat(100_000), "]".repeat(100_000));
+    let mut offsets = vec![largest.len() + 1];
+    transcript.append(largest + "\n" + &larger + "\n");
+    transcript.append(format!("{{\"type\":\"user\",\"deep\":{open}{close}}}\n"));
+    offsets.push(std::fs::metadata(&transcript.path).unwrap().len() as usize);
+    transcript.append(format!("{{\"type\":\"user\",\"deep\":{open}}}\n"));
+    transcript.say("after");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["look", "after"]);
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    let found: Vec<u64> = letters.iter().map(|letter| letter["origin"]["offset"].as_u64().unwrap()).collect();
+    assert_eq!(found, offsets.iter().map(|offset| *offset as u64).collect::<Vec<_>>(), "{letters:?}");
 }
 
 #[test]

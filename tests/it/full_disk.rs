@@ -75,6 +75,33 @@ fn a_full_disk_ends_it_with_74_loses_nothing_and_it_goes_on_when_there_is_room()
 }
 
 #[test]
+fn a_hook_whose_spool_is_full_is_silent_and_the_next_one_with_room_is_stored_alone() {
+    let Some(disk) = SmallDisk::new(1) else {
+        eprintln!("SKIPPED: a small file system needs root");
+        return;
+    };
+    let mut stage = Stage::new();
+    stage.set("queue.spool_path", disk.path().join("spool").to_str().unwrap());
+    let hook = |prompt: &str| {
+        let input = serde_json::json!({"session_id": "s", "cwd": "/w", "hook_event_name": "Stop", "prompt_id": prompt});
+        let ran = stage.run_with_input(&["hook"], input.to_string());
+        assert_eq!((ran.code(), ran.output(), ran.error()), (0, String::new(), String::new()));
+    };
+    for leave in [0, 200] {
+        let ballast = disk.fill(leave);
+        hook("without room");
+        std::fs::remove_file(ballast).unwrap();
+    }
+    hook("with room");
+    stage.run_until_idle();
+    let prompts = stage.database().query("SELECT payload->>'prompt_id' FROM events");
+    assert_eq!(prompts, [[Some("with room".to_owned())]]);
+    assert!(stage.run(&["queue-dump", "--dead-letters"]).lines().is_empty(), "no half of one was taken for one");
+    let left = std::fs::read_dir(disk.path().join("spool")).unwrap().count();
+    assert_eq!(left, 0, "what could not be written was taken away");
+}
+
+#[test]
 fn a_folder_that_cannot_be_written_is_named_with_the_way_out() {
     let Some(disk) = SmallDisk::new(4) else {
         eprintln!("SKIPPED: a read-only file system needs root");

@@ -271,6 +271,11 @@ fn hooks_over_http_are_answered_with_nothing_and_named_by_their_path() {
             watcher.ask("POST", &format!("/hook/{path}"), &["Content-Type: application/json"], &body.to_string());
         assert_eq!((answer.code, &*answer.body), (200, ""), "{answer:?}");
     }
+    let rest = ["session-end", "notification", "pre-tool-use", "post-tool-use", "permission-request"];
+    for path in rest {
+        let body = json!({"session_id": SESSION, "working_directory": "/w"}).to_string();
+        assert_eq!(watcher.ask("POST", &format!("/hook/{path}"), &[], &body).code, 200);
+    }
     // As Claude Code's http hooks do: the input's own name counts.
     let answer = watcher.ask("POST", "/hook/any", &[], &input("PostToolUse", json!({"tool_name": "Bash"})));
     assert_eq!((answer.code, &*answer.body), (200, ""));
@@ -279,10 +284,11 @@ fn hooks_over_http_are_answered_with_nothing_and_named_by_their_path() {
         assert_eq!(watcher.ask("POST", "/hook/stop", &again, &input("Stop", json!({}))).code, 200);
     }
     assert_eq!(watcher.ask("POST", "/hook/stop", &[], "garbage").code, 200);
-    wait_until("all are delivered", SOON, || stage.database().count() == 6);
+    wait_until("all are delivered", SOON, || stage.database().count() == 12);
     wait_until("the queue is empty", SOON, || watcher.health()["queue"]["pending"] == 0);
     let types: Vec<Value> = payloads(&stage).iter().map(|payload| payload["hook_type"].clone()).collect();
-    assert_eq!(types, ["SessionStart", "UserPromptSubmit", "Stop", "PostToolUse", "Stop"]);
+    let expected = "SessionStart UserPromptSubmit Stop SessionEnd Notification PreToolUse PostToolUse PermissionRequest PostToolUse Stop";
+    assert_eq!(types, expected.split(' ').collect::<Vec<_>>());
     assert_eq!(payloads(&stage)[0]["working_directory"], "/w");
     assert_eq!(stage.database().value("SELECT count(*) FROM events WHERE payload::text LIKE '%secret%'"), "0");
     wait_until("the garbage is a dead letter", SOON, || watcher.health()["queue"]["dead_letters"] == 1);
