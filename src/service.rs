@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Stopping takes `shutdown_timeout` at most, whatever hangs: the follower ends after its chunk, the drainer after the
-//! answers in flight or 300 ms; who has not ended after three fifths of the time is named once and left behind, which
+//! answers in flight or 150 ms; who has not ended after three fifths of the time is named once and left behind, which
 //! is harmless as every step can be repeated; then the queue is flushed and synced.
 
 mod pulse;
