@@ -1,7 +1,8 @@
-//! Named points at which a test lets the process die.
+//! Named points at which a test lets the process die, or linger.
 //!
 //! In a debug build, `HEADSPACE_FAULT_POINT=name` aborts the process when it reaches the point of that name for the
-//! first time, `name:n` when it does for the n-th time. A release build compiles every call to nothing.
+//! first time, `name:n` when it does for the n-th time. With `HEADSPACE_FAULT_KIND=panic` it panics there instead, with
+//! `pause` it stays there for 600 ms. A release build compiles every call to nothing.
 
 /// Every point there is, for tests that go through them all.
 pub const POINTS: &[&str] = &[
@@ -22,7 +23,7 @@ pub const POINTS: &[&str] = &[
     "compact-removed",
 ];
 
-/// Aborts here when the environment asks for it.
+/// Aborts, panics or lingers here when the environment asks for it.
 #[inline]
 pub(super) fn reach(point: &'static str) {
     #[cfg(debug_assertions)]
@@ -31,17 +32,42 @@ pub(super) fn reach(point: &'static str) {
     let _ = point;
 }
 
+/// Size of the files above which an empty queue moves on to fresh ones: `bytes`, or in a debug build what
+/// `HEADSPACE_COMPACT_ABOVE_BYTES` says, so that a test need not fill tens of megabytes.
+pub(super) fn compact_above(bytes: u64) -> u64 {
+    #[cfg(debug_assertions)]
+    return armed::compact_above().unwrap_or(bytes);
+    #[cfg(not(debug_assertions))]
+    bytes
+}
+
 #[cfg(debug_assertions)]
 mod armed {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    /// Long enough to be met there, and well below the time that a stop may take.
+    const PAUSE: Duration = Duration::from_millis(600);
+
+    enum Kind {
+        Abort,
+        Panic,
+        Pause,
+    }
 
     struct Fault {
         point: String,
         passes_left: AtomicU64,
+        kind: Kind,
     }
 
     static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
+
+    pub fn compact_above() -> Option<u64> {
+        static BYTES: OnceLock<Option<u64>> = OnceLock::new();
+        *BYTES.get_or_init(|| std::env::var("HEADSPACE_COMPACT_ABOVE_BYTES").ok()?.parse().ok())
+    }
 
     pub fn reach(point: &'static str) {
         debug_assert!(super::POINTS.contains(&point), "{point} is not in POINTS");
@@ -49,13 +75,22 @@ mod armed {
             let wanted = std::env::var("HEADSPACE_FAULT_POINT").ok()?;
             let (point, count) = wanted.split_once(':').unwrap_or((&wanted, "1"));
             let passes = count.parse().unwrap_or(1);
-            Some(Fault { point: point.to_owned(), passes_left: AtomicU64::new(passes) })
+            let kind = match std::env::var("HEADSPACE_FAULT_KIND").as_deref() {
+                Ok("panic") => Kind::Panic,
+                Ok("pause") => Kind::Pause,
+                _ => Kind::Abort,
+            };
+            Some(Fault { point: point.to_owned(), passes_left: AtomicU64::new(passes), kind })
         });
         if let Some(fault) = fault
             && fault.point == point
             && fault.passes_left.fetch_sub(1, Ordering::Relaxed) == 1
         {
-            std::process::abort();
+            match fault.kind {
+                Kind::Abort => std::process::abort(),
+                Kind::Panic => panic!("the environment asks for it"),
+                Kind::Pause => std::thread::sleep(PAUSE),
+            }
         }
     }
 }

@@ -256,7 +256,7 @@ impl Writer {
     fn is_worth_compacting(&self) -> bool {
         let live_bytes_max = self.counters.dead_letter_bytes.saturating_mul(4);
         self.counters.pending == 0
-            && self.store.disk_bytes() > COMPACT_ABOVE_BYTES.saturating_add(live_bytes_max)
+            && self.store.disk_bytes() > faults::compact_above(COMPACT_ABOVE_BYTES).saturating_add(live_bytes_max)
             && self.compact_not_before.is_none_or(|then| then <= Instant::now())
     }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -99,6 +100,31 @@ fn a_hook_whose_spool_is_full_is_silent_and_the_next_one_with_room_is_stored_alo
     assert!(stage.run(&["queue-dump", "--dead-letters"]).lines().is_empty(), "no half of one was taken for one");
     let left = std::fs::read_dir(disk.path().join("spool")).unwrap().count();
     assert_eq!(left, 0, "what could not be written was taken away");
+}
+
+#[test]
+fn it_stops_in_time_with_a_full_disk_and_loses_nothing() {
+    let Some(disk) = SmallDisk::new(24) else {
+        eprintln!("SKIPPED: a small file system needs root");
+        return;
+    };
+    let mut stage = Stage::new();
+    stage.set("queue.path", disk.path().join("queue").to_str().unwrap());
+    stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let watcher = stage.start();
+    let mut texts = transcript.say_many("before", 200);
+    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 201);
+    let ballast = disk.fill(0);
+    texts.extend(transcript.say_many(&"x".repeat(3000), 300));
+    let (status, took) = watcher.stop();
+    // It may have noticed by itself before.
+    assert!(matches!(status.code(), Some(0 | 74)), "{status:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    std::fs::remove_file(ballast).unwrap();
+    stage.environment.remove("HEADSPACE_DATABASE__URL");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
 }
 
 #[test]

@@ -216,16 +216,14 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "compact-switched",
         "compact-removed",
     ];
-    // Those of compaction take their time: one of them here, all in a long run.
-    let taken = if rounds(1) == 1 { 6 } else { points.len() };
-    for (round, point) in points.into_iter().take(taken).enumerate() {
+    for (round, point) in points.into_iter().enumerate() {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
         let mut acknowledged = Vec::new();
         if matches!(point, "open-locked" | "open-recovered") || point.starts_with("compact") {
             // For compaction so much that its files are large once all is delivered.
-            let (count, bytes) = if point.starts_with("compact") { (70, 900_000) } else { (40, 2_000) };
+            let (count, bytes) = if point.starts_with("compact") { (10, 900_000) } else { (40, 2_000) };
             let database = stage.environment.insert(
                 "HEADSPACE_DATABASE__URL".to_owned(),
                 "postgresql:///away?host=/nowhere&user=nobody".to_owned(),
@@ -238,6 +236,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
             stage.environment.remove("HEADSPACE_DATABASE__URL");
         }
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
+        stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
         let mut watcher = stage.start_with(&[]);
         if point.starts_with("append") {
             watcher.wait_for_log("ready");

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::stage::{SOON, Server, Stage, signal, wait_until};
+use crate::proxy::{Proxy, Road};
+use crate::stage::{Database, SOON, Server, Stage, signal, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(2);
 
@@ -94,7 +95,7 @@ fn it_stops_in_time_with_200_clients_and_half_a_huge_line_and_a_database_that_ne
     // Takes connections and says nothing, for ever: as behind a firewall that drops what comes back.
     let silence = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgresql://me@127.0.0.1:{}/db?sslmode=disable", silence.local_addr().unwrap().port());
-    let mut stage = Stage::with(Some(crate::stage::Database { url }));
+    let mut stage = Stage::with(Some(Database { url }));
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     stage.set("http.listen", &format!("127.0.0.1:{port}"));
     let mut transcript = stage.transcript("-home-me-app", 1);
@@ -121,4 +122,81 @@ fn it_stops_in_time_with_200_clients_and_half_a_huge_line_and_a_database_that_ne
     assert!(took < LIMIT, "{took:?}");
     drop(clients);
     assert_eq!(stage.run(&["queue-dump"]).lines().len(), 2, "nothing is lost");
+}
+
+#[test]
+fn it_stops_in_time_while_the_road_to_postgres_swallows_everything() {
+    let database = Database::new();
+    let proxy = Proxy::start(&database);
+    let mut stage = Stage::with(Some(database));
+    stage.environment.insert("DATABASE_URL".to_owned(), proxy.url());
+    let watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("before", 10);
+    stage.wait_for_rows(11);
+    proxy.set(Road::Swallows);
+    texts.extend(transcript.say_many("swallowed", 500));
+    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 500);
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    stage.environment.remove("DATABASE_URL");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+}
+
+#[test]
+fn it_stops_in_time_in_the_middle_of_moving_to_fresh_files_and_loses_nothing() {
+    let mut stage = Stage::new();
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "compact-synced".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "pause".to_owned());
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.append("no JSON, which is carried over\n");
+    stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
+    // So much that the files are large once all is delivered.
+    let mut texts = transcript.say_many(&"x".repeat(900_000), 10);
+    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+    stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
+    let watcher = stage.start();
+    wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 11);
+    watcher.stop();
+    stage.environment.remove("HEADSPACE_DATABASE__URL");
+    let watcher = stage.start();
+    let queue = stage.folder().join("data/queue");
+    let generations = || {
+        let entries = std::fs::read_dir(&queue).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("sled-")).count()
+    };
+    wait_until("it moves to fresh files", SOON, || generations() == 2);
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    for name in ["HEADSPACE_FAULT_POINT", "HEADSPACE_FAULT_KIND", "HEADSPACE_COMPACT_ABOVE_BYTES"] {
+        stage.environment.remove(name);
+    }
+    texts.extend(transcript.say_many("after", 3));
+    stage.run_until_idle();
+    assert!(stage.database().texts() == texts, "{} of {} are there", stage.database().count(), texts.len() + 1);
+    assert_eq!(stage.run(&["queue-dump", "--dead-letters"]).lines().len(), 1);
+}
+
+#[test]
+fn a_panic_where_the_queue_is_written_ends_the_process_and_loses_nothing() {
+    let mut stage = Stage::new();
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-applied:3".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "panic".to_owned());
+    let mut watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = Vec::new();
+    let status = crate::stage::wait_for("it ends", SOON, || {
+        texts.extend(transcript.say_many(&format!("burst {}", texts.len()), 2));
+        std::thread::sleep(Duration::from_millis(20));
+        watcher.ended()
+    });
+    assert_eq!(status.code(), Some(74), "so that the supervisor starts it again: {}", watcher.log());
+    for name in ["HEADSPACE_FAULT_POINT", "HEADSPACE_FAULT_KIND"] {
+        stage.environment.remove(name);
+    }
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
 }
