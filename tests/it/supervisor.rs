@@ -423,3 +423,186 @@ fn brings_up_a_private_postgres_where_no_database_is_configured() {
     assert_eq!(supervisor.stop(), Some(0));
     assert_eq!(postgres(&["status"]).status.code(), Some(3), "it takes down what it brought up");
 }
+
+/// The real program under the real supervisor, with transcripts and no database.
+struct Real {
+    project: Project,
+}
+
+impl Real {
+    fn new() -> Real {
+        let project = Project::new(&[]);
+        fs::create_dir(project.path("projects")).expect("mkdir projects");
+        let config = "claude:\n  projects_path: projects\nhttp:\n  listen: null\n";
+        fs::write(project.path("config.yaml"), config).expect("write the configuration");
+        Real { project }
+    }
+
+    fn start(&self) -> Supervisor<'_> {
+        let mut command = self.project.command();
+        self.project.start_as(command.env("HEADSPACE_WATCHER_BIN", env!("CARGO_BIN_EXE_headspace-watcher")))
+    }
+
+    /// The watcher that takes events in, other than `before`.
+    fn watcher(&self, before: Option<Pid>, limit: Duration) -> Pid {
+        self.project.wait("new watcher", limit, || {
+            let pid = Pid::from_raw(self.project.read("data/run-watcher.lock/watcher").trim().parse().ok()?)?;
+            (Some(pid) != before && test_kill_process(pid).is_ok()).then_some(pid)
+        })
+    }
+
+    /// Hands in one event; whether it is durable.
+    fn emit(&self) -> bool {
+        let payload = r#"{"session_uuid":"s","reason":"closed"}"#;
+        let ran = Command::new(env!("CARGO_BIN_EXE_headspace-watcher"))
+            .args(["emit", "--type", "session_ended", "--payload", payload, "--config"])
+            .arg(self.project.path("config.yaml"))
+            .output()
+            .expect("run emit");
+        ran.status.success()
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let ran = Command::new(env!("CARGO_BIN_EXE_headspace-watcher"))
+            .args(["status", "--json", "--config"])
+            .arg(self.project.path("config.yaml"))
+            .output()
+            .expect("run status");
+        serde_json::from_slice(&ran.stdout).unwrap_or_default()
+    }
+
+    fn wait_until_it_is_ready(&self, pid: Pid) {
+        self.project.wait("readiness", PATIENCE, || {
+            let status = self.status();
+            (status["pid"] == pid.as_raw_pid() && status["ready"] == true).then_some(())
+        });
+    }
+}
+
+#[test]
+fn the_real_watcher_is_back_within_five_seconds_whatever_killed_it_with_all_that_it_took_in() {
+    let real = Real::new();
+    let mut supervisor = real.start();
+    let mut pid = real.watcher(None, PATIENCE);
+    let mut emitted = 0;
+    // A crash, an abort as of memory that can't be had, and what the system does when it has none left.
+    for (signal, name) in [(Signal::SEGV, "SIGSEGV"), (Signal::ABORT, "SIGABRT"), (Signal::KILL, "SIGKILL")] {
+        real.wait_until_it_is_ready(pid);
+        assert!(real.emit());
+        emitted += 1;
+        kill_process(pid, signal).unwrap();
+        if signal == Signal::SEGV {
+            // At the first one Rust looks whether a stack has overflowed, and lets a real fault happen once more.
+            real.project.wait("end", PATIENCE, || kill_process(pid, signal).is_err().then_some(()));
+        }
+        pid = real.watcher(Some(pid), Duration::from_secs(5));
+        real.project.wait_for_log(&format!("signal {name}; restart {emitted} of at most 5"));
+    }
+    real.wait_until_it_is_ready(pid);
+    assert_eq!(real.status()["queue"]["pending"], emitted);
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+#[test]
+fn a_term_to_the_supervisor_ends_the_real_watcher_too_and_soon() {
+    let real = Real::new();
+    let mut supervisor = real.start();
+    let pid = real.watcher(None, PATIENCE);
+    real.wait_until_it_is_ready(pid);
+    let begun = Instant::now();
+    assert_eq!(supervisor.stop(), Some(0));
+    // The watcher has two seconds; the supervisor's own part is a few processes of the shell.
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    assert!(test_kill_process(pid).is_err(), "the watcher is gone");
+    let log = real.project.read("log");
+    assert!(log.contains("SIGTERM passed on") && log.contains("\"stopped\""), "{log}");
+    assert!(!real.project.path("data/run-watcher.lock").exists());
+}
+
+#[test]
+fn a_second_watcher_beside_a_supervised_one_is_refused_with_its_pid() {
+    let real = Real::new();
+    let mut supervisor = real.start();
+    let pid = real.watcher(None, PATIENCE);
+    real.wait_until_it_is_ready(pid);
+    let second = Command::new(env!("CARGO_BIN_EXE_headspace-watcher"))
+        .args(["run", "--config"])
+        .arg(real.project.path("config.yaml"))
+        .output()
+        .expect("run a second watcher");
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(69), "{said}");
+    assert!(said.contains(&format!("process {}", pid.as_raw_pid())), "{said}");
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+/// macOS has bash 3.2, which knows nothing of these; most of them it takes for something else without a word.
+#[test]
+fn the_scripts_use_nothing_that_bash_3_2_does_not_have() {
+    let newer = [
+        "mapfile",
+        "readarray",
+        "declare -A",
+        "local -A",
+        "typeset -A",
+        "declare -n",
+        "local -n",
+        "declare -g",
+        "wait -n",
+        "coproc",
+        "|&",
+        "&>>",
+        ";;&",
+        "[[ -v",
+        "-v ${",
+        ",,}",
+        "^^}",
+        ",}",
+        "^}",
+        "@Q}",
+        "@U}",
+        "@L}",
+        "printf '%(",
+        "printf \"%(",
+        "EPOCHSECONDS",
+        "EPOCHREALTIME",
+        "BASHPID",
+        "SRANDOM",
+        "shopt -s globstar",
+        "shopt -s lastpipe",
+        "read -N",
+        "${BASH_ARGV0",
+        "PIPESTATUS[-1]",
+        "[-1]",
+        "{fd}",
+    ];
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts");
+    let mut scripts = 0;
+    for entry in fs::read_dir(folder).expect("read scripts") {
+        let path = entry.expect("an entry").path();
+        // Those of development, in scripts/bench, run on Linux.
+        if path.extension().is_none_or(|extension| extension != "sh") {
+            continue;
+        }
+        scripts += 1;
+        let text = fs::read_to_string(&path).expect("read a script");
+        let code = || text.lines().filter(|line| !line.trim_start().starts_with('#'));
+        for line in code() {
+            let found = newer.iter().find(|word| line.contains(**word));
+            assert!(found.is_none(), "{}: {found:?} in {line:?}", path.display());
+        }
+        // Under `set -u` bash 3.2 takes "${list[@]}" of an empty list for an unset variable.
+        for (at, _) in text.match_indices("[@]}") {
+            let Some(name) = text[..at].rsplit("${").next().filter(|name| !name.starts_with(['#', '!'])) else {
+                continue;
+            };
+            let filled = code().any(|line| {
+                let begin = line.find(&format!("{name}=(")).map(|begin| &line[begin + name.len() + 2..]);
+                begin.is_some_and(|rest| !rest.starts_with(')') && !line.contains(&format!("+{name}")))
+            });
+            let guarded = text[..at].ends_with(&format!("{name}[@]+\"${{{name}"));
+            assert!(filled || guarded, "{}: ${{{name}[@]}} may be empty", path.display());
+        }
+    }
+    assert!(scripts >= 4, "{scripts}");
+}
