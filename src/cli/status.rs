@@ -172,7 +172,8 @@ fn describe(health: &Health) -> String {
         Status::Fail => "FAIL",
     };
     let mut text = String::new();
-    let last_write = health.writes.last_write_timestamp.as_deref().unwrap_or("never since start");
+    let last_write = health.writes.last_write_timestamp.as_deref();
+    let last_write = last_write.map_or_else(|| "never since start".to_owned(), |then| format!("{} ago", age(then)));
     // Writing to a String can't fail.
     let _ = writeln!(text, "status    {status}");
     for reason in &health.reasons {
@@ -194,7 +195,7 @@ fn describe(health: &Health) -> String {
     let waits =
         queue_line(queue.pending, queue.pending_bytes, queue.oldest_age_seconds, queue.dead_letters, queue.disk_bytes);
     let _ = writeln!(text, "queue     {waits}");
-    let _ = writeln!(text, "database  {} since {}", health.database.state, health.database.since);
+    let _ = writeln!(text, "database  {} for {}", health.database.state, age(&health.database.since));
     if let Some(error) = &health.database.last_error {
         let _ = writeln!(text, "          {error}");
     }
@@ -214,6 +215,11 @@ fn queue_line(pending: u64, pending_bytes: u64, oldest_age: Option<f64>, dead_le
         bytes(pending_bytes),
         bytes(disk_bytes)
     )
+}
+
+/// How long ago a time of the watcher's answer was, or that time where it can't be read.
+fn age(then: &str) -> String {
+    then.parse().map_or_else(|_| then.to_owned(), |then| duration(seconds_since(then) as u64))
 }
 
 /// `90061` → `1d 1h`, `75` → `1m 15s`.
@@ -242,6 +248,14 @@ pub fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ages_are_short_and_never_negative() {
+        let now = Timestamp::now();
+        assert_eq!(age(&(now - jiff::SignedDuration::from_secs(75)).to_string()), "1m 15s");
+        assert_eq!(age(&(now + jiff::SignedDuration::from_secs(75)).to_string()), "0s");
+        assert_eq!(age("once"), "once");
+    }
 
     #[test]
     fn durations_and_sizes_are_short() {

@@ -112,3 +112,46 @@ fn status_of_a_watcher_that_is_gone_gives_the_last_words_of_its_queue() {
     assert_eq!((&json["running"], &json["queue"]["pending"]), (&false.into(), &10.into()), "{json}");
     assert_eq!(json["queue"]["dead_letters"], 1);
 }
+
+#[test]
+fn status_is_shown_again_and_again_until_nobody_reads_it() {
+    use std::io::{BufRead, BufReader};
+    let stage = Stage::with(None);
+    let watcher = stage.start();
+    let mut command = stage.command(&["status", "--watch", "1"]);
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    for _ in 0..2 {
+        assert!(lines.any(|line| line == "status    warn"), "it has ended");
+        assert!(lines.any(|line| line.starts_with("database  unconfigured for ")), "it has ended");
+    }
+    watcher.stop();
+    assert!(lines.any(|line| line == "status    not running"), "it goes on without a watcher");
+    let again = stage.start();
+    let next = format!("watcher   pid {}, up ", again.pid());
+    assert!(lines.any(|line| line.starts_with(&next)), "and sees the next one");
+    drop(lines);
+    let mut status = None;
+    wait_until("it ends", SOON, || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    assert_eq!(status.unwrap().code(), Some(0));
+}
+
+#[test]
+fn health_fails_no_longer_once_there_is_room_again() {
+    let server = Server::start();
+    let mut stage = Stage::with(Some(server.database.another()));
+    stage.set("queue.max_pending_bytes", "1048576").set("event_system.max_event_bytes", "65536");
+    server.stop("fast");
+    let texts = stage.transcript("-home-me-app", 1).say_many(&"long text ".repeat(50), 3000);
+    let watcher = stage.start();
+    wait_until("fail", SOON, || watcher.health()["status"] == "fail");
+    server.start_again();
+    wait_until("pass", 2 * SOON, || watcher.health()["status"] == "pass");
+    watcher.wait_for_log("health fails no longer");
+    assert_eq!(watcher.get("/readyz").unwrap().0, 200);
+    stage.wait_for_rows(3001);
+    assert_eq!(stage.database().texts(), texts);
+}
