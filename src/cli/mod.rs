@@ -278,12 +278,16 @@ struct EmitArguments {
     /// The event's identity: the same one again stores nothing twice [default: a new one]
     #[arg(long, value_name = "UUID")]
     event_id: Option<String>,
+    /// The row's project_id
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     project_id: Option<i64>,
+    /// The row's agent_id
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     agent_id: Option<i64>,
+    /// The row's command_id (task_id in older databases)
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     command_id: Option<i64>,
+    /// The row's turn_id
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     turn_id: Option<i64>,
     /// Read events from stdin, one JSON object a line, as POST /events takes them; all of them or none

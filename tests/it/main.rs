@@ -15,6 +15,7 @@ mod check;
 mod commands;
 mod dead_letters;
 mod delivery;
+mod docs;
 mod emit;
 mod full_disk;
 mod health;
