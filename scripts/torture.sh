@@ -11,4 +11,4 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 what=${1:-/torture|power_cut|kill/}
 export HEADSPACE_TORTURE_ROUNDS=${2:-100}
-exec "$here/test.sh" --no-fail-fast --no-capture -E "test($what)"
+exec "$here/test.sh" --profile torture --no-fail-fast --no-capture -E "test($what)"

@@ -6,16 +6,21 @@
 //! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
 //! <path>/DAMAGED      set when a running queue met damage: the next opening reads all, and starts anew if it can't
+//! <path>/REREAD       set when a single record could not be read: the next opening forgets the cursors
 //! <path>.damaged-<UTC time>/   a folder that could not be opened, kept as it was
+//! <path>.salvaged/             what takes its place, while it is being made
 //! ```
 //!
 //! HIGHEST costs one small write and tells what nothing else can: that the log came back shorter than it was
 //! acknowledged to be (a disk that lies about syncing, a restored copy, a file cut by a repair of the file system).
 //! sled takes such a log for a whole one.
 //!
-//! sled's files never shrink. When the queue is empty and they are large, the writer makes generation n + 1,
-//! copies cursors, dead letters and counters, syncs it, renames CURRENT and removes generation n. Every step may be
-//! the last one of a process: until the rename nothing has happened, after it only a left-over stays.
+//! sled's files never shrink. When they are large and little is pending, the writer makes generation n + 1, copies all
+//! there is, syncs it, renames CURRENT and removes generation n. Every step may be the last one of a process: until the
+//! rename nothing has happened, after it only a left-over stays.
+//!
+//! A queue that can't be opened is salvaged into a fresh folder beside it, whole and durable, before the two change
+//! places: who dies on the way finds the damaged one again, or the fresh one still to be put in its place.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -29,12 +34,14 @@ use super::faults;
 use super::reader;
 use super::store::{self, Changes, Store, StoreError, StoreRepair};
 use super::{QueueConfig, QueueError, salvage};
-use crate::event::Timestamp;
+use crate::event::{Sequence, Timestamp};
 
 /// Version of the layout of the folder that CURRENT speaks of.
 const FORMAT: u32 = 1;
 
 const DAMAGED_MARK: &str = "DAMAGED";
+
+const REREAD_MARK: &str = "REREAD";
 
 /// Keys removed in one batch when left-overs of a crash are cleared.
 const CLEAR_KEYS_MAX: usize = 1024;
@@ -58,6 +65,8 @@ pub enum Repair {
     PointerRebuilt { generation: u64 },
     /// A running queue had met damage, but all of it could be read now.
     Reread,
+    /// A running queue had met a record that can't be read; all files are to be read from their beginning.
+    CursorsForgotten,
     /// The log is shorter than it was: what had been acknowledged from `from` to `to` is gone.
     LogCut { from: u64, to: u64 },
     /// The counters could not be read and were counted anew.
@@ -95,6 +104,12 @@ impl fmt::Display for Repair {
                  those from transcripts are read again"
             ),
             Repair::Reread => write!(f, "the queue had stopped at damage; everything in it was readable now"),
+            Repair::CursorsForgotten => {
+                write!(
+                    f,
+                    "a record was not readable and is a dead letter; transcripts are read again from their beginning"
+                )
+            }
             Repair::CountersRebuilt { cause } => write!(f, "counted the queue anew: {cause}"),
             Repair::QueueSetAside { to, cause, salvaged } => write!(
                 f,
@@ -151,6 +166,10 @@ pub struct Opened {
     pub store: Store,
     pub generation: u64,
     pub counters: Counters,
+    /// The oldest pending event and when it was captured.
+    pub oldest: Option<(Sequence, Timestamp)>,
+    /// The newest pending event.
+    pub newest: Option<Sequence>,
     pub repairs: Vec<Repair>,
 }
 
@@ -159,53 +178,83 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     let path = &config.path;
     let io = |error: io::Error| storage(path, &error);
     let mut repairs = Vec::new();
+    put_salvaged_in_place(path).map_err(io)?;
     make_folder(path).map_err(io)?;
     let mut lock = take_lock(path)?;
     faults::reach("open-locked");
+    remove_folder(&salvaged_folder(path)).map_err(io)?;
 
-    let marked = path.join(DAMAGED_MARK).exists();
-    let attempt = open_current(path, &mut repairs).and_then(|opened| {
-        if marked {
-            read_all(&opened.0).map_err(|error| failed(path, error))?;
-            fs::remove_file(path.join(DAMAGED_MARK)).map_err(|error| storage(path, &error))?;
-            repairs.push(Repair::Reread);
-        }
-        Ok(opened)
-    });
-    let (store, generation, mut counters) = match attempt {
-        Ok(opened) => opened,
-        Err(Failed::Queue(error)) => return Err(error),
+    let recovered = match recover(path, &mut repairs) {
         Err(Failed::Damaged(cause)) => {
-            let to = set_aside(path).map_err(io)?;
-            make_folder(path).map_err(io)?;
-            // The lock went away with the folder: whoever opens the new one must find it held.
-            lock = take_lock(path)?;
-            let (store, counters) = create_generation(path, 1, unused_sequence())?;
-            let salvaged = salvage::run(&generation_folders(&to), &store, counters);
-            let (counters, salvaged) = salvaged.map_err(|error| storage(path, &error))?;
-            write_pointer(path, 1).map_err(io)?;
+            let (fresh, to, salvaged) = start_anew(path)?;
+            // The old lock went away with the old folder: whoever opens the new one must find it held.
+            lock = fresh;
             repairs.push(Repair::QueueSetAside { to, cause, salvaged });
-            (store, 1, counters)
+            recover(path, &mut repairs)
         }
+        other => other,
     };
+    let Recovered { mark, store, generation, counters, oldest, newest } = recovered.map_err(|failed| match failed {
+        Failed::Queue(error) => error,
+        Failed::Damaged(cause) => QueueError::Damaged { path: path.clone(), cause },
+    })?;
+    restrict(path);
+    restrict(store.folder());
+    faults::reach("open-recovered");
+    Ok(Opened { lock, mark, store, generation, counters, oldest, newest, repairs })
+}
+
+/// What stands in the folder, cleared of left-overs.
+struct Recovered {
+    mark: Mark,
+    store: Store,
+    generation: u64,
+    counters: Counters,
+    oldest: Option<(Sequence, Timestamp)>,
+    newest: Option<Sequence>,
+}
+
+/// Opens the current generation and reads what everybody asks for first. Whatever of it can't be read is damage: met
+/// at each start anew, it would else end each.
+fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> {
+    let io = |error: io::Error| Failed::Queue(storage(path, &error));
+    let damage = |error: StoreError| failed(path, error);
+    let (store, generation, mut counters) = open_current(path, repairs)?;
+    if path.join(DAMAGED_MARK).exists() {
+        read_all(&store).map_err(damage)?;
+        fs::remove_file(path.join(DAMAGED_MARK)).map_err(io)?;
+        repairs.push(Repair::Reread);
+    }
     let mark = Mark::open(path).map_err(io)?;
     if mark.written >= counters.next_sequence {
         repairs.push(Repair::LogCut { from: counters.next_sequence, to: mark.written });
         counters.next_sequence = mark.written + 1;
-        write_counters(&store, &counters).map_err(|error| storage(path, &error))?;
+        write_counters(&store, &counters).map_err(damage)?;
     }
-    remove_uncommitted(&store, counters.next_sequence, &mut repairs)
+    remove_uncommitted(&store, counters.next_sequence, repairs)
         // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
         .and_then(|()| store.sync())
-        .map_err(|error| storage(path, &error))?;
-    restrict(path);
-    restrict(store.folder());
-    faults::reach("open-recovered");
-    Ok(Opened { lock, mark, store, generation, counters, repairs })
+        .map_err(damage)?;
+    if path.join(REREAD_MARK).exists() {
+        forget_cursors(&store).map_err(damage)?;
+        fs::remove_file(path.join(REREAD_MARK)).map_err(io)?;
+        repairs.push(Repair::CursorsForgotten);
+    }
+    let oldest = reader::oldest(&store, 1, counters.next_sequence - 1).map_err(damage)?;
+    let newest = reader::newest(&store, &counters).map_err(damage)?;
+    Ok(Recovered { mark, store, generation, counters, oldest, newest })
+}
+
+/// A queue's folder, opened to be looked at.
+pub struct Inspected {
+    pub lock: Lock,
+    pub store: Store,
+    pub counters: Counters,
+    pub oldest: Option<(Sequence, Timestamp)>,
 }
 
 /// Opens the folder to look at: nothing is created, removed or set aside, and no record is changed.
-pub fn inspect(path: &Path) -> Result<(Lock, Store, Counters), QueueError> {
+pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
     let missing = || QueueError::NotFound { path: path.to_owned() };
     if !path.is_dir() {
         return Err(missing());
@@ -222,16 +271,17 @@ pub fn inspect(path: &Path) -> Result<(Lock, Store, Counters), QueueError> {
     }
     let lock = take_lock(path)?;
     let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
-    let open = || -> Result<(Store, Counters), StoreError> {
+    let open = || -> Result<_, StoreError> {
         let (store, _) = Store::open(&folder)?;
         let counters = match read_counters(&store)? {
             Ok(counters) => counters,
             Err(_) => reader::recount(&store, 1)?,
         };
-        Ok((store, counters))
+        let oldest = reader::oldest(&store, 1, counters.next_sequence.saturating_sub(1))?;
+        Ok((store, counters, oldest))
     };
     match open() {
-        Ok((store, counters)) => Ok((lock, store, counters)),
+        Ok((store, counters, oldest)) => Ok(Inspected { lock, store, counters, oldest }),
         Err(StoreError::Corrupt(cause)) => Err(damaged(cause)),
         Err(error) => Err(storage(path, &error)),
     }
@@ -241,6 +291,13 @@ pub fn inspect(path: &Path) -> Result<(Lock, Store, Counters), QueueError> {
 pub fn mark_damaged(path: &Path) {
     // Best effort: without the mark the next opening only meets the damage again.
     let _ = File::create(path.join(DAMAGED_MARK)).and_then(|file| file.sync_all());
+}
+
+/// Asks the next opening to forget the cursors, because an event that they have passed can't be read any more: its line
+/// still stands in its transcript, and the receipts refuse all others.
+pub fn mark_reread(path: &Path) {
+    // Best effort: the unreadable record is a dead letter in any case.
+    let _ = File::create(path.join(REREAD_MARK)).and_then(|file| file.sync_all());
 }
 
 /// Makes generation `number`, empty but for its counters, durable in itself; nobody points to it yet.
@@ -258,7 +315,7 @@ pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result
     create().map(|store| (store, counters)).map_err(|error| storage(path, &error))
 }
 
-/// Makes generation `number` with everything of `old` that is not a pending event, durable in itself.
+/// Makes generation `number` with everything of `old`, durable in itself.
 ///
 /// The counters are written last: a generation that has them is whole.
 pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counters) -> Result<Store, StoreError> {
@@ -267,8 +324,9 @@ pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counter
     fs::DirBuilder::new().mode(0o700).create(&folder)?;
     let (new, _) = Store::open(&folder)?;
     *new.hooks() = old.hooks().clone();
+    faults::reach("compact-begun");
     let mut changes = Changes::default();
-    for prefix in *b"ckdfx" {
+    for prefix in *b"ckedfx" {
         for pair in old.range(store::prefix_range(prefix))? {
             let (key, value) = pair?;
             changes.insert(&key, &value);
@@ -298,6 +356,7 @@ pub fn write_pointer(path: &Path, number: u64) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     write!(file, "format {FORMAT}\nsled-{number}\n")?;
     file.sync_all()?;
+    faults::reach("pointer-before-rename");
     fs::rename(&new, path.join("CURRENT"))?;
     store::sync_folder(path)?;
     if let Some(parent) = path.parent() {
@@ -408,6 +467,7 @@ fn rebuild_pointer(path: &Path, found: &[u64], repairs: &mut Vec<Repair>) -> Res
 
 fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
     let store = open_store(path, generation, repairs)?;
+    faults::reach("open-store-opened");
     let counters = match counters_of(path, &store)? {
         Ok(counters) => counters,
         Err(error) => {
@@ -469,6 +529,22 @@ fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repai
         repairs.push(Repair::UncommittedRemoved { keys });
     }
     Ok(())
+}
+
+fn forget_cursors(store: &Store) -> Result<(), StoreError> {
+    for prefix in *b"ck" {
+        loop {
+            let mut changes = Changes::default();
+            for pair in store.range(store::prefix_range(prefix))?.take(CLEAR_KEYS_MAX) {
+                changes.remove(&pair?.0);
+            }
+            if changes.is_empty() {
+                break;
+            }
+            store.apply(changes)?;
+        }
+    }
+    store.sync()
 }
 
 /// Reads every key and value there is.
@@ -571,6 +647,55 @@ fn generation_folders(path: &Path) -> Vec<PathBuf> {
 
 fn generation_number(name: &str) -> Option<u64> {
     name.strip_prefix("sled-")?.parse().ok()
+}
+
+/// Salvages the queue at `path` into a fresh one and lets that take its place. Gives the fresh one's lock, where the
+/// damaged one is now, and how many events were salvaged.
+fn start_anew(path: &Path) -> Result<(Lock, PathBuf, u64), QueueError> {
+    let io = |error: io::Error| storage(path, &error);
+    let fresh = salvaged_folder(path);
+    make_folder(&fresh).map_err(io)?;
+    let lock = take_lock(&fresh)?;
+    let (store, counters) = create_generation(&fresh, 1, unused_sequence())?;
+    let (_, salvaged) = salvage::run(&generation_folders(path), &store, counters)
+        .and_then(|salvaged| store.sync().map(|()| salvaged))
+        .map_err(|error| storage(path, &error))?;
+    // sled holds on to the path that it was opened with.
+    drop(store);
+    write_pointer(&fresh, 1).map_err(io)?;
+    faults::reach("damage-salvaged");
+    let to = set_aside(path).map_err(io)?;
+    faults::reach("damage-moved");
+    put_salvaged_in_place(path).map_err(io)?;
+    faults::reach("damage-replaced");
+    Ok((lock, to, salvaged))
+}
+
+fn salvaged_folder(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".salvaged");
+    path.with_file_name(name)
+}
+
+/// Puts the fresh queue where the damaged one was, if that has been moved away.
+fn put_salvaged_in_place(path: &Path) -> io::Result<()> {
+    let fresh = salvaged_folder(path);
+    if path.exists() || !fresh.join("CURRENT").exists() {
+        return Ok(());
+    }
+    match fs::rename(&fresh, path) {
+        // Somebody else who starts at this moment has done it; the lock decides between us.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => path.parent().map_or(Ok(()), store::sync_folder),
+    }
+}
+
+fn remove_folder(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Moves the folder away under a name that says when.

@@ -19,7 +19,7 @@
 //! 7. Everything is bounded: pending bytes, bytes waiting for the writer, pages, kept bytes of dead letters.
 //!
 //! Not promised: several processes at once (one holds the lock), order between batches that are submitted at the same
-//! time from different threads, and a size on disk close to the pending bytes (the files shrink when the queue is empty).
+//! time from different threads, and a size on disk close to the pending bytes (the files shrink when little is pending).
 //!
 //! # How it is done
 //!
@@ -151,7 +151,7 @@ pub enum QueueError {
     #[error("could not read queue {}: {cause}; the next start of the watcher sets it aside and starts anew", path.display())]
     Damaged { path: PathBuf, cause: String },
     /// Fail-stop: the handle is dead, and so should the process be.
-    #[error("could not use queue {}: {cause}; free space or mend the disk, then start again", path.display())]
+    #[error("could not use queue {}: {cause}; {}, then start again", path.display(), way_out(cause))]
     Storage { path: PathBuf, cause: String },
     #[error("queue is closed")]
     Closed,
@@ -163,6 +163,19 @@ pub enum QueueError {
 
 fn holder(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
+}
+
+/// What someone can do about an error of the system.
+fn way_out(cause: &str) -> &'static str {
+    const KNOWN: &[(&str, &str)] = &[
+        ("No space left", "free space"),
+        ("quota exceeded", "free space"),
+        ("Permission denied", "mend its owner or mode, or set queue.path"),
+        ("Operation not permitted", "mend its owner or mode, or set queue.path"),
+        ("Read-only file system", "make it writable, or set queue.path"),
+        ("Too many open files", "raise the limit of open files (ulimit -n)"),
+    ];
+    KNOWN.iter().find(|(words, _)| cause.contains(words)).map_or("free space or mend the disk", |(_, way_out)| way_out)
 }
 
 /// Most chunks of a cursor: room for two paths of the greatest length.
@@ -213,11 +226,8 @@ impl Queue {
     /// Opens the queue for this process alone, making or repairing it where needed.
     pub fn open(config: &QueueConfig) -> Result<(Queue, Recovery), QueueError> {
         let opened = folder::open(config)?;
-        let storage = |error: StoreError| folder::storage(&config.path, &error);
-        let counters = opened.counters;
+        let folder::Opened { counters, oldest, newest, .. } = opened;
         let last = counters.next_sequence - 1;
-        let oldest = reader::oldest(&opened.store, 1, last).map_err(storage)?;
-        let newest = reader::newest(&opened.store, &counters).map_err(storage)?;
         let recovery = Recovery {
             pending: counters.pending,
             pending_bytes: counters.pending_bytes,
@@ -262,10 +272,9 @@ impl Queue {
 
     /// Opens a queue that no watcher holds, to look at it. Records stay as they are, and nothing is created.
     pub fn inspect(config: &QueueConfig) -> Result<Inspector, QueueError> {
-        let (lock, store, counters) = folder::inspect(&config.path)?;
+        let folder::Inspected { lock, store, counters, oldest } = folder::inspect(&config.path)?;
         let path = config.path.clone();
         let last = counters.next_sequence.saturating_sub(1);
-        let oldest = reader::oldest(&store, 1, last).map_err(|error| folder::storage(&path, &error))?;
         let stats = QueueStats {
             pending: counters.pending,
             pending_bytes: counters.pending_bytes,
@@ -418,9 +427,9 @@ impl Queue {
         self.handle.close()
     }
 
-    /// Starts a fresh, small generation of files now if nothing is pending; says whether it did.
+    /// Starts a fresh, small generation of files now if little is pending; says whether it did.
     ///
-    /// Happens by itself when the queue is empty and its files are large.
+    /// Happens by itself when the files are large for what is in them.
     pub fn compact(&self) -> Result<bool, QueueError> {
         self.send(Work::Compact).wait()
     }

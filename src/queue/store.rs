@@ -206,8 +206,9 @@ impl Store {
         if !self.unsynced.load(Ordering::Acquire) {
             return Ok(());
         }
+        super::faults::reach("sync-before-flush");
         guarded(|| self.db()?.flush().map_err(StoreError::from))?;
-        super::faults::reach("append-flushed");
+        super::faults::reach("sync-flushed");
         #[cfg(test)]
         if let Some(before_sync) = self.hooks().before_sync.clone() {
             before_sync()?;
@@ -416,7 +417,7 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreEr
     })
 }
 
-fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
+pub(super) fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,

@@ -153,7 +153,7 @@ pub enum Work {
     SetAside(Vec<Sequence>, Reply<()>),
     Retry(Sequence, Reply<RetryOutcome>),
     Drop(Sequence, Reply<bool>),
-    /// Start a fresh generation now if nothing is pending; says whether it did.
+    /// Start a fresh generation now if little is pending; says whether it did.
     Compact(Reply<bool>),
     Close(Reply<()>),
 }

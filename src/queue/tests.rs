@@ -19,6 +19,20 @@ mod kill;
 mod model;
 mod speed;
 
+const SEED: &str = "HEADSPACE_TORTURE_SEED";
+
+/// xorshift64*: enough to vary what happens.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
+    }
+}
+
 /// A queue in a folder of its own, removed at the end.
 struct Fixture {
     folder: TempDir,
@@ -132,4 +146,15 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what} did not happen in time");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Rounds of a long proof: few in a test run, many under `scripts/torture.sh`.
+fn rounds(few: usize) -> usize {
+    std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(few)
+}
+
+/// Of what is random; printed, so that a failure can be repeated.
+fn seed() -> u64 {
+    let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
+    seed.unwrap_or_else(|| Timestamp::now().as_nanosecond() as u64 | 1)
 }

@@ -25,10 +25,14 @@ const STAGE_BYTES_MAX: usize = 1 << 20;
 /// so that they share its sync; short enough that an append after a pause does not have to sync them first.
 const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
 
-/// Size of the files above which an empty queue moves on to fresh ones.
+/// Size of the files above which a queue that is empty, or nearly, moves on to fresh ones.
 const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
 
-/// Pause after a generation that could not be made.
+/// Bytes of pending events that are carried over to fresh files. A queue that events keep passing through is never
+/// empty, but soon has less than that.
+pub const CARRIED_BYTES_MAX: u64 = 4 << 20;
+
+/// Pause after a generation that could not be made, and after one that was made while there was work to do.
 const COMPACT_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// How long closing waits for readers to let go.
@@ -52,6 +56,8 @@ pub struct Writer {
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
     compact_not_before: Option<Instant>,
+    /// Size of the files when they were fresh; 0 while that is not known.
+    fresh_bytes: u64,
 }
 
 #[derive(Default)]
@@ -148,12 +154,13 @@ impl Writer {
             oldest_unknown: false,
             room_wanted: None,
             compact_not_before: None,
+            fresh_bytes: 0,
         }
     }
 
     /// Works until it is told to close or the storage fails.
     pub fn run(mut self) {
-        // A queue that was left empty and large has its idle moment now.
+        // A queue that was left empty, or nearly, and large has its idle moment now.
         let mut lazy_since = self.is_worth_compacting().then(Instant::now);
         loop {
             let patience = lazy_since.map(|since| LAZY_SYNC_AFTER.saturating_sub(since.elapsed()));
@@ -229,7 +236,7 @@ impl Writer {
                 break;
             }
         }
-        faults::reach("append-before-apply");
+        faults::reach(if round.needs_sync { "append-before-apply" } else { "settle-before-apply" });
         self.apply_stage()?;
         faults::reach(if round.needs_sync { "append-applied" } else { "settle-applied" });
         self.publish_applied()?;
@@ -238,14 +245,18 @@ impl Writer {
         }
         if round.needs_sync || idle || round.close.is_some() {
             self.store.sync()?;
-            faults::reach("append-synced");
+            faults::reach(if round.needs_sync { "append-synced" } else { "settle-synced" });
             self.publish_synced()?;
         }
         for answer in round.after_sync.drain(..) {
             answer.give();
         }
-        if !round.compact.is_empty() || (idle && self.is_worth_compacting()) {
+        if !round.compact.is_empty() || (round.close.is_none() && self.is_worth_compacting()) {
             let done = self.compact()?;
+            if !idle {
+                // Whoever waits for an answer is held up meanwhile: not again and again.
+                self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
+            }
             for reply in round.compact.drain(..) {
                 let _ = reply.send(Ok(done));
             }
@@ -253,16 +264,22 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether the files are large for what is in them, and fresh ones are soon made.
     fn is_worth_compacting(&self) -> bool {
-        let live_bytes_max = self.counters.dead_letter_bytes.saturating_mul(4);
-        self.counters.pending == 0
-            && self.store.disk_bytes() > faults::compact_above(COMPACT_ABOVE_BYTES).saturating_add(live_bytes_max)
+        let live_bytes_max =
+            self.counters.dead_letter_bytes.saturating_add(self.counters.pending_bytes).saturating_mul(4);
+        // Many cursors make fresh files large too: they are not made again and again.
+        let large = faults::compact_above(COMPACT_ABOVE_BYTES)
+            .saturating_add(live_bytes_max)
+            .max(self.fresh_bytes.saturating_mul(2));
+        self.counters.pending_bytes <= CARRIED_BYTES_MAX
+            && self.store.disk_bytes() > large
             && self.compact_not_before.is_none_or(|then| then <= Instant::now())
     }
 
-    /// Moves on to a fresh generation if nothing is pending; says whether it did. `folder` says what is safe when.
+    /// Moves on to a fresh generation if little is pending; says whether it did. `folder` says what is safe when.
     fn compact(&mut self) -> Result<bool, StoreError> {
-        if self.counters.pending > 0 {
+        if self.counters.pending_bytes > CARRIED_BYTES_MAX {
             return Ok(false);
         }
         self.store.sync()?;
@@ -279,6 +296,7 @@ impl Writer {
         };
         folder::write_pointer(&self.shared.path, next)?;
         faults::reach("compact-pointer-renamed");
+        self.fresh_bytes = new.disk_bytes();
         let old = std::mem::replace(&mut self.store, Arc::clone(&new));
         *self.shared.store.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
         faults::reach("compact-switched");
@@ -395,6 +413,7 @@ impl Writer {
             content: Content::Raw,
             attempts: 0,
         };
+        folder::mark_reread(&self.shared.path);
         for &sequence in sequences {
             self.apply_stage()?;
             let Some((number, value)) = reader::block(&self.store, sequence)? else { continue };
@@ -508,8 +527,10 @@ impl Writer {
             Ok(accepted) => accepted,
             Err(error) => return Ok(Err(error)),
         };
+        faults::reach("retry-appended");
         // Nothing was applied since the event was staged whole, or only parts below the commit: one sled batch has both.
         self.unbury(old)?;
+        faults::reach("retry-staged");
         Ok(Ok(accepted.sequences.first().map_or(RetryOutcome::NotFound, |&new| RetryOutcome::Queued(new))))
     }
 

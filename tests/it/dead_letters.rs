@@ -80,6 +80,37 @@ fn dead_letters_are_looked_at_sent_again_and_forgotten_without_the_watcher() {
 }
 
 #[test]
+fn what_is_too_large_is_a_dead_letter_that_says_where_its_bytes_are() {
+    let mut stage = Stage::new();
+    stage.set("event_system.max_event_bytes", "20000").set("file_watcher.max_line_bytes", "100000");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("before");
+    let mut places = Vec::new();
+    for text in ["e".repeat(30_000), "l".repeat(200_000)] {
+        let offset = std::fs::metadata(&transcript.path).unwrap().len() as usize;
+        let line = transcript.prompt(&text);
+        transcript.append(format!("{line}\n"));
+        transcript.say("between");
+        places.push((offset, line));
+    }
+    transcript.say("after");
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["before", "between", "after"], "the same text again is the same line");
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    assert_eq!(letters.len(), 2, "{letters:?}");
+    let file = std::fs::read(&transcript.path).unwrap();
+    for (letter, (offset, line)) in letters.iter().zip(&places) {
+        assert_eq!(letter["reason"], "too_large", "{letter}");
+        assert_eq!(letter["origin"]["path"], transcript.path.to_str().unwrap(), "{letter}");
+        assert_eq!(letter["origin"]["offset"], *offset as u64, "{letter}");
+        assert_eq!(&file[*offset..*offset + line.len()], line.as_bytes(), "there they are");
+    }
+    let message = |letter: &Value| letter["message"].as_str().unwrap().to_owned();
+    assert!(message(&letters[0]).contains("max_event_bytes (20000)"), "{}", letters[0]);
+    assert!(message(&letters[1]).contains(&format!("at byte {}", places[1].0)), "{}", letters[1]);
+}
+
+#[test]
 fn a_letter_that_is_sent_again_goes_to_the_tail() {
     let server = Server::start();
     let stage = Stage::with(Some(server.database.another()));

@@ -1,4 +1,5 @@
-//! A disk without room: capture stops with one clear error, nothing acknowledged is lost, and it comes back by itself.
+//! A disk without room, or a queue that can't be written for another reason: capture stops with one clear error, nothing
+//! acknowledged is lost, and it comes back by itself.
 
 use std::fs::File;
 use std::io::Write;
@@ -147,4 +148,125 @@ fn a_folder_that_cannot_be_written_is_named_with_the_way_out() {
         "{}",
         ran.error()
     );
+}
+
+/// Runs the program without root's right to pass over owners and modes; `None` where that can't be done.
+fn without_roots_rights() -> Option<Vec<String>> {
+    let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n");
+    if !is_root {
+        return Some(Vec::new());
+    }
+    let words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all"];
+    if Command::new("setpriv").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: root may write everywhere, and there is no setpriv to take that away");
+        return None;
+    }
+    Some(words.map(str::to_owned).to_vec())
+}
+
+/// It ends with 74 and says in one line that it may not use the queue, where it is and what to do; then nothing is lost.
+#[track_caller]
+fn assert_not_permitted(stage: &Stage, queue: &Path) {
+    let ran = stage.run(&["run"]);
+    assert_eq!(ran.code(), 74, "{}", ran.error());
+    let said: Vec<_> =
+        ran.error().lines().filter(|line| line.starts_with("headspace-watcher: ")).map(str::to_owned).collect();
+    assert_eq!(said.len(), 1, "{}", ran.error());
+    for words in [queue.to_str().unwrap(), "Permission denied", "mend its owner or mode, or set queue.path"] {
+        assert!(said[0].contains(words), "{words}: {said:?}");
+    }
+    let dump = stage.run(&["queue-dump"]);
+    assert_eq!(dump.code(), 74, "{}", dump.error());
+}
+
+#[test]
+fn a_queue_that_may_not_be_written_or_is_somebody_elses_is_said_and_left_as_it_is() {
+    let Some(wrapper) = without_roots_rights() else { return };
+    use std::os::unix::fs::PermissionsExt;
+    let mut stage = Stage::new();
+    stage.wrapped_by = wrapper;
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("before", 20);
+    stage
+        .environment
+        .insert("HEADSPACE_DATABASE__URL".to_owned(), "postgresql:///away?host=/nowhere&user=nobody".to_owned());
+    let watcher = stage.start();
+    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 21);
+    watcher.kill();
+    let queue = stage.folder().join("data/queue");
+    let mode = |mode| std::fs::set_permissions(&queue, PermissionsExt::from_mode(mode)).unwrap();
+    mode(0o000);
+    assert_not_permitted(&stage, &queue);
+    // The folder itself can't be made.
+    mode(0o700);
+    let parent = stage.folder().join("locked");
+    std::fs::create_dir(&parent).unwrap();
+    std::fs::set_permissions(&parent, PermissionsExt::from_mode(0o500)).unwrap();
+    let elsewhere = parent.join("queue");
+    stage.set("queue.path", elsewhere.to_str().unwrap());
+    let ran = stage.run(&["run"]);
+    assert_eq!(ran.code(), 74, "{}", ran.error());
+    assert!(ran.error().contains(elsewhere.to_str().unwrap()) && ran.error().contains("Permission denied"));
+    stage.environment.remove("HEADSPACE_QUEUE__PATH");
+    // Somebody else's, with the mode that it was made with.
+    if !stage.wrapped_by.is_empty() {
+        let chown = |owner| assert!(Command::new("chown").arg("-R").arg(owner).arg(&queue).status().unwrap().success());
+        chown("nobody");
+        assert_not_permitted(&stage, &queue);
+        chown("root");
+    }
+    stage.environment.remove("HEADSPACE_DATABASE__URL");
+    // The server's socket may be closed to who has no rights.
+    stage.wrapped_by.clear();
+    texts.extend(transcript.say_many("after", 20));
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+}
+
+#[test]
+fn without_open_files_it_says_so_and_what_was_written_meanwhile_is_not_lost() {
+    let mut stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("line", 20);
+    // So few that the queue can't be opened.
+    stage.wrapped_by = ["sh", "-c", "ulimit -n 12; exec \"$@\"", "sh"].map(str::to_owned).to_vec();
+    let ran = stage.run(&["run"]);
+    assert_eq!(ran.code(), 74, "{}", ran.error());
+    assert!(ran.error().contains("Too many open files"), "{}", ran.error());
+    assert!(ran.error().contains("raise the limit of open files (ulimit -n)"), "{}", ran.error());
+    stage.wrapped_by.clear();
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+    // While it runs: no file and no connection can be opened any more.
+    if Command::new("prlimit").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no prlimit to lower a limit while it runs");
+        return;
+    }
+    stage.set("file_watcher.polling_interval", "0.2");
+    let mut watcher = stage.start();
+    wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
+    let limit = |pid: u32, limit: &str| {
+        let status = Command::new("prlimit").args(["--pid", &pid.to_string(), &format!("--nofile={limit}:")]).status();
+        assert!(status.unwrap().success());
+    };
+    limit(watcher.pid(), "1");
+    let mut another = stage.transcript("-home-me-app", 2);
+    for number in 0..5 {
+        texts.extend(transcript.say_many(&format!("starved {number}"), 10));
+        texts.extend(another.say_many(&format!("starved elsewhere {number}"), 10));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+    }
+    // It may go on or end with 74, to be started anew; both lose nothing.
+    match watcher.ended() {
+        Some(status) => {
+            assert_eq!(status.code(), Some(74), "{}", watcher.log());
+            watcher = stage.start();
+        }
+        None => limit(watcher.pid(), "1024"),
+    }
+    wait_until("all is delivered", SOON, || stage.database().texts().len() >= texts.len());
+    let mut stored = stage.database().texts();
+    stored.sort();
+    texts.sort();
+    assert_eq!(stored, texts, "{}", watcher.log());
 }

@@ -116,6 +116,19 @@ fn send(poster: &Poster, count: usize, bytes: usize) -> Vec<(String, usize)> {
     acknowledged
 }
 
+/// Leaves so many events in the queue, none delivered; the watcher has been killed.
+fn fill(stage: &mut Stage, count: usize, bytes: usize) -> Vec<(String, usize)> {
+    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+    let url = stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
+    assert_eq!(url, None);
+    let watcher = stage.start();
+    let acknowledged = send(&watcher.poster(), count, bytes);
+    assert_eq!(acknowledged.len(), count);
+    watcher.kill();
+    stage.environment.remove("HEADSPACE_DATABASE__URL");
+    acknowledged
+}
+
 /// An event with a text of so many bytes.
 fn event(lane: usize, size: usize) -> String {
     let payload = json!({"session_uuid": format!("lane {lane}"), "actor": "user", "text": text(size), "source": "hook",
@@ -158,7 +171,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
     let mut dice = Dice::new("power cuts");
     let mut disk = first;
     for round in 0..rounds(4) {
-        // Appending with Postgres away; draining and removing, and with it compaction; both again right after opening.
+        // Appending with Postgres away; draining and removing, and with it fresh files; both again right after opening.
         let drains = round % 2 == 1;
         let while_opening = round % 4 >= 2;
         let mut stage = Stage::new();
@@ -199,6 +212,34 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
 }
 
 #[test]
+fn what_was_acknowledged_survives_a_power_cut_while_fresh_files_are_begun() {
+    if Disk::new().is_none() {
+        eprintln!("SKIPPED: power cuts need root, mkfs.ext4 and a loop device");
+        return;
+    }
+    let mut dice = Dice::new("power cuts while fresh files are begun");
+    for round in 0..rounds(1) {
+        let disk = Disk::new().unwrap();
+        let mut stage = Stage::new();
+        stage.set("queue.path", disk.queue().to_str().unwrap());
+        // So much that its files are large once it is delivered.
+        let filled = fill(&mut stage, 70, 900_000);
+        let watcher = stage.start();
+        wait_until("it is nearly empty", SOON, || {
+            watcher.health()["queue"]["pending_bytes"].as_u64().unwrap() < 6_000_000
+        });
+        let sender = Sender::start(watcher.poster(), dice.fork(), 1);
+        std::thread::sleep(Duration::from_millis(dice.below(400)));
+        pause(watcher.pid());
+        let after = disk.cut();
+        let fresh = !disk.queue().join("sled-1").exists();
+        watcher.kill();
+        eprint!("{} begun: ", if fresh { "files were" } else { "files were not" });
+        check(&stage, &after, &[filled, sender.finish()], round);
+    }
+}
+
+#[test]
 fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compaction() {
     if Disk::new().is_none() {
         eprintln!("SKIPPED: power cuts need root, mkfs.ext4 and a loop device");
@@ -209,36 +250,33 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "open-generation-created",
         "open-pointer-written",
         "open-recovered",
-        "append-flushed:20",
+        "sync-flushed:20",
         "compact-pointer-renamed",
         "compact-copied",
+        "open-store-opened",
+        "pointer-before-rename",
+        "append-applied:20",
+        "compact-begun",
         "compact-synced",
         "compact-switched",
         "compact-removed",
+        "settle-applied:5",
     ];
-    for (round, point) in points.into_iter().enumerate() {
+    // Those of compaction take their time: one of them here, all, many times over, in a long run.
+    for (round, point) in points.into_iter().cycle().take(rounds(6) as usize).enumerate() {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
         let mut acknowledged = Vec::new();
-        if matches!(point, "open-locked" | "open-recovered") || point.starts_with("compact") {
+        if matches!(point, "open-locked" | "open-store-opened" | "open-recovered") || point.starts_with("compact") {
             // For compaction so much that its files are large once all is delivered.
             let (count, bytes) = if point.starts_with("compact") { (10, 900_000) } else { (40, 2_000) };
-            let database = stage.environment.insert(
-                "HEADSPACE_DATABASE__URL".to_owned(),
-                "postgresql:///away?host=/nowhere&user=nobody".to_owned(),
-            );
-            let watcher = stage.start();
-            acknowledged = send(&watcher.poster(), count, bytes);
-            assert_eq!(acknowledged.len(), count);
-            watcher.kill();
-            assert_eq!(database, None);
-            stage.environment.remove("HEADSPACE_DATABASE__URL");
+            acknowledged = fill(&mut stage, count, bytes);
         }
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
         stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
         let mut watcher = stage.start_with(&[]);
-        if point.starts_with("append") {
+        if point.contains(':') {
             watcher.wait_for_log("ready");
             acknowledged = send(&watcher.poster(), 1_000, 2_000);
         }

@@ -39,6 +39,14 @@ pub fn wait_until(what: &str, within: Duration, mut condition: impl FnMut() -> b
     wait_for(what, within, || condition().then_some(()));
 }
 
+/// `within` on a machine that has nothing else to do; as much longer as more wants to run than there are processors.
+pub fn when_busy(within: Duration) -> Duration {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: f64 = load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(1.0);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    within.mul_f64((load / processors as f64).clamp(1.0, 20.0))
+}
+
 /// The project's folder.
 pub fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -517,6 +525,11 @@ impl Watcher {
             assert!(Instant::now() < deadline, "it goes on: {}", std::fs::read_to_string(log).unwrap_or_default());
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// How it has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// kill -9.

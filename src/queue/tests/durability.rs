@@ -265,9 +265,77 @@ fn an_empty_queue_with_large_files_moves_on_to_small_ones() {
     let queue = fixture.open();
     moved(&queue);
     assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next)]);
-    assert!(!queue.compact().unwrap(), "never while something is pending");
     queue.settle(delivered([next])).unwrap();
     assert!(queue.compact().unwrap());
     assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next + 1)]);
     assert_eq!(everything(&queue).len(), 1);
+}
+
+#[test]
+fn little_that_is_pending_is_carried_over_to_fresh_files_and_much_is_not() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(Batch { events: vec![event(0, 20_000), event(1, 900)], ..Batch::default() }).unwrap();
+    queue.settle(vec![(sequence(1), refused("no"))]).unwrap();
+    queue.append(Batch { events: vec![event(2, 100_000), event(3, 5000)], ..Batch::default() }).unwrap();
+    queue.append(batch(4..50)).unwrap();
+    queue.settle(delivered(10..20)).unwrap();
+    let (pending, letters, stats) = (everything(&queue), queue.dead_letters(None, 10).unwrap(), queue.stats());
+    assert!(queue.compact().unwrap());
+    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
+    assert!(everything(&queue) == pending && queue.dead_letters(None, 10).unwrap() == letters);
+    assert!(queue.window(None, 1000, u64::MAX).unwrap() == pending);
+    assert_eq!(QueueStats { disk_bytes: 0, ..queue.stats() }, QueueStats { disk_bytes: 0, ..stats });
+    queue.close().unwrap();
+    let queue = fixture.open();
+    assert!(everything(&queue) == pending);
+    queue.append(Batch { events: vec![event(50, 4 << 20)], ..Batch::default() }).unwrap();
+    assert!(!queue.compact().unwrap(), "that is too much to copy");
+    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
+}
+
+#[test]
+fn files_shrink_also_while_events_never_cease_to_come() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let mut next = 1;
+    while queue.stats().disk_bytes <= 49 << 20 {
+        queue.append(Batch { events: vec![event(0, 3 << 20)], ..Batch::default() }).unwrap();
+        next += 1;
+    }
+    queue.append(batch(0..1)).unwrap();
+    queue.settle(delivered(1..next)).unwrap();
+    eventually("small files", || {
+        queue.append(batch(1..2)).unwrap();
+        queue.settle(delivered([next])).unwrap();
+        next += 1;
+        assert!(queue.stats().pending > 0, "one event is always pending");
+        queue.stats().disk_bytes < 16 << 20
+    });
+    assert_eq!(numbers(&everything(&queue)), [next]);
+}
+
+#[test]
+fn many_cursors_do_not_make_fresh_files_again_and_again() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    // So large that fresh files, too, are above the size at which an empty queue moves on.
+    let long = "p".repeat(11_000);
+    for first in (0..5_000).step_by(250) {
+        let cursor = |offset| Cursor { project_path: Some(format!("{offset}{long}")), ..cursor(offset) };
+        let cursors = (first..first + 250).map(|number| (format!("/t/{number}").into(), Some(cursor(number))));
+        queue.append(Batch { cursors: cursors.collect(), ..Batch::default() }).unwrap();
+    }
+    eventually("fresh files", || fixture.generation().file_name().unwrap() != "sled-1");
+    queue.compact().unwrap();
+    let generation = fixture.generation();
+    assert!(queue.stats().disk_bytes > 48 << 20, "{:?}", queue.stats());
+    for number in 1..=5 {
+        queue.append(batch(number..number + 1)).unwrap();
+        queue.settle(delivered([number])).unwrap();
+        // An idle moment, with its sync.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(fixture.generation(), generation);
+    assert_eq!(queue.cursors().unwrap().len(), 5_000);
 }

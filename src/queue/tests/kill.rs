@@ -4,7 +4,8 @@
 //! was acknowledged and what it is about to settle. The child is killed (SIGKILL), or aborts at a fault point; then the
 //! queue is opened and compared with what the child had said. Power cuts are not simulated here.
 //!
-//! HEADSPACE_TORTURE_ROUNDS sets how often the child is killed at random (6 by default).
+//! HEADSPACE_TORTURE_ROUNDS sets how often the child is killed at random, and how often at the named points all together
+//! (few by default).
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -13,22 +14,9 @@ use std::process::{Command, Stdio};
 use super::*;
 
 const FOLDER: &str = "HEADSPACE_TORTURE_FOLDER";
-const SEED: &str = "HEADSPACE_TORTURE_SEED";
 
 /// Every number divisible by this is refused, not delivered.
 const REFUSED_EVERY: u64 = 37;
-
-/// xorshift64*: enough to vary what happens.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
-    }
-}
 
 fn number_of(event: &Event) -> u64 {
     match event.origin() {
@@ -91,7 +79,14 @@ fn child() {
             });
             queue.settle(outcomes.collect()).unwrap();
         }
-        if all && random.below(2) == 0 {
+        if random.below(3) == 0 {
+            for letter in queue.dead_letters(None, 2).unwrap() {
+                let DeadContent::Event { event, .. } = &letter.content else { panic!("{letter:?}") };
+                println!("\nretrying {}", number_of(event));
+                queue.retry_dead_letter(letter.sequence).unwrap();
+            }
+        }
+        if random.below(8) == 0 {
             queue.compact().unwrap();
         }
     }
@@ -103,6 +98,8 @@ struct Said {
     /// Every number below was acknowledged.
     acknowledged: u64,
     settling: BTreeSet<u64>,
+    /// Dead letters that were to be put back at the tail.
+    retrying: BTreeSet<u64>,
 }
 
 impl Said {
@@ -112,6 +109,8 @@ impl Said {
         } else if let Some(numbers) = line.strip_prefix("settling ") {
             // A line cut by the kill is a settlement that was not begun.
             self.settling.extend(numbers.split(' ').map(|number| number.parse::<u64>().unwrap()));
+        } else if let Some(number) = line.strip_prefix("retrying ") {
+            self.retrying.insert(number.parse().unwrap());
         }
     }
 
@@ -123,8 +122,11 @@ impl Said {
         assert!(taken >= self.acknowledged, "acknowledged up to {}, taken in up to {taken}", self.acknowledged);
         let all = everything(&queue);
         assert!(all.is_sorted_by(|one, other| one.sequence < other.sequence));
-        let pending: Vec<_> = all.iter().map(|envelope| number_of(&envelope.event)).collect();
-        assert!(pending.is_sorted_by(|one, other| one < other), "out of order or doubled");
+        let numbers = || all.iter().map(|envelope| number_of(&envelope.event));
+        let never_retried = numbers().filter(|number| !self.retrying.contains(number));
+        assert!(never_retried.is_sorted_by(|one, other| one < other), "out of order");
+        let pending: BTreeSet<u64> = numbers().collect();
+        assert_eq!(pending.len(), all.len(), "doubled");
         let mut dead = BTreeSet::new();
         let mut after = None;
         loop {
@@ -137,7 +139,7 @@ impl Said {
             }
         }
         for number in 0..taken {
-            let waits = pending.binary_search(&number).is_ok();
+            let waits = pending.contains(&number);
             let gone = self.settling.contains(&number);
             assert!(waits || gone, "{number} is lost");
             assert!(!(waits && dead.contains(&number)), "{number} waits and is set aside");
@@ -206,14 +208,9 @@ fn run(folder: &Path, seed: u64, fault: Option<&str>, life: Duration, said: &mut
     died.is_some()
 }
 
-fn seed() -> u64 {
-    let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
-    seed.unwrap_or_else(|| Timestamp::now().as_nanosecond() as u64 | 1)
-}
-
 #[test]
 fn nothing_acknowledged_is_lost_when_killed_at_any_moment() {
-    let rounds = std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(6);
+    let rounds = rounds(6);
     let seed = seed();
     println!("{SEED}={seed}");
     let mut random = Random(seed);
@@ -228,24 +225,78 @@ fn nothing_acknowledged_is_lost_when_killed_at_any_moment() {
     assert!(said.acknowledged > 0);
 }
 
+/// The points that a process passes once at most: those of opening.
+#[cfg(debug_assertions)]
+fn is_passed_once(point: &str) -> bool {
+    point.starts_with("open-")
+}
+
 #[test]
 #[cfg(debug_assertions)]
 fn nothing_acknowledged_is_lost_when_it_dies_at_a_fault_point() {
     let seed = seed();
     println!("{SEED}={seed}");
     let mut random = Random(seed);
-    for point in faults::POINTS {
-        let folder = TempDir::new().unwrap();
+    let points: Vec<_> = faults::POINTS.iter().filter(|point| !point.starts_with("damage-")).collect();
+    let each = rounds(points.len() * 2).div_ceil(points.len());
+    for point in &points {
+        let mut folder = TempDir::new().unwrap();
         let mut said = Said::default();
-        // At the first opening or not at all.
-        let rounds = if point.starts_with("open-") { 1 } else { 3 };
-        for round in 0..rounds {
-            let fault = format!("{point}:{}", if round == 0 { 1 } else { random.below(12) + 1 });
-            let died = run(folder.path(), random.below(u64::MAX) | 1, Some(&fault), Duration::from_secs(30), &mut said);
+        if **point == "open-store-opened" {
+            // Never at the very first opening.
+            Queue::open(&config(folder.path())).unwrap().0.close().unwrap();
+        }
+        for round in 0..each {
+            if matches!(**point, "open-generation-created" | "open-pointer-written") {
+                // Only at the very first opening.
+                (folder, said) = (TempDir::new().unwrap(), Said::default());
+            }
+            let pass = if round == 0 || is_passed_once(point) { 1 } else { random.below(12) + 1 };
+            let fault = format!("{point}:{pass}");
+            let died = run(folder.path(), random.below(u64::MAX) | 1, Some(&fault), Duration::from_secs(60), &mut said);
             assert!(died, "{fault} was never reached");
             said.check(folder.path());
+            if is_passed_once(point) {
+                // So that the next one finds something.
+                run(folder.path(), random.below(u64::MAX) | 1, None, Duration::from_millis(100), &mut said);
+            }
         }
         run(folder.path(), random.below(u64::MAX) | 1, None, Duration::from_millis(100), &mut said);
         said.check(folder.path());
+    }
+    println!("died {each} times at each of {} points", points.len());
+}
+
+#[test]
+#[cfg(debug_assertions)]
+fn a_damaged_queue_is_salvaged_though_the_process_dies_on_the_way() {
+    for point in faults::POINTS.iter().filter(|point| point.starts_with("damage-")).chain(&["open-store-opened"]) {
+        let folder = TempDir::new().unwrap();
+        let config = config(folder.path());
+        let (queue, _) = Queue::open(&config).unwrap();
+        queue.append(Batch { rejections: vec![rejection(b"?")], ..batch(0..300) }).unwrap();
+        queue.close().unwrap();
+        std::fs::write(config.path.join("sled-1/conf"), b"segment_size: banana\n").unwrap();
+        let died = run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default());
+        assert!(died, "{point} was never reached");
+        // A second time, so that what the first one left is in the way.
+        if *point == "damage-salvaged" {
+            assert!(run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default()));
+        }
+        let (queue, recovery) = Queue::open(&config).unwrap();
+        let found: Vec<_> = everything(&queue).iter().map(|envelope| number_of(&envelope.event)).collect();
+        assert_eq!(found, (0..300).collect::<Vec<_>>(), "{point}: {:?}", recovery.repairs);
+        assert!(
+            queue.append(batch(300..301)).unwrap().sequences[0].get() > 1_000_000,
+            "{point}: a number is used twice"
+        );
+        queue.close().unwrap();
+        let mut beside: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        beside.sort();
+        assert_eq!(beside.len(), 2, "{point}: {beside:?}");
+        assert!(beside[0] == "queue" && beside[1].starts_with("queue.damaged-"), "{point}: {beside:?}");
     }
 }

@@ -1,0 +1,151 @@
+//! A queue whose files were damaged: the start goes on with what is whole or salvages it, the transcripts are read
+//! again, and Postgres ends with each turn exactly once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::stage::{Dice, SOON, Stage, rounds, wait_until};
+
+/// What is done to the files of a queue that nobody holds.
+const KINDS: [&str; 8] = [
+    "bytes of db overwritten",
+    "conf gone",
+    "conf unreadable",
+    "snapshots torn",
+    "db cut short",
+    "db all zeros",
+    "a foreign file",
+    "CURRENT gone",
+];
+
+fn damage(kind: &str, queue: &Path, dice: &mut Dice) {
+    let generation = fs::read_dir(queue)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.is_dir() && path.file_name().unwrap().to_str().unwrap().starts_with("sled-"))
+        .unwrap();
+    let db = generation.join("db");
+    match kind {
+        "bytes of db overwritten" => {
+            let mut bytes = fs::read(&db).unwrap();
+            for _ in 0..=dice.below(30) {
+                let at = dice.below(bytes.len() as u64 - 600) as usize;
+                let length = dice.below(600) as usize;
+                bytes[at..at + length].fill_with(|| dice.below(256) as u8);
+            }
+            fs::write(&db, bytes).unwrap();
+        }
+        "conf gone" => fs::remove_file(generation.join("conf")).unwrap(),
+        "conf unreadable" => fs::write(generation.join("conf"), "segment_size: banana\n").unwrap(),
+        "snapshots torn" => {
+            for path in fs::read_dir(&generation).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.file_name().unwrap().to_str().unwrap().starts_with("snap.") {
+                    let bytes = fs::read(&path).unwrap();
+                    fs::write(&path, &bytes[..dice.below(bytes.len() as u64) as usize]).unwrap();
+                }
+            }
+            fs::write(generation.join("snap.00000000000FFFFF"), "torn").unwrap();
+        }
+        "db cut short" => {
+            let file = fs::OpenOptions::new().write(true).open(&db).unwrap();
+            file.set_len(dice.below(file.metadata().unwrap().len())).unwrap();
+        }
+        "db all zeros" => fs::write(&db, vec![0; fs::metadata(&db).unwrap().len() as usize]).unwrap(),
+        "a foreign file" => {
+            fs::write(queue.join("notes.txt"), "not ours").unwrap();
+            fs::create_dir(queue.join("sled-x")).unwrap();
+            fs::write(generation.join("notes.txt"), "not ours").unwrap();
+            fs::write(generation.join("snap.notes"), "not ours").unwrap();
+        }
+        "CURRENT gone" => fs::remove_file(queue.join("CURRENT")).unwrap(),
+        other => panic!("{other}"),
+    }
+}
+
+/// Folders beside the queue that hold what could not be opened.
+fn set_aside(queue: &Path) -> Vec<PathBuf> {
+    let beside = fs::read_dir(queue.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    beside.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("queue.damaged-")).collect()
+}
+
+#[test]
+fn whatever_is_damaged_it_starts_and_postgres_ends_with_each_turn_once() {
+    let mut dice = Dice::new("damage");
+    for round in 0..rounds(KINDS.len() as u32) {
+        let kind = KINDS[round as usize % KINDS.len()];
+        let mut stage = Stage::new();
+        let mut transcripts = [1, 2].map(|number| stage.transcript("-home-me-app", number));
+        let mut texts = Vec::new();
+        for transcript in &mut transcripts {
+            texts.extend(transcript.say_many("delivered before", 50));
+        }
+        stage.run_until_idle();
+        // These wait.
+        let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+        stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
+        let watcher = stage.start();
+        for transcript in &mut transcripts {
+            texts.extend(transcript.say_many("waiting", 200));
+            transcript.say(&format!("large {}", "x".repeat(30_000)));
+            texts.push(format!("large {}", "x".repeat(30_000)));
+        }
+        wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 402);
+        watcher.kill();
+        stage.environment.remove("HEADSPACE_DATABASE__URL");
+        let queue = stage.folder().join("data/queue");
+        damage(kind, &queue, &mut dice);
+        // Damage that is met only while it runs ends it; the next start goes on.
+        let mut said = Vec::new();
+        loop {
+            let ran = stage.run(&["--log-format", "json", "run", "--until-idle"]);
+            said.push(ran.error() + &ran.output());
+            match ran.code() {
+                0 => break,
+                code => assert_eq!((code, said.len() < 4), (74, true), "{kind}: {said:?}"),
+            }
+        }
+        let mut stored = stage.database().texts();
+        stored.sort();
+        texts.sort();
+        assert!(stored == texts, "{kind}: {} stored of {}: {said:?}", stored.len(), texts.len());
+        assert_eq!(stage.database().value("SELECT count(*) FROM event_receipts"), stage.database().count().to_string());
+        // Nothing that was set aside goes unsaid.
+        let aside = set_aside(&queue);
+        for folder in &aside {
+            assert!(folder.join("lock").exists(), "{kind}: it is kept as it was: {}", folder.display());
+            let name = folder.file_name().unwrap().to_str().unwrap();
+            let errors = said.iter().flat_map(|log| log.lines()).filter(|line| line.contains("\"ERROR\""));
+            assert!(errors.filter(|line| line.contains(name)).count() >= 1, "{kind}: {said:?}");
+        }
+        if kind == "conf unreadable" {
+            assert_eq!(aside.len(), 1, "{said:?}");
+        }
+        eprintln!("round {round}: {kind}: {} starts, {} set aside", said.len(), aside.len());
+    }
+}
+
+#[test]
+fn what_came_from_elsewhere_than_transcripts_is_salvaged_too() {
+    let mut stage = Stage::new();
+    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+    stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
+    let watcher = stage.start();
+    let event = |number| {
+        format!(
+            "{{\"event_type\":\"session_ended\",\"payload\":{{\"session_uuid\":\"{number}\",\"reason\":\"closed\"}}}}"
+        )
+    };
+    for number in 0..300 {
+        assert_eq!(watcher.ask("POST", "/events", &[], &event(number)).code, 202);
+    }
+    watcher.kill();
+    let queue = stage.folder().join("data/queue");
+    damage("conf unreadable", &queue, &mut Dice::new("salvage"));
+    stage.environment.remove("HEADSPACE_DATABASE__URL");
+    let watcher = stage.start();
+    assert_eq!(watcher.logged("salvaged 300 events").len(), 1, "{}", watcher.log());
+    wait_until("all is delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
+    let stored = "SELECT string_agg(payload->>'session_uuid', ' ' ORDER BY id) FROM events";
+    let expected: Vec<String> = (0..300).map(|number| number.to_string()).collect();
+    assert_eq!(stage.database().value(stored), expected.join(" "));
+}
