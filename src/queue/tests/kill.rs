@@ -254,7 +254,8 @@ fn nothing_acknowledged_is_lost_when_it_dies_at_a_fault_point() {
             let pass = if round == 0 || is_passed_once(point) { 1 } else { random.below(12) + 1 };
             let fault = format!("{point}:{pass}");
             let died = run(folder.path(), random.below(u64::MAX) | 1, Some(&fault), Duration::from_secs(60), &mut said);
-            assert!(died, "{fault} was never reached");
+            // The first pass must come; a late one of a rare point may not on a busy machine: then it was killed.
+            assert!(died || pass > 1, "{fault} was never reached");
             said.check(folder.path());
             if is_passed_once(point) {
                 // So that the next one finds something.
