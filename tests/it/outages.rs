@@ -181,7 +181,7 @@ fn a_slow_road_only_slows() {
     let database = Database::new();
     let proxy = Proxy::start(&database);
     let scene = Scene::start(&database, &proxy.url());
-    proxy.set(Road::Slow(Duration::from_millis(40)));
+    proxy.set(Road::Slow(Duration::from_millis(15)));
     let before = database.count();
     wait_until("rows go on", SOON, || database.count() > before + 20);
     proxy.set(Road::Open);
