@@ -527,11 +527,6 @@ impl Watcher {
         }
     }
 
-    /// How it has ended, if it has.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().unwrap()
-    }
-
     /// kill -9.
     pub fn kill(mut self) {
         let _ = self.child.kill();
