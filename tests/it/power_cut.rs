@@ -223,7 +223,8 @@ fn what_was_acknowledged_survives_a_power_cut_while_fresh_files_are_begun() {
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
         // So much that its files are large once it is delivered.
-        let filled = fill(&mut stage, 70, 900_000);
+        stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
+        let filled = fill(&mut stage, 14, 900_000);
         let watcher = stage.start();
         wait_until("it is nearly empty", SOON, || {
             watcher.health()["queue"]["pending_bytes"].as_u64().unwrap() < 6_000_000
