@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::stage::{Dice, Poster, SOON, Stage, pause, rounds, wait_until};
+use crate::stage::{Dice, Poster, SOON, Stage, pause, rounds, wait_for, wait_until};
 
 /// An ext4 file system on an image file.
 struct Disk {
@@ -226,7 +226,7 @@ fn what_was_acknowledged_survives_a_power_cut_while_fresh_files_are_begun() {
         stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
         let filled = fill(&mut stage, 14, 900_000);
         let watcher = stage.start();
-        wait_until("it is nearly empty", SOON, || {
+        wait_until("it is nearly empty", SOON * 4, || {
             watcher.health()["queue"]["pending_bytes"].as_u64().unwrap() < 6_000_000
         });
         let sender = Sender::start(watcher.poster(), dice.fork(), 1);
@@ -281,7 +281,8 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
             watcher.wait_for_log("ready");
             acknowledged = send(&watcher.poster(), 1_000, 2_000);
         }
-        assert_eq!(watcher.wait().signal(), Some(6), "it is to die at {point}: {}", watcher.log());
+        let died = wait_for(&format!("it dies at {point}"), SOON * 4, || watcher.ended());
+        assert_eq!(died.signal(), Some(6), "at {point}: {}", watcher.log());
         eprint!("{point}: ");
         check(&stage, &disk.cut(), &[acknowledged], round as u32);
     }
