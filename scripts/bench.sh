@@ -202,7 +202,7 @@ matters: compare ratios, not numbers of different machines. \`docs/benchmarks.ts
 | Command | \`scripts/bench.sh\`, $took s |
 | Date | $(date -u +%Y-%m-%d) |
 | Machine | $(getconf _NPROCESSORS_ONLN) × ${processor:-$(uname -m)}, $memory, $disk |
-| System | ${system:-$(uname -s)}, Linux $(uname -r) |
+| System | ${system:-$(uname -s)}, Linux $(uname -r | cut -d - -f 1) |
 | headspace-watcher | $(target/$profile/headspace-watcher --version | awk '{ print $2 }'), $(git rev-parse --short HEAD 2>/dev/null || echo 'no git'), $(rustc --version | cut -d' ' -f1,2), release |
 | PostgreSQL | $("$bin/postgres" -V | awk '{ print $3 }'), its own defaults |
 HEAD

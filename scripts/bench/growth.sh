@@ -245,7 +245,7 @@ page() {
 # Growth
 
 What ten times the work costs: \`scripts/bench.sh growth$option\`, which says what is measured. $(date -u +%Y-%m-%d),
-$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version).
+$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r | cut -d - -f 1), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version).
 
 Time must grow no faster than the work: "time / work" is about 1 or less. Memory must not grow.
 
