@@ -175,7 +175,7 @@ report() {
 # Soak
 
 The last report of \`scripts/soak.sh\`, which says how it is judged. $(date -u +%Y-%m-%d), $MINUTES minutes, seed $SEED,
-$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version)
+$(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r | cut -d - -f 1), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version)
 ($PROFILE build).
 
 $verdict
