@@ -148,6 +148,8 @@ fn health_fails_no_longer_once_there_is_room_again() {
     let texts = stage.transcript("-home-me-app", 1).say_many(&"long text ".repeat(50), 3000);
     let watcher = stage.start();
     wait_until("fail", SOON, || watcher.health()["status"] == "fail");
+    // Who logs it looks once a second.
+    watcher.wait_for_log("health fails");
     server.start_again();
     wait_until("pass", 2 * SOON, || watcher.health()["status"] == "pass");
     watcher.wait_for_log("health fails no longer");
