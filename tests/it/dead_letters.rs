@@ -7,10 +7,7 @@ use crate::stage::{SOON, Server, Stage, wait_until};
 /// A stage whose database refuses one turn, which is a dead letter by now; and a rejected event beside it.
 fn stage_with_dead_letters() -> Stage {
     let stage = Stage::new();
-    assert_eq!(stage.run(&["migrate"]).code(), 0);
-    stage.database().query(
-        "ALTER TABLE events ADD CONSTRAINT no_swearing CHECK (payload->>'text' IS DISTINCT FROM 'a curse') NOT VALID",
-    );
+    stage.refuse_curses();
     let mut transcript = stage.transcript("-home-me-app", 1);
     transcript.say("first");
     transcript.say("a curse");

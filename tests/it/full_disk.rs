@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::stage::{SOON, Stage, wait_until};
+use crate::stage::{SOON, Stage, Transcript, Watcher, wait_until};
 
 /// A small file system in memory.
 struct SmallDisk {
@@ -46,19 +46,25 @@ impl Drop for SmallDisk {
     }
 }
 
+/// A watcher whose queue lies on this disk and whose database is away, and the turns that are queued by now.
+fn with_events_queued_on(disk: &SmallDisk) -> (Stage, Transcript, Watcher, Vec<String>) {
+    let mut stage = Stage::new();
+    stage.set("queue.path", disk.path().join("queue").to_str().unwrap());
+    stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let watcher = stage.start();
+    let texts = transcript.say_many("before", 200);
+    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 201);
+    (stage, transcript, watcher, texts)
+}
+
 #[test]
 fn a_full_disk_ends_it_with_74_loses_nothing_and_it_goes_on_when_there_is_room() {
     let Some(disk) = SmallDisk::new(24) else {
         eprintln!("SKIPPED: a small file system needs root");
         return;
     };
-    let mut stage = Stage::new();
-    stage.set("queue.path", disk.path().join("queue").to_str().unwrap());
-    stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    let mut watcher = stage.start();
-    let mut texts = transcript.say_many("before", 200);
-    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 201);
+    let (mut stage, mut transcript, mut watcher, mut texts) = with_events_queued_on(&disk);
     let ballast = disk.fill(200_000);
     let filler = "x".repeat(3000);
     texts.extend(transcript.say_many(&filler, 3000));
@@ -109,13 +115,7 @@ fn it_stops_in_time_with_a_full_disk_and_loses_nothing() {
         eprintln!("SKIPPED: a small file system needs root");
         return;
     };
-    let mut stage = Stage::new();
-    stage.set("queue.path", disk.path().join("queue").to_str().unwrap());
-    stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    let watcher = stage.start();
-    let mut texts = transcript.say_many("before", 200);
-    wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 201);
+    let (mut stage, mut transcript, watcher, mut texts) = with_events_queued_on(&disk);
     let ballast = disk.fill(0);
     texts.extend(transcript.say_many(&"x".repeat(3000), 300));
     let (status, took) = watcher.stop();

@@ -236,6 +236,14 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// Makes the tables, with a constraint that refuses the text "a curse".
+    pub fn refuse_curses(&self) {
+        assert_eq!(self.run(&["migrate"]).code(), 0);
+        self.database().query(
+            "ALTER TABLE events ADD CONSTRAINT no_swearing CHECK (payload->>'text' IS DISTINCT FROM 'a curse') NOT VALID",
+        );
+    }
+
     /// With a database of its own.
     pub fn new() -> Stage {
         Stage::with(Some(Database::new()))
