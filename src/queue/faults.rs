@@ -43,7 +43,7 @@ pub(super) fn reach(point: &'static str) {
     let _ = point;
 }
 
-/// Size of the files above which an empty queue moves on to fresh ones: `bytes`, or in a debug build what
+/// Size of the files above which a queue moves on to fresh ones: `bytes`, or in a debug build what
 /// `HEADSPACE_COMPACT_ABOVE_BYTES` says, so that a test need not fill tens of megabytes.
 pub(super) fn compact_above(bytes: u64) -> u64 {
     #[cfg(debug_assertions)]
