@@ -5,6 +5,7 @@
 //! drain     the program's own queue, sink and drainer: one lane, in order, each event a transaction of its own, exactly
 //!           once, and durable before it leaves the queue
 //! pgbench   single INSERTs as fast as they go: prepared, the payload a parameter, nothing promised
+//! lane      the same INSERT in flight on one connection, as many at a time as the drainer: what one backend can
 //! COPY      all rows in one transaction
 //! loop      BEGIN, INSERT, COMMIT in turn on one connection
 //! ```
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use futures_util::{StreamExt, TryStreamExt};
 use headspace_watcher::config::{Config, Environment, TableName};
 use headspace_watcher::queue::Queue;
 use headspace_watcher::sink::drain::{DrainConfig, Drainer};
@@ -38,12 +40,12 @@ const INSERT: &str = "INSERT INTO events (\"timestamp\", event_type, payload) VA
 pub fn measure(bench: &mut Bench) -> Result<()> {
     let folder = bench.make_folder("drain")?;
     let database = prepared(bench, &folder)?;
-    let (rounds, events, seconds, loops) = bench.choose((3, 100_000, 2, 3000), (1, 15_000, 1, 300));
+    let (rounds, events, seconds, loops) = bench.choose((3, 60_000, 2, 3000), (1, 15_000, 1, 300));
     let clients = [1, 4, 16];
-    let (mut drained, mut copied, mut looped) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut drained, mut copied, mut looped, mut lane) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut relaxed = clients.map(|_| Vec::new());
     let mut durable = clients.map(|_| Vec::new());
-    let (mut to_best, mut to_durable, mut to_loop) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut to_best, mut to_durable, mut to_lane, mut to_loop) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
         let rate = drain_new(&folder, &database, events)?;
         let mut best = (0.0_f64, 0.0_f64);
@@ -56,9 +58,13 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
         }
         copied.push(copy(bench, &database, &folder, events)?);
         database.empty()?;
+        let pipelined = pipelined(&database.url, events / 2)?;
+        database.empty()?;
         let in_turn = transactions(&database.url, loops)?;
         drained.push(rate);
+        lane.push(pipelined);
         looped.push(in_turn);
+        to_lane.push(rate / pipelined);
         to_best.push(rate / best.0);
         to_durable.push(rate / best.1);
         to_loop.push(rate / in_turn);
@@ -86,6 +92,8 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
         &beside,
         Aim::None,
     )?;
+    let beside = format!("one connection, {WINDOW} in flight, relaxed, no ledger: {}/s", short(median(&lane)));
+    rows.add("drain.lane", "drained : the INSERT alone, pipelined", median(&to_lane), "×", &beside, Aim::None)?;
     let beside = format!("BEGIN, INSERT, COMMIT in turn: {}/s", short(median(&looped)));
     rows.add("drain.loop", "drained : a loop of transactions", median(&to_loop), "×", &beside, Aim::Least(8.0))?;
     rows.add("drain.copy", "COPY of as many rows, in one transaction", median(&copied), "rows/s", "", Aim::None)?;
@@ -240,6 +248,25 @@ fn copy(bench: &Bench, database: &Database, folder: &Path, events: u64) -> Resul
     let rate = events as f64 / begun.elapsed().as_secs_f64();
     std::fs::remove_file(path)?;
     Ok(rate)
+}
+
+/// pgbench's INSERT, but without waiting for its answer before the next is sent: no ledger, no order, nothing durable.
+fn pipelined(url: &str, events: u64) -> Result<f64> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+        tokio::spawn(connection);
+        client.batch_execute("SET synchronous_commit = off").await?;
+        let statement = client.prepare(&format!("{INSERT}$1::text::jsonb)")).await?;
+        let payload = payload(0).to_string();
+        let begun = Instant::now();
+        futures_util::stream::iter(0..events)
+            .map(|_| client.execute_raw(&statement, [&payload]))
+            .buffered(WINDOW)
+            .try_for_each(|_| std::future::ready(Ok(())))
+            .await?;
+        Ok(events as f64 / begun.elapsed().as_secs_f64())
+    })
 }
 
 /// What a program does that knows nothing of pipelines.
