@@ -18,18 +18,12 @@ if ! command -v "${CXX:-c++}" >/dev/null 2>&1; then
   exit 75
 fi
 
-# What -Zsanitizer would turn on, less the sanitizer: counters in every block and comparisons that are told.
-flags=(--cfg fuzzing -C passes=sancov-module -C codegen-units=4
-  -C llvm-args=-sanitizer-coverage-level=4 -C llvm-args=-sanitizer-coverage-inline-8bit-counters
-  -C llvm-args=-sanitizer-coverage-pc-table -C llvm-args=-sanitizer-coverage-trace-compares)
-host=$(rustc -vV | sed -n 's/^host: //p')
-
-# Named, so that build scripts and macros are not built to be fuzzed.
-RUSTFLAGS="${flags[*]}" CARGO_TARGET_DIR=target/fuzz/build \
-  cargo build --locked --manifest-path fuzz/Cargo.toml --target "$host" --bin "$target"
+# Into the folder of all other builds: what the program is made of is there already.
+FUZZ_TARGET=$target RUSTC_WRAPPER=$PWD/fuzz/rustc CARGO_TARGET_DIR=target \
+  cargo build --locked --manifest-path fuzz/Cargo.toml --bin "$target"
 
 mkdir -p target/fuzz/bin "target/fuzz/corpus/$target" "target/fuzz/crashes/$target"
-cp -f "target/fuzz/build/$host/debug/$target" "target/fuzz/bin/$target"
+mv -f "target/debug/$target" "target/fuzz/bin/$target"
 
 log=target/fuzz/$target.log
 status=0
