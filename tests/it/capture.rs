@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, wait_until};
+use crate::stage::{SOON, Stage, Transcript, wait_until};
 
 #[test]
 fn a_turn_becomes_a_row_with_its_session_registered_first() {
@@ -134,6 +134,100 @@ fn lines_of_64_megabytes_and_of_a_hundred_thousand_levels_are_read_and_the_file_
     let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
     let found: Vec<u64> = letters.iter().map(|letter| letter["origin"]["offset"].as_u64().unwrap()).collect();
     assert_eq!(found, offsets.iter().map(|offset| *offset as u64).collect::<Vec<_>>(), "{letters:?}");
+}
+
+/// The turns in the order of the table: session and text.
+fn said(stage: &Stage) -> Vec<(String, String)> {
+    let sql = "SELECT payload->>'session_uuid', payload->>'text' FROM events
+                WHERE event_type = 'turn_detected' ORDER BY id";
+    let rows = stage.database().query(sql);
+    rows.into_iter().map(|row| row.into_iter().map(Option::unwrap_or_default).collect()).map(pair).collect()
+}
+
+fn pair(row: Vec<String>) -> (String, String) {
+    let [first, second] = row.try_into().unwrap();
+    (first, second)
+}
+
+/// What the desktop app writes when it goes on with a session: its lines under another session's name, behind state that
+/// is stamped later.
+fn desktop_copy(original: &Transcript, copy: &mut Transcript) {
+    copy.append(
+        "{\"type\":\"queue-operation\",\"operation\":\"enqueue\",\"timestamp\":\"2026-01-03T10:00:00.000Z\"}\n",
+    );
+    let history = std::fs::read_to_string(&original.path).unwrap();
+    copy.append(history.replace(&original.session, &copy.session));
+}
+
+#[test]
+fn what_two_files_hold_is_stored_once_under_the_session_where_it_was_first_said() {
+    let stage = Stage::new();
+    // The copy's name comes first, by which files are found.
+    let mut copy = stage.transcript("-home-me-app", 1);
+    let mut original = stage.transcript("-home-me-app", 2);
+    original.say("one");
+    original.append(original.answer("two") + "\n");
+    desktop_copy(&original, &mut copy);
+    copy.say("three");
+    stage.run_until_idle();
+    let of = |transcript: &Transcript, text: &str| (transcript.session.clone(), text.to_owned());
+    let expected = [of(&original, "one"), of(&original, "two"), of(&copy, "three")];
+    assert_eq!(said(&stage), expected);
+
+    // A fork by the SDK and a resume of old, which say themselves where their first lines were said: found alone, and
+    // what they were made from afterwards.
+    let mut fork = stage.transcript("-home-me-app", 3);
+    let mut resumed = stage.transcript("-home-me-app", 4);
+    let mut first = stage.transcript("-home-me-app", 5);
+    let line: Value = serde_json::from_str(&first.prompt("four")).unwrap();
+    let mut forked = line.clone();
+    forked["forkedFrom"] = json!({"sessionId": first.session, "messageUuid": line["uuid"]});
+    forked["uuid"] = "0f000000-0000-4000-8000-000000000001".into();
+    forked["sessionId"] = fork.session.as_str().into();
+    fork.append(forked.to_string() + "\n");
+    resumed.append(first.prompt("five") + "\n");
+    fork.say("six");
+    resumed.say("seven");
+    stage.run_until_idle();
+    first.say("four");
+    first.say("five");
+    stage.run_until_idle();
+    let mut found = said(&stage).split_off(3);
+    found.sort();
+    let mut expected = [of(&first, "four"), of(&first, "five"), of(&fork, "six"), of(&resumed, "seven")];
+    expected.sort();
+    assert_eq!(found, expected);
+    let registered = "SELECT count(*) FROM events WHERE event_type = 'session_registered'";
+    assert_eq!(stage.database().value(registered), "5");
+}
+
+#[test]
+fn a_long_original_that_comes_together_with_its_copy_is_read_first() {
+    let stage = Stage::new();
+    let watcher = stage.start();
+    let away = stage.folder().join("away");
+    std::fs::create_dir(&away).unwrap();
+    let placed = |mut transcript: Transcript| {
+        transcript.path = away.join(transcript.path.file_name().unwrap());
+        transcript
+    };
+    let mut copy = placed(stage.transcript("-home-me-app", 1));
+    let mut original = placed(stage.transcript("-home-me-app", 2));
+    // More than is read of one file before others have their turn.
+    let result = "x".repeat(100_000);
+    let noise = format!(
+        "{{\"type\":\"user\",\"message\":{{\"content\":[{{\"type\":\"tool_result\",\"content\":\"{result}\"}}]}}}}\n"
+    );
+    original.say("early");
+    original.append(noise.repeat(200));
+    original.say("late");
+    desktop_copy(&original, &mut copy);
+    copy.say("new");
+    std::fs::rename(&away, stage.projects().join("-home-me-app")).unwrap();
+    stage.wait_for_rows(5);
+    wait_until("both are read", SOON, || watcher.health()["watcher"]["lines"] == 2 * 202 + 2);
+    let of = |transcript: &Transcript, text: &str| (transcript.session.clone(), text.to_owned());
+    assert_eq!(said(&stage), [of(&original, "early"), of(&original, "late"), of(&copy, "new")]);
 }
 
 #[test]
