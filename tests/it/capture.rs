@@ -231,6 +231,195 @@ fn a_long_original_that_comes_together_with_its_copy_is_read_first() {
 }
 
 #[test]
+fn every_kind_of_line_and_file_gives_its_turns_and_nothing_else() {
+    let stage = Stage::new();
+    let mut main = stage.transcript("-home-me-app", 1);
+    let mut expected = Vec::new();
+    let line = |text: &str, changes: Value| {
+        let mut line: Value = serde_json::from_str(&main.prompt(text)).unwrap();
+        for (key, value) in changes.as_object().unwrap() {
+            line[key] = value.clone();
+        }
+        line.to_string() + "\n"
+    };
+    let answer = |text: &str, changes: Value| {
+        let mut line: Value = serde_json::from_str(&main.answer(text)).unwrap();
+        for (key, value) in changes.as_object().unwrap() {
+            line[key] = value.clone();
+        }
+        line.to_string() + "\n"
+    };
+    let content = |content: Value| json!({"message": {"role": "user", "content": content}});
+    let mut lines = String::new();
+    // The oldest version: neither branch nor prompt id, no reason for stopping.
+    lines += "{\"type\":\"summary\",\"summary\":\"of another session\",\"leafUuid\":\"x\"}\n";
+    lines += &line("in 1.0.17", json!({"version": "1.0.17", "gitBranch": null}));
+    lines += &answer(
+        "in 1.0.17, too",
+        json!({"version": "1.0.17", "message": {"id": "msg_0", "model": "m",
+        "role": "assistant", "stop_reason": null, "content": [{"type": "text", "text": "in 1.0.17, too"}]}}),
+    );
+    expected.extend(["prompt in 1.0.17", "agent in 1.0.17, too"]);
+    // What a human says in one way or another.
+    lines += &line("c", content("<command-name>/model</command-name><command-args>best</command-args>".into()));
+    lines += &line("s", content("<bash-input>ls</bash-input>".into()));
+    lines += &line("p", json!({"planContent": "# Plan"}));
+    lines += &line("i", content(json!([{"type": "image"}, {"type": "text", "text": "look"}])));
+    lines += &line(
+        "q",
+        json!({"type": "attachment", "message": null, "attachment":
+        {"type": "queued_command", "prompt": "meanwhile", "commandMode": "prompt", "origin": {"kind": "human"}}}),
+    );
+    lines += &line("today", json!({"version": "2.1.319", "origin": {"kind": "human"}, "promptId": "p", "news": {}}));
+    expected.extend(["command /model best", "shell ls", "plan p", "prompt look", "queued meanwhile", "prompt today"]);
+    // What nobody said.
+    lines += &line("r", content(json!([{"type": "tool_result", "tool_use_id": "t", "content": "ok"}])));
+    lines += &line("o", content("<local-command-stdout>done</local-command-stdout>".into()));
+    lines += &line("x", content("[Request interrupted by user]".into()));
+    for flag in ["isMeta", "isSidechain", "isVisibleInTranscriptOnly"] {
+        lines += &line("no turn", json!({flag: true}));
+    }
+    for kind in ["task-notification", "peer", "channel", "something-new"] {
+        lines += &line("no turn", json!({"origin": {"kind": kind}}));
+    }
+    lines += &line(
+        "n",
+        json!({"type": "attachment", "attachment":
+        {"type": "queued_command", "prompt": "no turn", "commandMode": "task-notification"}}),
+    );
+    lines += &answer("API Error: 529", json!({"isApiErrorMessage": true}));
+    lines +=
+        &line("g", json!({"type": "progress", "data": {"message": {"type": "user", "message": {"content": "no"}}}}));
+    lines += &line("d", json!({"type": "system", "subtype": "turn_duration", "durationMs": 7}));
+    lines += "{\"type\":\"brand-new\",\"text\":\"no turn\"}\n{\"type\":\"brand-new\"}\n{\"no type\":1}\n";
+    // Compaction: a new root, and a summary that nobody typed.
+    lines += &line("b", json!({"type": "system", "subtype": "compact_boundary", "logicalParentUuid": "u"}));
+    lines += &line("no turn", json!({"isCompactSummary": true, "isVisibleInTranscriptOnly": true}));
+    // Rewinding: two children of one parent. What was taken back was said all the same.
+    let parent = json!({"parentUuid": "1f000000-0000-4000-8000-000000000001"});
+    lines += &line("taken back", parent.clone());
+    lines += &line("said instead", parent);
+    expected.extend(["prompt taken back", "prompt said instead"]);
+    main.append(lines);
+
+    // Sub-agents in the old place and in the new ones, one of them without its session; and what is no transcript.
+    let project = stage.projects().join("-home-me-app");
+    let below = |path: &str| {
+        let path = project.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        path
+    };
+    let theirs = main.prompt("a sub-agent's") + "\n" + &main.answer("a sub-agent's") + "\n";
+    let orphan = stage.transcript("-", 9).session;
+    for path in [
+        "agent-41b9470d.jsonl".to_owned(),
+        format!("{}/subagents/agent-a2018e5.jsonl", main.session),
+        format!("{}/subagents/workflows/run/agent-a1.jsonl", main.session),
+        format!("{orphan}/subagents/agent-aprompt_suggestion-05a4c2.jsonl"),
+    ] {
+        std::fs::write(below(&path), &theirs).unwrap();
+    }
+    let no_transcripts =
+        ["subagents/workflows/run/journal.jsonl", "subagents/agent-a2018e5.meta.json", "tool-results/t.jsonl"];
+    for path in no_transcripts.map(|path| format!("{}/{path}", main.session)) {
+        std::fs::write(below(&path), "no JSON\n").unwrap();
+    }
+    std::fs::write(below(&format!("{orphan}.jsonl.orphaned-1")), &theirs).unwrap();
+    stage.transcript("-home-me-app", 2).append("");
+    stage.transcript("-home-me-app", 3).append("{\"type\":\"mode\",\"mode\":\"plan\"}\n");
+
+    let watcher = stage.start();
+    stage.wait_for_rows(expected.len() as u64 + 1);
+    wait_until("all is read", SOON, || watcher.health()["watcher"]["files"] == 7);
+    let sql = "SELECT coalesce(payload->>'kind', payload->>'actor') || ' ' || (payload->>'text') FROM events
+                WHERE event_type = 'turn_detected' ORDER BY id";
+    let found: Vec<_> = stage.database().query(sql).into_iter().flatten().flatten().collect();
+    assert_eq!(found, expected);
+    let others = "SELECT event_type, payload->>'session_uuid' FROM events WHERE event_type <> 'turn_detected'";
+    let others: Vec<_> = stage.database().query(others).into_iter().flatten().flatten().collect();
+    assert_eq!(others, ["session_registered", &main.session]);
+    let health = watcher.health();
+    assert_eq!((&health["watcher"]["bad_lines"], &health["queue"]["dead_letters"]), (&0.into(), &0.into()), "{health}");
+    let page = watcher.get("/metrics").unwrap().1;
+    for counted in ["{type=\"brand-new\"} 2\n", "{type=\"(none)\"} 1\n"] {
+        assert!(page.contains(&format!("unknown_line_types_total{counted}")), "{counted}");
+    }
+}
+
+#[test]
+fn of_damaged_lines_what_is_whole_is_stored_and_the_rest_is_a_dead_letter_that_says_where_it_was() {
+    let stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let record = |text: &str| {
+        let line: Value = serde_json::from_str(&transcript.prompt(text)).unwrap();
+        // As Claude Code orders its keys.
+        let rest = line.to_string().replacen('{', "", 1).replace("\"parentUuid\":null,", "");
+        format!("{{\"parentUuid\":null,{rest}").into_bytes()
+    };
+    let cut = &record("cut off")[..150];
+    let mut file = Vec::new();
+    let mut lost = Vec::new();
+    let mut expected = Vec::new();
+    let mut line = |pieces: &[&[u8]], texts: &[&str], lost_piece: Option<usize>| {
+        for (index, piece) in pieces.iter().enumerate() {
+            if lost_piece == Some(index) {
+                lost.push((file.len() as u64, piece.to_vec()));
+            }
+            file.extend_from_slice(piece);
+        }
+        file.push(b'\n');
+        expected.extend(texts.iter().map(|text| (*text).to_owned()));
+    };
+    line(&[&record("before")], &["before"], None);
+    line(&[&record("two objects"), &record("on one line")], &["two objects", "on one line"], None);
+    line(&[cut, &record("after a cut")], &["after a cut"], Some(0));
+    line(&[cut], &[], Some(0));
+    line(&[b"\0\0\0\0", &record("behind NULs"), b"\0\0"], &["behind NULs"], None);
+    line(&[&[0; 4096]], &[], Some(0));
+    line(
+        &[&record("invalid UTF-8 X").iter().map(|b| if *b == b'X' { 0xff } else { *b }).collect::<Vec<_>>()],
+        &["invalid UTF-8 \u{fffd}"],
+        None,
+    );
+    line(
+        &[String::from_utf8(record("lone HERE")).unwrap().replace("HERE", "\\ud83d").as_bytes()],
+        &["lone \u{fffd}"],
+        None,
+    );
+    line(
+        &[String::from_utf8(record("nul HERE")).unwrap().replace("HERE", "\\u0000").as_bytes()],
+        &["nul \u{fffd}"],
+        None,
+    );
+    line(&[&record("the text \\u0000")], &["the text \\u0000"], None);
+    line(
+        &[record("said twice").strip_suffix(b"}").unwrap(), b",\"message\":{\"content\":\"the last one counts\"}}"],
+        &["the last one counts"],
+        None,
+    );
+    line(&[b"garbage"], &[], Some(0));
+    line(&[&record("after")], &["after"], None);
+    transcript.append(&file);
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), expected);
+    let letters = stage.run(&["queue-dump", "--dead-letters", "--payload"]).lines();
+    assert_eq!(letters.len(), lost.len(), "{letters:?}");
+    for (letter, (offset, bytes)) in letters.iter().zip(&lost) {
+        assert_eq!(letter["reason"], "unreadable");
+        assert_eq!(letter["origin"]["path"], transcript.path.to_str().unwrap());
+        assert_eq!(letter["origin"]["offset"], *offset, "{letter}");
+        assert_eq!(letter["bytes"], bytes.len(), "{letter}");
+        let message = letter["message"].as_str().unwrap();
+        assert!(message.contains(&format!("from {} at byte {offset}", transcript.path.display())), "{message}");
+    }
+    let repaired = "SELECT count(*) FROM events WHERE payload->'metadata'->>'repaired' = 'true'";
+    assert_eq!(stage.database().value(repaired), "4");
+    // Once more from the start: nothing new.
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), expected);
+}
+
+#[test]
 fn what_does_not_fit_the_schema_is_a_dead_letter_that_names_file_offset_and_field() {
     let mut stage = Stage::new();
     let schemas = stage.folder().join("schemas");
