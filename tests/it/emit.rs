@@ -387,3 +387,33 @@ fn emit_takes_a_long_stream_in_little_memory_through_the_watcher_and_straight_in
     eprintln!("{count} events: emit alone {alone} kB, through the watcher {through} kB, the watcher {grown} kB more");
     assert!(alone < 60_000 && through < 20_000 && grown < 60_000);
 }
+
+#[test]
+fn a_stream_whose_source_breaks_off_is_not_accepted_in_part() {
+    use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    let stage = Stage::with(None);
+    let emit_what_breaks_off = |stage: &Stage| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stdin = listener.accept().unwrap().0;
+        let mut command = stage.command(&["emit", "--ndjson"]);
+        command.stdin(OwnedFd::from(stdin.try_clone().unwrap()));
+        let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        source.write_all(stream(3).as_bytes()).unwrap();
+        // Who closes with something unread resets the connection: whoever reads gets an error, not an end.
+        stdin.write_all(b"unread").unwrap();
+        wait_until("it has come", SOON, || source.peek(&mut [0]).unwrap() == 1);
+        drop(source);
+        let ended = child.wait_with_output().unwrap();
+        let error = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(74), "{error}");
+        assert!(error.contains("could not read events from stdin"), "{error}");
+    };
+    emit_what_breaks_off(&stage);
+    let watcher = stage.start();
+    emit_what_breaks_off(&stage);
+    watcher.stop();
+    assert_eq!(stage.run(&["queue-dump"]).lines(), Vec::<Value>::new());
+}
