@@ -209,10 +209,10 @@ impl Service {
         let idle = bell.idle();
         parts.bell = Some(bell);
         let reader = parts.start_thread(TRANSCRIPTS, move || follower.run())?;
-        let (spool_reader, handle) = SpoolReader::new(spool, intake, config.file_watcher.polling_interval);
+        let (spool_reader, handle) = SpoolReader::new(spool, intake.clone(), config.file_watcher.polling_interval);
         parts.spool = Some(handle.clone());
         let spool_reader = parts.start_thread(SPOOL, move || spool_reader.run())?;
-        Ok(Running { drainer, reader, spool_reader, idle, spool: handle })
+        Ok(Running { drainer, reader, spool_reader, intake, idle, spool: handle })
     }
 
     fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
@@ -229,7 +229,7 @@ impl Service {
 
     /// Waits for whatever ends the run.
     async fn wait(&self, running: Running, parts: &Parts) -> Result<(), ServiceError> {
-        let Running { mut drainer, mut reader, mut spool_reader, idle, spool } = running;
+        let Running { mut drainer, mut reader, mut spool_reader, intake, idle, spool } = running;
         let mut stop = self.stop.clone();
         let mut failed = parts.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
@@ -251,7 +251,9 @@ impl Service {
                     return parts.queue.append(Default::default()).map(|_| ()).map_err(ServiceError::from);
                 }
                 _ = idle_check.tick(), if self.until == Until::Idle => {
-                    if *idle.borrow() && spool.is_idle() && parts.queue.stats().pending == 0 {
+                    // In the order in which an event goes on, so that none is between two of them.
+                    let all_is_read = spool.is_idle() && !intake.has_closings() && *idle.borrow();
+                    if all_is_read && parts.queue.stats().pending == 0 {
                         info!("everything is read and delivered");
                         return Ok(());
                     }
@@ -315,6 +317,7 @@ struct Running {
     drainer: oneshot::Receiver<Result<(), QueueError>>,
     reader: oneshot::Receiver<Result<(), QueueError>>,
     spool_reader: oneshot::Receiver<Result<(), QueueError>>,
+    intake: Arc<Intake>,
     idle: watch::Receiver<bool>,
     spool: SpoolHandle,
 }

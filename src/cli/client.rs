@@ -15,8 +15,8 @@ use tokio::net::UnixStream;
 /// How long the watcher may take to begin its answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is sent along.
-pub type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
+/// What is sent along. An error breaks the request off.
+pub type Body<E = std::convert::Infallible> = UnsyncBoxBody<Bytes, E>;
 
 /// Why the watcher did not answer.
 #[derive(Debug)]
@@ -47,7 +47,10 @@ pub async fn send(socket: &Path, request: Request<Body>) -> Result<Response<Inco
 }
 
 /// As [`send`], for a request whose body takes its time.
-pub async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
+pub async fn send_patiently<E>(socket: &Path, request: Request<Body<E>>) -> Result<Response<Incoming>, ClientError>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => ClientError::NotRunning,
         _ => ClientError::NoAnswer(error.to_string()),

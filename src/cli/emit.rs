@@ -113,14 +113,15 @@ fn pump(single: Option<Vec<u8>>, mut take: impl FnMut(&[u8]) -> bool) -> std::io
 fn through_watcher(socket: &Path, single: Option<Vec<u8>>) -> Result<Exit, Failure> {
     let is_single = single.is_some();
     let answered = block_on(async {
-        let (pieces, body) = mpsc::channel::<Bytes>(2);
+        let (pieces, body) = mpsc::channel::<std::io::Result<Bytes>>(2);
         let progress = Arc::new(Mutex::new(Progress::Waiting));
-        let reading = {
+        // Not waited for: it may wait for stdin when there is an answer already.
+        {
             let progress = progress.clone();
-            std::thread::spawn(move || read(single, &pieces, &progress))
-        };
+            std::thread::spawn(move || read(single, &pieces, &progress));
+        }
         let body = StreamBody::new(futures_util::stream::unfold(body, |mut body| async {
-            body.recv().await.map(|piece| (Ok(Frame::data(piece)), body))
+            body.recv().await.map(|piece| (piece.map(Frame::data), body))
         }));
         let content_type = if is_single { "application/json" } else { "application/x-ndjson" };
         let request = client::request(Method::POST, "/events")
@@ -132,7 +133,7 @@ fn through_watcher(socket: &Path, single: Option<Vec<u8>>) -> Result<Exit, Failu
         tokio::pin!(sending);
         let response = loop {
             tokio::select! {
-                response = &mut sending => break response?,
+                response = &mut sending => break response,
                 () = tokio::time::sleep(Duration::from_millis(500)) => {}
             }
             if lock(&progress).is_stuck() {
@@ -140,11 +141,10 @@ fn through_watcher(socket: &Path, single: Option<Vec<u8>>) -> Result<Exit, Failu
                 return Err(ClientError::NoAnswer(problem));
             }
         };
-        // A thread that waits for stdin is not waited for once there is an answer.
-        let failed = if reading.is_finished() { reading.join().ok().and_then(Result::err) } else { None };
-        if let Some(error) = failed {
-            return Ok(Err(Failure::new(Exit::Io, format!("could not read events from stdin: {error}"))));
+        if let Progress::Failed(error) = &*lock(&progress) {
+            return Ok(Err(Failure::new(Exit::Io, unread(error))));
         }
+        let response = response?;
         Ok(Ok((response.status(), accepted(response).await?)))
     })?;
     match answered {
@@ -165,6 +165,8 @@ enum Progress {
     Waiting,
     /// Waits since then for the watcher.
     Sending(Instant),
+    /// Stdin can't be read to its end.
+    Failed(std::io::Error),
 }
 
 impl Progress {
@@ -177,16 +179,27 @@ fn lock(progress: &Mutex<Progress>) -> std::sync::MutexGuard<'_, Progress> {
     progress.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn read(single: Option<Vec<u8>>, pieces: &mpsc::Sender<Bytes>, progress: &Mutex<Progress>) -> std::io::Result<()> {
+fn read(single: Option<Vec<u8>>, pieces: &mpsc::Sender<std::io::Result<Bytes>>, progress: &Mutex<Progress>) {
     let read = pump(single, |bytes| {
         *lock(progress) = Progress::Sending(Instant::now());
         // Nobody receives any more once the watcher has refused the request.
-        let sent = pieces.blocking_send(Bytes::copy_from_slice(bytes)).is_ok();
+        let sent = pieces.blocking_send(Ok(Bytes::copy_from_slice(bytes))).is_ok();
         *lock(progress) = Progress::Waiting;
         sent
     });
-    *lock(progress) = Progress::Sending(Instant::now());
-    read
+    match read {
+        Ok(()) => *lock(progress) = Progress::Sending(Instant::now()),
+        Err(error) => {
+            let told = std::io::Error::new(error.kind(), error.to_string());
+            *lock(progress) = Progress::Failed(error);
+            // Else the watcher would take what has come so far for all of it.
+            let _ = pieces.blocking_send(Err(told));
+        }
+    }
+}
+
+fn unread(error: &std::io::Error) -> String {
+    format!("could not read events from stdin: {error}; nothing was accepted")
 }
 
 /// The beginning of the answer, which holds all but the identities of a long stream.
@@ -250,7 +263,7 @@ fn into_queue(config: &Config, single: Option<Vec<u8>>) -> Result<Exit, Failure>
         }
         None => false,
     });
-    read.map_err(|error| Failure::new(Exit::Io, format!("could not read events from stdin: {error}")))?;
+    read.map_err(|error| Failure::new(Exit::Io, unread(&error)))?;
     let accepted = match (refusal, request.take()) {
         (None, Some(request)) => request.finish(),
         (Some(refusal), _) => Err(refusal),

@@ -155,8 +155,8 @@ impl LineType {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Turn {
     pub identity: TurnIdentity,
-    /// The session that the line says it was copied from: there it was said first.
-    pub forked_from: Option<Uuid>,
+    /// The session in which it was first said, by the line itself: the one it was copied from, else the one it names.
+    pub said_in: Option<Uuid>,
     pub actor: Actor,
     /// How the human said it; `None` for the agent.
     pub kind: Option<TurnKind>,
@@ -264,7 +264,7 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     };
     let turn = said.map(|said| Turn {
         identity: identity(&fields, &mut mender),
-        forked_from: forked_from(&fields, &mut mender),
+        said_in: forked_from(&fields, &mut mender).or(session),
         actor: said.actor,
         kind: said.kind,
         text: said.text,
@@ -747,12 +747,12 @@ impl Turn {
     /// The payload of `turn_detected`, as its schema has it: what is not known is left out, except that `is_final` of an
     /// agent's turn is null then. `has_attachment` is there only when true.
     ///
-    /// `session` is the file's, told unless the turn was first said elsewhere, `project_path` its project's;
+    /// `session` is the file's, told where the line names none, `project_path` its project's;
     /// `otherwise` is the time to be told where the line has none.
     pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
         let mut payload = Map::new();
         let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
-        put("session_uuid", self.forked_from.unwrap_or(session).to_string().into());
+        put("session_uuid", self.said_in.unwrap_or(session).to_string().into());
         put("actor", self.actor.as_str().into());
         put("text", self.text.into());
         put("source", "polling".into());

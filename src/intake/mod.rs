@@ -125,6 +125,11 @@ impl Intake {
         self.closings.lock().unwrap_or_else(PoisonError::into_inner).insert(session, at);
     }
 
+    /// Whether a SessionEnd hook has come of which the follower does not know yet.
+    pub fn has_closings(&self) -> bool {
+        !self.closings.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     fn take_closings(&self) -> BTreeMap<Uuid, Timestamp> {
         std::mem::take(&mut *self.closings.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -238,3 +238,182 @@ fn what_postgres_can_not_store_is_mended_and_marked() {
                "metadata": {"literal": "\\u0000", "deep": ["\u{fffd}"], "repaired": true}})
     );
 }
+
+#[test]
+fn a_bad_request_is_400_with_line_and_field_and_nothing_of_it_is_accepted() {
+    let stage = Stage::with(None);
+    let watcher = stage.start();
+    let bad = numbered(0).replace("closed", "tired");
+    let mut with_surprise: Value = serde_json::from_str(&numbered(0)).unwrap();
+    with_surprise["surprise"] = 1.into();
+    for (body, line, field) in [
+        (bad.clone(), 1, "reason"),
+        (stream(2) + &bad + "\n" + &stream(2), 3, "reason"),
+        // More than one batch holds: a part of it is in the spool by then.
+        (stream(20_000) + &bad + "\n" + &stream(2), 20_001, "reason"),
+        (stream(1) + &with_surprise.to_string(), 2, "surprise"),
+        (stream(1) + "nonsense\n", 2, ""),
+    ] {
+        let answer = watcher.ask("POST", "/events", &[], &body);
+        assert_eq!(answer.code, 400, "{answer:?}");
+        let answer = answer.json();
+        assert_eq!((&answer["line"], answer["field"].as_str().unwrap_or_default()), (&line.into(), field), "{answer}");
+        let problem = answer["error"].as_str().unwrap();
+        assert!(!problem.is_empty() && !problem.contains("tired"), "{problem}");
+    }
+    let broken_off = watcher.ask("POST", "/events", &["Idempotency-Key: "], &numbered(0));
+    assert_eq!(broken_off.code, 400, "{broken_off:?}");
+    assert_eq!(watcher.health()["queue"]["pending"], 0);
+    assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 0);
+}
+
+#[test]
+fn whatever_an_event_says_about_itself_is_in_its_row_by_every_way_in() {
+    let mut stage = Stage::new();
+    let ids = ["0e000000-0000-4000-8000-000000000001", "0e000000-0000-4000-8000-000000000002"];
+    let time = "2026-01-02T03:04:05.678901Z";
+    let payload = r#"{"session_uuid":"s","reason":"closed"}"#;
+    let told = ["--project-id", "1", "--agent-id", "2", "--command-id", "3", "--turn-id", "4", "--timestamp", time];
+    let emit = |stage: &Stage, id: &str| {
+        let arguments =
+            [&["emit", "--type", "session_ended", "--payload", payload, "--event-id", id], &told[..]].concat();
+        let ran = stage.run(&arguments);
+        assert_eq!((ran.code(), ran.output().trim()), (0, id), "{}", ran.error());
+    };
+    emit(&stage, ids[0]);
+    stage.set("file_watcher.polling_interval", "0.2");
+    let watcher = stage.start();
+    emit(&stage, ids[1]);
+    let mut event = json!({"event_type": "session_ended", "timestamp": time, "project_id": 1, "agent_id": 2,
+                           "command_id": 3, "turn_id": 4});
+    event["payload"] = serde_json::from_str(payload).unwrap();
+    let posted = ["0e000000-0000-4000-8000-000000000003", "0e000000-0000-4000-8000-000000000004"];
+    let lines: String = posted
+        .iter()
+        .map(|id| {
+            event["event_id"] = (*id).into();
+            format!("{event}\n")
+        })
+        .collect();
+    let answer = watcher.ask("POST", "/events", &[], &lines);
+    assert_eq!((answer.code, &answer.json()["event_ids"]), (202, &json!(posted)));
+    // Once more, as a stream: known already.
+    assert_eq!(stage.run_with_input(&["emit", "--ndjson"], lines).code(), 0);
+    wait_until("all are delivered", SOON, || watcher.has_settled(6));
+    let sql = "SELECT r.event_id, to_char(\"timestamp\" AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'),
+                      project_id, agent_id, command_id, turn_id, payload
+                 FROM events e JOIN event_receipts r ON r.row_id = e.id ORDER BY e.id";
+    let rows = stage.database().query(sql);
+    let expected: Vec<Vec<Option<String>>> = ids
+        .iter()
+        .chain(&posted)
+        .map(|id| [*id, "2026-01-02 03:04:05.678901", "1", "2", "3", "4"].map(|text| Some(text.to_owned())).to_vec())
+        .collect();
+    let found: Vec<Vec<Option<String>>> = rows.into_iter().map(|mut row| row.drain(..6).collect()).collect();
+    assert_eq!(found, expected);
+    assert_eq!(stage.database().count(), 4);
+}
+
+#[test]
+fn no_answer_says_accepted_before_the_event_is_durable() {
+    for point in ["append-before-apply:1", "append-applied:1"] {
+        let mut stage = Stage::with(None);
+        stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
+        // Over the socket, by the command through the watcher, and by the command alone.
+        let mut watcher = stage.start();
+        assert_eq!(watcher.poster().post("/events", &numbered(1)), None, "{point}");
+        watcher.wait();
+        let mut watcher = stage.start();
+        let emit = || {
+            stage.run(&["emit", "--type", "session_ended", "--payload", r#"{"session_uuid":"s","reason":"closed"}"#])
+        };
+        let ran = emit();
+        assert_eq!((ran.code(), ran.output()), (69, String::new()), "{point}: {}", ran.error());
+        watcher.wait();
+        assert!(!matches!(emit().code(), 0), "{point}");
+    }
+}
+
+/// Peak of the memory that a process has of its own while it runs on this input, in kilobytes; and what it said.
+fn peak_kilobytes(
+    stage: &Stage,
+    arguments: &[&str],
+    input: impl Fn(&mut dyn std::io::Write) + Send + 'static,
+) -> (u64, String) {
+    use std::io::{BufWriter, Read};
+    use std::process::Stdio;
+    let mut command = stage.command(arguments);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let stdin = child.stdin.take().unwrap();
+    let feeding = std::thread::spawn(move || input(&mut BufWriter::new(stdin)));
+    let mut peak = 0;
+    let status = loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let own = own.and_then(|own| own.trim().trim_end_matches(" kB").parse().ok());
+        peak = peak.max(own.unwrap_or(0));
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    };
+    feeding.join().unwrap();
+    let mut said = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(status.success(), "{status}: {said}");
+    assert!(peak > 0, "its memory was never seen");
+    (peak, said)
+}
+
+#[test]
+fn emit_takes_a_long_stream_in_little_memory_through_the_watcher_and_straight_into_the_queue() {
+    let count = rounds(1).max(1) as usize * 30_000;
+    let stage = Stage::with(None);
+    let emit = |stage: &Stage| {
+        let (peak, said) = peak_kilobytes(stage, &["emit", "--ndjson"], move |stdin| {
+            for number in 0..count {
+                writeln!(stdin, "{}", numbered(number)).unwrap();
+            }
+        });
+        assert_eq!(said.trim(), format!("{count} events accepted"));
+        peak
+    };
+    let alone = emit(&stage);
+    let watcher = stage.start();
+    let before = peak_memory_bytes(&watcher);
+    let through = emit(&stage);
+    wait_until("all are taken in", SOON * rounds(1).max(1), || watcher.health()["queue"]["pending"] == 2 * count);
+    let grown = peak_memory_bytes(&watcher).saturating_sub(before) / 1000;
+    eprintln!("{count} events: emit alone {alone} kB, through the watcher {through} kB, the watcher {grown} kB more");
+    assert!(alone < 60_000 && through < 20_000 && grown < 60_000);
+}
+
+#[test]
+fn a_stream_whose_source_breaks_off_is_not_accepted_in_part() {
+    use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    let stage = Stage::with(None);
+    let emit_what_breaks_off = |stage: &Stage| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stdin = listener.accept().unwrap().0;
+        let mut command = stage.command(&["emit", "--ndjson"]);
+        command.stdin(OwnedFd::from(stdin.try_clone().unwrap()));
+        let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        source.write_all(stream(3).as_bytes()).unwrap();
+        // Who closes with something unread resets the connection: whoever reads gets an error, not an end.
+        stdin.write_all(b"unread").unwrap();
+        wait_until("it has come", SOON, || source.peek(&mut [0]).unwrap() == 1);
+        drop(source);
+        let ended = child.wait_with_output().unwrap();
+        let error = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(74), "{error}");
+        assert!(error.contains("could not read events from stdin"), "{error}");
+    };
+    emit_what_breaks_off(&stage);
+    let watcher = stage.start();
+    emit_what_breaks_off(&stage);
+    watcher.stop();
+    assert_eq!(stage.run(&["queue-dump"]).lines(), Vec::<Value>::new());
+}

@@ -1,6 +1,7 @@
 //! Secrets: struck out of everything before anything is written, when `redact` is on.
 
 use std::path::Path;
+use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
 
@@ -89,4 +90,33 @@ fn a_bad_pattern_is_a_configuration_error_that_names_it() {
     let input: Value = json!({"session_id": "s", "cwd": "/p", "hook_event_name": "Stop"});
     assert_eq!(stage.run_with_input(&["hook"], input.to_string()).code(), 0);
     assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 1);
+}
+
+/// What a process takes away from the mode of every file that it makes.
+fn umask(pid: u32) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Umask:")).map(|mask| mask.trim().to_owned())
+}
+
+#[test]
+fn whatever_writes_makes_files_that_are_private_from_birth() {
+    let stage = Stage::with(None);
+    let begin = |arguments: &[&str]| -> Child {
+        // Under a umask that would let everybody in. Its stdin stays open: it runs on.
+        let mut command = stage.command(arguments);
+        let program = command.get_program().to_owned();
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", "umask 000; exec \"$0\" \"$@\""]).arg(program).args(arguments);
+        shell.current_dir(stage.folder()).env_clear().env("PATH", "/usr/bin:/bin");
+        shell.env("HOME", stage.folder().join("home"));
+        command = shell;
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let each = [&["hook"][..], &["emit", "--ndjson"], &["run"]];
+    for arguments in each {
+        let mut child = begin(arguments);
+        wait_until("it takes rights away", SOON, || umask(child.id()).is_some_and(|mask| mask == "0077"));
+        let _ = child.kill();
+        let _ = child.wait();
+    }
 }

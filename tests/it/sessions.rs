@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Child, Command};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{SOON, Stage, Transcript, wait_for, wait_until};
 
@@ -228,4 +228,92 @@ fn a_transcript_of_metadata_only_registers_and_ends_nothing() {
     fs::remove_file(&transcript.path).unwrap();
     stage.run_until_idle();
     assert_eq!(stage.database().count(), 0);
+}
+
+/// Runs Claude Code's SessionEnd hook for the session.
+fn end_by_hook(stage: &Stage, transcript: &Transcript) {
+    let input = json!({"session_id": transcript.session, "cwd": "/home/me/app", "hook_event_name": "SessionEnd",
+                       "reason": "prompt_input_exit"});
+    assert_eq!(stage.run_with_input(&["hook"], input.to_string()).code(), 0);
+}
+
+#[test]
+fn a_session_end_hook_closes_its_session_once_whether_the_watcher_runs_or_not() {
+    let mut stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_now(&mut transcript, "one");
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    end_by_hook(&stage, &transcript);
+    wait_for_ends(&stage, &["closed"]);
+    // The same hook from another settings file, and state that is written at the end: no second end.
+    end_by_hook(&stage, &transcript);
+    transcript.append("{\"type\":\"last-prompt\",\"lastPrompt\":\"one\"}\n");
+    stage.wait_for_rows(5);
+    // It comes back, and is closed while nobody looks.
+    say_now(&mut transcript, "two");
+    stage.wait_for_rows(6);
+    watcher.kill();
+    end_by_hook(&stage, &transcript);
+    stage.run_until_idle();
+    assert_eq!(reasons(&stage), ["closed", "closed"], "idle means that the end was told, too");
+    // Back again; the watcher dies when the hook is in its queue and the end was not told yet.
+    say_now(&mut transcript, "three");
+    stage.run_until_idle();
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-synced:1".to_owned());
+    let mut watcher = stage.start();
+    end_by_hook(&stage, &transcript);
+    watcher.wait();
+    assert_eq!(reasons(&stage).len(), 2);
+    stage.environment.remove("HEADSPACE_FAULT_POINT");
+    stage.run_until_idle();
+    stage.run_until_idle();
+    let found = ends(&stage);
+    assert_eq!(reasons(&stage), ["closed", "closed", "closed"], "{found:?}");
+    let activities: std::collections::BTreeSet<String> =
+        found.iter().map(|end| end.2["last_activity_at"].to_string()).collect();
+    assert_eq!(activities.len(), 3, "each end is that of another stretch of activity: {found:?}");
+    assert_eq!(stage.database().value("SELECT count(*) FROM events WHERE event_type = 'session_registered'"), "1");
+}
+
+#[test]
+fn a_session_is_registered_once_with_the_working_directory_that_its_lines_name() {
+    let stage = with_timeout("3153600000");
+    // The name of the folder stands for many paths.
+    let mut transcript = stage.transcript("-home-me-my-app", 1);
+    transcript.append("{\"type\":\"summary\",\"summary\":\"s\",\"leafUuid\":\"x\"}\n");
+    let at = |transcript: &Transcript, text: &str, cwd: &str| {
+        transcript.prompt(text).replace("/home/me/app", cwd).replace("\"main\"", "\"fix/login\"") + "\n"
+    };
+    let line = transcript.prompt("from nowhere").replace("\"cwd\":\"/home/me/app\",", "");
+    assert!(!line.contains("cwd"));
+    transcript.append(line + "\n");
+    stage.run_until_idle();
+    assert_eq!(stage.database().count(), 1, "where it runs is not known yet");
+    let line = at(&transcript, "one", "/home/me/my_app");
+    transcript.append(line);
+    let watcher = stage.start();
+    stage.wait_for_rows(3);
+    watcher.kill();
+    let line = at(&transcript, "two", "/home/me/my_app/src");
+    transcript.append(line);
+    stage.run_until_idle();
+    // Read from the start, too.
+    fs::remove_dir_all(stage.folder().join("data")).unwrap();
+    stage.run_until_idle();
+    let rows = stage.database().query("SELECT payload FROM events WHERE event_type = 'session_registered'");
+    let payloads: Vec<Value> =
+        rows.into_iter().map(|mut row| serde_json::from_str(&row.remove(0).unwrap()).unwrap()).collect();
+    assert_eq!(
+        payloads,
+        [json!({
+            "session_uuid": transcript.session, "project_path": "/home/me/my_app",
+            "working_directory": "/home/me/my_app", "git_branch": "fix/login",
+            "transcript_path": transcript.path.to_str().unwrap(), "started_at": "2026-01-02T03:04:05.678Z",
+        })]
+    );
+    let places = "SELECT payload->>'project_path', payload->>'working_directory' FROM events
+                   WHERE payload->>'text' = 'two'";
+    let places = stage.database().query(places).remove(0);
+    assert_eq!(places.into_iter().flatten().collect::<Vec<_>>(), ["/home/me/my_app", "/home/me/my_app/src"]);
 }

@@ -133,7 +133,7 @@ mod user_turns {
         assert_eq!(
             meaning.turn.unwrap(),
             Turn {
-                forked_from: None,
+                said_in: Some(SESSION),
                 identity: TurnIdentity::Uuid("b1000000-0000-4000-8000-000000000001".into()),
                 actor: Actor::User,
                 kind: Some(TurnKind::Prompt),
@@ -316,11 +316,22 @@ mod user_turns {
     #[test]
     fn a_copied_line_is_known_by_its_first_uuid() {
         let line = with(user("hi"), "forkedFrom", json!({"sessionId": OTHER.to_string(), "messageUuid": "a0"}));
-        assert_eq!(turn(&line).unwrap().identity, TurnIdentity::Uuid("a0".into()));
+        let copied = turn(&line).unwrap();
+        assert_eq!((copied.identity, copied.said_in), (TurnIdentity::Uuid("a0".into()), Some(OTHER)));
         let line = with(user("hi"), "forkedFrom", json!({}));
         assert!(matches!(turn(&line).unwrap().identity, TurnIdentity::Uuid(uuid) if uuid.starts_with("b1")));
         let line = with(user("hi"), "uuid", "");
         assert_eq!(turn(&line).unwrap().identity, TurnIdentity::None);
+    }
+
+    #[test]
+    fn a_line_that_names_another_session_was_said_there() {
+        let turn = |line: &Value| turn(line).unwrap().payload(SESSION, None, Timestamp::UNIX_EPOCH);
+        let line = with(user("hi"), "sessionId", OTHER.to_string());
+        assert_eq!(turn(&line)["session_uuid"], OTHER.to_string());
+        for odd in [Value::Null, "odd".into(), 7.into()] {
+            assert_eq!(turn(&with(user("hi"), "sessionId", odd))["session_uuid"], SESSION.to_string());
+        }
     }
 
     #[test]

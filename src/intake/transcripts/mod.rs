@@ -128,7 +128,9 @@ pub struct Follower {
     projects_missing: bool,
     /// Folders of which was said that they can't be read.
     unreadable: BTreeSet<PathBuf>,
-    first_pass: bool,
+    /// Files are read to their end one after the other, so that originals come before their copies: at the first pass,
+    /// and whenever a copy is new.
+    in_order: bool,
     /// Why the next rescan will be done.
     cause: RescanCause,
 }
@@ -163,7 +165,7 @@ impl Follower {
             seen_open: HashSet::new(),
             projects_missing: false,
             unreadable: BTreeSet::new(),
-            first_pass: true,
+            in_order: true,
             cause: RescanCause::Start,
         })
     }
@@ -238,6 +240,9 @@ impl Follower {
     /// Looks at every transcript. Gives those with more to read.
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
+        if self.intake.has_closings() {
+            self.doorbell.set_idle(false);
+        }
         self.closings.extend(self.intake.take_closings());
         let open = sessions::open_sessions(&self.config.projects.with_file_name("sessions"));
         let (mut paths, fresh, is_there) = self.discover();
@@ -252,12 +257,12 @@ impl Follower {
         self.end_sessions(&open, &unfinished, begun)?;
         self.report();
         // Also after the whole folder was away.
-        self.first_pass = !is_there;
+        self.in_order = !is_there;
         Ok(unfinished)
     }
 
-    /// Looks at the files in this order; at the first pass each is read to its end before the next. Gives those with
-    /// more to read.
+    /// Looks at the files in this order; where it matters each is read to its end before the next. Gives those with more
+    /// to read.
     fn look_at_all(&mut self, paths: Vec<Arc<Path>>) -> Result<Vec<Arc<Path>>, QueueError> {
         let mut unfinished = Vec::new();
         let mut paths = VecDeque::from(paths);
@@ -266,7 +271,7 @@ impl Follower {
                 return Ok(unfinished);
             }
             let progress = self.look_at(&path)?;
-            if !self.first_pass {
+            if !self.in_order {
                 unfinished.extend((progress == Progress::More).then_some(path));
                 continue;
             }
@@ -386,6 +391,7 @@ impl Follower {
             .map(|(path, kind)| ((!self.stored.contains_key(&path)).then(|| head_order(&path, &kind)), path, kind))
             .collect();
         fresh.sort_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
+        self.in_order |= fresh.iter().any(|(order, ..)| order.is_some_and(|order| order.is_copy));
         let last_sequence = self.intake.queue().stats().last_sequence;
         fresh
             .into_iter()

@@ -31,8 +31,7 @@ const MOVED_CURSORS_MAX: usize = 256;
 /// Bytes of damaged lines in one batch, above one line.
 const BATCH_REJECTED_BYTES_MAX: usize = 4 << 20;
 
-/// Bytes of one file that are read before others have their turn; at the first pass files are read to their end, so
-/// that originals come before their forks.
+/// Bytes of one file that are read before others have their turn, except where the order of files matters.
 const TURN_BYTES_MAX: u64 = 8 << 20;
 
 /// Bytes at the start of the file and before the offset that a fingerprint covers, each.
@@ -260,7 +259,7 @@ impl Follower {
             if self.doorbell.is_stopped() {
                 return Ok(Progress::End);
             }
-            if read >= TURN_BYTES_MAX && !self.first_pass {
+            if read >= TURN_BYTES_MAX && !self.in_order {
                 look.sum_up_warnings();
                 return Ok(Progress::More);
             }
