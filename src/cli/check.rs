@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use headspace_watcher::config::Config;
 use headspace_watcher::intake::redact::Redactor;
+use headspace_watcher::intake::retention::{Retention, WARN_DAYS};
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::connect_settings;
+use headspace_watcher::sink::Verdict;
 use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
 
 use super::{CheckArguments, Context, Exit, Failure, block_on};
@@ -37,13 +39,14 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("schemas", schemas(config)),
         ("redact", redact(config)),
         ("transcripts", transcripts(&config.claude.projects_path)),
+        ("retention", retention(&config.claude.projects_path)),
         ("notifications", notifications(&config.claude.projects_path)),
         ("hooks", hooks(&context.settings_file())),
-        ("queue", writable(&config.queue.path)),
+        ("queue", writable(&config.queue.path, "queue.path")),
         ("queue", held(config)),
         ("queue", file_system(&config.queue.path)),
         ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
-        ("spool", writable(&config.queue.spool_path)),
+        ("spool", writable(&config.queue.spool_path, "queue.spool_path")),
         ("socket", socket(&config.http.socket)),
     ];
     if !arguments.no_database {
@@ -82,7 +85,14 @@ fn schemas(config: &Config) -> Finding {
             let types: Vec<&str> = schemas.types().map(|event_type| event_type.as_str()).collect();
             Finding::Fine(types.join(", "))
         }
-        Err(error) => Finding::Wrong(error.to_string()),
+        Err(error) => {
+            // Each error names the schema, but for the folder, whose error has its own way out.
+            let way_out = match &config.schemas.path {
+                Some(folder) if folder.is_dir() => format!("; mend the file in {} or take it out", folder.display()),
+                _ => String::new(),
+            };
+            Finding::Wrong(format!("{error}{way_out}"))
+        }
     }
 }
 
@@ -92,7 +102,7 @@ fn redact(config: &Config) -> Finding {
             Finding::Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
         }
         Ok(_) => Finding::Fine("off".to_owned()),
-        Err(error) => Finding::Wrong(error.to_string()),
+        Err(error) => Finding::Wrong(format!("{error}; mend or remove it: until then the watcher does not start")),
     }
 }
 
@@ -109,8 +119,25 @@ fn transcripts(folder: &Path) -> Finding {
     }
 }
 
+/// How long Claude Code keeps transcripts: what was not captured by then is gone for good.
+fn retention(projects: &Path) -> Finding {
+    let folder = projects.parent().unwrap_or(projects);
+    judge_retention(Retention::new(folder).period().as_secs() / (24 * 60 * 60), &folder.join("settings.json"))
+}
+
+fn judge_retention(days: u64, settings: &Path) -> Finding {
+    let text = format!("Claude Code deletes transcripts {days} days after their last change (cleanupPeriodDays)");
+    if days <= WARN_DAYS {
+        return Finding::Note(format!(
+            "{text}: what the watcher has not captured by then is lost; raise it in {}",
+            settings.display()
+        ));
+    }
+    Finding::Fine(text)
+}
+
 /// Whether a file can be made in `folder`, or in the nearest parent that exists.
-fn writable(folder: &Path) -> Finding {
+fn writable(folder: &Path, key: &str) -> Finding {
     let existing = folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(folder);
     let probe = existing.join(format!(".headspace-watcher-check-{}", std::process::id()));
     match std::fs::write(&probe, b"") {
@@ -119,7 +146,7 @@ fn writable(folder: &Path) -> Finding {
             Finding::Fine(folder.display().to_string())
         }
         Err(error) => Finding::Wrong(format!(
-            "could not write in {}: {error}; mend its owner or mode, or set queue.path",
+            "could not write in {}: {error}; mend its owner or mode, or set {key}",
             existing.display()
         )),
     }
@@ -147,6 +174,10 @@ fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
     let inspected = block_on(PostgresSink::inspect(connect_settings(config, target)))?;
     Ok(match inspected {
         Ok(inspection) => judge_database(&inspection, config.database.auto_migrate),
+        // What the server says comes with its way out.
+        Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Finding::Wrong(format!(
+            "{error}; see that the server runs and can be reached from here, or mend host and port in database.url. Until then events wait in the queue"
+        ))],
         Err(error) => vec![Finding::Wrong(error.to_string())],
     })
 }
@@ -155,7 +186,16 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
     let version = &database.version;
     let missing = database.missing.join(", ");
     let mut findings = vec![match (database.missing.is_empty(), auto_migrate) {
-        (true, _) => Finding::Fine(format!("PostgreSQL {version}, the tables are there")),
+        (true, _) => match &database.unfit {
+            None => Finding::Fine(format!("PostgreSQL {version}, the tables are there")),
+            Some(problem) => Finding::Wrong(format!(
+                "PostgreSQL {version}; the tables are there, but no event can be stored in them: {}; mend the table, or set database.events_table to another name",
+                problem.trim_end_matches('.')
+            )),
+        },
+        (false, _) if database.schema_missing => Finding::Wrong(format!(
+            "PostgreSQL {version}; missing: {missing}, and so is the schema; CREATE SCHEMA, or mend database.events_table"
+        )),
         (false, true) if !database.may_create => Finding::Wrong(format!(
             "PostgreSQL {version}; missing: {missing}, and this user may not create tables; GRANT CREATE ON SCHEMA, or run \"headspace-watcher migrate\" as the schema's owner"
         )),
@@ -342,7 +382,9 @@ mod tests {
             version: "15.4".to_owned(),
             version_number: 150_004,
             missing: Vec::new(),
+            unfit: None,
             lacks: Vec::new(),
+            schema_missing: false,
             may_create: true,
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
@@ -374,6 +416,10 @@ mod tests {
         assert!(ahead[0].starts_with("note: its clock is 9 s ahead of"), "{ahead:?}");
         let behind = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(-9));
         assert!(behind[0].contains("9 s behind this machine's"), "{behind:?}");
+        let unfit = wrong(|found| found.unfit = Some("column \"payload\" is of type text".to_owned()));
+        assert!(unfit[0].contains("is of type text; mend the table"), "{unfit:?}");
+        let no_schema = wrong(|found| (found.missing, found.schema_missing) = (vec!["a.events".to_owned()], true));
+        assert!(no_schema[0].contains("CREATE SCHEMA"), "{no_schema:?}");
         let no_right = wrong(|found| (found.missing, found.may_create) = (vec!["events".to_owned()], false));
         assert!(no_right[0].contains("GRANT CREATE"), "{no_right:?}");
     }
@@ -384,6 +430,8 @@ mod tests {
         assert!(matches!(judge_disk(10 << 30, 4 << 30, here), Finding::Fine(_)));
         assert!(matches!(judge_disk(1 << 30, 4 << 30, here), Finding::Note(_)));
         assert!(matches!(judge_disk(1 << 20, 4 << 30, here), Finding::Wrong(_)));
+        assert!(matches!(judge_retention(30, here), Finding::Fine(text) if text.contains("30 days")));
+        assert!(matches!(judge_retention(1, here), Finding::Note(text) if text.contains("raise it in /here")));
         assert!(matches!(judge_watches(100, 8192), Finding::Fine(_)));
         assert!(matches!(judge_watches(7000, 8192), Finding::Wrong(text) if text.contains("sysctl")));
     }

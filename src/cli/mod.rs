@@ -30,19 +30,26 @@ use headspace_watcher::sink::postgres::TargetSource;
 use headspace_watcher::sink::{DeliverError, Verdict};
 use headspace_watcher::telemetry::{self, LogFormat};
 
+/// Where the help of each command lists the options that all of them have.
+const EVERYWHERE: &str = "Options of every command";
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 fine, 1 a check failed, 3 not running, 64 usage, 65 bad data, 69 something needed is not there (database,
+watcher, queue), 70 internal, 74 input or output (the queue can't be written), 78 configuration.";
+
 /// Watches Claude Code sessions and moves every event into Postgres, exactly once and in order, through a durable
 /// local queue.
 #[derive(Parser)]
-#[command(name = "headspace-watcher", version, arg_required_else_help = true)]
+#[command(name = "headspace-watcher", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 struct Arguments {
     /// Configuration file [default: ./config.yaml if there is one, else built-in defaults]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = EVERYWHERE)]
     config: Option<PathBuf>,
     /// How log lines look; auto is text on a terminal, else JSON
-    #[arg(long, global = true, value_enum, default_value = "auto")]
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "FORMAT", help_heading = EVERYWHERE)]
     log_format: LogFormatArgument,
     /// Least level that is logged: error, warn, info, debug or trace
-    #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "info", help_heading = EVERYWHERE)]
     log_level: tracing::Level,
     #[command(subcommand)]
     command: Command,
@@ -77,7 +84,7 @@ enum Command {
     QueueDump(QueueDumpArguments),
     /// Look at what was set aside, send it again, or forget it
     #[command(
-        after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all"
+        after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all\n\nExit code 65: there is no such dead letter, or it never was an event."
     )]
     DeadLetters {
         #[command(subcommand)]
@@ -85,7 +92,7 @@ enum Command {
     },
     /// Hand in one event, or a stream of them. Exit code 0 only when all of it is durable
     #[command(
-        after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl"
+        after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl\n\nExit code 65: not valid, the field is named and nothing was accepted; 69: the watcher does not answer; 74: the queue\nis full or can't be written."
     )]
     Emit(EmitArguments),
     /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
@@ -105,7 +112,9 @@ enum Command {
     #[command(after_help = "Example:\n  headspace-watcher top          # q quits, t shows and hides texts")]
     Top(TopArguments),
     /// Check configuration, schemas, folders and database, and say how to mend what is wrong
-    #[command(after_help = "Example:\n  headspace-watcher check --no-database")]
+    #[command(
+        after_help = "Example:\n  headspace-watcher check --no-database\n\nExit code 0: nothing is wrong, notes or not; 78: something is."
+    )]
     Check(CheckArguments),
     /// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
     #[command(
@@ -192,6 +201,7 @@ enum ServiceKind {
 
 #[derive(Args)]
 struct CompletionsArguments {
+    /// Whose completions
     #[arg(value_enum)]
     shell: clap_complete::Shell,
 }
@@ -246,11 +256,13 @@ enum DeadLettersCommand {
     List(QueueDumpArguments),
     /// All of one, with its payload
     Show {
+        /// Its sequence number, as "dead-letters list" shows it
         #[arg(value_name = "SEQ")]
         sequence: u64,
     },
     /// Put events back at the tail of the queue
     Retry {
+        /// Their sequence numbers
         #[arg(value_name = "SEQ", required_unless_present = "all", conflicts_with = "all")]
         sequences: Vec<u64>,
         /// All that once were events
@@ -259,6 +271,7 @@ enum DeadLettersCommand {
     },
     /// Forget for good
     Drop {
+        /// Their sequence numbers
         #[arg(value_name = "SEQ", required = true)]
         sequences: Vec<u64>,
     },

@@ -42,7 +42,12 @@ fn watch(context: &Context, json: bool, interval: Duration) -> Result<Exit, Fail
     let clears = out.is_terminal() && !json;
     loop {
         let standing = look(context)?;
-        let mut text = standing.shown(json, &context.config().http.socket);
+        let socket = &context.config().http.socket;
+        let mut text = standing.shown(json, socket);
+        if let (false, Err(failure)) = (json, standing.verdict(socket)) {
+            // What else goes to stderr at the end: what is wrong and what to do.
+            let _ = writeln!(text, "\n{}", failure.message);
+        }
         if clears {
             // To the upper left, and away with what stands there.
             text.insert_str(0, "\x1b[H\x1b[2J");
@@ -208,7 +213,7 @@ fn describe(health: &Health) -> String {
 }
 
 fn queue_line(pending: u64, pending_bytes: u64, oldest_age: Option<f64>, dead_letters: u64, disk_bytes: u64) -> String {
-    let oldest = oldest_age.map_or_else(String::new, |age| format!(", the oldest for {}", duration(age as u64)));
+    let oldest = oldest_age.map_or_else(String::new, |age| format!(", oldest {}", duration(age as u64)));
     let letters = if dead_letters == 1 { "dead letter" } else { "dead letters" };
     format!(
         "{pending} pending ({}){oldest}; {dead_letters} {letters}; {} on disk",

@@ -29,6 +29,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Samples asked for: more than any terminal has columns.
 const SAMPLES: usize = 300;
 
+/// Lines for what is wrong: more would leave the last events no room on 24 rows.
+const NOTICE_LINES_MAX: usize = 5;
+
 pub fn top(context: &Context, arguments: &TopArguments) -> Result<Exit, Failure> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         let message = "top needs a terminal; for a script use \"headspace-watcher status --json\"";
@@ -92,23 +95,43 @@ fn read_inputs() -> mpsc::Receiver<Input> {
     receiver
 }
 
-async fn ask(context: &Context, text: bool) -> Result<Overview, String> {
+async fn ask(context: &Context, text: bool) -> Result<Overview, Problem> {
+    let socket = &context.config().http.socket;
     let target = format!("/overview?samples={SAMPLES}&text={text}");
-    let asking = async { client::body(client::get(&context.config().http.socket, &target).await?).await };
+    let asking = async { client::body(client::get(socket, &target).await?).await };
+    let shown = socket.display();
+    let no_answer = |why: &str| Problem {
+        word: "NO ANSWER",
+        text: format!("the watcher on {shown} does not answer: {why}; if it stays so, restart it"),
+    };
     match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
-        Ok(Ok(body)) => serde_json::from_slice(&body).map_err(|error| format!("not understood: {error}")),
-        Ok(Err(ClientError::NotRunning)) => Err("NOT RUNNING".to_owned()),
-        Ok(Err(ClientError::NoAnswer(problem))) => Err(format!("NO ANSWER: {problem}")),
-        Err(_) => Err(format!("NO ANSWER within {} s", ANSWER_TIMEOUT.as_secs())),
+        Ok(Ok(body)) => serde_json::from_slice(&body).map_err(|error| Problem {
+            word: "NOT UNDERSTOOD",
+            text: format!("the watcher's answer is not understood: {error}; is it another version?"),
+        }),
+        Ok(Err(ClientError::NotRunning)) => Err(Problem {
+            word: "NOT RUNNING",
+            text: format!("no watcher listens on {shown}; start it with scripts/run-watcher.sh"),
+        }),
+        Ok(Err(ClientError::NoAnswer(problem))) => Err(no_answer(&problem)),
+        Err(_) => Err(no_answer(&format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()))),
     }
+}
+
+/// Why there is no answer.
+struct Problem {
+    word: &'static str,
+    text: String,
 }
 
 /// What is shown.
 #[derive(Default)]
 struct View {
     overview: Option<Overview>,
+    /// When that was.
+    seen: jiff::Timestamp,
     /// Why what is shown is not of now.
-    problem: Option<String>,
+    problem: Option<Problem>,
     /// Whether texts of events are shown.
     text: bool,
 }
@@ -134,10 +157,11 @@ impl View {
         true
     }
 
-    fn take(&mut self, answer: Result<Overview, String>) {
+    fn take(&mut self, answer: Result<Overview, Problem>) {
         match answer {
             Ok(overview) => {
                 self.problem = None;
+                self.seen = jiff::Timestamp::now();
                 self.overview = Some(overview);
             }
             Err(problem) => self.problem = Some(problem),
@@ -145,12 +169,13 @@ impl View {
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let [head, reason, numbers, plots, events, sessions, keys] = Layout::vertical([
+        let notices = self.notices(frame.area().width);
+        let [head, notice, numbers, plots, events, sessions, keys] = Layout::vertical([
             Constraint::Length(1),
-            Constraint::Length(1),
+            Constraint::Length(notices.len().max(1) as u16),
             Constraint::Length(6),
             Constraint::Length(4),
-            Constraint::Min(4),
+            Constraint::Min(3),
             Constraint::Length(4),
             Constraint::Length(1),
         ])
@@ -159,19 +184,43 @@ impl View {
         let text = if self.text { "t hide texts" } else { "t show texts" };
         let dim = Style::new().add_modifier(Modifier::DIM);
         frame.render_widget(Paragraph::new(format!(" q quit   {text}")).style(dim), keys);
+        frame.render_widget(Paragraph::new(notices), notice);
         let Some(overview) = &self.overview else { return };
-        let reasons = overview.health.reasons.join("; ");
-        frame.render_widget(Paragraph::new(format!(" {reasons}")).style(Style::new().fg(Color::Yellow)), reason);
         draw_numbers(frame, numbers, overview);
         draw_plots(frame, plots, overview);
         draw_events(frame, events, &overview.events);
         draw_sessions(frame, sessions, &overview.sessions);
     }
 
+    /// What is wrong, whole: lines as wide as the terminal, the worst first.
+    fn notices(&self, width: u16) -> Vec<Line<'static>> {
+        let (yellow, red) = (Style::new().fg(Color::Yellow), Style::new().fg(Color::Red));
+        let mut notices = Vec::new();
+        match (&self.problem, &self.overview) {
+            (Some(problem), overview) => {
+                notices.push((problem.text.clone(), red));
+                if overview.is_some() {
+                    notices.push((format!("what stands below is of {}", clock(&self.seen.to_string())), yellow));
+                }
+            }
+            (None, Some(overview)) => {
+                notices.extend(overview.health.reasons.iter().map(|reason| (reason.clone(), yellow)));
+                let error = overview.health.database.last_error.iter();
+                notices.extend(error.map(|error| (format!("last error: {error}"), red)));
+            }
+            (None, None) => {}
+        }
+        let width = usize::from(width.saturating_sub(2));
+        let lines = notices.into_iter().flat_map(|(text, style)| {
+            wrapped(&text, width).into_iter().map(move |line| Line::styled(format!(" {line}"), style))
+        });
+        lines.take(NOTICE_LINES_MAX).collect()
+    }
+
     fn head(&self) -> Paragraph<'_> {
         let mut spans = vec![Span::raw(" headspace-watcher  ")];
         match (&self.problem, &self.overview) {
-            (Some(problem), _) => spans.push(Span::styled(problem.as_str(), Style::new().fg(Color::Red).bold())),
+            (Some(problem), _) => spans.push(Span::styled(problem.word, Style::new().fg(Color::Red).bold())),
             (None, None) => spans.push(Span::raw("asking…")),
             (None, Some(overview)) => {
                 let health = &overview.health;
@@ -222,9 +271,9 @@ fn draw_numbers(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
             Span::raw(format!(" since {}", clock(&health.database.since))),
         ]),
         Line::from(format!("{} sessions, {} files", health.watcher.sessions, health.watcher.files)),
-        Line::from(match &health.database.last_error {
-            Some(error) => Span::styled(format!("error: {error}"), Style::new().fg(Color::Red)),
-            None => Span::raw("no error"),
+        Line::from(match &health.writes.last_write_timestamp {
+            Some(then) => format!("last write at {}", clock(then)),
+            None => "nothing written since the start".to_owned(),
         }),
     ];
     frame.render_widget(Paragraph::new(lines).block(Block::bordered().title(" lag, last minute ")), right);
@@ -278,6 +327,33 @@ fn draw_sessions(frame: &mut Frame<'_>, area: Rect, sessions: &[RecentSession]) 
     frame.render_widget(table, area);
 }
 
+/// `text` in lines of at most `width` characters, broken between words where they are not longer than that.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let width = width.max(1);
+    let (mut lines, mut line, mut used) = (Vec::new(), String::new(), 0);
+    for word in text.split_whitespace() {
+        if used > 0 {
+            if used + 1 + word.chars().count() > width {
+                lines.push(std::mem::take(&mut line));
+                used = 0;
+            } else {
+                line.push(' ');
+                used += 1;
+            }
+        }
+        for character in word.chars() {
+            if used == width {
+                lines.push(std::mem::take(&mut line));
+                used = 0;
+            }
+            line.push(character);
+            used += 1;
+        }
+    }
+    lines.push(line);
+    lines
+}
+
 /// `0.00184` → `1.8 ms`.
 fn lag(seconds: Option<f64>) -> String {
     match seconds {
@@ -300,6 +376,13 @@ fn clock(timestamp: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_is_broken_between_words_and_a_long_word_anywhere() {
+        assert_eq!(wrapped("the database is away", 12), ["the database", "is away"]);
+        assert_eq!(wrapped("see abcdefgh", 5), ["see", "abcde", "fgh"]);
+        assert_eq!(wrapped("", 5), [""]);
+    }
 
     #[test]
     fn a_lag_is_told_in_the_unit_that_fits() {

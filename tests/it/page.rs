@@ -2,10 +2,10 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{SOON, Stage, wait_until};
 
@@ -185,4 +185,110 @@ fn a_browser_shows_the_page_alive() {
         assert!(Instant::now() < deadline, "{missing}: {page}");
     };
     assert!(!page.contains("secret text"), "{page}");
+}
+
+/// Chromium in the hands of chromedriver, which speaks WebDriver.
+struct Browser {
+    driver: Child,
+    port: u16,
+    session: String,
+}
+
+impl Browser {
+    /// `None`, said aloud, where there is no chromedriver.
+    fn open(stage: &Stage, url: &str) -> Option<Browser> {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut driver = Command::new("chromedriver");
+        driver.arg(format!("--port={port}")).stdout(Stdio::null()).stderr(Stdio::null());
+        let Ok(driver) = driver.spawn() else {
+            eprintln!("SKIPPED: no chromedriver here (Debian: apt-get install chromium-driver)");
+            return None;
+        };
+        let mut browser = Browser { driver, port, session: String::new() };
+        wait_until("chromedriver listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let profile = format!("--user-data-dir={}", stage.folder().join("driven").display());
+        let arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", &profile];
+        let options = json!({"goog:chromeOptions": {"args": arguments}});
+        let opened = browser.ask("POST", "/session", &json!({"capabilities": {"alwaysMatch": options}}));
+        browser.session = format!("/session/{}", opened["sessionId"].as_str().unwrap_or_else(|| panic!("{opened}")));
+        browser.tell("/url", &json!({"url": url}));
+        Some(browser)
+    }
+
+    fn ask(&self, method: &str, target: &str, body: &Value) -> Value {
+        let (body, port) = (body.to_string(), self.port);
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        let (mut stream, mut length) = (BufReader::new(stream), 0);
+        loop {
+            let mut line = String::new();
+            stream.read_line(&mut line).unwrap();
+            let line = line.trim_end().to_ascii_lowercase();
+            if let Some(value) = line.strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+            if line.is_empty() {
+                break;
+            }
+        }
+        let mut answer = vec![0; length];
+        stream.read_exact(&mut answer).unwrap();
+        serde_json::from_slice::<Value>(&answer).unwrap()["value"].take()
+    }
+
+    fn tell(&self, target: &str, body: &Value) -> Value {
+        self.ask("POST", &format!("{}{target}", self.session), body)
+    }
+
+    /// What an expression in the page comes to.
+    fn value(&self, expression: &str) -> Value {
+        self.tell("/execute/sync", &json!({"script": format!("return {expression}"), "args": []}))
+    }
+
+    /// Clicks as a person does: what is hidden or covered can't be.
+    fn press(&self, selector: &str) {
+        let found = self.tell("/element", &json!({"using": "css selector", "value": selector}));
+        let id = found.as_object().and_then(|found| found.values().next()).and_then(Value::as_str);
+        let id = id.unwrap_or_else(|| panic!("{selector}: {found}"));
+        assert_eq!(self.tell(&format!("/element/{id}/click"), &json!({})), Value::Null);
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        if !self.session.is_empty() && !std::thread::panicking() {
+            self.ask("DELETE", &self.session, &json!({}));
+        }
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+#[test]
+fn who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place() {
+    let (stage, port) = with_port(Stage::new());
+    stage.refuse_curses();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("a curse");
+    let watcher = stage.start();
+    wait_until("the dead letter", SOON, || watcher.health()["queue"]["dead_letters"] == 1);
+    let Some(browser) = Browser::open(&stage, &format!("http://127.0.0.1:{port}/")) else { return };
+    let letter = || browser.value("document.querySelector('#letters button')?.id ?? ''");
+    wait_until("its button", SOON, || letter() != "");
+    let first = letter();
+    browser.press("#letters button");
+    wait_until("it is back under a new number", SOON, || letter() != first && letter() != "");
+    assert_eq!(browser.value("document.getElementById('letters').contains(document.activeElement)"), true);
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT no_swearing");
+    browser.press("#letters button");
+    wait_until("the row", SOON, || stage.database().texts() == ["a curse"]);
+    wait_until("the list is empty", SOON, || letter() == "");
+    assert_eq!(browser.value("document.getElementById('letters-none').checkVisibility()"), true);
+    assert_eq!(browser.value("document.activeElement.id"), "letters-title");
 }

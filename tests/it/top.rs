@@ -101,7 +101,7 @@ fn top_shows_what_goes_on_at_80_by_24_and_texts_only_when_asked_for() {
         "p50 ",
         "p99 ",
         "1 sessions, 1 files",
-        "no error",
+        "last write at ",
         "last events",
         "session_registered",
         "user",
@@ -117,7 +117,9 @@ fn top_shows_what_goes_on_at_80_by_24_and_texts_only_when_asked_for() {
     terminal.tmux(&["send-keys", "t"]);
     wait_until("the text is hidden", SOON, || !terminal.screen().contains("secret"));
     watcher.stop();
-    terminal.wait_for("NOT RUNNING");
+    let screen = terminal.wait_for("NOT RUNNING");
+    assert!(screen.contains("start it with") && screen.contains("scripts/run-watcher.sh"), "{screen}");
+    assert!(screen.contains("what stands below is of "), "{screen}");
     let again = stage.start();
     terminal.wait_for(&format!("pid {}", again.pid()));
     terminal.tmux(&["send-keys", "q"]);

@@ -454,11 +454,12 @@ pub async fn migrate(settings: &ConnectSettings) -> Result<Vec<String>, DeliverE
 /// What `check` wants to know of the database.
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
     let (client, _) = connect(settings, &Pooler::default()).await?;
-    let missing = match find_layout(&client, settings).await? {
-        Found::Complete(_) => Vec::new(),
-        Found::Missing(missing) => missing,
+    let (missing, unfit) = match find_layout(&client, settings).await? {
+        Found::Complete(layout) => (Vec::new(), limited(settings, layout::try_out(&client, &layout)).await.err()),
+        Found::Missing(missing) => (missing, None),
     };
-    let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&settings.events_table.quoted(), Type::TEXT)];
+    let table = &settings.events_table;
+    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&table.quoted(), Type::TEXT), (&table.schema, Type::TEXT)];
     let asked = std::time::Instant::now();
     let facts = async { client.query_typed(INSPECT_SQL, &parameters).await.map_err(|error| step_error(&error)) };
     let facts = limited(settings, facts).await?;
@@ -470,14 +471,17 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         version: row.get(0),
         version_number: row.get(1),
         missing,
+        unfit: unfit.map(|error| error.message),
         lacks: row.get::<_, Vec<String>>(2),
         may_create: row.get(3),
         is_read_only: row.get(4),
         clock_ahead: theirs.duration_since(ours),
+        schema_missing: row.get(6),
     })
 }
 
-/// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time.
+/// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time,
+/// whether the schema that the configuration names is missing. `$1`: the events table, `$2`: its schema or null.
 const INSPECT_SQL: &str = "
     SELECT current_setting('server_version'), current_setting('server_version_num')::int,
            ARRAY(SELECT needed.privilege || ' on ' || found.relid::regclass::text
@@ -493,12 +497,24 @@ const INSPECT_SQL: &str = "
                          (to_regclass(quote_ident(events.nspname) || '.event_sources')::oid, 'UPDATE')
                         ) AS needed(relid, privilege)
                   CROSS JOIN LATERAL (SELECT needed.relid) AS found
-                  WHERE found.relid IS NOT NULL AND NOT has_table_privilege(found.relid, needed.privilege)),
+                  WHERE found.relid IS NOT NULL AND NOT has_table_privilege(found.relid, needed.privilege)
+                 UNION ALL
+                 SELECT 'USAGE on ' || counter.name
+                   FROM (SELECT n.nspname, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                          WHERE c.oid = to_regclass($1)) AS events
+                  CROSS JOIN LATERAL (VALUES
+                         (pg_get_serial_sequence(events.oid::regclass::text, 'id')),
+                         (pg_get_serial_sequence(
+                            to_regclass(quote_ident(events.nspname) || '.event_sources')::text, 'id'))
+                        ) AS counter(name)
+                  WHERE counter.name IS NOT NULL AND NOT has_sequence_privilege(counter.name, 'USAGE, UPDATE')),
            COALESCE(has_schema_privilege(COALESCE(
                (SELECT relnamespace FROM pg_class WHERE oid = to_regclass($1)),
-               to_regnamespace(current_schema()::text)::oid), 'CREATE'), false),
+               CASE WHEN $2 IS NULL THEN to_regnamespace(current_schema()::text)::oid
+                    ELSE to_regnamespace(quote_ident($2))::oid END), 'CREATE'), false),
            current_setting('transaction_read_only') = 'on',
-           clock_timestamp()";
+           clock_timestamp(),
+           $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL";
 
 /// The database as `check` finds it.
 pub struct Inspection {
@@ -507,8 +523,12 @@ pub struct Inspection {
     pub version_number: i32,
     /// Names of tables that are not there.
     pub missing: Vec<String>,
+    /// Why events can't be stored in the tables though all are there: a column of another type, say.
+    pub unfit: Option<String>,
     /// Privileges that are needed and not there: `INSERT on events`.
     pub lacks: Vec<String>,
+    /// Whether the schema that the configuration names is not there.
+    pub schema_missing: bool,
     /// Whether missing tables may be created.
     pub may_create: bool,
     pub is_read_only: bool,

@@ -1,6 +1,7 @@
 //! The tables: finding them, creating what is missing, and the statements that fit them.
 
-use tokio_postgres::types::Type;
+use tokio_postgres::types::private::BytesMut;
+use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient};
 
 use super::verdict::step_error;
@@ -214,6 +215,36 @@ impl Layout {
         Type::INT4_ARRAY,
         Type::TEXT_ARRAY,
     ];
+}
+
+/// A null of whatever type.
+#[derive(Debug)]
+struct Null;
+
+impl ToSql for Null {
+    fn to_sql(&self, _: &Type, _: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(IsNull::Yes)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
+}
+
+/// Has the server plan the statement that stores events, and nothing more: whether the columns take what it gives them.
+/// A privilege that is lacking counts as fitting: it is found by its name.
+pub async fn try_out(client: &Client, layout: &Layout) -> Result<(), DeliverError> {
+    let parameters = Layout::FIRST_TYPES.map(|parameter| (&Null as &(dyn ToSql + Sync), parameter));
+    let Err(error) = client.query_typed(&format!("EXPLAIN {}", layout.first_sql), &parameters).await else {
+        return Ok(());
+    };
+    let error = step_error(&error);
+    match error.sqlstate.as_deref() {
+        Some("42501") => Ok(()),
+        _ => Err(error),
+    }
 }
 
 /// Creates what is missing, in one transaction; safe when several do it at once. Gives the names of what it made.
