@@ -150,6 +150,8 @@ where
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADER_FIELDS_MAX)
+        // A hook rings and is gone: what it asked for is done nevertheless.
+        .half_close(true)
         .serve_connection(TokioIo::new(io), service);
     // A connection that broke off, or that was too slow, is its caller's business.
     let _ = serving.await;

@@ -157,6 +157,19 @@ fn a_hook_rings_the_watcher_and_its_row_is_there_at_once() {
 }
 
 #[test]
+fn each_ring_is_heard_though_the_hook_is_gone_by_then() {
+    let mut stage = Stage::new();
+    stage.set("file_watcher.polling_interval", "60");
+    let watcher = stage.start();
+    watcher.wait_for_log("database connected");
+    for _ in 0..100 {
+        hook(&stage, input("Stop", json!({})));
+        wait_until("the watcher has heard of it", SOON, || spooled(&stage) == 0);
+    }
+    stage.wait_for_rows(100);
+}
+
+#[test]
 fn a_session_start_and_the_first_line_register_a_session_once_whichever_comes_first() {
     for hook_first in [true, false] {
         let stage = Stage::new();
