@@ -19,7 +19,7 @@ mod kill;
 mod model;
 mod speed;
 
-const SEED: &str = "HEADSPACE_TORTURE_SEED";
+const SEED: &str = "HEADSPACE_TEST_SEED";
 
 /// xorshift64*: enough to vary what happens.
 struct Random(u64);
