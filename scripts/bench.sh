@@ -18,7 +18,7 @@
 #   restart 20     kill -9 with 100,000 pending
 #   capture 220    a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
 #   idle 35        1,000 transcripts, nothing happens
-#   hook 5         wall time of Claude Code's hook
+#   hook 7         wall time of Claude Code's hook
 # and whatever else is in scripts/bench/ as PART.sh.
 #
 # Needs PostgreSQL's programs (scripts/dev-postgres.sh installs them where it may), Linux's /proc, and 8 GB of disk. All
