@@ -235,20 +235,15 @@ fn every_kind_of_line_and_file_gives_its_turns_and_nothing_else() {
     let stage = Stage::new();
     let mut main = stage.transcript("-home-me-app", 1);
     let mut expected = Vec::new();
-    let line = |text: &str, changes: Value| {
-        let mut line: Value = serde_json::from_str(&main.prompt(text)).unwrap();
+    let changed = |line: String, changes: Value| {
+        let mut line: Value = serde_json::from_str(&line).unwrap();
         for (key, value) in changes.as_object().unwrap() {
             line[key] = value.clone();
         }
         line.to_string() + "\n"
     };
-    let answer = |text: &str, changes: Value| {
-        let mut line: Value = serde_json::from_str(&main.answer(text)).unwrap();
-        for (key, value) in changes.as_object().unwrap() {
-            line[key] = value.clone();
-        }
-        line.to_string() + "\n"
-    };
+    let line = |text: &str, changes: Value| changed(main.prompt(text), changes);
+    let answer = |text: &str, changes: Value| changed(main.answer(text), changes);
     let content = |content: Value| json!({"message": {"role": "user", "content": content}});
     let mut lines = String::new();
     // The oldest version: neither branch nor prompt id, no reason for stopping.

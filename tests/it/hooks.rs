@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{Dice, SOON, Stage, project, rounds, signal, wait_until};
+use crate::stage::{Dice, SOON, Stage, Watcher, project, rounds, signal, wait_until};
 
 const SESSION: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -139,13 +139,18 @@ fn the_inputs_that_claude_code_documents_become_the_right_rows() {
     every_input_becomes_the_right_row(&inputs.lines().map(str::to_owned).collect::<Vec<_>>());
 }
 
-#[test]
-fn a_hook_rings_the_watcher_and_its_row_is_there_at_once() {
+/// A watcher that looks at the spool by itself so rarely that only a ring can be the reason.
+fn woken_by_rings_only() -> (Stage, Watcher) {
     let mut stage = Stage::new();
-    // So long that only the ring can be the reason.
     stage.set("file_watcher.polling_interval", "60");
     let watcher = stage.start();
     watcher.wait_for_log("database connected");
+    (stage, watcher)
+}
+
+#[test]
+fn a_hook_rings_the_watcher_and_its_row_is_there_at_once() {
+    let (stage, _watcher) = woken_by_rings_only();
     let begun = Instant::now();
     hook(&stage, input("Stop", json!({})));
     stage.wait_for_rows(1);
@@ -158,10 +163,7 @@ fn a_hook_rings_the_watcher_and_its_row_is_there_at_once() {
 
 #[test]
 fn each_ring_is_heard_though_the_hook_is_gone_by_then() {
-    let mut stage = Stage::new();
-    stage.set("file_watcher.polling_interval", "60");
-    let watcher = stage.start();
-    watcher.wait_for_log("database connected");
+    let (stage, _watcher) = woken_by_rings_only();
     for _ in 0..100 {
         hook(&stage, input("Stop", json!({})));
         wait_until("the watcher has heard of it", SOON, || spooled(&stage) == 0);

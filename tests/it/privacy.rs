@@ -103,14 +103,12 @@ fn whatever_writes_makes_files_that_are_private_from_birth() {
     let stage = Stage::with(None);
     let begin = |arguments: &[&str]| -> Child {
         // Under a umask that would let everybody in. Its stdin stays open: it runs on.
-        let mut command = stage.command(arguments);
-        let program = command.get_program().to_owned();
+        let program = stage.command(arguments).get_program().to_owned();
         let mut shell = std::process::Command::new("sh");
         shell.args(["-c", "umask 000; exec \"$0\" \"$@\""]).arg(program).args(arguments);
         shell.current_dir(stage.folder()).env_clear().env("PATH", "/usr/bin:/bin");
         shell.env("HOME", stage.folder().join("home"));
-        command = shell;
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     };
     let each = [&["hook"][..], &["emit", "--ndjson"], &["run"]];
     for arguments in each {
