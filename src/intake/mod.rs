@@ -130,8 +130,13 @@ impl Intake {
         !self.closings.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
-    fn take_closings(&self) -> BTreeMap<Uuid, Timestamp> {
-        std::mem::take(&mut *self.closings.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Takes them; if there are any, `first` is called before [`Intake::has_closings`] can say that there are none.
+    fn take_closings(&self, first: impl FnOnce()) -> BTreeMap<Uuid, Timestamp> {
+        let mut closings = self.closings.lock().unwrap_or_else(PoisonError::into_inner);
+        if !closings.is_empty() {
+            first();
+        }
+        std::mem::take(&mut *closings)
     }
 }
 

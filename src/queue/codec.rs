@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! offset  size  field
-//!      0     1  version of the layout, by kind: 1; 2 for cursors
+//!      0     1  version of the layout, by kind: 1; 2 for cursors and counters
 //!      1     1  kind: 1 event, 2 input, 3 letter, 4 cursor, 5 counters
 //!      2     4  length of the body, u32 little endian
 //!      6     4  crc32 (IEEE) over bytes 0..6 and the body, u32 little endian
@@ -23,10 +23,11 @@ use std::path::{Path, PathBuf};
 use bincode::{BorrowDecode, Encode};
 use thiserror::Error;
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::event::{
     Cursor, Event, EventId, EventParts, EventType, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
-    Rejection, SessionState, Timestamp,
+    Rejection, Sequence, SessionState, Timestamp,
 };
 
 /// Bytes before the body.
@@ -81,14 +82,14 @@ impl Kind {
     /// program goes on to understand the kinds that did not change.
     pub const fn version(self) -> u8 {
         match self {
-            Kind::Cursor => 2,
-            Kind::Event | Kind::Input | Kind::Letter | Kind::Counters => 1,
+            Kind::Cursor | Kind::Counters => 2,
+            Kind::Event | Kind::Input | Kind::Letter => 1,
         }
     }
 }
 
 /// The queue's own numbers, written with every change: what opening needs to know without reading the rest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, BorrowDecode)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Counters {
     /// The number the next event or rejection gets. Whatever is stored at this number or above was never committed.
     pub next_sequence: u64,
@@ -98,12 +99,50 @@ pub struct Counters {
     pub dead_letters: u64,
     /// Encoded bytes of what the dead letters hold.
     pub dead_letter_bytes: u64,
+    /// Which events are pending, as a sum over a hash of their numbers: with it one that vanished and one that came back
+    /// don't make up for each other. `None` where a program wrote it that did not know it yet.
+    pub pending_checksum: Option<u64>,
 }
 
 impl Counters {
     pub fn new(next_sequence: u64) -> Self {
-        Counters { next_sequence, pending: 0, pending_bytes: 0, dead_letters: 0, dead_letter_bytes: 0 }
+        Counters {
+            next_sequence,
+            pending: 0,
+            pending_bytes: 0,
+            dead_letters: 0,
+            dead_letter_bytes: 0,
+            pending_checksum: Some(0),
+        }
     }
+
+    /// Counts a pending event whose record has `bytes` bytes.
+    pub fn add_event(&mut self, sequence: Sequence, bytes: u64) {
+        self.pending += 1;
+        self.pending_bytes += bytes;
+        self.pending_checksum = self.pending_checksum.map(|sum| sum.wrapping_add(hash(sequence)));
+    }
+
+    /// Counts a pending event no more.
+    pub fn remove_event(&mut self, sequence: Sequence, bytes: u64) {
+        self.pending = self.pending.saturating_sub(1);
+        self.pending_bytes = self.pending_bytes.saturating_sub(bytes);
+        if self.pending == 0 {
+            // A damaged length can have put it out of step.
+            self.pending_bytes = 0;
+        }
+        self.pending_checksum = self.pending_checksum.map(|sum| sum.wrapping_sub(hash(sequence)));
+    }
+
+    /// Whether both speak of the same events, and of as many dead letters.
+    pub fn agrees_with(&self, other: &Counters) -> bool {
+        (self.pending, self.pending_checksum, self.dead_letters)
+            == (other.pending, other.pending_checksum, other.dead_letters)
+    }
+}
+
+fn hash(sequence: Sequence) -> u64 {
+    xxh3_64(&sequence.get().to_le_bytes())
 }
 
 /// What lies in the record beside a letter.
@@ -205,6 +244,23 @@ struct CursorBody2<'a> {
     last_activity: Option<i128>,
     ended_through: Option<i128>,
     process: Option<u32>,
+}
+
+/// The counters in layout 1, and the beginning of those in layout 2.
+#[derive(Encode, BorrowDecode)]
+struct CountersBody {
+    next_sequence: u64,
+    pending: u64,
+    pending_bytes: u64,
+    dead_letters: u64,
+    dead_letter_bytes: u64,
+}
+
+/// The counters in layout 2.
+#[derive(Encode, BorrowDecode)]
+struct CountersBody2 {
+    counters: CountersBody,
+    pending_checksum: Option<u64>,
 }
 
 pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
@@ -359,11 +415,21 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
 }
 
 pub fn encode_counters(counters: &Counters) -> Result<Vec<u8>, CodecError> {
-    encode(Kind::Counters, counters, 64)
+    let &Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum } =
+        counters;
+    let counters = CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes };
+    encode(Kind::Counters, &CountersBody2 { counters, pending_checksum }, 64)
 }
 
+/// In layout 1 the checksum is not known.
 pub fn decode_counters(record: &[u8]) -> Result<Counters, CodecError> {
-    decode(Kind::Counters, record)
+    let CountersBody2 { counters, pending_checksum } = if record.first() == Some(&1) {
+        CountersBody2 { counters: decode(Kind::Counters, record)?, pending_checksum: None }
+    } else {
+        decode(Kind::Counters, record)?
+    };
+    let CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes } = counters;
+    Ok(Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum })
 }
 
 /// Length of the whole record, header included, that begins with `head`.
@@ -518,7 +584,14 @@ mod tests {
 
     #[test]
     fn kinds_that_did_not_change_are_written_in_their_old_layout() {
-        assert_eq!(encode_counters(&Counters::new(1)).unwrap()[0], 1);
+        let rejection = Rejection {
+            failure: Failure { kind: FailureKind::Unreadable, message: String::new(), sqlstate: None },
+            event_type: None,
+            origin: Origin::Http,
+            bytes: Vec::new(),
+        };
+        assert_eq!(encode_input(&rejection, b"").unwrap()[0], 1);
         assert_eq!(encode_cursor(Path::new("/a"), &cursor()).unwrap()[0], 2);
+        assert_eq!(encode_counters(&Counters::new(1)).unwrap()[0], 2);
     }
 }

@@ -5,7 +5,7 @@
 //! <path>/CURRENT      "format 1\nsled-<n>\n": replaced by renaming, so it is always whole
 //! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
-//! <path>/DAMAGED      set when a running queue met damage: the next opening reads all, and starts anew if it can't
+//! <path>/DAMAGED      set when a running queue met damage: the next opening reads and counts all, and starts anew if it can't
 //! <path>/REREAD       set when a single record could not be read: the next opening forgets the cursors
 //! <path>.damaged-<UTC time>/   a folder that could not be opened, kept as it was
 //! <path>.salvaged/             what takes its place, while it is being made
@@ -14,6 +14,10 @@
 //! HIGHEST costs one small write and tells what nothing else can: that the log came back shorter than it was
 //! acknowledged to be (a disk that lies about syncing, a restored copy, a file cut by a repair of the file system).
 //! sled takes such a log for a whole one.
+//!
+//! Bytes that were overwritten in the log can make sled pass over the piece of a page that stood there, without a word:
+//! an event is gone, or a delivered one is back. So opening counts what is there where that is quickly done, a running
+//! queue looks when it has drained, and where the events are not those of the counters all cursors are forgotten.
 //!
 //! sled's files never shrink. When they are large and little is pending, the writer makes generation n + 1, copies all
 //! there is, syncs it, renames CURRENT and removes generation n. Every step may be the last one of a process: until the
@@ -43,6 +47,12 @@ const DAMAGED_MARK: &str = "DAMAGED";
 
 const REREAD_MARK: &str = "REREAD";
 
+/// Why a queue ends whose counters speak of events that are not there.
+pub const EVENTS_MISSING: &str = "events that were waiting are not in its files any more; the next start counts them and reads the transcripts again";
+
+/// Bytes of events and dead letters up to which opening counts them all: some milliseconds.
+const COUNTED_BYTES_MAX: u64 = 4 << 20;
+
 /// Keys removed in one batch when left-overs of a crash are cleared.
 const CLEAR_KEYS_MAX: usize = 1024;
 
@@ -69,8 +79,11 @@ pub enum Repair {
     CursorsForgotten,
     /// The log is shorter than it was: what had been acknowledged from `from` to `to` is gone.
     LogCut { from: u64, to: u64 },
-    /// The counters could not be read and were counted anew.
+    /// The counters could not be read and were counted anew; all files are to be read from their beginning.
     CountersRebuilt { cause: String },
+    /// The events that wait, or the dead letters, are not those that were taken in; all files are to be read from their
+    /// beginning.
+    EventsMissing { expected: u64, found: u64 },
     /// The queue could not be read: it was moved away and a new one was started.
     QueueSetAside { to: PathBuf, cause: String, salvaged: u64 },
 }
@@ -78,7 +91,13 @@ pub enum Repair {
 impl Repair {
     /// Whether something may be missing now: somebody should look.
     pub fn is_loss(&self) -> bool {
-        matches!(self, Repair::QueueSetAside { .. } | Repair::CountersRebuilt { .. } | Repair::LogCut { .. })
+        matches!(
+            self,
+            Repair::QueueSetAside { .. }
+                | Repair::CountersRebuilt { .. }
+                | Repair::LogCut { .. }
+                | Repair::EventsMissing { .. }
+        )
     }
 }
 
@@ -110,7 +129,15 @@ impl fmt::Display for Repair {
                     "a record was not readable and is a dead letter; transcripts are read again from their beginning"
                 )
             }
-            Repair::CountersRebuilt { cause } => write!(f, "counted the queue anew: {cause}"),
+            Repair::CountersRebuilt { cause } => write!(
+                f,
+                "counted the queue anew ({cause}); something may be missing: transcripts are read again from their beginning"
+            ),
+            Repair::EventsMissing { expected, found } => write!(
+                f,
+                "the disk changed what it had confirmed: {expected} events should be waiting, {found} are there, or they \
+                 are not the same, or dead letters are missing; transcripts are read again from their beginning"
+            ),
             Repair::QueueSetAside { to, cause, salvaged } => write!(
                 f,
                 "queue was not readable ({cause}); kept it in {}, started a new one, salvaged {salvaged} events; \
@@ -220,10 +247,9 @@ fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> 
     let io = |error: io::Error| Failed::Queue(storage(path, &error));
     let damage = |error: StoreError| failed(path, error);
     let (store, generation, mut counters) = open_current(path, repairs)?;
-    if path.join(DAMAGED_MARK).exists() {
+    let damaged = path.join(DAMAGED_MARK).exists();
+    if damaged {
         read_all(&store).map_err(damage)?;
-        fs::remove_file(path.join(DAMAGED_MARK)).map_err(io)?;
-        repairs.push(Repair::Reread);
     }
     let mark = Mark::open(path).map_err(io)?;
     if mark.written >= counters.next_sequence {
@@ -241,8 +267,38 @@ fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> 
         repairs.push(Repair::CursorsForgotten);
     }
     let oldest = reader::oldest(&store, 1, counters.next_sequence - 1).map_err(damage)?;
+    let suspicious = damaged || repairs.iter().any(Repair::is_loss) || (oldest.is_none() && counters.pending > 0);
+    let bytes = counters.pending_bytes.saturating_add(counters.dead_letter_bytes);
+    if suspicious || bytes <= COUNTED_BYTES_MAX || counters.pending_checksum.is_none() {
+        counters = count(&store, counters, repairs).map_err(damage)?;
+    }
+    if damaged {
+        fs::remove_file(path.join(DAMAGED_MARK)).map_err(io)?;
+        repairs.push(Repair::Reread);
+    }
     let newest = reader::newest(&store, &counters).map_err(damage)?;
     Ok(Recovered { mark, store, generation, counters, oldest, newest })
+}
+
+/// Counts everything in `store`, and puts right what its counters say differently.
+fn count(store: &Store, counters: Counters, repairs: &mut Vec<Repair>) -> Result<Counters, StoreError> {
+    let reader::Counted { counters: counted, unreadable } = reader::recount(store, counters.next_sequence)?;
+    if unreadable {
+        // Whoever reads that block sets it aside, counts then, and has the cursors forgotten.
+        return Ok(counters);
+    }
+    let expected = Counters { pending_checksum: counters.pending_checksum.or(counted.pending_checksum), ..counters };
+    if !counted.agrees_with(&expected) {
+        // Durable before the counters, which would hide it.
+        forget_cursors(store)?;
+        repairs.push(Repair::EventsMissing { expected: expected.pending, found: counted.pending });
+    }
+    if !counted.agrees_with(&counters) {
+        write_counters(store, &counted)?;
+        store.sync()?;
+        return Ok(counted);
+    }
+    Ok(counters)
 }
 
 /// A queue's folder, opened to be looked at.
@@ -275,7 +331,7 @@ pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
         let (store, _) = Store::open(&folder)?;
         let counters = match read_counters(&store)? {
             Ok(counters) => counters,
-            Err(_) => reader::recount(&store, 1)?,
+            Err(_) => reader::recount(&store, 1)?.counters,
         };
         let oldest = reader::oldest(&store, 1, counters.next_sequence.saturating_sub(1))?;
         Ok((store, counters, oldest))
@@ -472,8 +528,10 @@ fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> R
         Ok(counters) => counters,
         Err(error) => {
             repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
+            // Nothing says any more whether all is there. Durable before the counters, which would hide it.
+            forget_cursors(&store).map_err(|error| failed(path, error))?;
             reader::recount(&store, unused_sequence())
-                .and_then(|counters| write_counters(&store, &counters).map(|()| counters))
+                .and_then(|counted| write_counters(&store, &counted.counters).map(|()| counted.counters))
                 .map_err(|error| failed(path, error))?
         }
     };

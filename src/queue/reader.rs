@@ -251,21 +251,29 @@ pub fn uncommitted(
     Ok(())
 }
 
-/// Counters of a store whose own can't be read: counts everything there is. Numbers from `next_sequence` on are new.
-pub fn recount(store: &Store, next_sequence: u64) -> Result<Counters, StoreError> {
+/// What counting everything in a store gave.
+pub struct Counted {
+    pub counters: Counters,
+    /// Whether a block could not be read, so that nobody knows how many events it holds; it counts as one.
+    pub unreadable: bool,
+}
+
+/// Counts everything there is. Numbers from `next_sequence` on are new.
+pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError> {
     let mut counters = Counters::new(next_sequence);
+    let mut unreadable = false;
     for pair in store.range(store::prefix_range(b'e'))? {
         let (key, value) = pair?;
         let Ok(entries) = block::entries(&value) else {
             // Will be found and set aside as one.
+            unreadable = true;
             counters.pending += 1;
             counters.pending_bytes += value.len() as u64;
             counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
             continue;
         };
         for (sequence, part) in entries {
-            counters.pending += 1;
-            counters.pending_bytes += codec::record_bytes(part).unwrap_or(part.len()) as u64;
+            counters.add_event(sequence, codec::record_bytes(part).unwrap_or(part.len()) as u64);
             counters.next_sequence = counters.next_sequence.max(sequence.get() + 1);
         }
     }
@@ -278,5 +286,5 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counters, StoreError
         }
         counters.next_sequence = counters.next_sequence.max(sequence + 1);
     }
-    Ok(counters)
+    Ok(Counted { counters, unreadable })
 }

@@ -122,8 +122,7 @@ impl Salvage<'_> {
         for (index, chunk) in (1..).zip(rest.chunks(CHUNK_BYTES)) {
             self.changes.insert(&store::chunk_key(sequence.get(), index), chunk);
         }
-        self.counters.pending += 1;
-        self.counters.pending_bytes += record.len() as u64;
+        self.counters.add_event(sequence, record.len() as u64);
         self.counters.next_sequence += 1;
         self.events += 1;
         Ok(())

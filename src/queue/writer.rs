@@ -327,8 +327,7 @@ impl Writer {
                 self.stage.close_tail();
             }
             self.stage.tail.add(sequence, part.to_vec());
-            next.pending += 1;
-            next.pending_bytes += record.len() as u64;
+            next.add_event(sequence, record.len() as u64);
             accepted.sequences.push(sequence);
         }
         for rejection in &batch.rejections {
@@ -442,12 +441,7 @@ impl Writer {
         };
         self.oldest_unknown = true;
         let mut next = self.counters;
-        next.pending = next.pending.saturating_sub(1);
-        next.pending_bytes = next.pending_bytes.saturating_sub(stored_bytes(&part));
-        if next.pending == 0 {
-            // A damaged length can have put it out of step.
-            next.pending_bytes = 0;
-        }
+        next.remove_event(sequence, stored_bytes(&part));
         self.commit(next);
         Ok(Some(part))
     }
@@ -490,8 +484,13 @@ impl Writer {
         self.bury(sequence, value, letter)?;
         self.apply_stage()?;
         // How many events it held is not known either: all others are counted.
-        let counted = reader::recount(&self.store, 1)?;
-        self.commit(Counters { pending: counted.pending, pending_bytes: counted.pending_bytes, ..self.counters });
+        let reader::Counted { counters: counted, .. } = reader::recount(&self.store, 1)?;
+        self.commit(Counters {
+            pending: counted.pending,
+            pending_bytes: counted.pending_bytes,
+            pending_checksum: counted.pending_checksum,
+            ..self.counters
+        });
         self.oldest_unknown = true;
         Ok(())
     }
@@ -621,6 +620,13 @@ impl Writer {
             _ => reader::oldest(&self.store, first, last)?,
         };
         self.oldest_unknown = false;
+        // Here it costs nothing to ask whether all that was taken in has come out: the numbers of a queue that was drained
+        // are those of an empty one, else an event vanished, or a delivered one came back. Opening counts, and puts it right.
+        if self.counters.pending == 0 && self.counters.pending_checksum.is_some_and(|sum| sum != 0)
+            || self.counters.pending > 0 && oldest.is_none()
+        {
+            return Err(StoreError::Corrupt(folder::EVENTS_MISSING.into()));
+        }
         let mut state = self.shared.state();
         state.stats.oldest = oldest;
         state.first_pending = oldest.map_or(self.counters.next_sequence, |(sequence, _)| sequence.get());

@@ -240,10 +240,7 @@ impl Follower {
     /// Looks at every transcript. Gives those with more to read.
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
-        if self.intake.has_closings() {
-            self.doorbell.set_idle(false);
-        }
-        self.closings.extend(self.intake.take_closings());
+        self.closings.extend(self.intake.take_closings(|| self.doorbell.set_idle(false)));
         let open = sessions::open_sessions(&self.config.projects.with_file_name("sessions"));
         let (mut paths, fresh, is_there) = self.discover();
         let vanished = if is_there { self.vanished(&paths) } else { Vec::new() };

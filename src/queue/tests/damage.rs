@@ -200,9 +200,114 @@ fn counters_that_cannot_be_read_are_counted_anew() {
     let (queue, recovery) = Queue::open(&fixture.config).unwrap();
     assert!(matches!(recovery.repairs[..], [Repair::CountersRebuilt { .. }]), "{:?}", recovery.repairs);
     assert_eq!((recovery.pending, recovery.dead_letters), (10, 1));
+    assert_eq!(queue.cursors().unwrap(), [], "nothing tells whether all is there");
     assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 1_000_000);
     queue.close().unwrap();
     assert_eq!(fixture.open().stats().pending, 11);
+}
+
+/// Takes the block of the pending event `number` away, as sled does with a piece of a page that was overwritten.
+fn lose(store: &Store, changes: &mut Changes, number: u64) {
+    let (key, _) = reader::block(store, sequence(number)).unwrap().unwrap();
+    changes.remove(&store::block_key(key));
+}
+
+fn missing(recovery: &Recovery) -> (u64, u64) {
+    match recovery.repairs[..] {
+        [Repair::EventsMissing { expected, found }] => (expected, found),
+        _ => panic!("{:?}", recovery.repairs),
+    }
+}
+
+#[test]
+fn events_that_vanished_are_noticed_and_their_files_read_again() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    tamper(&fixture, |store, changes| lose(store, changes, 1));
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    let (expected, found) = missing(&recovery);
+    assert_eq!(expected, 10);
+    assert_eq!((found, recovery.pending), (everything(&queue).len() as u64, found));
+    assert!(found < 10);
+    assert!(recovery.repairs[0].is_loss());
+    assert_eq!(queue.cursors().unwrap(), []);
+    queue.settle(delivered(1..=10)).unwrap();
+    assert_eq!((queue.stats().pending, queue.stats().pending_bytes), (0, 0));
+    queue.close().unwrap();
+    fixture.open();
+}
+
+#[test]
+fn one_that_vanished_and_one_that_came_back_do_not_make_up_for_each_other() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    // A block each.
+    for number in 0..4 {
+        queue.append(Batch { events: vec![event(number, 900)], ..Batch::default() }).unwrap();
+    }
+    let first = queue.handle.shared.store().unwrap().get(&store::block_key(1)).unwrap().unwrap();
+    queue.settle(delivered([1])).unwrap();
+    queue.close().unwrap();
+    tamper(&fixture, |store, changes| {
+        changes.insert(&store::block_key(1), &first);
+        lose(store, changes, 3);
+    });
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(missing(&recovery), (3, 3));
+    assert_eq!(numbers(&everything(&queue)), [1, 2, 4]);
+}
+
+#[test]
+fn a_dead_letter_that_vanished_is_noticed() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    tamper(&fixture, |_, changes| changes.remove(&store::letter_key(11)));
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(missing(&recovery), (10, 10));
+    assert_eq!((recovery.dead_letters, queue.cursors().unwrap().len()), (0, 0));
+}
+
+#[test]
+fn a_backlog_too_large_to_be_counted_at_opening_is_counted_when_it_has_drained() {
+    for back in [false, true] {
+        let fixture = Fixture::new();
+        let queue = fixture.open();
+        queue.append(batch(9000..9001)).unwrap();
+        let first = queue.handle.shared.store().unwrap().get(&store::block_key(1)).unwrap().unwrap();
+        queue.settle(delivered([1])).unwrap();
+        let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
+        queue.append(Batch { cursors, ..batch(0..5000) }).unwrap();
+        queue.close().unwrap();
+        tamper(&fixture, |store, changes| match back {
+            // With one more than is counted the last one would never be shown.
+            true => changes.insert(&store::block_key(1), &first),
+            false => lose(store, changes, 3000),
+        });
+        fixture.open().close().unwrap();
+        let (found, cursor, repairs) = drain_after_damage(&fixture);
+        let kept: std::collections::BTreeSet<_> = found.iter().map(|envelope| envelope.sequence.get()).collect();
+        assert_eq!(back, (2..=5001).all(|number| kept.contains(&number)), "an event that was never shown");
+        let noticed = repairs.iter().any(|repair| matches!(repair, Repair::EventsMissing { .. }));
+        assert!(noticed && cursor.is_none(), "{back}: {repairs:?}, {cursor:?}");
+        fixture.open();
+    }
+}
+
+#[test]
+fn a_queue_of_the_first_version_is_counted_once() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    tamper(&fixture, |store, changes| {
+        let counters = folder::read_counters(store).unwrap().unwrap();
+        let unchecked = Counters { pending_checksum: None, ..counters };
+        changes.insert(&store::counters_key(), &codec::encode_counters(&unchecked).unwrap());
+    });
+    let queue = fixture.open();
+    assert_eq!(everything(&queue).len(), 10);
+    assert_eq!(queue.cursors().unwrap().len(), 1);
+    queue.close().unwrap();
+    let (store, _) = Store::open(&fixture.generation()).unwrap();
+    assert!(folder::read_counters(&store).unwrap().unwrap().pending_checksum.is_some());
 }
 
 #[test]
@@ -213,7 +318,7 @@ fn a_newer_queue_is_refused_and_left_alone() {
     counters[0] = codec::Kind::Counters.version() + 1;
     tamper(&fixture, |_, changes| changes.insert(&store::counters_key(), &counters));
     let error = Queue::open(&fixture.config).unwrap_err();
-    assert!(matches!(error, QueueError::TooNew { found: 2, supported: 1, .. }), "{error}");
+    assert!(matches!(error, QueueError::TooNew { found: 3, supported: 2, .. }), "{error}");
     let current = fixture.config.path.join("CURRENT");
     fs::write(&current, "format 9\nsomething else\n").unwrap();
     assert!(matches!(Queue::open(&fixture.config), Err(QueueError::TooNew { found: 9, .. })));
@@ -285,17 +390,24 @@ fn others_cannot_read_the_queue() {
     }
 }
 
-/// Everything the queue gives once it can be read to its end: each attempt but the last ended as a process would.
-fn read_after_damage(fixture: &Fixture) -> (Vec<Envelope>, Option<Cursor>, Vec<Repair>) {
+/// Everything the queue gives until it is drained, and the cursor that then stays: each attempt but the last ended as a
+/// process would.
+fn drain_after_damage(fixture: &Fixture) -> (Vec<Envelope>, Option<Cursor>, Vec<Repair>) {
     let mut repairs = Vec::new();
+    let mut all: Vec<Envelope> = Vec::new();
     for _ in 0..4 {
         let (queue, recovery) = Queue::open(&fixture.config).unwrap();
         repairs.extend(recovery.repairs);
-        let mut all: Vec<Envelope> = Vec::new();
         let read = loop {
-            match queue.window(all.last().map(|envelope| envelope.sequence), 1000, u64::MAX) {
+            match queue.window(None, 1000, u64::MAX) {
                 Ok(window) if window.is_empty() => break queue.cursors(),
-                Ok(window) => all.extend(window),
+                Ok(window) => {
+                    let settled = delivered(window.iter().map(|envelope| envelope.sequence.get()));
+                    all.extend(window);
+                    if let Err(error) = queue.settle(settled) {
+                        break Err(error);
+                    }
+                }
                 Err(error) => break Err(error),
             }
         };
@@ -355,7 +467,7 @@ fn bytes_overwritten_anywhere_lose_no_event_that_its_cursor_has_passed() {
             bytes.truncate(random.below(bytes.len() as u64) as usize);
         }
         fs::write(&target, bytes).unwrap();
-        let (found, cursor, repairs) = read_after_damage(&fixture);
+        let (found, cursor, repairs) = drain_after_damage(&fixture);
         let found: std::collections::BTreeSet<_> = found.iter().map(|envelope| envelope.event.id()).collect();
         let passed = cursor.map_or(0, |cursor| cursor.offset);
         let lost: Vec<u64> = (settled..passed).filter(|&number| !found.contains(&event(number, 0).id())).collect();

@@ -12,6 +12,7 @@ const CURSOR: &str = "010443000000f0565ca705000000000000002f742fc3a9010000000000
 const CURSOR_2: &str = "020447000000334a764f05000000000000002f742fc3a90100000000000000020000000000000007000000000000006300000000000000010d000000000000002f686f6d652f736f6d656f6e6500000000";
 const COUNTERS: &str =
     "01052800000016ee0145090000000000000005000000000000005c1100000000000003000000000000004d00000000000000";
+const COUNTERS_2: &str = "0205310000001df6ae5c090000000000000005000000000000005c1100000000000003000000000000004d00000000000000010403020100000000";
 const BLOCK: &str = "0102000000000000000300030000000000000005000161626364";
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -52,10 +53,21 @@ fn version_1_is_written_and_read_as_it_always_was() {
     assert_eq!(hex(&codec::encode_cursor(path, &cursor(7)).unwrap()), CURSOR_2);
     assert_eq!(codec::decode_cursor(&bytes(CURSOR_2)).unwrap(), (path.to_owned(), cursor(7)));
 
-    let counters =
-        Counters { next_sequence: 9, pending: 5, pending_bytes: 4444, dead_letters: 3, dead_letter_bytes: 77 };
-    assert_eq!(hex(&codec::encode_counters(&counters).unwrap()), COUNTERS);
-    assert_eq!(codec::decode_counters(&bytes(COUNTERS)).unwrap(), counters);
+    let counters = Counters {
+        next_sequence: 9,
+        pending: 5,
+        pending_bytes: 4444,
+        dead_letters: 3,
+        dead_letter_bytes: 77,
+        pending_checksum: Some(0x0102_0304),
+    };
+    let without = Counters { pending_checksum: None, ..counters };
+    assert_eq!(codec::decode_counters(&bytes(COUNTERS)).unwrap(), without);
+    assert_eq!(hex(&codec::encode_counters(&counters).unwrap()), COUNTERS_2);
+    assert_eq!(codec::decode_counters(&bytes(COUNTERS_2)).unwrap(), counters);
+    let mut one = Counters::new(9);
+    one.add_event(sequence(8), 1);
+    assert_eq!(one.pending_checksum, Some(11_671_990_019_772_833_022), "the hash is on disk, too");
 
     let mut block = block::Block::default();
     block.add(sequence(3), b"abc".to_vec());
