@@ -266,7 +266,8 @@ impl<S: Sink> Drainer<S> {
             // What was refused is only ever judged once all before it is settled.
             (Some(error), Some(envelope)) if durable => Some(self.after_failure(envelope, error, &mut outcomes)),
             (Some(error), _) => Some(self.after_outage(&error)),
-            (None, _) => {
+            (None, Some(_)) => Some(Duration::ZERO),
+            (None, None) => {
                 self.backoff.reset();
                 self.passing = 0;
                 None

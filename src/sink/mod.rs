@@ -43,7 +43,8 @@ pub struct Delivery {
     pub done: Vec<Delivered>,
     /// Whether all of `done`, and everything done before it, is on the server's disk. Else it must not be forgotten yet.
     pub durable: bool,
-    /// Why the envelope after the last of `done` was not stored. `None` when all were.
+    /// Why the envelope after the last of `done` was not stored. `None` when all were, or when those that are not done
+    /// are to be delivered again at once.
     pub failure: Option<DeliverError>,
 }
 
@@ -51,6 +52,11 @@ impl Delivery {
     /// Nothing was stored, or nobody knows what was.
     pub fn failed(failure: DeliverError) -> Self {
         Delivery { done: Vec::new(), durable: false, failure: Some(failure) }
+    }
+
+    /// Nobody knows what was stored, and it is no failure yet: the same envelopes are to be delivered again.
+    pub fn to_be_repeated() -> Self {
+        Delivery { done: Vec::new(), durable: false, failure: None }
     }
 }
 

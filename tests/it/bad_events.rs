@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, wait_until};
+use crate::stage::{Database, SOON, Stage, wait_until};
 
 /// A stage whose table refuses events in many ways, by their text.
 fn strict() -> Stage {
@@ -75,6 +75,50 @@ fn each_is_tried_so_often_then_set_aside_with_its_cause_and_the_next_goes_on() {
     }
     let log = watcher.log();
     assert!(!log.contains("my secret") && !log.contains("99999999999"), "the log holds text of a payload");
+}
+
+#[test]
+fn one_in_the_middle_of_a_backlog_is_found() {
+    let stage = strict();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut expected = vec!["first".to_owned()];
+    let mut lines = String::new();
+    for number in 0..90 {
+        let text = match number {
+            20 => "rude".to_owned(),
+            50 => "project 42".to_owned(),
+            _ => format!("good {number}"),
+        };
+        lines += &(transcript.prompt(&text) + "\n");
+        if ![20, 50].contains(&number) {
+            expected.push(text);
+        }
+    }
+    transcript.append(lines);
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), expected);
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    let shown: Vec<_> = letters.iter().map(|letter| (letter["sqlstate"].clone(), letter["attempts"].clone())).collect();
+    assert_eq!(shown, [("23514".into(), 3.into()), ("23503".into(), 3.into())]);
+    assert_eq!(stage.database().value("SELECT count(*) FROM event_receipts WHERE seen_again_at IS NOT NULL"), "0");
+}
+
+#[test]
+fn one_in_the_middle_of_a_backlog_that_the_server_can_not_even_read_is_found() {
+    let owner = Database::new();
+    let name = format!("latin_{}", uuid::Uuid::now_v7().simple());
+    owner.query(&format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"));
+    let url = owner.url.replace(&owner.value("SELECT current_database()"), &name);
+    let stage = Stage::with(Some(Database { url }));
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many("before", 40);
+    transcript.say("a crab \u{1f980}");
+    texts.extend(transcript.say_many("after", 40));
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    assert_eq!(letters.len(), 1, "{letters:?}");
+    assert_eq!((&letters[0]["sqlstate"], &letters[0]["attempts"]), (&"22P05".into(), &3.into()));
 }
 
 #[test]

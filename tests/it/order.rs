@@ -10,7 +10,7 @@ use headspace_watcher::telemetry::Metrics;
 use tokio::sync::watch;
 
 use crate::inside::{self, CancelledAt, assert_stored};
-use crate::stage::{Database, SOON, Stage};
+use crate::stage::{Database, SOON, Server, Stage, wait_until};
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
@@ -68,11 +68,18 @@ fn transactions_that_fail_in_the_middle_of_a_window_keep_the_order_whatever_the_
     assert_eq!(letters[0]["sqlstate"], "23514");
 }
 
+/// Events in a window that goes one statement at a time, and in one that goes by one call.
+const SIZES: [usize; 2] = [8, 40];
+
 #[test]
 fn a_deadlock_and_a_lock_that_is_not_given_are_waited_out() {
+    SIZES.into_iter().for_each(locks_are_waited_out);
+}
+
+fn locks_are_waited_out(size: usize) {
     let database = Database::new();
     let runtime = runtime();
-    let texts = inside::texts("line", 8);
+    let texts = inside::texts("line", size);
     let envelopes = inside::envelopes(&texts, 1);
     let place = Place { after: None, durable: true };
     let sink = inside::sink(&format!("{}&options=-c%20deadlock_timeout%3D50ms", database.url));
@@ -128,12 +135,16 @@ async fn connect(database: &Database) -> tokio_postgres::Client {
 
 #[test]
 fn a_delivery_cut_off_at_any_await_loses_and_doubles_nothing() {
+    SIZES.into_iter().for_each(cut_off_loses_nothing);
+}
+
+fn cut_off_loses_nothing(size: usize) {
     let database = Database::new();
     let runtime = runtime();
     let (sink, mut texts) = (inside::sink(&database.url), Vec::new());
     let mut waits = 0;
     loop {
-        let window = inside::texts(&format!("cut off at wait {waits}, line"), 4);
+        let window = inside::texts(&format!("cut off at wait {waits}, line"), size);
         let envelopes = inside::envelopes(&window, texts.len() as u64 + 1);
         texts.extend(window);
         let place = Place { after: None, durable: true };
@@ -141,7 +152,7 @@ fn a_delivery_cut_off_at_any_await_loses_and_doubles_nothing() {
             let first = CancelledAt::new(sink.deliver(&envelopes, place), waits).await;
             (first, sink.deliver(&envelopes, place).await)
         });
-        assert!(rest.failure.is_none() && rest.durable && rest.done.len() == 4, "{rest:?}");
+        assert!(rest.failure.is_none() && rest.durable && rest.done.len() == size, "{rest:?}");
         assert_stored(&database, &texts);
         if first.is_some() && waits > 8 {
             break;
@@ -160,10 +171,16 @@ fn a_delivery_cut_off_at_any_await_loses_and_doubles_nothing() {
 
 #[test]
 fn windows_under_way_behind_one_that_is_cut_off_store_nothing() {
+    for sizes in [[4, 4], [40, 40], [40, 4], [4, 40]] {
+        nothing_is_stored_behind_a_failure(sizes);
+    }
+}
+
+fn nothing_is_stored_behind_a_failure([size, behind]: [usize; 2]) {
     let database = Database::new();
     let runtime = runtime();
     let sink = inside::sink(&database.url);
-    let texts = inside::texts("line", 9);
+    let texts = inside::texts("line", 1 + size + behind);
     let envelopes = inside::envelopes(&texts, 1);
     runtime.block_on(async {
         let opened = sink.deliver(&envelopes[..1], Place { after: None, durable: true }).await;
@@ -177,12 +194,12 @@ fn windows_under_way_behind_one_that_is_cut_off_store_nothing() {
     runtime.block_on(async {
         let place = |after: usize, durable| Place { after: envelopes.get(after).map(|e| e.sequence), durable };
         let (first, second) = tokio::join!(
-            sink.deliver(&envelopes[1..5], Place { after: None, durable: false }),
-            sink.deliver(&envelopes[5..], place(4, true)),
+            sink.deliver(&envelopes[1..=size], Place { after: None, durable: false }),
+            sink.deliver(&envelopes[size + 1..], place(size, true)),
         );
         assert_eq!((first.done.len(), first.durable), (2, true), "{first:?}");
         assert!(second.done.is_empty() && second.failure.is_some(), "{second:?}");
-        let again = sink.deliver(&envelopes[5..], place(4, true)).await;
+        let again = sink.deliver(&envelopes[size + 1..], place(size, true)).await;
         assert!(again.done.is_empty() && again.failure.is_some(), "it was told to follow what failed: {again:?}");
         let rest = sink.deliver(&envelopes[3..], Place { after: None, durable: true }).await;
         assert!(rest.failure.is_none(), "{rest:?}");
@@ -195,7 +212,7 @@ fn a_drainer_cut_off_at_any_await_loses_and_doubles_nothing() {
     let database = Database::new();
     let runtime = runtime();
     let folder = tempfile::tempdir().unwrap();
-    let texts = inside::texts("line", 400);
+    let texts = inside::texts("line", 1500);
     let queue = inside::queue(&folder.path().join("queue"), &texts);
     let metrics = Arc::new(Metrics::default());
     let mut waits = 0;
@@ -203,13 +220,121 @@ fn a_drainer_cut_off_at_any_await_loses_and_doubles_nothing() {
     while queue.stats().pending > 0 {
         assert!(Instant::now() < deadline, "{} are left", queue.stats().pending);
         let sink = inside::sink(&database.url);
-        let drainer = Drainer::new(queue.clone(), sink, inside::drain_config(8), metrics.clone());
+        let window = if waits % 2 == 0 { 8 } else { 64 };
+        let drainer = Drainer::new(queue.clone(), sink, inside::drain_config(window), metrics.clone());
         let (_stop, stopped) = watch::channel(false);
         runtime.block_on(async {
             let running = CancelledAt::new(drainer.run(stopped), waits);
             let _ = tokio::time::timeout(Duration::from_millis(200), running).await;
         });
         waits = (waits + 1) % 60;
+    }
+    assert_stored(&database, &texts);
+}
+
+/// A stage with so many lines to deliver that they go by calls; and the sessions that have the procedure.
+fn backlog(lines: u32) -> (Stage, Vec<String>) {
+    let stage = Stage::new();
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    let texts = stage.transcript("-home-me-app", 1).say_many("line", lines);
+    (stage, texts)
+}
+
+const PROCEDURES: &str = "SELECT count(*) FROM pg_proc WHERE proname = 'headspace_deliver'";
+
+#[test]
+fn a_backlog_goes_by_a_procedure_that_nothing_is_left_of() {
+    let (stage, mut texts) = backlog(300);
+    let watcher = stage.start();
+    stage.wait_for_rows(301);
+    assert_eq!(stage.database().value(PROCEDURES), "1");
+    assert_eq!(stage.database().value("SELECT count(DISTINCT xmin::text) FROM events"), "301", "a transaction each");
+    // What was stored before is not stored again.
+    watcher.stop();
+    std::fs::remove_dir_all(stage.folder().join("data")).unwrap();
+    texts.extend(stage.transcript("-home-me-app", 2).say_many("more", 300));
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+    wait_until("it went with its session", SOON, || stage.database().value(PROCEDURES) == "0");
+}
+
+#[test]
+fn without_the_right_to_a_procedure_it_goes_on_as_well() {
+    let (mut stage, texts) = backlog(300);
+    let database = stage.database().clone();
+    let role = format!("watcher_{}", uuid::Uuid::now_v7().simple());
+    database.query(&format!(
+        "CREATE ROLE {role} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};
+         GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role};
+         DO $$ BEGIN EXECUTE format('REVOKE TEMP ON DATABASE %I FROM PUBLIC', current_database()); END $$"
+    ));
+    let url = database.url.replace("user=headspace", &format!("user={role}"));
+    stage.environment.insert("DATABASE_URL".to_owned(), url);
+    let watcher = stage.start();
+    stage.wait_for_rows(301);
+    assert_eq!(database.texts(), texts);
+    assert_eq!(watcher.logged("no temporary procedure").len(), 1, "{}", watcher.log());
+    assert!(watcher.logged("database away").is_empty());
+}
+
+#[test]
+fn a_call_that_takes_too_long_as_a_whole_is_given_up() {
+    let (mut stage, texts) = backlog(100);
+    stage.set("database.statement_timeout_ms", "400");
+    // Each is quick enough, all together are not.
+    stage.database().query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.02); RETURN NEW; END $$;
+         CREATE TRIGGER slow BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION slow()",
+    );
+    let watcher = stage.start();
+    stage.wait_for_rows(101);
+    assert_eq!(stage.database().texts(), texts);
+    assert!(watcher.logged("database away").is_empty(), "{}", watcher.log());
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
+}
+
+#[test]
+fn a_procedure_that_is_gone_is_done_without() {
+    let (stage, mut texts) = backlog(100);
+    let watcher = stage.start();
+    stage.wait_for_rows(101);
+    // As a pooler that hides itself: what was made is in another session.
+    stage.database().query(
+        "DO $$ BEGIN EXECUTE (SELECT format('DROP PROCEDURE %s', oid::regprocedure) FROM pg_proc
+                               WHERE proname = 'headspace_deliver'); END $$",
+    );
+    texts.extend(stage.transcript("-home-me-app", 2).say_many("more", 100));
+    stage.wait_for_rows(202);
+    assert_eq!(stage.database().texts(), texts);
+    assert_eq!(watcher.logged("the temporary procedure can't be used").len(), 1, "{}", watcher.log());
+    for trouble in ["database away", "until someone mends"] {
+        assert!(watcher.logged(trouble).is_empty(), "{}", watcher.log());
+    }
+}
+
+#[test]
+fn a_window_that_is_said_to_be_durable_has_been_flushed() {
+    let server = Server::start();
+    // Nothing flushes but what asks for it.
+    for setting in ["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'", "autovacuum = off"] {
+        server.database.query(&format!("ALTER SYSTEM SET {setting}"));
+    }
+    server.stop("fast");
+    server.start_again();
+    let database = server.database.another();
+    let runtime = runtime();
+    let sink = inside::sink(&database.url);
+    let mut texts = Vec::new();
+    let unflushed = || database.value("SELECT pg_current_wal_insert_lsn() > pg_current_wal_flush_lsn()");
+    for (round, size) in SIZES.into_iter().cycle().take(10).enumerate() {
+        let window = inside::texts(&format!("round {round}, line"), size);
+        let envelopes = inside::envelopes(&window, texts.len() as u64 + 1);
+        texts.extend(window);
+        let durable = round % 4 < 2;
+        let delivery = runtime.block_on(sink.deliver(&envelopes, Place { after: None, durable }));
+        let flushed = unflushed() == "f";
+        assert!(delivery.failure.is_none() && delivery.durable == durable, "{delivery:?}");
+        assert_eq!(flushed, durable, "round {round}");
     }
     assert_stored(&database, &texts);
 }

@@ -25,18 +25,20 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OnceCell};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use super::layout::{Found, Layout};
+use super::rows::{MicrosecondsUtc, source_path};
 use super::verdict::{session_outlives, step_error};
-use super::{layout, no_answer, source_path};
+use super::{layout, no_answer, procedure};
 use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode, TableName};
 use crate::event::{Envelope, Timestamp};
-use crate::sink::{DeliverError, Verdict};
+use crate::sink::{DeliverError, Delivered, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
 pub type TargetSource = Arc<dyn Fn() -> Result<Option<DatabaseTarget>, String> + Send + Sync>;
@@ -197,6 +199,8 @@ pub struct Session {
     /// `None` behind a pooler.
     prepared: Option<Prepared>,
     layout: Layout,
+    /// The call that stores a whole window, once one was wanted; `None` in it where there can't be one.
+    call: OnceCell<Option<Statement>>,
     pooler: Arc<Pooler>,
     /// For a request to cancel.
     tls: MakeRustlsConnect,
@@ -249,6 +253,7 @@ impl Session {
             client,
             prepared,
             layout,
+            call: OnceCell::new(),
             pooler: pooler.clone(),
             tls,
             sources: Mutex::default(),
@@ -262,6 +267,22 @@ impl Session {
 
     pub fn prepared(&self) -> Option<&Prepared> {
         self.prepared.as_ref()
+    }
+
+    /// The call that stores a whole window, if this session can have one.
+    pub async fn call(&self, limit: Duration) -> Result<Option<&Statement>, DeliverError> {
+        if self.prepared.is_none() {
+            // Behind a pooler the procedure may be in another session.
+            return Ok(None);
+        }
+        let making = self.call.get_or_init(|| procedure::make(&self.client, &self.layout.procedure_sql));
+        match tokio::time::timeout(limit, making).await {
+            Ok(call) => Ok(call.as_ref()),
+            Err(_) => {
+                self.give_up();
+                Err(no_answer(limit))
+            }
+        }
     }
 
     /// Looks whether the server answers.
@@ -378,6 +399,33 @@ impl Session {
                 Err(no_answer(limit))
             }
         }
+    }
+
+    /// What the window of that time has done, from its start to where it broke.
+    pub async fn stored(
+        &self,
+        window: &[Envelope],
+        window_time: MicrosecondsUtc,
+        limit: Duration,
+    ) -> Result<Vec<Delivered>, DeliverError> {
+        let ids: Vec<Uuid> = window.iter().map(|envelope| envelope.event.id().0).collect();
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&ids, Type::UUID_ARRAY), (&window_time, Type::TIMESTAMPTZ)];
+        let query = self.client.query_typed(&self.layout.stored_sql, &parameters);
+        let rows = match tokio::time::timeout(limit, query).await {
+            Ok(Ok(rows)) => rows,
+            Ok(Err(error)) => return Err(self.failed(step_error(&error))),
+            Err(_) => {
+                self.give_up();
+                return Err(no_answer(limit));
+            }
+        };
+        let stored: HashMap<Uuid, bool> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let done = ids.iter().map_while(|id| stored.get(id)).map(|&repeated| match repeated {
+            true => Delivered::AlreadyStored,
+            false => Delivered::Stored,
+        });
+        Ok(done.collect())
     }
 
     fn known_sources(&self) -> std::sync::MutexGuard<'_, HashMap<String, Source>> {

@@ -4,6 +4,7 @@ use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient};
 
+use super::procedure;
 use super::verdict::step_error;
 use crate::config::TableName;
 use crate::sink::{DeliverError, Verdict};
@@ -19,6 +20,10 @@ pub struct Layout {
     pub first_sql: String,
     /// Stores one of the others; parameters are of [`Layout::NEXT_TYPES`].
     pub next_sql: String,
+    /// Makes the procedure that stores a whole window ([`procedure`]).
+    pub procedure_sql: String,
+    /// Which of the events `$1` the window of the time `$2` dealt with, and whether they had been stored before.
+    pub stored_sql: String,
     /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`.
     pub barrier_sql: String,
     /// The ids of the sources `($1::text, unnest($2::text[]))`, made where they are new.
@@ -95,6 +100,19 @@ pub async fn inspect(
     Ok(Found::Complete(Layout {
         first_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &first_condition(&schema)),
         next_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &next_condition(&schema)),
+        procedure_sql: procedure::sql(&procedure::Parts {
+            schema: &schema,
+            table: &table,
+            next_id: &next_id,
+            command,
+            notify: notify_channel
+                .map(|channel| format!("PERFORM pg_notify({}, _row_id::text);", quote_literal(channel)))
+                .unwrap_or_default(),
+        }),
+        stored_sql: format!(
+            "SELECT event_id, seen_again_at IS NOT NULL FROM {schema}.event_receipts
+              WHERE event_id = ANY ($1) AND (delivered_at = $2 OR seen_again_at = $2)"
+        ),
         barrier_sql: format!(
             "WITH written AS (UPDATE {schema}.event_sources SET path = path
                                WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1) RETURNING id)
@@ -112,7 +130,7 @@ pub async fn inspect(
 /// Chooses durability inside the statement, for this transaction alone, so that it also holds behind a pooler that
 /// hands every transaction another server connection. A server or role with synchronous_commit off is overruled: what
 /// is taken out of the queue must be on the server's disk.
-const FLUSH: &str = "CASE WHEN current_setting('synchronous_commit') = 'off'
+pub const FLUSH: &str = "CASE WHEN current_setting('synchronous_commit') = 'off'
                           THEN set_config('synchronous_commit', 'local', true) END";
 
 /// One event, exactly once, in order, in one statement and so in one transaction.

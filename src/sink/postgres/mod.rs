@@ -1,16 +1,16 @@
 //! Postgres as the sink: windows of transactions in flight on one connection.
 //!
-//! Every envelope is one statement and so one transaction of its own. The statements of a window, and those of the
-//! window after it, are sent without waiting for one another; Postgres runs them in order. All commit asynchronously
-//! but the last of a window that is to be durable, and as the write-ahead log is one sequence, its flush makes all
-//! before it durable.
+//! Every envelope is a transaction of its own: a statement, or in a backlog a turn of the loop in [`procedure`]. The
+//! statements of a window, and those of the window after it, are sent without waiting for one another; Postgres runs them
+//! in order. All commit asynchronously but the last of a window that is to be durable, and as the write-ahead log is one
+//! sequence, its flush makes all before it durable.
 //!
 //! **The barrier must write.** Nothing is reported as durable before a transaction that *wrote*, with synchronous
-//! commit, came after it on its connection. In a whole durable window that is the last statement: also a duplicate
+//! commit, came after it on its connection. In a whole durable window that is the last event's: also a duplicate
 //! writes (it marks its receipt). In a window that broke in the middle nothing after the break writes, so a small
 //! transaction of our own follows (`Layout::barrier_sql`).
 //!
-//! **Order.** Each statement stores its event only when the one before it has been dealt with in this very delivery
+//! **Order.** Each event is stored only when the one before it has been dealt with in this very delivery
 //! (the receipt carries the time of its window); across windows too, so that a window under way behind one that breaks
 //! stores nothing.
 //!
@@ -22,29 +22,25 @@
 mod audit;
 mod connect;
 mod layout;
+mod procedure;
+mod rows;
 mod verdict;
 
-use std::collections::HashMap;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
-use tokio_postgres::Row;
-use tokio_postgres::types::private::BytesMut;
-use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
 pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
 pub use self::connect::{ConnectSettings, Inspection, TargetSource};
-use self::connect::{Connections, PooledSession, Session, Source};
-use self::layout::Layout;
+use self::connect::{Connections, PooledSession, Session};
 pub use self::layout::printable_sql;
+use self::procedure::Calls;
+use self::rows::{Answer, MicrosecondsUtc, StatementRow, WindowSources};
 use self::verdict::deliver_error;
 use super::{DeliverError, Delivered, Delivery, Place, Sink, Verdict};
-use crate::event::{Envelope, Origin, Sequence, Timestamp};
+use crate::event::{Envelope, Sequence, Timestamp};
 
 /// How long a server may take to answer when nothing is asked of it.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -59,6 +55,7 @@ pub struct PostgresSink {
     newest_window_us: AtomicI64,
     /// Held while a window is sent, not while its answers are awaited.
     line: tokio::sync::Mutex<Line>,
+    calls: Calls,
 }
 
 /// Where windows are sent, one after the other.
@@ -88,6 +85,7 @@ impl PostgresSink {
             statement_timeout,
             newest_window_us: AtomicI64::new(0),
             line: tokio::sync::Mutex::default(),
+            calls: Calls::default(),
         }
     }
 
@@ -128,7 +126,7 @@ impl PostgresSink {
     }
 
     /// Awaits what was sent; then, where the window broke, makes durable what was stored before the break.
-    async fn answers(&self, session: &Session, sent: Vec<Answer<'_>>, place: Place) -> Delivery {
+    async fn answers(&self, session: &Session, sent: Vec<Answer<'_, bool>>, place: Place) -> Delivery {
         let mut done = Vec::with_capacity(sent.len());
         let mut failure = None;
         for answer in sent {
@@ -151,12 +149,68 @@ impl PostgresSink {
                 Err(error) => failure = Some(session.failed(deliver_error(&error))),
             }
         }
-        let mut durable = place.durable;
-        if failure.is_some() {
-            let stored = place.after.is_some() || !done.is_empty();
-            durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
+        match failure {
+            Some(failure) => self.broken(session, done, failure, place).await,
+            None => Delivery { done, durable: place.durable, failure: None },
         }
-        Delivery { done, durable, failure }
+    }
+
+    /// A window that broke after `done`, which is made durable.
+    async fn broken(&self, session: &Session, done: Vec<Delivered>, failure: DeliverError, place: Place) -> Delivery {
+        let stored = place.after.is_some() || !done.is_empty();
+        let durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
+        Delivery { done, durable, failure: Some(failure) }
+    }
+
+    /// Awaits the answer to a window that was sent as one call.
+    async fn answer(
+        &self,
+        session: &Session,
+        answer: Answer<'_, Vec<i32>>,
+        window: &[Envelope],
+        window_time: MicrosecondsUtc,
+        place: Place,
+    ) -> Delivery {
+        let Ok(answer) = tokio::time::timeout(self.answer_timeout(), answer).await else {
+            session.give_up();
+            return Delivery::failed(no_answer(self.answer_timeout()));
+        };
+        match answer {
+            Ok(Some(repeated)) => {
+                let mut done = vec![Delivered::Stored; window.len()];
+                for place in repeated {
+                    let index = usize::try_from(place).unwrap_or_default().wrapping_sub(1);
+                    if let Some(delivered) = done.get_mut(index) {
+                        *delivered = Delivered::AlreadyStored;
+                    }
+                }
+                Delivery { done, durable: place.durable, failure: None }
+            }
+            Ok(None) => {
+                session.forget_sources();
+                Delivery::failed(predecessor_missing())
+            }
+            Err(error) => {
+                let of_an_event = procedure::is_of_an_event(&error);
+                let error = deliver_error(&error);
+                if self.calls.are_to_blame(&error) {
+                    return Delivery::to_be_repeated();
+                }
+                let error = session.failed(error);
+                if session.is_broken() {
+                    return Delivery::failed(error);
+                }
+                if !of_an_event {
+                    self.calls.avoid(window);
+                    return Delivery::to_be_repeated();
+                }
+                self.calls.heed(&error);
+                match session.stored(window, window_time, self.answer_timeout()).await {
+                    Ok(done) => self.broken(session, done, error, place).await,
+                    Err(error) => Delivery::failed(error),
+                }
+            }
+        }
     }
 }
 
@@ -194,21 +248,42 @@ impl Sink for PostgresSink {
         };
         let ids: Vec<i32> = sources.values().map(|source| source.id).collect();
         let paths: Vec<&str> = sources.values().map(|source| &*source.path).collect();
+        let call = match self.calls.take(window) {
+            true => match session.call(self.answer_timeout()).await {
+                Ok(call) => call,
+                Err(failure) => {
+                    line.newest = None;
+                    guard.finished();
+                    return Delivery::failed(failure);
+                }
+            },
+            false => None,
+        };
         let window_time = self.window_time();
         let mut previous = before;
-        let mut sent = Vec::with_capacity(window.len());
+        let mut rows = Vec::with_capacity(window.len());
         for (index, envelope) in window.iter().enumerate() {
             let mut row = StatementRow::new(envelope, &sources, window_time);
             row.predecessor = previous.map(|previous| previous.event_id);
             row.predecessor_time = previous.map(|previous| previous.window_time);
             row.relaxed = !(place.durable && index + 1 == window.len());
             row.window_sources = (index == 0).then_some(WindowSources { ids: &ids, paths: &paths });
-            sent.push(send(&session, row));
+            rows.push(row);
             previous = Some(Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time });
         }
         line.newest = previous;
-        drop(line);
-        let delivery = self.answers(&session, sent, place).await;
+        let delivery = match call {
+            Some(call) => {
+                let answer = rows::sent(procedure::deliver(session.client(), call, &rows));
+                drop(line);
+                self.answer(&session, answer, window, window_time, place).await
+            }
+            None => {
+                let answers = rows.into_iter().map(|row| rows::sent(rows::request(&session, row))).collect();
+                drop(line);
+                self.answers(&session, answers, place).await
+            }
+        };
         guard.finished();
         delivery
     }
@@ -219,125 +294,6 @@ impl Sink for PostgresSink {
         let session = self.open_session(&mut line).await?;
         drop(line);
         if known { session.check(PROBE_TIMEOUT).await } else { Ok(()) }
-    }
-}
-
-/// The answer to one statement: whether the event was new, or nothing where its condition did not hold.
-type Answer<'a> = Pin<Box<dyn Future<Output = Result<Option<bool>, tokio_postgres::Error>> + Send + 'a>>;
-
-/// Sends one event. Polling a request once sends it, so all are on their way before the first answer is awaited.
-fn send<'a>(session: &'a Session, row: StatementRow<'a>) -> Answer<'a> {
-    let mut request: Answer<'a> = Box::pin(request(session, row));
-    // An answer can't be there before the connection has been given a turn; what is wrong with a request is told again
-    // when its answer is asked for.
-    match request.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Pending => request,
-        Poll::Ready(answer) => Box::pin(std::future::ready(answer)),
-    }
-}
-
-async fn request(session: &Session, row: StatementRow<'_>) -> Result<Option<bool>, tokio_postgres::Error> {
-    let common: [&(dyn ToSql + Sync); 15] = [
-        &row.event_id,
-        &row.source_id,
-        &row.byte_offset,
-        &row.captured_at,
-        &row.window_time,
-        &row.predecessor,
-        &row.predecessor_time,
-        &row.relaxed,
-        &row.timestamp,
-        &row.event_type,
-        &row.payload,
-        &row.project_id,
-        &row.agent_id,
-        &row.command_id,
-        &row.turn_id,
-    ];
-    let client = session.client();
-    let rows = match (session.prepared(), row.window_sources) {
-        (Some(prepared), None) => client.query_raw(&prepared.next, common).await?,
-        (Some(prepared), Some(WindowSources { ids, paths })) => {
-            let sources: [&(dyn ToSql + Sync); 2] = [&ids, &paths];
-            let parameters: Vec<_> = common.into_iter().chain(sources).collect();
-            client.query_raw(&prepared.first, parameters).await?
-        }
-        (None, None) => {
-            let parameters = common.into_iter().zip(Layout::NEXT_TYPES);
-            client.query_typed_raw(&session.layout().next_sql, parameters).await?
-        }
-        (None, Some(WindowSources { ids, paths })) => {
-            let sources: [&(dyn ToSql + Sync); 2] = [&ids, &paths];
-            let parameters = common.into_iter().chain(sources).zip(Layout::FIRST_TYPES);
-            client.query_typed_raw(&session.layout().first_sql, parameters).await?
-        }
-    };
-    let rows: Vec<Row> = rows.try_collect().await?;
-    rows.first().map(|row| row.try_get(0)).transpose()
-}
-
-/// The parameters of one statement.
-struct StatementRow<'a> {
-    event_id: Uuid,
-    source_id: i32,
-    byte_offset: Option<i64>,
-    captured_at: MicrosecondsUtc,
-    window_time: MicrosecondsUtc,
-    predecessor: Option<Uuid>,
-    predecessor_time: Option<MicrosecondsUtc>,
-    relaxed: bool,
-    timestamp: MicrosecondsUtc,
-    event_type: &'a str,
-    payload: JsonText<'a>,
-    project_id: Option<i32>,
-    agent_id: Option<i32>,
-    command_id: Option<i32>,
-    turn_id: Option<i32>,
-    /// For the first of a window only.
-    window_sources: Option<WindowSources<'a>>,
-}
-
-/// The rows of `event_sources` that a window speaks of.
-#[derive(Clone, Copy)]
-struct WindowSources<'a> {
-    ids: &'a [i32],
-    paths: &'a [&'a str],
-}
-
-impl<'a> StatementRow<'a> {
-    fn new(envelope: &'a Envelope, sources: &HashMap<&str, Source>, window_time: MicrosecondsUtc) -> Self {
-        let event = &envelope.event;
-        let refs = event.refs();
-        let byte_offset = match event.origin() {
-            Origin::Transcript { offset, .. } => i64::try_from(*offset).ok(),
-            Origin::Hook | Origin::Http | Origin::Cli => None,
-        };
-        StatementRow {
-            event_id: event.id().0,
-            source_id: sources.get(source_path(event.origin())).map(|source| source.id).unwrap_or_default(),
-            byte_offset,
-            captured_at: envelope.captured_at.into(),
-            window_time,
-            predecessor: None,
-            predecessor_time: None,
-            relaxed: true,
-            timestamp: event.timestamp().into(),
-            event_type: event.event_type().as_str(),
-            payload: JsonText(event.payload().as_json()),
-            project_id: refs.project_id,
-            agent_id: refs.agent_id,
-            command_id: refs.command_id,
-            turn_id: refs.turn_id,
-            window_sources: None,
-        }
-    }
-}
-
-/// What stands in `event_sources.path` for an origin.
-fn source_path(origin: &Origin) -> &str {
-    match origin {
-        Origin::Transcript { path, .. } => path,
-        Origin::Hook | Origin::Http | Origin::Cli => origin.kind(),
     }
 }
 
@@ -355,54 +311,4 @@ fn predecessor_missing() -> DeliverError {
         sqlstate: None,
         message: "the receipt of the event before this one, or a row of event_sources, is not there".to_owned(),
     }
-}
-
-/// An instant as Postgres sends it: microseconds since 2000-01-01.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct MicrosecondsUtc(i64);
-
-impl From<Timestamp> for MicrosecondsUtc {
-    fn from(timestamp: Timestamp) -> Self {
-        MicrosecondsUtc(timestamp.as_microsecond())
-    }
-}
-
-impl ToSql for MicrosecondsUtc {
-    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
-        /// Microseconds from the Unix epoch to 2000-01-01T00:00:00Z.
-        const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
-        out.extend_from_slice(&(self.0 - POSTGRES_EPOCH_US).to_be_bytes());
-        Ok(IsNull::No)
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        *ty == Type::TIMESTAMPTZ
-    }
-
-    to_sql_checked!();
-}
-
-/// JSON text as a jsonb parameter, without parsing it again. `Debug` shows its size only.
-struct JsonText<'a>(&'a str);
-
-impl std::fmt::Debug for JsonText<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "JsonText({} bytes)", self.0.len())
-    }
-}
-
-impl ToSql for JsonText<'_> {
-    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
-        /// Version of jsonb's binary format.
-        const JSONB_VERSION: u8 = 1;
-        out.extend_from_slice(&[JSONB_VERSION]);
-        out.extend_from_slice(self.0.as_bytes());
-        Ok(IsNull::No)
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        *ty == Type::JSONB
-    }
-
-    to_sql_checked!();
 }

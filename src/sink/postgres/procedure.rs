@@ -1,0 +1,231 @@
+//! A window in one message: a procedure of our own session that stores the events one by one and commits each.
+//!
+//! A statement for each event costs the server a message, the start of a plan and an answer; here the window comes as
+//! arrays, and what is left is the work of the rows themselves (`docs/benchmarks.md`). Each event is a transaction of its
+//! own as before, in order, with its receipt; the ledger means the same, so that windows of both kinds can follow one
+//! another.
+//!
+//! * The procedure is a temporary one (`pg_temp`): it belongs to the session and ends with it, nothing of it is seen by or
+//!   left for others. It takes the right TEMP on the database, which everybody has unless it was revoked, and PL/pgSQL, which is
+//!   always there unless it was dropped. Without it, and behind a pooler, windows go one statement at a time.
+//! * It is made when there is a backlog, not before: who writes a few events a second never needs it.
+//! * A failure ends it where it is; what was committed stays, and the ledger says how far it came. One that came before
+//!   the first event (a text that is no JSON for this server) has no event it could be blamed on: the window is sent again
+//!   one statement at a time.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Statement};
+use tracing::info;
+use uuid::Uuid;
+
+use super::layout::FLUSH;
+use super::rows::{JsonText, MicrosecondsUtc, StatementRow};
+use super::verdict::step_error;
+use crate::event::Envelope;
+use crate::sink::DeliverError;
+
+/// Events from which on a window goes through the procedure: below it, a message saved is not worth the arrays.
+const CALLED_FROM: usize = 16;
+
+/// How long windows go one statement at a time after a time-out.
+const REST: Duration = Duration::from_secs(60);
+
+/// Types of the parameters of the call: of [`Layout::NEXT_TYPES`](super::layout::Layout::NEXT_TYPES) what each event has as
+/// an array, and the sources of the window.
+const CALL_TYPES: [Type; 17] = [
+    Type::UUID_ARRAY,
+    Type::INT4_ARRAY,
+    Type::INT8_ARRAY,
+    Type::TIMESTAMPTZ_ARRAY,
+    Type::TIMESTAMPTZ,
+    Type::UUID,
+    Type::TIMESTAMPTZ,
+    Type::BOOL,
+    Type::TIMESTAMPTZ_ARRAY,
+    Type::TEXT_ARRAY,
+    Type::JSONB_ARRAY,
+    Type::INT4_ARRAY,
+    Type::INT4_ARRAY,
+    Type::INT4_ARRAY,
+    Type::INT4_ARRAY,
+    Type::INT4_ARRAY,
+    Type::TEXT_ARRAY,
+];
+
+const CALL: &str = "CALL pg_temp.headspace_deliver($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, \
+                    $17, NULL)";
+
+/// What [`sql`] is made of: names and expressions as the statements have them.
+pub struct Parts<'a> {
+    pub schema: &'a str,
+    pub table: &'a str,
+    pub next_id: &'a str,
+    /// The column for the command.
+    pub command: &'a str,
+    /// The statement that notifies, if any: of `_row_id`.
+    pub notify: String,
+}
+
+/// Makes the procedure. `_repeated` is null when the predecessor or a source is not there, and nothing was done; else
+/// the places of the events that had been stored before.
+pub fn sql(parts: &Parts<'_>) -> String {
+    let Parts { schema, table, next_id, command, notify } = parts;
+    format!(
+        "CREATE OR REPLACE PROCEDURE pg_temp.headspace_deliver(
+           _event_ids uuid[], _source_ids integer[], _byte_offsets bigint[], _captured_at timestamptz[],
+           _window_time timestamptz, _predecessor uuid, _predecessor_time timestamptz, _relaxed boolean,
+           _timestamps timestamptz[], _event_types text[], _payloads jsonb[],
+           _project_ids integer[], _agent_ids integer[], _command_ids integer[], _turn_ids integer[],
+           _asked_ids integer[], _asked_paths text[], INOUT _repeated integer[])
+         LANGUAGE plpgsql AS $headspace$
+         DECLARE
+           _last CONSTANT integer := cardinality(_event_ids);
+           _row_id bigint;
+           _is_new boolean;
+           _setting text;
+         BEGIN
+           IF _predecessor IS NOT NULL
+              AND NOT EXISTS (SELECT FROM {schema}.event_receipts AS r
+                               WHERE r.event_id = _predecessor
+                                 AND (r.delivered_at = _predecessor_time OR r.seen_again_at = _predecessor_time))
+              OR EXISTS (SELECT FROM unnest(_asked_ids, _asked_paths) AS asked (id, path)
+                          WHERE NOT EXISTS (SELECT FROM {schema}.event_sources AS s
+                                             WHERE s.id = asked.id AND s.path = asked.path)) THEN
+             RETURN;
+           END IF;
+           _repeated := '{{}}';
+           FOR _i IN 1 .. _last LOOP
+             _setting := CASE WHEN _relaxed OR _i < _last THEN set_config('synchronous_commit', 'off', true)
+                              ELSE {FLUSH} END;
+             INSERT INTO {schema}.event_receipts AS r
+                    (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
+             VALUES (_event_ids[_i], {next_id}, _source_ids[_i], _byte_offsets[_i], _captured_at[_i], _window_time)
+                 ON CONFLICT (event_id) DO UPDATE SET seen_again_at = _window_time
+             RETURNING r.row_id, r.seen_again_at IS NULL INTO _row_id, _is_new;
+             IF _is_new THEN
+               INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
+               OVERRIDING SYSTEM VALUE
+               VALUES (_row_id, _timestamps[_i], _event_types[_i], _payloads[_i],
+                       _project_ids[_i], _agent_ids[_i], _command_ids[_i], _turn_ids[_i]);
+               {notify}
+             ELSE
+               _repeated := _repeated || _i;
+             END IF;
+             COMMIT;
+           END LOOP;
+         END
+         $headspace$"
+    )
+}
+
+/// Makes the procedure in a session; `None` where that can't be done.
+pub async fn make(client: &Client, sql: &str) -> Option<Statement> {
+    let making = async {
+        client.batch_execute(sql).await?;
+        client.prepare_typed(CALL, &CALL_TYPES).await
+    };
+    match making.await {
+        Ok(call) => Some(call),
+        Err(error) => {
+            let error = step_error(&error);
+            info!(%error, "a backlog goes one statement at a time: no temporary procedure can be made");
+            None
+        }
+    }
+}
+
+/// Whether a call failed in the middle, at the event after those it committed. Else it failed as a whole, before the first:
+/// when its parameters were read, among them the text of every event.
+pub fn is_of_an_event(error: &tokio_postgres::Error) -> bool {
+    let context = error.as_db_error().and_then(|error| error.where_());
+    context.is_some_and(|context| context.contains("headspace_deliver"))
+}
+
+/// Which windows go through the procedure.
+#[derive(Default)]
+pub struct Calls {
+    /// The last envelope of a window that failed: what is not after it goes one statement at a time.
+    singly_through: AtomicU64,
+    resting_until: Mutex<Option<Instant>>,
+    /// The procedure does not stay, or may not commit.
+    refused: AtomicBool,
+}
+
+impl Calls {
+    pub fn take(&self, window: &[Envelope]) -> bool {
+        let after = self.singly_through.load(Ordering::Relaxed);
+        window.len() >= CALLED_FROM
+            && window.first().is_some_and(|first| first.sequence.get() > after)
+            && !self.refused.load(Ordering::Relaxed)
+            && self.resting().is_none_or(|until| until <= Instant::now())
+    }
+
+    /// Whether a failure lies in the procedure being one: it was looked for in another session (a pooler that nobody
+    /// noticed), or something does not let it commit.
+    pub fn are_to_blame(&self, error: &DeliverError) -> bool {
+        let to_blame = matches!(error.sqlstate.as_deref(), Some("42883" | "2D000" | "0A000"));
+        if to_blame && !self.refused.swap(true, Ordering::Relaxed) {
+            info!(%error, "a backlog goes one statement at a time: the temporary procedure can't be used");
+        }
+        to_blame
+    }
+
+    /// This window failed, and nobody knows for which event.
+    pub fn avoid(&self, window: &[Envelope]) {
+        if let Some(last) = window.last() {
+            self.singly_through.fetch_max(last.sequence.get(), Ordering::Relaxed);
+        }
+    }
+
+    /// A time-out may be the call's own, which is longer than a statement: for a while there is none.
+    pub fn heed(&self, error: &DeliverError) {
+        if error.sqlstate.as_deref() == Some("57014") {
+            *self.resting() = Some(Instant::now() + REST);
+        }
+    }
+
+    fn resting(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.resting_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sends a window; gives the places of those that had been stored before, from 1 on, or `None` when nothing was done.
+pub async fn deliver(
+    client: &Client,
+    call: &Statement,
+    rows: &[StatementRow<'_>],
+) -> Result<Option<Vec<i32>>, tokio_postgres::Error> {
+    fn column<'a, T>(rows: &'a [StatementRow<'a>], of: impl Fn(&'a StatementRow<'a>) -> T) -> Vec<T> {
+        rows.iter().map(of).collect()
+    }
+    let window_time: Option<MicrosecondsUtc> = rows.first().map(|row| row.window_time);
+    let predecessor: Option<Uuid> = rows.first().and_then(|row| row.predecessor);
+    let predecessor_time: Option<MicrosecondsUtc> = rows.first().and_then(|row| row.predecessor_time);
+    let sources = rows.first().and_then(|row| row.window_sources);
+    let (asked_ids, asked_paths) = (sources.map(|sources| sources.ids), sources.map(|sources| sources.paths));
+    let relaxed = rows.last().is_none_or(|row| row.relaxed);
+    let parameters: [&(dyn ToSql + Sync); 17] = [
+        &column(rows, |row| row.event_id),
+        &column(rows, |row| row.source_id),
+        &column(rows, |row| row.byte_offset),
+        &column(rows, |row| row.captured_at),
+        &window_time,
+        &predecessor,
+        &predecessor_time,
+        &relaxed,
+        &column(rows, |row| row.timestamp),
+        &column(rows, |row| row.event_type),
+        &column(rows, |row| JsonText(row.payload.0)),
+        &column(rows, |row| row.project_id),
+        &column(rows, |row| row.agent_id),
+        &column(rows, |row| row.command_id),
+        &column(rows, |row| row.turn_id),
+        &asked_ids,
+        &asked_paths,
+    ];
+    client.query_one(call, &parameters).await?.try_get(0)
+}
