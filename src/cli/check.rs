@@ -212,6 +212,10 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
         let lacks = database.lacks.join(", ");
         findings.push(Finding::Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
     }
+    if !database.may_make_temporary {
+        let way_out = "GRANT TEMP ON DATABASE, if it may be faster";
+        findings.push(Finding::Note(format!("a backlog is delivered one statement at a time; {way_out}")));
+    }
     if database.is_read_only {
         let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
         findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
@@ -386,6 +390,7 @@ mod tests {
             lacks: Vec::new(),
             schema_missing: false,
             may_create: true,
+            may_make_temporary: true,
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
         }
@@ -410,6 +415,7 @@ mod tests {
     fn a_database_is_judged_by_age_privileges_mode_and_clock() {
         assert!(wrong(|_| {}).is_empty());
         assert!(wrong(|found| found.version_number = 120_009)[0].contains("13 or later"));
+        assert!(wrong(|found| found.may_make_temporary = false)[0].contains("GRANT TEMP"));
         assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
         assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
         let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));

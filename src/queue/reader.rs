@@ -259,6 +259,9 @@ pub struct Counted {
 }
 
 /// Counts everything there is. Numbers from `next_sequence` on are new.
+///
+/// What one after the other gives must also be found by its key: with a page missing sled gives keys that it does not find,
+/// and such an event could never be taken out.
 pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError> {
     let mut counters = Counters::new(next_sequence);
     let mut unreadable = false;
@@ -272,6 +275,11 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError>
             counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
             continue;
         };
+        if let Some(&(last, _)) = entries.last()
+            && block(store, last)?.is_none_or(|(_, found)| found != value)
+        {
+            return Err(StoreError::Corrupt("its pages contradict one another".into()));
+        }
         for (sequence, part) in entries {
             counters.add_event(sequence, codec::record_bytes(part).unwrap_or(part.len()) as u64);
             counters.next_sequence = counters.next_sequence.max(sequence.get() + 1);

@@ -53,6 +53,8 @@ pub struct Writer {
     counters_changed: bool,
     /// Whether events were removed since it was looked up which is the oldest.
     oldest_unknown: bool,
+    /// Events that were to be taken out and were not found: taken out before, as a rule.
+    not_found: Vec<Sequence>,
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
     compact_not_before: Option<Instant>,
@@ -152,6 +154,7 @@ impl Writer {
             newest_event: None,
             counters_changed: false,
             oldest_unknown: false,
+            not_found: Vec::new(),
             room_wanted: None,
             compact_not_before: None,
             fresh_bytes: 0,
@@ -389,7 +392,10 @@ impl Writer {
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
         let now = Timestamp::now();
         for (sequence, outcome) in outcomes {
-            let Some(part) = self.take_event(sequence)? else { continue };
+            let Some(part) = self.take_event(sequence)? else {
+                self.not_found.push(sequence);
+                continue;
+            };
             match outcome {
                 Outcome::Delivered => self.remove_chunks(sequence, &part)?,
                 Outcome::Refused { failure, attempts } => {
@@ -616,10 +622,15 @@ impl Writer {
         let last = self.counters.next_sequence - 1;
         let oldest = match oldest_known {
             _ if self.counters.pending == 0 => None,
-            Some(known) if !self.oldest_unknown => Some(known),
+            Some(known) if !self.oldest_unknown && self.not_found.is_empty() => Some(known),
             _ => reader::oldest(&self.store, first, last)?,
         };
         self.oldest_unknown = false;
+        // One that is read and not found would be delivered and stay for ever.
+        if oldest.is_some_and(|(oldest, _)| self.not_found.contains(&oldest)) {
+            return Err(StoreError::Corrupt("an event that is there can't be taken out".into()));
+        }
+        self.not_found.clear();
         // Here it costs nothing to ask whether all that was taken in has come out: the numbers of a queue that was drained
         // are those of an empty one, else an event vanished, or a delivered one came back. Opening counts, and puts it right.
         if self.counters.pending == 0 && self.counters.pending_checksum.is_some_and(|sum| sum != 0)

@@ -398,7 +398,10 @@ fn drain_after_damage(fixture: &Fixture) -> (Vec<Envelope>, Option<Cursor>, Vec<
     for _ in 0..4 {
         let (queue, recovery) = Queue::open(&fixture.config).unwrap();
         repairs.extend(recovery.repairs);
+        let mut windows = 0;
         let read = loop {
+            windows += 1;
+            assert!(windows < 1000, "it gives the same again and again: {:?}, {repairs:?}", queue.stats());
             match queue.window(None, 1000, u64::MAX) {
                 Ok(window) if window.is_empty() => break queue.cursors(),
                 Ok(window) => {

@@ -525,11 +525,12 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         is_read_only: row.get(4),
         clock_ahead: theirs.duration_since(ours),
         schema_missing: row.get(6),
+        may_make_temporary: row.get(7),
     })
 }
 
 /// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time,
-/// whether the schema that the configuration names is missing. `$1`: the events table, `$2`: its schema or null.
+/// whether the schema that the configuration names is missing, whether a temporary procedure may be made. `$1`: the events table, `$2`: its schema or null.
 const INSPECT_SQL: &str = "
     SELECT current_setting('server_version'), current_setting('server_version_num')::int,
            ARRAY(SELECT needed.privilege || ' on ' || found.relid::regclass::text
@@ -562,7 +563,8 @@ const INSPECT_SQL: &str = "
                     ELSE to_regnamespace(quote_ident($2))::oid END), 'CREATE'), false),
            current_setting('transaction_read_only') = 'on',
            clock_timestamp(),
-           $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL";
+           $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL,
+           has_database_privilege(current_database(), 'TEMP')";
 
 /// The database as `check` finds it.
 pub struct Inspection {
@@ -579,6 +581,8 @@ pub struct Inspection {
     pub schema_missing: bool,
     /// Whether missing tables may be created.
     pub may_create: bool,
+    /// Whether a session of ours may have a temporary procedure.
+    pub may_make_temporary: bool,
     pub is_read_only: bool,
     /// How far the server's clock is ahead of ours.
     pub clock_ahead: jiff::SignedDuration,
