@@ -2,7 +2,7 @@
 //!
 //! In a debug build, `HEADSPACE_FAULT_POINT=name` aborts the process when it reaches the point of that name for the
 //! first time, `name:n` when it does for the n-th time. With `HEADSPACE_FAULT_KIND=panic` it panics there instead, with
-//! `pause` it stays there for 600 ms. A release build compiles every call to nothing.
+//! `pause` it stays there for 600 ms, with `loop` for ever and at work. A release build compiles every call to nothing.
 
 /// Every point there is, for tests that go through them all.
 pub const POINTS: &[&str] = &[
@@ -15,6 +15,7 @@ pub const POINTS: &[&str] = &[
     "settle-synced",
     "retry-appended",
     "retry-staged",
+    "store-applying",
     "sync-before-flush",
     "sync-flushed",
     "open-locked",
@@ -65,6 +66,7 @@ mod armed {
         Abort,
         Panic,
         Pause,
+        Loop,
     }
 
     struct Fault {
@@ -89,6 +91,7 @@ mod armed {
             let kind = match std::env::var("HEADSPACE_FAULT_KIND").as_deref() {
                 Ok("panic") => Kind::Panic,
                 Ok("pause") => Kind::Pause,
+                Ok("loop") => Kind::Loop,
                 _ => Kind::Abort,
             };
             Some(Fault { point: point.to_owned(), passes_left: AtomicU64::new(passes), kind })
@@ -101,6 +104,9 @@ mod armed {
                 Kind::Abort => std::process::abort(),
                 Kind::Panic => panic!("the environment asks for it"),
                 Kind::Pause => std::thread::sleep(PAUSE),
+                Kind::Loop => loop {
+                    std::hint::spin_loop();
+                },
             }
         }
     }

@@ -5,7 +5,8 @@
 //! <path>/CURRENT      "format 1\nsled-<n>\n": replaced by renaming, so it is always whole
 //! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
-//! <path>/DAMAGED      set when a running queue met damage: the next opening reads and counts all, and starts anew if it can't
+//! <path>/DAMAGED      set when a running queue met damage: the next opening reads and counts all, and starts anew if it can't,
+//!                     or at once where sled had not come back
 //! <path>/REREAD       set when a single record could not be read: the next opening forgets the cursors
 //! <path>.damaged-<UTC time>/   a folder that could not be opened, kept as it was
 //! <path>.salvaged/             what takes its place, while it is being made
@@ -44,6 +45,9 @@ use crate::event::{Sequence, Timestamp};
 const FORMAT: u32 = 1;
 
 const DAMAGED_MARK: &str = "DAMAGED";
+
+/// What stands in DAMAGED when sled had not come back.
+const LOOPING: &str = "sled does not come back\n";
 
 const REREAD_MARK: &str = "REREAD";
 
@@ -246,6 +250,9 @@ struct Recovered {
 fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> {
     let io = |error: io::Error| Failed::Queue(storage(path, &error));
     let damage = |error: StoreError| failed(path, error);
+    if is_looping(path) {
+        return Err(Failed::Damaged("sled did not come back from reading its pages".into()));
+    }
     let (store, generation, mut counters) = open_current(path, repairs)?;
     let damaged = path.join(DAMAGED_MARK).exists();
     if damaged {
@@ -347,6 +354,20 @@ pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
 pub fn mark_damaged(path: &Path) {
     // Best effort: without the mark the next opening only meets the damage again.
     let _ = File::create(path.join(DAMAGED_MARK)).and_then(|file| file.sync_all());
+}
+
+/// Asks the next opening to set this queue aside without asking sled, which would not come back.
+pub fn mark_looping(path: &Path) {
+    let mark = File::create(path.join(DAMAGED_MARK)).and_then(|mut file| {
+        file.write_all(LOOPING.as_bytes())?;
+        file.sync_all()
+    });
+    // Best effort, as above.
+    drop(mark);
+}
+
+fn is_looping(path: &Path) -> bool {
+    fs::read(path.join(DAMAGED_MARK)).is_ok_and(|mark| mark == LOOPING.as_bytes())
 }
 
 /// Asks the next opening to forget the cursors, because an event that they have passed can't be read any more: its line
@@ -715,7 +736,7 @@ fn start_anew(path: &Path) -> Result<(Lock, PathBuf, u64), QueueError> {
     make_folder(&fresh).map_err(io)?;
     let lock = take_lock(&fresh)?;
     let (store, counters) = create_generation(&fresh, 1, unused_sequence())?;
-    let (_, salvaged) = salvage::run(&generation_folders(path), &store, counters)
+    let (_, salvaged) = salvage::run(&generation_folders(path), !is_looping(path), &store, counters)
         .and_then(|salvaged| store.sync().map(|()| salvaged))
         .map_err(|error| storage(path, &error))?;
     // sled holds on to the path that it was opened with.

@@ -29,13 +29,14 @@
 //!
 //! `store` is one sled database and the syncing around it, with the keys; `codec` the bytes of a record, `block` of
 //! several in one value; `folder` the
-//! files around it and opening; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
+//! files around it and opening; `guard` ends the process when sled does not come back; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
 //! sled is known in this module only.
 
 mod block;
 mod codec;
 pub mod faults;
 mod folder;
+mod guard;
 mod reader;
 mod salvage;
 mod store;
@@ -225,6 +226,7 @@ struct State {
 impl Queue {
     /// Opens the queue for this process alone, making or repairing it where needed.
     pub fn open(config: &QueueConfig) -> Result<(Queue, Recovery), QueueError> {
+        guard::watch(&config.path);
         let opened = folder::open(config)?;
         let folder::Opened { counters, oldest, newest, .. } = opened;
         let last = counters.next_sequence - 1;

@@ -28,12 +28,19 @@ const READ_BYTES: usize = 1 << 20;
 const APPLY_BYTES: usize = 1 << 20;
 
 /// Appends what can be found in `generations`, the newest first, to the fresh `store`; says how many events it was.
-pub fn run(generations: &[PathBuf], store: &Store, counters: Counters) -> Result<(Counters, u64), StoreError> {
+///
+/// With `by_sled` it is read by sled where that opens it; else its log is searched, which ends whatever stands in it.
+pub fn run(
+    generations: &[PathBuf],
+    by_sled: bool,
+    store: &Store,
+    counters: Counters,
+) -> Result<(Counters, u64), StoreError> {
     let mut salvage = Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 };
     for folder in generations {
-        match Store::open(folder) {
-            Ok((old, _)) => salvage.copy(&old)?,
-            Err(_) => salvage.search(&folder.join("db"))?,
+        match by_sled.then(|| Store::open(folder)) {
+            Some(Ok((old, _))) => salvage.copy(&old)?,
+            Some(Err(_)) | None => salvage.search(&folder.join("db"))?,
         }
         if salvage.events > 0 {
             // An older one is a left-over of the newer one's making.

@@ -44,7 +44,7 @@ use sled::IVec;
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::codec;
+use super::{codec, guard};
 use crate::event::Sequence;
 
 /// Longest value in sled. 20 of them and their keys still make a page of 83 KB, well below the blobs' threshold.
@@ -198,7 +198,10 @@ impl Store {
         self.sync()?;
         // Before, not after: when the batch fails half-way nothing must be taken for synced.
         self.unsynced.store(true, Ordering::Release);
-        guarded(|| self.db()?.apply_batch(changes.batch).map_err(StoreError::from))
+        guarded(|| {
+            super::faults::reach("store-applying");
+            self.db()?.apply_batch(changes.batch).map_err(StoreError::from)
+        })
     }
 
     /// Makes everything that was applied durable against power loss. Costs nothing when there is nothing to do.
@@ -387,7 +390,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
 fn open_sled(folder: &Path) -> Result<sled::Db, StoreError> {
     let deadline = Instant::now() + SLED_LOCK_WAIT;
     loop {
-        let opened = guarded(|| {
+        let opened = guarded_for(opening_max(folder), || {
             sled::Config::new()
                 .path(folder)
                 .cache_capacity(CACHE_BYTES)
@@ -405,9 +408,21 @@ fn open_sled(folder: &Path) -> Result<sled::Db, StoreError> {
     }
 }
 
-/// Runs `work` and takes a panic of sled for damage.
+/// Processor time that opening may use: far more than the second a gigabyte takes.
+fn opening_max(folder: &Path) -> Duration {
+    const LEAST: Duration = Duration::from_secs(60);
+    const EACH_GIGABYTE: u64 = 60;
+    let bytes = fs::metadata(folder.join("db")).map_or(0, |metadata| metadata.len());
+    LEAST + Duration::from_secs((bytes >> 30) * EACH_GIGABYTE)
+}
+
+/// Runs `work` and takes a panic of sled for damage, and so its not coming back.
 fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+    guarded_for(guard::CALL_MAX, work)
+}
+
+fn guarded_for<T>(max: Duration, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(|| guard::limited(max, work))).unwrap_or_else(|panic| {
         let message = panic
             .downcast_ref::<String>()
             .map(String::as_str)

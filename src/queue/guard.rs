@@ -1,0 +1,150 @@
+//! Ends the process when sled does not come back.
+//!
+//! On pages that contradict one another sled can look for a key for ever, on one processor and with ever more memory; nobody
+//! can call it back. Each call notes that it is under way, and a thread of its own looks once a second how much of a
+//! processor the same call has used: what waits for a disk uses none, and no honest call uses seconds. Then the queue is marked, so
+//! that the next opening sets it aside without asking sled, and the process ends as after any storage error, to be
+//! started again.
+//!
+//! Only where `/proc` says what a thread has used (Linux).
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
+use std::time::Duration;
+
+use super::folder;
+
+/// Processor time that one call may use. The largest, one megabyte applied or synced, takes some ten milliseconds.
+pub const CALL_MAX: Duration = Duration::from_secs(5);
+
+const LOOK_AFTER: Duration = Duration::from_secs(1);
+
+/// EX_IOERR, as when the queue can't be read or written.
+const EXIT_CODE: i32 = 74;
+
+/// The calls of one thread.
+struct Slot {
+    thread: u64,
+    /// Odd while a call is under way.
+    calls: AtomicU64,
+    /// Milliseconds of processor time that the call may use.
+    max: AtomicU64,
+}
+
+static SLOTS: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
+
+thread_local! {
+    static SLOT: Arc<Slot> = {
+        let thread = thread_id();
+        let slot = Arc::new(Slot { thread, calls: AtomicU64::new(0), max: AtomicU64::new(0) });
+        let mut slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|slot| slot.strong_count() > 0);
+        slots.push(Arc::downgrade(&slot));
+        slot
+    };
+}
+
+/// Runs a call of sled that may use so much of a processor.
+pub fn limited<T>(max: Duration, call: impl FnOnce() -> T) -> T {
+    struct Leave(Arc<Slot>);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            self.0.calls.fetch_add(1, Ordering::Release);
+        }
+    }
+    // A thread that is just ending has no slot any more: its last calls go unwatched.
+    let leave = SLOT.try_with(|slot| {
+        slot.max.store(u64::try_from(max.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        slot.calls.fetch_add(1, Ordering::Release);
+        Leave(Arc::clone(slot))
+    });
+    let answer = call();
+    drop(leave);
+    answer
+}
+
+/// Looks after all calls from now on, on behalf of the queue at `path`: of the first one, where a process has several.
+pub fn watch(path: &Path) {
+    static STARTED: Once = Once::new();
+    if !Path::new("/proc/thread-self/stat").exists() {
+        return;
+    }
+    let path = path.to_owned();
+    STARTED.call_once(|| {
+        // Without the thread only this safeguard is missing.
+        let _ = std::thread::Builder::new().name("queue-guard".into()).spawn(move || look(&path));
+    });
+}
+
+fn look(path: &Path) {
+    // Of each thread the call under way, and what the thread had used when it was first seen.
+    let mut seen: HashMap<u64, (u64, Duration)> = HashMap::new();
+    loop {
+        std::thread::sleep(LOOK_AFTER);
+        let slots: Vec<_> = {
+            let slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
+            slots.iter().filter_map(Weak::upgrade).collect()
+        };
+        let mut now = HashMap::new();
+        for slot in slots {
+            let calls = slot.calls.load(Ordering::Acquire);
+            if calls % 2 == 0 {
+                continue;
+            }
+            let Some(used) = processor_time(slot.thread) else { continue };
+            let since = match seen.get(&slot.thread) {
+                Some(&(same, since)) if same == calls => since,
+                _ => used,
+            };
+            if used.saturating_sub(since) >= Duration::from_millis(slot.max.load(Ordering::Relaxed)) {
+                end(path);
+            }
+            now.insert(slot.thread, (calls, since));
+        }
+        seen = now;
+    }
+}
+
+fn end(path: &Path) -> ! {
+    folder::mark_looping(path);
+    tracing::error!(
+        queue = %path.display(),
+        "sled does not come back from reading its pages: the queue is damaged; ending, the next start sets it aside"
+    );
+    std::process::exit(EXIT_CODE);
+}
+
+fn thread_id() -> u64 {
+    let link = std::fs::read_link("/proc/thread-self").ok();
+    let id = link.as_deref().and_then(Path::file_name).and_then(|name| name.to_str()?.parse().ok());
+    id.unwrap_or(0)
+}
+
+/// What a thread of this process has used of a processor.
+fn processor_time(thread: u64) -> Option<Duration> {
+    /// Of the times in `/proc`: USER_HZ, 100 on every Linux.
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).ok()?;
+    // The name stands in parentheses and may hold anything.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut times = fields.split_whitespace().skip(11).map_while(|field| field.parse::<u32>().ok());
+    Some(TICK * (times.next()? + times.next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_time_of_a_thread_grows_with_its_work() {
+        let thread = thread_id();
+        let before = processor_time(thread).unwrap();
+        while processor_time(thread).unwrap() < before + Duration::from_millis(100) {
+            std::hint::black_box((0..100_000u64).sum::<u64>());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(processor_time(thread).unwrap() < before + Duration::from_secs(5));
+    }
+}
