@@ -590,16 +590,23 @@ fn failed(path: &Path, error: StoreError) -> Failed {
 /// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
 fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
     let mut keys = 0;
+    let mut first: Option<Vec<u8>> = None;
     loop {
         let mut changes = Changes::default();
         let mut here = 0;
+        let before = first.take();
         reader::uncommitted(store, next_sequence, |key| {
+            first.get_or_insert_with(|| key.to_vec());
             changes.remove(key);
             here += 1;
             if here < CLEAR_KEYS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         if here == 0 {
             break;
+        }
+        if first == before {
+            // It was removed, and is there again.
+            return Err(store::contradiction());
         }
         keys += here as u64;
         store.apply(changes)?;
@@ -612,13 +619,20 @@ fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repai
 
 fn forget_cursors(store: &Store) -> Result<(), StoreError> {
     for prefix in *b"ck" {
+        let mut first: Option<Vec<u8>> = None;
         loop {
             let mut changes = Changes::default();
+            let before = first.take();
             for pair in store.range(store::prefix_range(prefix))?.take(CLEAR_KEYS_MAX) {
-                changes.remove(&pair?.0);
+                let (key, _) = pair?;
+                first.get_or_insert_with(|| key.to_vec());
+                changes.remove(&key);
             }
             if changes.is_empty() {
                 break;
+            }
+            if first == before {
+                return Err(store::contradiction());
             }
             store.apply(changes)?;
         }

@@ -322,12 +322,17 @@ impl Queue {
     /// The oldest durable envelopes after `after`, at most `limit`, until they have `bytes_max` encoded bytes; at least
     /// one if there is one. Removes nothing. A record that can't be read is set aside on the way.
     pub fn window(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
+        let mut before = Vec::new();
         loop {
             let found = self.read(after, limit, bytes_max)?;
             if found.damaged.is_empty() {
                 return Ok(found.envelopes);
             }
             let damaged = found.damaged;
+            if damaged == before {
+                return Err(self.handle.shared.fail(&store::contradiction()));
+            }
+            before.clone_from(&damaged);
             self.send(|reply| Work::SetAside(damaged, reply)).wait()?;
             if !found.envelopes.is_empty() {
                 return Ok(found.envelopes);

@@ -278,7 +278,7 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError>
         if let Some(&(last, _)) = entries.last()
             && block(store, last)?.is_none_or(|(_, found)| found != value)
         {
-            return Err(StoreError::Corrupt("its pages contradict one another".into()));
+            return Err(store::contradiction());
         }
         for (sequence, part) in entries {
             counters.add_event(sequence, codec::record_bytes(part).unwrap_or(part.len()) as u64);

@@ -33,7 +33,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::ops::RangeInclusive;
+use std::ops::{Bound, RangeBounds, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -231,7 +231,8 @@ impl Store {
 
     /// Keys and values in `range`, in order. Each step sees what is there at that moment.
     pub fn range(&self, range: RangeInclusive<Vec<u8>>) -> Result<Range, StoreError> {
-        Ok(Range { iter: guarded(|| Ok(self.db()?.range(range)))? })
+        let least = Bound::Included(IVec::from(range.start().as_slice()));
+        Ok(Range { iter: guarded(|| Ok(self.db()?.range(range)))?, least })
     }
 
     /// The last key in `range`.
@@ -295,14 +296,29 @@ impl Drop for Store {
 /// Iterator over a range of keys.
 pub struct Range {
     iter: sled::Iter,
+    /// The next key is not below it.
+    least: Bound<IVec>,
 }
 
 impl Iterator for Range {
     type Item = Result<(IVec, IVec), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        guarded(|| Ok(self.iter.next().transpose()?)).transpose()
+        let next = guarded(|| Ok(self.iter.next().transpose()?)).transpose()?;
+        Some(next.and_then(|(key, value)| {
+            // Pages that contradict one another can give the same keys again and again.
+            if !(self.least.clone(), Bound::Unbounded).contains(&key) {
+                return Err(contradiction());
+            }
+            self.least = Bound::Excluded(key.clone());
+            Ok((key, value))
+        }))
     }
+}
+
+/// What sled gave is not what it gave before.
+pub fn contradiction() -> StoreError {
+    StoreError::Corrupt("its pages contradict one another".into())
 }
 
 /// How many chunks a record of `bytes` has; the first one included.
