@@ -2,22 +2,22 @@
 # Measurements, each beside what it is to be compared with, in the same run. Numbers alone say little on a machine that
 # does other things too; what counts is the ratio.
 #
-# Usage: scripts/bench.sh                 all of it, in some eleven minutes; writes docs/benchmarks.md and docs/benchmarks.tsv
+# Usage: scripts/bench.sh                 all of it, in some six minutes; writes docs/benchmarks.md and docs/benchmarks.tsv
 #        scripts/bench.sh --quick         the same in small, in under a minute, to see that everything works; writes nothing
 #        scripts/bench.sh PART [--quick]  one part
 #        scripts/bench.sh ratio --check   fails where the drain falls under half of its published ratio to pgbench
 #
 # PART, and the seconds it took on two processors:
-#   queue 20       durable append beside write + fdatasync; opening and memory with a million pending
-#   drain 120      the drainer beside pgbench (1, 4, 16 clients, synchronous_commit on and off), COPY, a plain loop
-#   ratio 15       the drainer beside pgbench with one client, in a debug build, which CI has anyway
-#   backfill 80    200,000 turns from file into Postgres, twice
-#   rsyslog 30     the same job by rsyslog
-#   latency 40     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
-#   outage 75      a minute without Postgres at 500 lines a second
-#   restart 20     kill -9 with 100,000 pending
-#   capture 220    a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
-#   idle 35        1,000 transcripts, nothing happens
+#   queue 10       durable append beside write + fdatasync; opening and memory with a million pending
+#   drain 55       the drainer beside pgbench (1, 4, 16 clients, synchronous_commit on and off), COPY, a plain loop
+#   ratio 6        the drainer beside pgbench with one client, in a debug build, which CI has anyway
+#   backfill 23    200,000 turns from file into Postgres, twice
+#   rsyslog 24     the same job by rsyslog
+#   latency 35     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
+#   outage 62      a minute without Postgres at 500 lines a second
+#   restart 6      kill -9 with 100,000 pending
+#   capture 86     a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
+#   idle 33        1,000 transcripts, nothing happens
 #   hook 7         wall time of Claude Code's hook
 # and whatever else is in scripts/bench/ as PART.sh.
 #
