@@ -89,7 +89,7 @@ impl Kind {
 }
 
 /// The queue's own numbers, written with every change: what opening needs to know without reading the rest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, BorrowDecode)]
 pub struct Counters {
     /// The number the next event or rejection gets. Whatever is stored at this number or above was never committed.
     pub next_sequence: u64,
@@ -246,21 +246,14 @@ struct CursorBody2<'a> {
     process: Option<u32>,
 }
 
-/// The counters in layout 1, and the beginning of those in layout 2.
-#[derive(Encode, BorrowDecode)]
+/// The counters in layout 1; [`Counters`] are layout 2.
+#[derive(BorrowDecode)]
 struct CountersBody {
     next_sequence: u64,
     pending: u64,
     pending_bytes: u64,
     dead_letters: u64,
     dead_letter_bytes: u64,
-}
-
-/// The counters in layout 2.
-#[derive(Encode, BorrowDecode)]
-struct CountersBody2 {
-    counters: CountersBody,
-    pending_checksum: Option<u64>,
 }
 
 pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
@@ -415,21 +408,17 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
 }
 
 pub fn encode_counters(counters: &Counters) -> Result<Vec<u8>, CodecError> {
-    let &Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum } =
-        counters;
-    let counters = CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes };
-    encode(Kind::Counters, &CountersBody2 { counters, pending_checksum }, 64)
+    encode(Kind::Counters, counters, 64)
 }
 
 /// In layout 1 the checksum is not known.
 pub fn decode_counters(record: &[u8]) -> Result<Counters, CodecError> {
-    let CountersBody2 { counters, pending_checksum } = if record.first() == Some(&1) {
-        CountersBody2 { counters: decode(Kind::Counters, record)?, pending_checksum: None }
-    } else {
-        decode(Kind::Counters, record)?
-    };
-    let CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes } = counters;
-    Ok(Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum })
+    if record.first() != Some(&1) {
+        return decode(Kind::Counters, record);
+    }
+    let CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes } =
+        decode(Kind::Counters, record)?;
+    Ok(Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum: None })
 }
 
 /// Length of the whole record, header included, that begins with `head`.

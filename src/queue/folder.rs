@@ -30,7 +30,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::ops::ControlFlow;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -352,18 +352,13 @@ pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
 
 /// Asks the next opening to set this queue aside, because its pages can't be read.
 pub fn mark_damaged(path: &Path) {
-    // Best effort: without the mark the next opening only meets the damage again.
-    let _ = File::create(path.join(DAMAGED_MARK)).and_then(|file| file.sync_all());
+    // Without the mark the next opening only meets the damage again.
+    mark(path, DAMAGED_MARK, "");
 }
 
 /// Asks the next opening to set this queue aside without asking sled, which would not come back.
 pub fn mark_looping(path: &Path) {
-    let mark = File::create(path.join(DAMAGED_MARK)).and_then(|mut file| {
-        file.write_all(LOOPING.as_bytes())?;
-        file.sync_all()
-    });
-    // Best effort, as above.
-    drop(mark);
+    mark(path, DAMAGED_MARK, LOOPING);
 }
 
 fn is_looping(path: &Path) -> bool {
@@ -373,8 +368,16 @@ fn is_looping(path: &Path) -> bool {
 /// Asks the next opening to forget the cursors, because an event that they have passed can't be read any more: its line
 /// still stands in its transcript, and the receipts refuse all others.
 pub fn mark_reread(path: &Path) {
-    // Best effort: the unreadable record is a dead letter in any case.
-    let _ = File::create(path.join(REREAD_MARK)).and_then(|file| file.sync_all());
+    // The unreadable record is a dead letter in any case.
+    mark(path, REREAD_MARK, "");
+}
+
+/// Best effort: a disk that is failing may not take it.
+fn mark(path: &Path, name: &str, text: &str) {
+    let _ = File::create(path.join(name)).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    });
 }
 
 /// Makes generation `number`, empty but for its counters, durable in itself; nobody points to it yet.
@@ -590,26 +593,8 @@ fn failed(path: &Path, error: StoreError) -> Failed {
 /// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
 fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
     let mut keys = 0;
-    let mut first: Option<Vec<u8>> = None;
-    loop {
-        let mut changes = Changes::default();
-        let mut here = 0;
-        let before = first.take();
-        reader::uncommitted(store, next_sequence, |key| {
-            first.get_or_insert_with(|| key.to_vec());
-            changes.remove(key);
-            here += 1;
-            if here < CLEAR_KEYS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
-        if here == 0 {
-            break;
-        }
-        if first == before {
-            // It was removed, and is there again.
-            return Err(store::contradiction());
-        }
-        keys += here as u64;
-        store.apply(changes)?;
+    for prefix in *b"edfx" {
+        keys += clear(store, &store::sequence_range(prefix, next_sequence, u64::MAX))?;
     }
     if keys > 0 {
         repairs.push(Repair::UncommittedRemoved { keys });
@@ -619,25 +604,34 @@ fn remove_uncommitted(store: &Store, next_sequence: u64, repairs: &mut Vec<Repai
 
 fn forget_cursors(store: &Store) -> Result<(), StoreError> {
     for prefix in *b"ck" {
-        let mut first: Option<Vec<u8>> = None;
-        loop {
-            let mut changes = Changes::default();
-            let before = first.take();
-            for pair in store.range(store::prefix_range(prefix))?.take(CLEAR_KEYS_MAX) {
-                let (key, _) = pair?;
-                first.get_or_insert_with(|| key.to_vec());
-                changes.remove(&key);
-            }
-            if changes.is_empty() {
-                break;
-            }
-            if first == before {
-                return Err(store::contradiction());
-            }
-            store.apply(changes)?;
-        }
+        clear(store, &store::prefix_range(prefix))?;
     }
     store.sync()
+}
+
+/// Removes all keys in `range`; says how many there were.
+fn clear(store: &Store, range: &RangeInclusive<Vec<u8>>) -> Result<u64, StoreError> {
+    let mut keys = 0;
+    let mut before = None;
+    loop {
+        let mut changes = Changes::default();
+        let mut first = None;
+        for pair in store.range(range.clone())?.take(CLEAR_KEYS_MAX) {
+            let (key, _) = pair?;
+            changes.remove(&key);
+            keys += 1;
+            first.get_or_insert(key);
+        }
+        if changes.is_empty() {
+            return Ok(keys);
+        }
+        if first == before {
+            // It was removed, and is there again.
+            return Err(store::contradiction());
+        }
+        before = first;
+        store.apply(changes)?;
+    }
 }
 
 /// Reads every key and value there is.

@@ -1,6 +1,5 @@
 //! Reading the queue: on the caller's thread, beside the writer, without changing anything.
 
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use super::block;
@@ -232,23 +231,6 @@ pub fn newest(store: &Store, counters: &Counters) -> Result<Option<Sequence>, St
     let Some((number, value)) = block(store, last)? else { return Ok(None) };
     let newest = block::entries(&value).ok().and_then(|entries| entries.last().map(|&(sequence, _)| sequence));
     Ok(newest.or(Sequence::new(number)))
-}
-
-/// Visits every key that was written but never committed.
-pub fn uncommitted(
-    store: &Store,
-    next_sequence: u64,
-    mut visit: impl FnMut(&[u8]) -> ControlFlow<()>,
-) -> Result<(), StoreError> {
-    for prefix in [b'e', b'd', b'f', b'x'] {
-        for pair in store.range(store::sequence_range(prefix, next_sequence, u64::MAX))? {
-            let (key, _) = pair?;
-            if visit(&key).is_break() {
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
 }
 
 /// What counting everything in a store gave.

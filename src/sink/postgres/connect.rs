@@ -27,7 +27,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio::sync::{Notify, OnceCell};
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, Row, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -390,10 +390,19 @@ impl Session {
     ) -> Result<HashMap<String, i32>, DeliverError> {
         let paths: Vec<&str> = paths.iter().map(|path| &**path).collect();
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&host, Type::TEXT), (&paths, Type::TEXT_ARRAY)];
-        let query = self.client.query_typed(&self.layout.sources_sql, &parameters);
-        match tokio::time::timeout(limit, query).await {
-            Ok(Ok(rows)) => Ok(rows.iter().map(|row| (row.get(1), row.get(0))).collect()),
-            Ok(Err(error)) => Err(self.failed(step_error(&error))),
+        let rows = self.ask(&self.layout.sources_sql, &parameters, limit).await?;
+        Ok(rows.iter().map(|row| (row.get(1), row.get(0))).collect())
+    }
+
+    /// The rows of a query of our own; what its failing means for the session is seen to.
+    async fn ask(
+        &self,
+        sql: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+        limit: Duration,
+    ) -> Result<Vec<Row>, DeliverError> {
+        match tokio::time::timeout(limit, self.client.query_typed(sql, parameters)).await {
+            Ok(rows) => rows.map_err(|error| self.failed(step_error(&error))),
             Err(_) => {
                 self.give_up();
                 Err(no_answer(limit))
@@ -411,15 +420,7 @@ impl Session {
         let ids: Vec<Uuid> = window.iter().map(|envelope| envelope.event.id().0).collect();
         let parameters: [(&(dyn ToSql + Sync), Type); 2] =
             [(&ids, Type::UUID_ARRAY), (&window_time, Type::TIMESTAMPTZ)];
-        let query = self.client.query_typed(&self.layout.stored_sql, &parameters);
-        let rows = match tokio::time::timeout(limit, query).await {
-            Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return Err(self.failed(step_error(&error))),
-            Err(_) => {
-                self.give_up();
-                return Err(no_answer(limit));
-            }
-        };
+        let rows = self.ask(&self.layout.stored_sql, &parameters, limit).await?;
         let stored: HashMap<Uuid, bool> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let done = ids.iter().map_while(|id| stored.get(id)).map(|&repeated| match repeated {
             true => Delivered::AlreadyStored,
@@ -441,23 +442,15 @@ impl Session {
     /// durable when it has answered.
     pub async fn barrier(&self, host: &str, limit: Duration) -> Result<(), DeliverError> {
         let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&host, Type::TEXT)];
-        let query = self.client.query_typed(&self.layout.barrier_sql, &parameters);
-        match tokio::time::timeout(limit, query).await {
-            Ok(Ok(rows)) if rows.len() == 1 => Ok(()),
-            Ok(Ok(_)) => {
-                self.broken.store(true, Ordering::Relaxed);
-                Err(DeliverError {
-                    verdict: Verdict::Again,
-                    sqlstate: None,
-                    message: "event_sources has lost its rows, so nothing could be made durable".to_owned(),
-                })
-            }
-            Ok(Err(error)) => Err(self.failed(step_error(&error))),
-            Err(_) => {
-                self.give_up();
-                Err(no_answer(limit))
-            }
+        if self.ask(&self.layout.barrier_sql, &parameters, limit).await?.len() == 1 {
+            return Ok(());
         }
+        self.broken.store(true, Ordering::Relaxed);
+        Err(DeliverError {
+            verdict: Verdict::Again,
+            sqlstate: None,
+            message: "event_sources has lost its rows, so nothing could be made durable".to_owned(),
+        })
     }
 }
 

@@ -238,8 +238,16 @@ impl Sink for PostgresSink {
             guard.finished();
             return Delivery { done: Vec::new(), durable: barrier.is_ok(), failure: barrier.err() };
         }
-        let sources = match session.sources(&self.host, window, self.answer_timeout()).await {
-            Ok(sources) => sources,
+        let asked = async {
+            let sources = session.sources(&self.host, window, self.answer_timeout()).await?;
+            let call = match self.calls.take(window) {
+                true => session.call(self.answer_timeout()).await?,
+                false => None,
+            };
+            Ok((sources, call))
+        };
+        let (sources, call) = match asked.await {
+            Ok(asked) => asked,
             Err(failure) => {
                 line.newest = None;
                 guard.finished();
@@ -248,17 +256,6 @@ impl Sink for PostgresSink {
         };
         let ids: Vec<i32> = sources.values().map(|source| source.id).collect();
         let paths: Vec<&str> = sources.values().map(|source| &*source.path).collect();
-        let call = match self.calls.take(window) {
-            true => match session.call(self.answer_timeout()).await {
-                Ok(call) => call,
-                Err(failure) => {
-                    line.newest = None;
-                    guard.finished();
-                    return Delivery::failed(failure);
-                }
-            },
-            false => None,
-        };
         let window_time = self.window_time();
         let mut previous = before;
         let mut rows = Vec::with_capacity(window.len());

@@ -20,10 +20,9 @@ use std::time::{Duration, Instant};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Statement};
 use tracing::info;
-use uuid::Uuid;
 
 use super::layout::FLUSH;
-use super::rows::{JsonText, MicrosecondsUtc, StatementRow};
+use super::rows::StatementRow;
 use super::verdict::step_error;
 use crate::event::Envelope;
 use crate::sink::DeliverError;
@@ -202,24 +201,21 @@ pub async fn deliver(
     fn column<'a, T>(rows: &'a [StatementRow<'a>], of: impl Fn(&'a StatementRow<'a>) -> T) -> Vec<T> {
         rows.iter().map(of).collect()
     }
-    let window_time: Option<MicrosecondsUtc> = rows.first().map(|row| row.window_time);
-    let predecessor: Option<Uuid> = rows.first().and_then(|row| row.predecessor);
-    let predecessor_time: Option<MicrosecondsUtc> = rows.first().and_then(|row| row.predecessor_time);
-    let sources = rows.first().and_then(|row| row.window_sources);
+    let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Some(Vec::new())) };
+    let sources = first.window_sources;
     let (asked_ids, asked_paths) = (sources.map(|sources| sources.ids), sources.map(|sources| sources.paths));
-    let relaxed = rows.last().is_none_or(|row| row.relaxed);
     let parameters: [&(dyn ToSql + Sync); 17] = [
         &column(rows, |row| row.event_id),
         &column(rows, |row| row.source_id),
         &column(rows, |row| row.byte_offset),
         &column(rows, |row| row.captured_at),
-        &window_time,
-        &predecessor,
-        &predecessor_time,
-        &relaxed,
+        &first.window_time,
+        &first.predecessor,
+        &first.predecessor_time,
+        &last.relaxed,
         &column(rows, |row| row.timestamp),
         &column(rows, |row| row.event_type),
-        &column(rows, |row| JsonText(row.payload.0)),
+        &column(rows, |row| row.payload),
         &column(rows, |row| row.project_id),
         &column(rows, |row| row.agent_id),
         &column(rows, |row| row.command_id),

@@ -162,7 +162,8 @@ impl ToSql for MicrosecondsUtc {
 }
 
 /// JSON text as a jsonb parameter, without parsing it again. `Debug` shows its size only.
-pub struct JsonText<'a>(pub &'a str);
+#[derive(Clone, Copy)]
+pub struct JsonText<'a>(&'a str);
 
 impl std::fmt::Debug for JsonText<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
