@@ -1,8 +1,9 @@
 //! From a line appended to a transcript to its row being visible.
 //!
 //! The watcher runs with `database.notify_channel`; a notification comes with the commit, so its arrival is visibility.
-//! Beside it: one synchronous INSERT by a client that does nothing else, which is the floor for anything durable, and
-//! write + fdatasync of a line to a plain file.
+//! Beside it: one synchronous INSERT by a client that does nothing else, which is the floor for anything durable, one after
+//! another and one a second, as a processor that was idle has to be woken for each step; and write + fdatasync of a line to
+//! a plain file.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use crate::stage::{Bench, PATIENCE, Scene, Transcript};
 
 pub fn measure(bench: &mut Bench) -> Result<()> {
     let counts = bench.choose([(1, 20), (100, 1000), (1000, 5000)], [(1, 3), (100, 200), (1000, 1000)]);
+    let [(_, slow), ..] = counts;
     let database = bench.server.database()?;
     let mut scene = Scene::new(bench, "latency")?;
     scene.set("database.notify_channel", "bench")?;
@@ -36,7 +38,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut transcript = Transcript::create(&scene.projects(), 1)?;
     let measured = runtime.block_on(async {
-        let insert = plain_inserts(&database.url, floor).await?;
+        let inserts = plain_inserts(&database.url, floor, slow).await?;
         let (client, mut notices) = listen(&database.url).await?;
         client.batch_execute("LISTEN bench").await?;
         // The first row also waits for the tables and the connection. The session's registration comes with it.
@@ -45,11 +47,13 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
         for (rate, lines) in counts {
             measured.push((rate, one_by_one(&mut transcript, &mut notices, lines, rate, 0).await?));
         }
-        anyhow::Ok((insert, measured))
+        anyhow::Ok((inserts, measured))
     })?;
-    let (insert, measured) = measured;
+    let ((insert, insert_1), measured) = measured;
     let what = "one synchronous INSERT, nothing else";
     bench.rows.add("latency.insert", what, quantile(&insert, 0.5), "ms", &quantiles(&insert), Aim::None)?;
+    let what = "the same, one a second";
+    bench.rows.add("latency.insert_1", what, quantile(&insert_1, 0.5), "ms", &quantiles(&insert_1), Aim::None)?;
     for (rate, took) in measured {
         let what = format!("line to row, {rate} lines/s: p50");
         let (aim_50, aim_99) = if rate <= 100 { (Aim::Most(1.5), Aim::Most(5.0)) } else { (Aim::None, Aim::None) };
@@ -111,17 +115,25 @@ async fn one_by_one(
     Ok(took)
 }
 
-async fn plain_inserts(url: &str, count: u64) -> Result<Vec<Duration>> {
+/// How long an INSERT takes: `count` one after another, then `slow` of them a second apart.
+async fn plain_inserts(url: &str, count: u64, slow: usize) -> Result<(Vec<Duration>, Vec<Duration>)> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     tokio::spawn(connection);
     client.batch_execute("CREATE TABLE bench_plain (id serial PRIMARY KEY, payload text)").await?;
     let statement = client.prepare("INSERT INTO bench_plain (payload) VALUES ($1)").await?;
     let payload = "x".repeat(900);
-    let mut took = Vec::new();
-    for _ in 0..count {
+    let insert = async || {
         let begun = Instant::now();
         client.execute(&statement, &[&payload]).await?;
-        took.push(begun.elapsed());
+        anyhow::Ok(begun.elapsed())
+    };
+    let (mut took, mut took_slow) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        took.push(insert().await?);
     }
-    Ok(took)
+    for _ in 0..slow {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        took_slow.push(insert().await?);
+    }
+    Ok((took, took_slow))
 }

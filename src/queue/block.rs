@@ -77,10 +77,6 @@ impl Block {
         self.entries.binary_search_by_key(&sequence, |&(here, _)| here).is_ok()
     }
 
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
     pub fn first(&self) -> Option<Sequence> {
         self.entries.first().map(|&(sequence, _)| sequence)
     }

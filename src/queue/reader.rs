@@ -39,8 +39,6 @@ pub fn envelopes(store: &Store, first: u64, last: u64, limit: usize, bytes_max: 
             if sequence.get() > last || found.envelopes.len() + found.damaged.len() >= limit {
                 return Ok(found);
             }
-            // sled evicts pages only after so many accesses, however large the pages are; iterating counts as one.
-            let _ = store.get(&key)?;
             let length = codec::record_bytes(part).unwrap_or(part.len()) as u64;
             if !found.envelopes.is_empty() && bytes + length > bytes_max {
                 return Ok(found);

@@ -50,6 +50,10 @@ use crate::event::Sequence;
 /// Longest value in sled. 20 of them and their keys still make a page of 83 KB, well below the blobs' threshold.
 pub const CHUNK_BYTES: usize = 4096;
 
+/// What a change takes in memory beside its key and value until its batch is through: sled copies the page it is in, and
+/// now and then the one above, and gives none of the copies back before the batch's end.
+const CHANGE_BYTES: usize = 2048;
+
 /// Pages sled keeps in memory.
 const CACHE_BYTES: u64 = 8 << 20;
 
@@ -105,20 +109,24 @@ pub enum StoreRepair {
 pub struct Changes {
     batch: sled::Batch,
     bytes: usize,
+    /// The keys that are inserted, and how long their values are.
+    inserted: Vec<(IVec, usize)>,
 }
 
 impl Changes {
     pub fn insert(&mut self, key: &[u8], value: &[u8]) {
-        self.bytes += key.len() + value.len();
+        self.bytes += CHANGE_BYTES + key.len() + value.len();
+        let key = IVec::from(key);
+        self.inserted.push((key.clone(), value.len()));
         self.batch.insert(key, value);
     }
 
     pub fn remove(&mut self, key: &[u8]) {
-        self.bytes += key.len();
+        self.bytes += CHANGE_BYTES + key.len();
         self.batch.remove(key);
     }
 
-    /// Keys and values, in bytes.
+    /// Memory it takes to apply them.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -200,7 +208,11 @@ impl Store {
         self.unsynced.store(true, Ordering::Release);
         guarded(|| {
             super::faults::reach("store-applying");
-            self.db()?.apply_batch(changes.batch).map_err(StoreError::from)
+            let db = self.db()?;
+            db.apply_batch(changes.batch)?;
+            let mut turnover = Turnover::default();
+            changes.inserted.iter().try_for_each(|(key, bytes)| turnover.pass(db, key, *bytes))?;
+            Ok(())
         })
     }
 
@@ -232,7 +244,9 @@ impl Store {
     /// Keys and values in `range`, in order. Each step sees what is there at that moment.
     pub fn range(&self, range: RangeInclusive<Vec<u8>>) -> Result<Range, StoreError> {
         let least = Bound::Included(IVec::from(range.start().as_slice()));
-        Ok(Range { iter: guarded(|| Ok(self.db()?.range(range)))?, least })
+        let tree = sled::Tree::clone(self.db()?);
+        let iter = guarded(|| Ok(tree.range(range)))?;
+        Ok(Range { tree, iter, least, turnover: Turnover::default() })
     }
 
     /// The last key in `range`.
@@ -295,16 +309,23 @@ impl Drop for Store {
 
 /// Iterator over a range of keys.
 pub struct Range {
+    tree: sled::Tree,
     iter: sled::Iter,
     /// The next key is not below it.
     least: Bound<IVec>,
+    turnover: Turnover,
 }
 
 impl Iterator for Range {
     type Item = Result<(IVec, IVec), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let next = guarded(|| Ok(self.iter.next().transpose()?)).transpose()?;
+        let next = guarded(|| {
+            let Some((key, value)) = self.iter.next().transpose()? else { return Ok(None) };
+            self.turnover.pass(&self.tree, &key, value.len())?;
+            Ok(Some((key, value)))
+        })
+        .transpose()?;
         Some(next.and_then(|(key, value)| {
             // Pages that contradict one another can give the same keys again and again.
             if !(self.least.clone(), Bound::Unbounded).contains(&key) {
@@ -313,6 +334,30 @@ impl Iterator for Range {
             self.least = Bound::Excluded(key.clone());
             Ok((key, value))
         }))
+    }
+}
+
+/// Keeps sled's cache small while much is read or written.
+///
+/// sled looks whether its cache is full only after every 64 accesses to one of the 256 parts of it, however large the pages
+/// are. Writing a page full takes some thirty, reading it through one: hundreds of pages would stay beyond the capacity.
+/// So what was read or written is asked for again, as often as it is large.
+#[derive(Default)]
+struct Turnover {
+    bytes: usize,
+}
+
+impl Turnover {
+    /// Bytes to an access: 64 of these times 256 is what the cache may go beyond its capacity.
+    const ACCESS_BYTES: usize = 1024;
+
+    fn pass(&mut self, tree: &sled::Tree, key: &IVec, bytes: usize) -> Result<(), sled::Error> {
+        self.bytes += key.len() + bytes;
+        while self.bytes >= Self::ACCESS_BYTES {
+            self.bytes -= Self::ACCESS_BYTES;
+            tree.get(key)?;
+        }
+        Ok(())
     }
 }
 

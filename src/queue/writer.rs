@@ -71,8 +71,6 @@ struct Stage {
     touched: BTreeMap<u64, Block>,
     /// Whether what is staged may be applied in parts: nothing but the batch that is being staged is in it.
     may_split: bool,
-    /// Blocks that were added, and of how many events.
-    added: Vec<(Vec<u8>, usize)>,
 }
 
 impl Stage {
@@ -83,9 +81,7 @@ impl Stage {
     fn close_tail(&mut self) {
         let tail = std::mem::take(&mut self.tail);
         if let Some(first) = tail.first() {
-            let key = store::block_key(first.get());
-            self.changes.insert(&key, &tail.encode());
-            self.added.push((key, tail.len()));
+            self.changes.insert(&store::block_key(first.get()), &tail.encode());
         }
     }
 }
@@ -603,14 +599,7 @@ impl Writer {
                 false => stage.changes.insert(&store::block_key(*number), &block.encode()),
             }
         }
-        self.store.apply(stage.changes)?;
-        for (key, events) in stage.added {
-            // See `reader::envelopes`: without it the pages just written stay in memory.
-            for _ in 1..events {
-                let _ = self.store.get(&key)?;
-            }
-        }
-        Ok(())
+        self.store.apply(stage.changes)
     }
 
     /// Tells what readers may see by now, synced or not: fewer events, more room.

@@ -111,7 +111,7 @@ fn watchers_of_one_database_are_told_apart_by_their_configured_host_names() {
 #[test]
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn the_watcher_keeps_its_allocator_small_unless_it_was_told_otherwise() {
-    for (given, expected) in [(None, "1"), (Some("4"), "4")] {
+    for (given, expected) in [(None, "2"), (Some("4"), "4")] {
         let mut stage = Stage::with(None);
         stage.environment.extend(given.map(|arenas| ("MALLOC_ARENA_MAX".to_owned(), arenas.to_owned())));
         let watcher = stage.start();
