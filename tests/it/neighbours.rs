@@ -96,13 +96,16 @@ fn flows_through(settings: &str) {
               WHERE datname = current_database() AND pid <> pg_backend_pid()",
         );
     }
-    let texts = writer.finish();
+    let mut texts = writer.finish();
     wait_until("all is delivered", SOON, || watcher.has_settled(texts.len() + 1));
+    texts.extend(stage.transcript("-home-me-app", 2).say_many("backlog", 300));
+    wait_until("all is delivered", SOON, || watcher.has_settled(texts.len() + 2));
     assert_eq!(database.texts(), texts, "{} {}", watcher.log(), pooler.log());
     assert_eq!(database.value("SELECT count(*) FROM event_receipts"), database.count().to_string());
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
     // Nothing of ours is left in the server connections for whoever gets them next.
     assert_eq!(pooler.database.value("SHOW statement_timeout"), "0");
+    assert_eq!(database.value("SELECT count(*) FROM pg_proc WHERE proname = 'headspace_deliver'"), "0");
 }
 
 #[test]
@@ -119,6 +122,12 @@ fn events_flow_through_pgbouncer_in_transaction_mode() {
 fn events_flow_through_pgbouncer_in_transaction_mode_that_hides_itself() {
     // It takes the startup options and passes them over, so only lost statements give it away.
     flows_through("pool_mode = transaction\nignore_startup_parameters = options,extra_float_digits");
+}
+
+#[test]
+fn events_flow_through_pgbouncer_in_session_mode_that_hides_itself() {
+    // Nothing is lost that could give it away, but what was asked for at the start does not hold.
+    flows_through("pool_mode = session\nignore_startup_parameters = options,extra_float_digits");
 }
 
 #[test]

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headspace_watcher::sink::drain::Drainer;
-use headspace_watcher::sink::{Place, Sink, Verdict};
+use headspace_watcher::sink::{Delivered, Place, Sink, Verdict};
 use headspace_watcher::telemetry::Metrics;
 use tokio::sync::watch;
+use tokio_postgres::NoTls;
 
 use crate::inside::{self, CancelledAt, assert_stored};
 use crate::stage::{Database, SOON, Server, Stage, wait_until};
@@ -337,4 +338,111 @@ fn a_window_that_is_said_to_be_durable_has_been_flushed() {
         assert_eq!(flushed, durable, "round {round}");
     }
     assert_stored(&database, &texts);
+}
+
+#[test]
+fn what_somebody_else_stores_while_a_backlog_is_under_way_is_stored_once() {
+    let database = Database::new();
+    let runtime = runtime();
+    let sink = inside::sink(&database.url);
+    let (first, texts) = (inside::texts("first", 64), inside::texts("line", 64));
+    let mut envelopes = inside::envelopes(&first, 1);
+    let at_once = Place { after: None, durable: true };
+    runtime.block_on(sink.deliver(&envelopes, at_once));
+    envelopes = inside::envelopes(&texts, 65);
+    let other = envelopes[40].event.id().0;
+    runtime.block_on(async {
+        let (mut client, connection) = tokio_postgres::connect(&database.url, NoTls).await.unwrap();
+        tokio::spawn(connection);
+        // Not committed when the window looks which are there.
+        let transaction = client.transaction().await.unwrap();
+        transaction
+            .batch_execute(&format!(
+                "INSERT INTO event_receipts (event_id, row_id, source_id, captured_at, delivered_at)
+                 SELECT '{other}', nextval(pg_get_serial_sequence('events', 'id')), min(id), now(), now() FROM event_sources;
+                 INSERT INTO events (id, timestamp, event_type, payload) OVERRIDING SYSTEM VALUE
+                 SELECT row_id, now(), 'turn_detected', jsonb_build_object('text', 'by another') FROM event_receipts
+                  WHERE event_id = '{other}'"
+            ))
+            .await
+            .unwrap();
+        let delivering = sink.deliver(&envelopes, at_once);
+        let committing = async {
+            let database = database.clone();
+            let waiting = move || {
+                let waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'transactionid')";
+                wait_until("the window waits", SOON, || database.value(waits) == "t");
+            };
+            tokio::task::spawn_blocking(waiting).await.unwrap();
+            transaction.commit().await.unwrap();
+        };
+        let (mut delivery, ()) = tokio::join!(delivering, committing);
+        let mut done = Vec::new();
+        for _ in 0..3 {
+            assert!(delivery.failure.is_none() && delivery.durable, "{delivery:?}");
+            done.extend(delivery.done);
+            if done.len() == 64 {
+                break;
+            }
+            delivery = sink.deliver(&envelopes[done.len()..], at_once).await;
+        }
+        assert!(done.iter().enumerate().all(|(index, done)| (*done == Delivered::AlreadyStored) == (index == 40)), "{done:?}");
+    });
+    let mut expected: Vec<&str> = first.iter().chain(&texts).map(String::as_str).collect();
+    expected.remove(64 + 40);
+    let stored = database.texts();
+    let others: Vec<&str> = stored.iter().map(String::as_str).filter(|text| *text != "by another").collect();
+    assert_eq!(others, expected);
+    assert_eq!(stored.len(), others.len() + 1);
+}
+
+#[test]
+fn the_last_of_a_window_is_committed_as_the_server_would_also_after_one_that_broke() {
+    let database = Database::new();
+    let runtime = runtime();
+    let at_once = Place { after: None, durable: true };
+    // So that the tables are there.
+    runtime.block_on(inside::sink(&database.url).deliver(&inside::envelopes(&inside::texts("first", 1), 1), at_once));
+    database.query(
+        "CREATE TABLE committed (place bigserial, how text);
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           IF NEW.payload ->> 'text' LIKE 'bad%' THEN RAISE check_violation; END IF;
+           INSERT INTO committed (how) VALUES (current_setting('synchronous_commit'));
+           RETURN NEW; END $$;
+         CREATE TRIGGER note BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION note();
+         DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = remote_write', current_database()); END $$",
+    );
+    let sink = inside::sink(&database.url);
+    let mut sequence = 2;
+    let mut deliver = |texts: &[String], durable: bool| {
+        let envelopes = inside::envelopes(texts, sequence);
+        sequence += texts.len() as u64;
+        let delivery = runtime.block_on(sink.deliver(&envelopes, Place { after: None, durable }));
+        let how = database.value("SELECT string_agg(how, ' ' ORDER BY place) FROM committed");
+        database.query("TRUNCATE committed");
+        let how: Vec<String> = how.split(' ').map(str::to_owned).collect();
+        (delivery, how)
+    };
+    let expected = |count: usize, durable: bool| {
+        let mut how = vec!["off".to_owned(); count];
+        if let Some(last) = how.last_mut().filter(|_| durable) {
+            *last = "remote_write".to_owned();
+        }
+        how
+    };
+    for (round, size) in [64, 5, 64].into_iter().enumerate() {
+        for (turn, durable) in [true, false, true].into_iter().enumerate() {
+            let (delivery, how) = deliver(&inside::texts(&format!("{round} {turn} line"), size), durable);
+            assert!(delivery.failure.is_none(), "{delivery:?}");
+            assert_eq!(how, expected(size, durable), "round {round}, durable {durable}");
+        }
+        let mut texts = inside::texts(&format!("{round} broken"), 64);
+        texts[50] = format!("bad {round}");
+        let (delivery, how) = deliver(&texts, true);
+        assert_eq!((delivery.done.len(), delivery.durable), (50, true), "{delivery:?}");
+        assert_eq!(how, expected(50, false), "round {round}, the one that broke");
+        // By statements, then.
+        let (_, how) = deliver(&inside::texts(&format!("{round} after"), 5), true);
+        assert_eq!(how, expected(5, true), "round {round}, after the one that broke");
+    }
 }

@@ -410,6 +410,11 @@ impl Session {
         }
     }
 
+    /// Takes back what a call that failed has set.
+    pub async fn reset(&self, limit: Duration) -> Result<(), DeliverError> {
+        self.ask("RESET synchronous_commit", &[], limit).await.map(drop)
+    }
+
     /// What the window of that time has done, from its start to where it broke.
     pub async fn stored(
         &self,

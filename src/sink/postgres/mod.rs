@@ -196,17 +196,26 @@ impl PostgresSink {
                 if self.calls.are_to_blame(&error) {
                     return Delivery::to_be_repeated();
                 }
-                let error = session.failed(error);
+                let of_a_copy = of_an_event && procedure::is_of_a_copy(&error);
+                let error = if of_a_copy { error } else { session.failed(error) };
                 if session.is_broken() {
                     return Delivery::failed(error);
                 }
-                if !of_an_event {
+                if let Err(error) = session.reset(self.answer_timeout()).await {
+                    return Delivery::failed(error);
+                }
+                if !of_an_event || of_a_copy {
                     self.calls.avoid(window);
+                }
+                if !of_an_event {
                     return Delivery::to_be_repeated();
                 }
                 self.calls.heed(&error);
                 match session.stored(window, window_time, self.answer_timeout()).await {
-                    Ok(done) => self.broken(session, done, error, place).await,
+                    Ok(done) => {
+                        let delivery = self.broken(session, done, error, place).await;
+                        Delivery { failure: delivery.failure.filter(|_| !of_a_copy), ..delivery }
+                    }
                     Err(error) => Delivery::failed(error),
                 }
             }

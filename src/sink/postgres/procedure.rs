@@ -9,6 +9,9 @@
 //!   left for others. It takes the right TEMP on the database, which everybody has unless it was revoked, and PL/pgSQL, which is
 //!   always there unless it was dropped. Without it, and behind a pooler, windows go one statement at a time.
 //! * It is made when there is a backlog, not before: who writes a few events a second never needs it.
+//! * Which events the ledger has already is looked up for the whole window at its start, and durability is turned off for
+//!   the session until its last event: both would cost a tenth of the time if each event did it for itself. An event that
+//!   somebody else stores meanwhile is refused by the ledger; the window is sent again one statement at a time.
 //! * A failure ends it where it is; what was committed stays, and the ledger says how far it came. One that came before
 //!   the first event (a text that is no JSON for this server) has no event it could be blamed on: the window is sent again
 //!   one statement at a time.
@@ -83,6 +86,7 @@ pub fn sql(parts: &Parts<'_>) -> String {
          LANGUAGE plpgsql AS $headspace$
          DECLARE
            _last CONSTANT integer := cardinality(_event_ids);
+           _known boolean[];
            _row_id bigint;
            _is_new boolean;
            _setting text;
@@ -96,16 +100,27 @@ pub fn sql(parts: &Parts<'_>) -> String {
                                              WHERE s.id = asked.id AND s.path = asked.path)) THEN
              RETURN;
            END IF;
+           SELECT array_agg((SELECT true FROM {schema}.event_receipts AS r WHERE r.event_id = given.id LIMIT 1)
+                            ORDER BY given.place)
+             INTO _known
+             FROM unnest(_event_ids) WITH ORDINALITY AS given (id, place);
            _repeated := '{{}}';
+           _setting := set_config('synchronous_commit', 'off', false);
            FOR _i IN 1 .. _last LOOP
-             _setting := CASE WHEN _relaxed OR _i < _last THEN set_config('synchronous_commit', 'off', true)
-                              ELSE {FLUSH} END;
-             INSERT INTO {schema}.event_receipts AS r
-                    (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
-             VALUES (_event_ids[_i], {next_id}, _source_ids[_i], _byte_offsets[_i], _captured_at[_i], _window_time)
-                 ON CONFLICT (event_id) DO UPDATE SET seen_again_at = _window_time
-             RETURNING r.row_id, r.seen_again_at IS NULL INTO _row_id, _is_new;
+             IF _i = _last AND NOT _relaxed THEN
+               RESET synchronous_commit;
+               _setting := {FLUSH};
+             END IF;
+             _is_new := _known[_i] IS NULL;
+             IF NOT _is_new THEN
+               UPDATE {schema}.event_receipts AS r SET seen_again_at = _window_time WHERE r.event_id = _event_ids[_i];
+               _is_new := NOT FOUND;
+             END IF;
              IF _is_new THEN
+               _row_id := {next_id};
+               INSERT INTO {schema}.event_receipts
+                      (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
+               VALUES (_event_ids[_i], _row_id, _source_ids[_i], _byte_offsets[_i], _captured_at[_i], _window_time);
                INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
                OVERRIDING SYSTEM VALUE
                VALUES (_row_id, _timestamps[_i], _event_types[_i], _payloads[_i],
@@ -116,6 +131,9 @@ pub fn sql(parts: &Parts<'_>) -> String {
              END IF;
              COMMIT;
            END LOOP;
+           IF _relaxed THEN
+             RESET synchronous_commit;
+           END IF;
          END
          $headspace$"
     )
@@ -123,12 +141,22 @@ pub fn sql(parts: &Parts<'_>) -> String {
 
 /// Makes the procedure in a session; `None` where that can't be done.
 pub async fn make(client: &Client, sql: &str) -> Option<Statement> {
+    // It sets synchronous_commit for the session. Where what we asked for at the start of the connection does not hold, the
+    // session is not ours alone.
+    const IS_OURS: &str = "SELECT FROM pg_settings WHERE name = 'statement_timeout' AND source = 'client'";
     let making = async {
+        if client.query_typed(IS_OURS, &[]).await?.is_empty() {
+            return Ok(None);
+        }
         client.batch_execute(sql).await?;
-        client.prepare_typed(CALL, &CALL_TYPES).await
+        client.prepare_typed(CALL, &CALL_TYPES).await.map(Some)
     };
     match making.await {
-        Ok(call) => Some(call),
+        Ok(Some(call)) => Some(call),
+        Ok(None) => {
+            info!("a backlog goes one statement at a time: there seems to be a pooler");
+            None
+        }
         Err(error) => {
             let error = step_error(&error);
             info!(%error, "a backlog goes one statement at a time: no temporary procedure can be made");
@@ -142,6 +170,12 @@ pub async fn make(client: &Client, sql: &str) -> Option<Statement> {
 pub fn is_of_an_event(error: &tokio_postgres::Error) -> bool {
     let context = error.as_db_error().and_then(|error| error.where_());
     context.is_some_and(|context| context.contains("headspace_deliver"))
+}
+
+/// Whether the ledger, or a constraint of the table's, refused a second copy: of an event that came in by another way since
+/// the window looked, perhaps. Statements tell which.
+pub fn is_of_a_copy(error: &DeliverError) -> bool {
+    error.sqlstate.as_deref() == Some("23505")
 }
 
 /// Which windows go through the procedure.
