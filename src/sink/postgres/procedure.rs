@@ -10,8 +10,9 @@
 //!   always there unless it was dropped. Without it, and behind a pooler, windows go one statement at a time.
 //! * It is made when there is a backlog, not before: who writes a few events a second never needs it.
 //! * Which events the ledger has already is looked up for the whole window at its start, and durability is turned off for
-//!   the session until its last event: both would cost a tenth of the time if each event did it for itself. An event that
-//!   somebody else stores meanwhile is refused by the ledger; the window is sent again one statement at a time.
+//!   the session until its last event: each would cost a tenth of the time if every event did it for itself, and even asking
+//!   in the loop whether this is the last takes a twentieth, as expressions are made ready anew in each transaction. An event
+//!   that somebody else stores meanwhile is refused by the ledger; the window is sent again one statement at a time.
 //! * A failure ends it where it is; what was committed stays, and the ledger says how far it came. One that came before
 //!   the first event (a text that is no JSON for this server) has no event it could be blamed on: the window is sent again
 //!   one statement at a time.
@@ -76,6 +77,17 @@ pub struct Parts<'a> {
 /// the places of the events that had been stored before.
 pub fn sql(parts: &Parts<'_>) -> String {
     let Parts { schema, table, next_id, command, notify } = parts;
+    let store = format!(
+        "_row_id := {next_id};
+               INSERT INTO {schema}.event_receipts
+                      (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
+               VALUES (_event_ids[_i], _row_id, _source_ids[_i], _byte_offsets[_i], _captured_at[_i], _window_time);
+               INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
+               OVERRIDING SYSTEM VALUE
+               VALUES (_row_id, _timestamps[_i], _event_types[_i], _payloads[_i],
+                       _project_ids[_i], _agent_ids[_i], _command_ids[_i], _turn_ids[_i]);
+               {notify}"
+    );
     format!(
         "CREATE OR REPLACE PROCEDURE pg_temp.headspace_deliver(
            _event_ids uuid[], _source_ids integer[], _byte_offsets bigint[], _captured_at timestamptz[],
@@ -86,7 +98,8 @@ pub fn sql(parts: &Parts<'_>) -> String {
          LANGUAGE plpgsql AS $headspace$
          DECLARE
            _last CONSTANT integer := cardinality(_event_ids);
-           _known boolean[];
+           _first integer := 1;
+           _known uuid[];
            _row_id bigint;
            _is_new boolean;
            _setting text;
@@ -100,32 +113,31 @@ pub fn sql(parts: &Parts<'_>) -> String {
                                              WHERE s.id = asked.id AND s.path = asked.path)) THEN
              RETURN;
            END IF;
-           SELECT array_agg((SELECT true FROM {schema}.event_receipts AS r WHERE r.event_id = given.id LIMIT 1)
-                            ORDER BY given.place)
-             INTO _known
-             FROM unnest(_event_ids) WITH ORDINALITY AS given (id, place);
+           -- The plan is kept while the ledger grows: it must not be one for an empty table.
+           _setting := set_config('enable_seqscan', 'off', true);
+           SELECT array_agg(r.event_id) INTO _known FROM {schema}.event_receipts AS r WHERE r.event_id = ANY (_event_ids);
            _repeated := '{{}}';
            _setting := set_config('synchronous_commit', 'off', false);
-           FOR _i IN 1 .. _last LOOP
+           IF _known IS NULL THEN
+             FOR _i IN 1 .. _last - 1 LOOP
+               {store}
+               COMMIT;
+             END LOOP;
+             _first := _last;
+           END IF;
+           -- The last, or all of a window of which something is known.
+           FOR _i IN _first .. _last LOOP
              IF _i = _last AND NOT _relaxed THEN
                RESET synchronous_commit;
                _setting := {FLUSH};
              END IF;
-             _is_new := _known[_i] IS NULL;
+             _is_new := _known IS NULL OR _event_ids[_i] <> ALL (_known);
              IF NOT _is_new THEN
                UPDATE {schema}.event_receipts AS r SET seen_again_at = _window_time WHERE r.event_id = _event_ids[_i];
                _is_new := NOT FOUND;
              END IF;
              IF _is_new THEN
-               _row_id := {next_id};
-               INSERT INTO {schema}.event_receipts
-                      (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
-               VALUES (_event_ids[_i], _row_id, _source_ids[_i], _byte_offsets[_i], _captured_at[_i], _window_time);
-               INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
-               OVERRIDING SYSTEM VALUE
-               VALUES (_row_id, _timestamps[_i], _event_types[_i], _payloads[_i],
-                       _project_ids[_i], _agent_ids[_i], _command_ids[_i], _turn_ids[_i]);
-               {notify}
+               {store}
              ELSE
                _repeated := _repeated || _i;
              END IF;
