@@ -36,7 +36,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     let beside =
         format!("{} bytes a line; lowest {}", short(line_bytes), short(rates.iter().copied().fold(f64::MAX, f64::min)));
     bench.rows.add("backfill.rate", &what, median(&rates), "events/s", &beside, Aim::Least(20_000.0))?;
-    bench.rows.add("backfill.memory", "memory meanwhile", median(&peaks), "MB", "peak", Aim::Most(32.0))?;
+    bench.rows.add("backfill.memory", "memory meanwhile", median(&peaks), "MB", "peak", Aim::Most(50.0))?;
     bench.rows.add(
         "backfill.cpu",
         "processor time meanwhile",

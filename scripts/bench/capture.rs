@@ -106,7 +106,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     ensure!(status.success(), "verify ended with {status}: {}", std::fs::read_to_string(scene.log())?);
     let beside = format!("{} turns/s", short(turns as f64 / seconds));
     bench.rows.add("verify.seconds", &format!("verify of {turns} turns"), seconds, "s", &beside, Aim::None)?;
-    bench.rows.add("verify.memory", "memory meanwhile", verify.usage().peak_mb(), "MB", "peak", Aim::Most(50.0))?;
+    bench.rows.add("verify.memory", "memory meanwhile", verify.usage().peak_mb(), "MB", "peak", Aim::Most(100.0))?;
     bench.server.drop(database)?;
     Ok(std::fs::remove_dir_all(bench.folder.join("capture"))?)
 }
