@@ -42,7 +42,7 @@ mod salvage;
 mod store;
 mod submission;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod writer;
 
 use std::fmt;

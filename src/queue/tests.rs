@@ -149,7 +149,7 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Rounds of a long proof: few in a test run, many under `scripts/torture.sh`.
-fn rounds(few: usize) -> usize {
+pub(crate) fn rounds(few: u32) -> u32 {
     std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(few)
 }
 

@@ -11,6 +11,7 @@ use super::*;
 use crate::event::{DeadContent, EventId, Sequence};
 use crate::intake::redact::Redactor;
 use crate::intake::schema::Schemas;
+use crate::queue::tests::rounds;
 use crate::queue::{Queue, QueueConfig};
 use crate::telemetry::Metrics;
 
@@ -250,13 +251,8 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// So many cases: few in a test run, more under `scripts/torture.sh`.
-fn cases() -> u32 {
-    std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(20)
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, max_shrink_iters: 100, ..ProptestConfig::with_cases(cases()) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, max_shrink_iters: 100, ..ProptestConfig::with_cases(rounds(20)) })]
 
     #[test]
     fn any_split_into_appends_with_any_stops_and_kills_gives_the_same_events_and_cursors(
