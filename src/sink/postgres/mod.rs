@@ -149,17 +149,23 @@ impl PostgresSink {
                 Err(error) => failure = Some(session.failed(deliver_error(&error))),
             }
         }
-        match failure {
-            Some(failure) => self.broken(session, done, failure, place).await,
-            None => Delivery { done, durable: place.durable, failure: None },
+        if failure.is_some() {
+            return self.broken(session, done, failure, place).await;
         }
+        Delivery { done, durable: place.durable, failure: None }
     }
 
     /// A window that broke after `done`, which is made durable.
-    async fn broken(&self, session: &Session, done: Vec<Delivered>, failure: DeliverError, place: Place) -> Delivery {
+    async fn broken(
+        &self,
+        session: &Session,
+        done: Vec<Delivered>,
+        failure: Option<DeliverError>,
+        place: Place,
+    ) -> Delivery {
         let stored = place.after.is_some() || !done.is_empty();
         let durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
-        Delivery { done, durable, failure: Some(failure) }
+        Delivery { done, durable, failure }
     }
 
     /// Awaits the answer to a window that was sent as one call.
@@ -212,10 +218,7 @@ impl PostgresSink {
                 }
                 self.calls.heed(&error);
                 match session.stored(window, window_time, self.answer_timeout()).await {
-                    Ok(done) => {
-                        let delivery = self.broken(session, done, error, place).await;
-                        Delivery { failure: delivery.failure.filter(|_| !of_a_copy), ..delivery }
-                    }
+                    Ok(done) => self.broken(session, done, (!of_a_copy).then_some(error), place).await,
                     Err(error) => Delivery::failed(error),
                 }
             }
