@@ -1,5 +1,7 @@
 //! Records of the queue to bytes and back: a header of ten bytes, then a bincode body.
 //!
+//! The layouts of what records stand in are at the heads of `block` (several in one value), `store` (the keys) and `journal`.
+//!
 //! Nothing outside this file knows bincode, and nothing inside it knows sled. What is written here is read
 //! by every later version of the program, so a layout is never edited: it gets a new version number.
 //!

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! <path>/lock         held while open; says the process id of the holder
-//! <path>/CURRENT      "format 1\nsled-<n>\n": replaced by renaming, so it is always whole
-//! <path>/sled-<n>/    generation n: a sled database; every other generation is a left-over
+//! <path>/CURRENT      "format 2\nsled-<n>\n": replaced by renaming, so it is always whole
+//! <path>/sled-<n>/    generation n: a sled database and its journal; every other generation is a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
 //! <path>/DAMAGED      set when a running queue met damage: the next opening reads and counts all, and starts anew if it can't,
 //!                     or at once where sled had not come back
@@ -30,7 +30,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -41,8 +41,9 @@ use super::store::{self, Changes, Store, StoreError, StoreRepair};
 use super::{QueueConfig, QueueError, salvage};
 use crate::event::{Sequence, Timestamp};
 
-/// Version of the layout of the folder that CURRENT speaks of.
-const FORMAT: u32 = 1;
+/// Version of the layout of the folder that CURRENT speaks of: 2 since there is a journal, which a program that knows 1
+/// would pass over.
+const FORMAT: u32 = 2;
 
 const DAMAGED_MARK: &str = "DAMAGED";
 
@@ -71,6 +72,8 @@ pub enum Repair {
     UnfinishedSnapshotRemoved { file: PathBuf },
     /// sled did not open with its snapshots, but did without.
     SnapshotsSetAside { cause: String },
+    /// Changes that were acknowledged are missing from the journal; all files are to be read from their beginning.
+    JournalDamaged { file: PathBuf, gaps: Vec<Range<u64>> },
     /// Records of a batch whose commit was never reached.
     UncommittedRemoved { keys: u64 },
     /// A generation that is not the current one: the process died during compaction.
@@ -101,6 +104,7 @@ impl Repair {
                 | Repair::CountersRebuilt { .. }
                 | Repair::LogCut { .. }
                 | Repair::EventsMissing { .. }
+                | Repair::JournalDamaged { .. }
         )
     }
 }
@@ -114,6 +118,12 @@ impl fmt::Display for Repair {
             Repair::SnapshotsSetAside { cause } => {
                 write!(f, "set snapshots aside and read the whole log: {cause}")
             }
+            Repair::JournalDamaged { file, .. } => write!(
+                f,
+                "a piece of {} was not readable, but what stands before and behind it; transcripts are read again from \
+                 their beginning",
+                file.display()
+            ),
             Repair::UncommittedRemoved { keys } => {
                 write!(f, "removed {keys} records that had not been acknowledged")
             }
@@ -254,6 +264,13 @@ fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> 
         return Err(Failed::Damaged("sled did not come back from reading its pages".into()));
     }
     let (store, generation, mut counters) = open_current(path, repairs)?;
+    if let Some(Repair::JournalDamaged { file, gaps }) =
+        repairs.iter().find(|repair| matches!(repair, Repair::JournalDamaged { .. }))
+    {
+        // Before anything is carried over into sled, which would hide it.
+        mark_reread(path);
+        counters = salvage::gaps(file, gaps, &store, counters).map_err(damage)?;
+    }
     let damaged = path.join(DAMAGED_MARK).exists();
     if damaged {
         read_all(&store).map_err(damage)?;
@@ -323,7 +340,7 @@ pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
         return Err(missing());
     }
     let generation = match read_pointer(path)? {
-        Pointer::Generation(generation) => generation,
+        Pointer::Generation { number, .. } => number,
         Pointer::Missing | Pointer::Unreadable => {
             *generations(path).map_err(|error| storage(path, &error))?.last().ok_or_else(missing)?
         }
@@ -388,7 +405,7 @@ pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result
         fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder)?;
         let (store, _) = Store::open(&folder)?;
         write_counters(&store, &counters)?;
-        store.sync()?;
+        store.carry_over()?;
         store.sync_folder()?;
         Ok(store)
     };
@@ -418,7 +435,7 @@ pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counter
     new.apply(changes)?;
     faults::reach("compact-copied");
     write_counters(&new, counters)?;
-    new.sync()?;
+    new.carry_over()?;
     new.sync_folder()?;
     restrict(&folder);
     faults::reach("compact-synced");
@@ -484,7 +501,13 @@ fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, C
     let io = |error: io::Error| Failed::Queue(storage(path, &error));
     let found = generations(path).map_err(io)?;
     let generation = match read_pointer(path)? {
-        Pointer::Generation(generation) if found.contains(&generation) => generation,
+        Pointer::Generation { number, format } if found.contains(&number) => {
+            if format < FORMAT {
+                // Before anything is written that an older program would not see.
+                write_pointer(path, number).map_err(io)?;
+            }
+            number
+        }
         Pointer::Missing if found.is_empty() => {
             let (store, counters) = create_generation(path, 1, 1)?;
             faults::reach("open-generation-created");
@@ -492,7 +515,7 @@ fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, C
             faults::reach("open-pointer-written");
             return Ok((store, 1, counters));
         }
-        Pointer::Generation(_) | Pointer::Missing | Pointer::Unreadable => {
+        Pointer::Generation { .. } | Pointer::Missing | Pointer::Unreadable => {
             return rebuild_pointer(path, &found, repairs);
         }
     };
@@ -568,6 +591,7 @@ fn open_store(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result
     repairs.extend(store_repairs.into_iter().map(|repair| match repair {
         StoreRepair::SnapshotUnfinished { file } => Repair::UnfinishedSnapshotRemoved { file },
         StoreRepair::SnapshotsSetAside { cause } => Repair::SnapshotsSetAside { cause },
+        StoreRepair::JournalDamaged { file, gaps } => Repair::JournalDamaged { file, gaps },
     }));
     Ok(store)
 }
@@ -691,7 +715,7 @@ fn take_lock(path: &Path) -> Result<Lock, QueueError> {
 }
 
 enum Pointer {
-    Generation(u64),
+    Generation { number: u64, format: u32 },
     Missing,
     Unreadable,
 }
@@ -706,7 +730,10 @@ fn read_pointer(path: &Path) -> Result<Pointer, QueueError> {
     let format = lines.next().and_then(|line| line.strip_prefix("format ")?.parse::<u32>().ok());
     match format {
         Some(found) if found > FORMAT => Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT }),
-        Some(_) => Ok(lines.next().and_then(generation_number).map_or(Pointer::Unreadable, Pointer::Generation)),
+        Some(format) => {
+            let number = lines.next().and_then(generation_number);
+            Ok(number.map_or(Pointer::Unreadable, |number| Pointer::Generation { number, format }))
+        }
         None => Ok(Pointer::Unreadable),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  append ─┐                                       ┌─ window   (the drainer: oldest durable envelopes)
-//!  settle ─┼─► inbox ─► writer thread ─► sled ─────┼─ page     (people)
+//!  settle ─┼─► inbox ─► writer thread ─► store ────┼─ page     (people)
 //!  retry  ─┘     bounded    │  one batch, one sync └─ dead_letters
 //!                           └─► counters, watch of the newest durable sequence, room, failure
 //! ```
@@ -23,13 +23,14 @@
 //!
 //! # How it is done
 //!
-//! One thread owns all changes. It takes everything that has arrived, makes one sled batch of it, syncs once and
+//! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and
 //! answers everybody (group commit); it never waits for more to come. Batches that only settle or only move cursors are
 //! visible at once, and durable some milliseconds later or with the next sync, whichever comes first.
 //!
-//! `store` is one sled database and the syncing around it, with the keys; `codec` the bytes of a record, `block` of
-//! several in one value; `folder` the
-//! files around it and opening; `guard` ends the process when sled does not come back; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
+//! `store` is one sled database and the syncing around it, with the keys; `journal` the file through which small batches
+//! go first, `memtable` what of them is not in sled yet; `codec` the bytes of a record, `block` of several in one value;
+//! `folder` the files around it and opening; `salvage` what is left of a damaged one; `guard` ends the process when sled
+//! does not come back; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
 //! sled is known in this module only.
 
 mod block;
@@ -37,6 +38,8 @@ mod codec;
 pub mod faults;
 mod folder;
 mod guard;
+mod journal;
+mod memtable;
 mod reader;
 mod salvage;
 mod store;

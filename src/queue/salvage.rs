@@ -7,7 +7,8 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use super::block::{self, Block, PART_BYTES_MAX};
 use super::codec::{self, Counters, HEADER_BYTES, Kind, StoredEvent};
 use super::folder::corrupt;
 use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
-use super::{folder, reader};
+use super::{folder, journal, reader};
 use crate::event::Sequence;
 
 /// How many numbers are tried beyond one that could not be read. A page holds about 16.
@@ -40,7 +41,7 @@ pub fn run(
     for folder in generations {
         match by_sled.then(|| Store::open(folder)) {
             Some(Ok((old, _))) => salvage.copy(&old)?,
-            Some(Err(_)) | None => salvage.search(&folder.join("db"))?,
+            Some(Err(_)) | None => salvage.search(folder)?,
         }
         if salvage.events > 0 {
             // An older one is a left-over of the newer one's making.
@@ -49,6 +50,15 @@ pub fn run(
     }
     salvage.apply()?;
     Ok((salvage.counters, salvage.events))
+}
+
+/// Puts the events that stand in `gaps` of the journal at `file` at the tail of `store`, in one batch with what stands around them.
+pub fn gaps(file: &Path, gaps: &[Range<u64>], store: &Store, counters: Counters) -> Result<Counters, StoreError> {
+    let mut salvage = Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 };
+    let pieces: io::Result<Vec<_>> = gaps.iter().map(|gap| Ok((File::open(file)?, gap.clone()))).collect();
+    salvage.search_pieces(&pieces?)?;
+    salvage.apply()?;
+    Ok(salvage.counters)
 }
 
 struct Salvage<'a> {
@@ -86,26 +96,33 @@ impl Salvage<'_> {
         Ok(())
     }
 
-    /// Takes the events whose records stand in the file at `log` in one piece, in the order of their capture.
-    fn search(&mut self, log: &Path) -> Result<(), StoreError> {
-        let file = match File::open(log) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other?,
-        };
+    /// Takes the events whose records stand in one piece in the log or the journal in `folder`, in the order of their capture.
+    fn search(&mut self, folder: &Path) -> Result<(), StoreError> {
+        let mut pieces = Vec::new();
+        for name in ["db", journal::FILE] {
+            match File::open(folder.join(name)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => pieces.push((other?, 0..u64::MAX)),
+            }
+        }
+        self.search_pieces(&pieces)
+    }
+
+    fn search_pieces(&mut self, pieces: &[(File, Range<u64>)]) -> Result<(), StoreError> {
         let mut found = Vec::new();
-        search_records(&file, |offset, record| {
-            if let Ok(stored) = codec::decode_event(record) {
-                let times = (stored.captured_at, stored.event.timestamp());
-                found.push((times, offset, record.len(), stored.event.id()));
-            }
-            found.len() < FOUND_MAX
-        })?;
-        found.sort_unstable_by_key(|&(times, offset, ..)| (times, offset));
+        for (piece, (file, range)) in pieces.iter().enumerate() {
+            search_records(file, range, |offset, record| {
+                if let Ok(stored) = codec::decode_event(record) {
+                    let times = (stored.captured_at, stored.event.timestamp());
+                    found.push((times, piece, offset, record.len(), stored.event.id()));
+                }
+                found.len() < FOUND_MAX
+            })?;
+        }
+        found.sort_unstable_by_key(|&(times, piece, offset, ..)| (times, piece, offset));
         let mut seen = HashSet::new();
-        for (_, offset, length, id) in found {
-            if !seen.insert(id) {
-                continue;
-            }
+        for (_, piece, offset, length, id) in found {
+            let Some((file, _)) = pieces.get(piece).filter(|_| seen.insert(id)) else { continue };
             let mut record = vec![0; length];
             file.read_exact_at(&mut record, offset)?;
             if let Ok(stored) = codec::decode_event(&record) {
@@ -177,12 +194,13 @@ fn next_readable(store: &Store, prefix: u8, from: u64, end: u64) -> Option<(u64,
     None
 }
 
-/// Gives `visit` every record of an event that stands in `file` in one piece, until it has enough.
-fn search_records(file: &File, mut visit: impl FnMut(u64, &[u8]) -> bool) -> io::Result<()> {
+/// Gives `visit` every record of an event that stands in `range` of `file` in one piece, until it has enough.
+fn search_records(mut file: &File, range: &Range<u64>, mut visit: impl FnMut(u64, &[u8]) -> bool) -> io::Result<()> {
     let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + CHUNK_BYTES);
-    let mut offset = 0;
+    let mut offset = file.seek(SeekFrom::Start(range.start))?;
+    let mut file = file.take(range.end - range.start);
     loop {
-        let read = file.take(READ_BYTES as u64).read_to_end(&mut buffer)?;
+        let read = (&mut file).take(READ_BYTES as u64).read_to_end(&mut buffer)?;
         // While there is more to come the last chunk's length stays, for records that go on in what comes.
         let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(CHUNK_BYTES) };
         let mut at = 0;

@@ -1,4 +1,4 @@
-//! One generation of the queue on disk: a sled database, and what sled 0.34.7 does not do by itself.
+//! One generation of the queue on disk: a sled database, the journal in front of it, and what sled 0.34.7 does not do by itself.
 //!
 //! # What is added
 //!
@@ -8,7 +8,10 @@
 //!   log is "stable", and recovery trusts that without looking. Stable means `sync_file_range`. During an
 //!   `apply_batch` the mark can't pass the batch's beginning, because the batch's manifest is held back until it is
 //!   sealed (`PageCache::pin_log`, `StabilityIntervals`). So if everything *before* a batch is on the platter, a power cut
-//!   leaves the batch whole or not at all. [`Store::apply`] therefore syncs what an earlier batch left unsynced.
+//!   leaves the batch whole or not at all. [`Store::apply`] therefore syncs what an earlier batch of sled's left unsynced.
+//! * **Small batches.** They become durable in the [`journal`], with one write, and visible in the [`memtable`]; all of it goes to
+//!   sled with the next large batch, or in an idle moment, as a part of the same sled batch. `journal` says how that
+//!   stays whole.
 //! * **Chunks.** A leaf of sled holds up to 16 values, for moments some more, and a page above 131,052 bytes is moved
 //!   to `blobs/`, which is never synced. No value is longer than [`CHUNK_BYTES`], so no page comes near it.
 //! * **Opening.** See [`Store::open`].
@@ -25,6 +28,7 @@
 //! f S      first part of what was set aside: the record of an event or an input, or unreadable bytes
 //! x S I    further chunks of the record S, wherever its first part is
 //! c H      first chunk of a cursor
+//! j        number up to which sled has what was in the journal, as u64
 //! k H I    further chunks of a cursor
 //! ```
 //!
@@ -36,14 +40,16 @@ use std::io;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use sled::IVec;
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::journal::{self, Journal, Replay};
+use super::memtable::{Change, Memtable};
 use super::{codec, guard};
 use crate::event::Sequence;
 
@@ -53,6 +59,15 @@ pub const CHUNK_BYTES: usize = 4096;
 /// What a change takes in memory beside its key and value until its batch is through: sled copies the page it is in, and
 /// now and then the one above, and gives none of the copies back before the batch's end.
 const CHANGE_BYTES: usize = 2048;
+
+/// Changes up to this size go through the journal. Two dozen events of the usual size: above it sled is no slower.
+const JOURNALED_BYTES_MAX: usize = 64 << 10;
+
+/// Keys that are carried over into sled at once, at most: as many as take two megabytes of memory meanwhile.
+const NOTED_MAX: usize = 1024;
+
+/// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
+const JOURNALED_KEY: &[u8] = b"j";
 
 /// Pages sled keeps in memory.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -102,37 +117,41 @@ pub enum StoreRepair {
     SnapshotUnfinished { file: PathBuf },
     /// Snapshots with which sled did not open; without them it reads its whole log.
     SnapshotsSetAside { cause: String },
+    /// Changes that had been acknowledged are missing from the journal.
+    JournalDamaged { file: PathBuf, gaps: Vec<std::ops::Range<u64>> },
 }
 
 /// Changes that become visible and durable together.
 #[derive(Default)]
 pub struct Changes {
-    batch: sled::Batch,
+    list: Vec<Change>,
+    /// Of keys and values.
     bytes: usize,
-    /// The keys that are inserted, and how long their values are.
-    inserted: Vec<(IVec, usize)>,
 }
 
 impl Changes {
     pub fn insert(&mut self, key: &[u8], value: &[u8]) {
-        self.bytes += CHANGE_BYTES + key.len() + value.len();
-        let key = IVec::from(key);
-        self.inserted.push((key.clone(), value.len()));
-        self.batch.insert(key, value);
+        self.bytes += key.len() + value.len();
+        self.list.push((IVec::from(key), Some(IVec::from(value))));
     }
 
     pub fn remove(&mut self, key: &[u8]) {
-        self.bytes += CHANGE_BYTES + key.len();
-        self.batch.remove(key);
+        self.bytes += key.len();
+        self.list.push((IVec::from(key), None));
     }
 
     /// Memory it takes to apply them.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.bytes + self.list.len() * CHANGE_BYTES
+    }
+
+    /// Bytes they take in the journal.
+    fn journal_bytes(&self) -> usize {
+        self.bytes + self.list.len() * journal::CHANGE_BYTES
     }
 
     pub fn is_empty(&self) -> bool {
-        self.bytes == 0
+        self.list.is_empty()
     }
 }
 
@@ -143,7 +162,10 @@ pub struct Store {
     /// Our own descriptor of sled's `db`.
     file: File,
     folder: PathBuf,
+    /// Whether sled has changes that are not synced.
     unsynced: AtomicBool,
+    journal: Mutex<Journal>,
+    memtable: Arc<RwLock<Memtable>>,
     /// Remove the folder once the last reader has let go.
     retired: AtomicBool,
     hooks: Mutex<Hooks>,
@@ -176,11 +198,23 @@ impl Store {
             }
             other => other?,
         };
+        let in_sled = guarded(|| Ok(db.get(JOURNALED_KEY)?))?;
+        let applied = in_sled.and_then(|number| number.first_chunk().map(|&number| u64::from_be_bytes(number)));
+        let Replay { journal, changes, gaps } = Journal::open(folder, applied.unwrap_or(0))?;
+        let mut memtable = Memtable::default();
+        changes
+            .into_iter()
+            .try_for_each(|change| guarded(|| memtable.note(change, |key| Ok(db.contains_key(key)?))))?;
+        if !gaps.is_empty() {
+            repairs.push(StoreRepair::JournalDamaged { file: folder.join(journal::FILE), gaps });
+        }
         let store = Store {
             db: Some(db),
             file: File::open(folder.join("db"))?,
             folder: folder.to_owned(),
             unsynced: AtomicBool::new(true),
+            journal: Mutex::new(journal),
+            memtable: Arc::new(RwLock::new(memtable)),
             retired: AtomicBool::new(false),
             hooks: Mutex::default(),
         };
@@ -203,55 +237,165 @@ impl Store {
         if changes.is_empty() {
             return Ok(());
         }
-        self.sync()?;
+        // What comes after is not durable before: a batch of sled's, then the journal's next record.
+        self.sync_sled()?;
+        let mut journal = self.journal();
+        if !self.is_for_journal(&mut journal, &changes)? {
+            return self.fold(&mut journal, changes);
+        }
+        journal.note(&changes.list);
+        let mut memtable = self.memtable.write().unwrap_or_else(PoisonError::into_inner);
+        let mut changes = changes.list.into_iter();
+        guarded(|| {
+            let db = self.db()?;
+            changes.try_for_each(|change| memtable.note(change, |key| Ok(db.contains_key(key)?)))
+        })
+    }
+
+    /// Whether they are few, and take nothing out of sled: that is the way of much that is drained.
+    fn is_for_journal(&self, journal: &mut Journal, changes: &Changes) -> Result<bool, StoreError> {
+        let memtable = self.memtable();
+        if changes.journal_bytes() > JOURNALED_BYTES_MAX || memtable.len() + changes.list.len() > NOTED_MAX {
+            return Ok(false);
+        }
+        for (key, value) in &changes.list {
+            if value.is_none() && !memtable.knows(key) && guarded(|| Ok(self.db()?.contains_key(key)?))? {
+                return Ok(false);
+            }
+        }
+        Ok(journal.has_room(changes.journal_bytes()))
+    }
+
+    /// Applies all that is in the journal, and `changes`, as one batch of sled's.
+    fn fold(&self, journal: &mut Journal, changes: Changes) -> Result<(), StoreError> {
+        let mut list: Vec<Change> = self.memtable().changes().collect();
+        let is_used = journal.is_used();
+        if is_used {
+            list.push((IVec::from(JOURNALED_KEY), Some(IVec::from(&journal.number().to_be_bytes()))));
+        }
+        list.extend(changes.list);
         // Before, not after: when the batch fails half-way nothing must be taken for synced.
         self.unsynced.store(true, Ordering::Release);
         guarded(|| {
             super::faults::reach("store-applying");
             let db = self.db()?;
-            db.apply_batch(changes.batch)?;
+            let mut batch = sled::Batch::default();
+            let mut inserted = Vec::with_capacity(list.len());
+            for (key, value) in list {
+                match value {
+                    Some(value) => {
+                        inserted.push((key.clone(), value.len()));
+                        batch.insert(key, value);
+                    }
+                    None => batch.remove(key),
+                }
+            }
+            db.apply_batch(batch)?;
             let mut turnover = Turnover::default();
-            changes.inserted.iter().try_for_each(|(key, bytes)| turnover.pass(db, key, *bytes))?;
+            inserted.iter().try_for_each(|(key, bytes)| turnover.pass(db, key, *bytes))?;
             Ok(())
-        })
+        })?;
+        self.memtable.write().unwrap_or_else(PoisonError::into_inner).folded();
+        if is_used {
+            journal.fold();
+        }
+        Ok(())
     }
 
     /// Makes everything that was applied durable against power loss. Costs nothing when there is nothing to do.
     pub fn sync(&self) -> Result<(), StoreError> {
+        self.sync_sled()?;
+        let mut journal = self.journal();
+        if journal.is_unsynced() {
+            self.before_sync()?;
+            journal.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Whether so much is in the journal that it is better carried over now than when somebody waits.
+    pub fn is_journal_half_full(&self) -> bool {
+        self.journal().is_half_full() || self.memtable().len() > NOTED_MAX / 2
+    }
+
+    /// Carries all that is in the journal over into sled, durably.
+    pub fn carry_over(&self) -> Result<(), StoreError> {
+        self.sync_sled()?;
+        let mut journal = self.journal();
+        if journal.is_used() {
+            self.fold(&mut journal, Changes::default())?;
+        }
+        drop(journal);
+        self.sync()
+    }
+
+    fn sync_sled(&self) -> Result<(), StoreError> {
         if !self.unsynced.load(Ordering::Acquire) {
             return Ok(());
         }
         super::faults::reach("sync-before-flush");
         guarded(|| self.db()?.flush().map_err(StoreError::from))?;
         super::faults::reach("sync-flushed");
+        self.before_sync()?;
+        self.file.sync_data()?;
+        self.unsynced.store(false, Ordering::Release);
+        Ok(self.journal().sled_synced()?)
+    }
+
+    #[cfg_attr(
+        not(test),
+        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests put something in here")
+    )]
+    fn before_sync(&self) -> io::Result<()> {
         #[cfg(test)]
         if let Some(before_sync) = self.hooks().before_sync.clone() {
             before_sync()?;
         }
-        self.file.sync_data()?;
-        self.unsynced.store(false, Ordering::Release);
         Ok(())
     }
 
     pub fn is_unsynced(&self) -> bool {
-        self.unsynced.load(Ordering::Acquire)
+        self.unsynced.load(Ordering::Acquire) || self.journal().is_unsynced()
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
-        guarded(|| Ok(self.db()?.get(key)?))
+        let memtable = self.memtable();
+        match memtable.get(key) {
+            Some(value) => Ok(value),
+            None => guarded(|| Ok(self.db()?.get(key)?)),
+        }
     }
 
     /// Keys and values in `range`, in order. Each step sees what is there at that moment.
     pub fn range(&self, range: RangeInclusive<Vec<u8>>) -> Result<Range, StoreError> {
-        let least = Bound::Included(IVec::from(range.start().as_slice()));
+        let (start, end) = range.into_inner();
         let tree = sled::Tree::clone(self.db()?);
-        let iter = guarded(|| Ok(tree.range(range)))?;
-        Ok(Range { tree, iter, least, turnover: Turnover::default() })
+        let least = Bound::Included(IVec::from(start));
+        Ok(Range {
+            memtable: Arc::clone(&self.memtable),
+            tree,
+            iter: None,
+            ahead: None,
+            least,
+            end: IVec::from(end),
+            turnover: Turnover::default(),
+        })
     }
 
     /// The last key in `range`.
     pub fn last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
-        guarded(|| Ok(self.db()?.range(range).next_back().transpose()?.map(|(key, _)| key)))
+        let memtable = self.memtable();
+        let noted = memtable.last_present((Bound::Included(range.start()), Bound::Included(range.end())));
+        let in_sled = guarded(|| {
+            for pair in self.db()?.range(range).rev() {
+                let (key, _) = pair?;
+                if memtable.get(&key).is_none_or(|value| value.is_some()) {
+                    return Ok(Some(key));
+                }
+            }
+            Ok(None)
+        })?;
+        Ok(noted.max(in_sled))
     }
 
     /// The whole record of which `head` is the first part, as far as its further chunks are there.
@@ -286,8 +430,16 @@ impl Store {
     }
 
     /// What stands between store and disk; a generation hands it to the next.
-    pub fn hooks(&self) -> std::sync::MutexGuard<'_, Hooks> {
-        self.hooks.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    pub fn hooks(&self) -> MutexGuard<'_, Hooks> {
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn memtable(&self) -> RwLockReadGuard<'_, Memtable> {
+        self.memtable.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn db(&self) -> Result<&sled::Db, StoreError> {
@@ -309,10 +461,15 @@ impl Drop for Store {
 
 /// Iterator over a range of keys.
 pub struct Range {
+    memtable: Arc<RwLock<Memtable>>,
     tree: sled::Tree,
-    iter: sled::Iter,
+    /// sled's own, and how often sled had changed when it was made.
+    iter: Option<(sled::Iter, u64)>,
+    /// What `iter` gave and is not passed yet.
+    ahead: Option<(IVec, IVec)>,
     /// The next key is not below it.
     least: Bound<IVec>,
+    end: IVec,
     turnover: Turnover,
 }
 
@@ -320,20 +477,61 @@ impl Iterator for Range {
     type Item = Result<(IVec, IVec), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let next = guarded(|| {
-            let Some((key, value)) = self.iter.next().transpose()? else { return Ok(None) };
-            self.turnover.pass(&self.tree, &key, value.len())?;
-            Ok(Some((key, value)))
-        })
-        .transpose()?;
-        Some(next.and_then(|(key, value)| {
-            // Pages that contradict one another can give the same keys again and again.
-            if !(self.least.clone(), Bound::Unbounded).contains(&key) {
-                return Err(contradiction());
+        let memtable = Arc::clone(&self.memtable);
+        let memtable = memtable.read().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let least = self.least.as_ref().map(|key| &**key);
+            match least {
+                Bound::Included(least) if *least > *self.end => return None,
+                Bound::Excluded(least) if *least >= *self.end => return None,
+                _ => {}
             }
+            let noted = memtable.first((least, Bound::Included(&self.end)));
+            let in_sled = match guarded(|| self.look_ahead(memtable.folds())) {
+                Ok(in_sled) => in_sled,
+                Err(error) => return Some(Err(error)),
+            };
+            let (key, value) = match (in_sled, noted) {
+                (None, None) => return None,
+                (Some(in_sled), noted) if noted.as_ref().is_none_or(|(key, _)| in_sled < *key) => {
+                    let (key, value) = self.ahead.take()?;
+                    // Pages that contradict one another can give the same keys again and again.
+                    if !(self.least.clone(), Bound::Unbounded).contains(&key) {
+                        return Some(Err(contradiction()));
+                    }
+                    (key, Some(value))
+                }
+                (in_sled, Some(noted)) => {
+                    if in_sled.is_some_and(|in_sled| in_sled == noted.0) {
+                        self.ahead = None;
+                    }
+                    noted
+                }
+                (Some(_), None) => return None,
+            };
             self.least = Bound::Excluded(key.clone());
-            Ok((key, value))
-        }))
+            if let Some(value) = value {
+                return Some(Ok((key, value)));
+            }
+        }
+    }
+}
+
+impl Range {
+    /// The next key that sled has.
+    fn look_ahead(&mut self, folds: u64) -> Result<Option<IVec>, StoreError> {
+        if self.iter.as_ref().is_none_or(|&(_, then)| then != folds) {
+            self.iter = Some((self.tree.range((self.least.clone(), Bound::Included(self.end.clone()))), folds));
+            self.ahead = None;
+        }
+        if self.ahead.is_none()
+            && let Some((iter, _)) = &mut self.iter
+            && let Some((key, value)) = iter.next().transpose()?
+        {
+            self.turnover.pass(&self.tree, &key, value.len())?;
+            self.ahead = Some((key, value));
+        }
+        Ok(self.ahead.as_ref().map(|(key, _)| key.clone()))
     }
 }
 

@@ -15,6 +15,7 @@ mod basics;
 mod damage;
 mod durability;
 mod format;
+mod journal;
 mod kill;
 mod model;
 mod speed;

@@ -189,7 +189,8 @@ impl Writer {
                 let _ = reply.send(Ok(()));
                 return;
             }
-            lazy_since = self.store.is_unsynced().then(|| lazy_since.unwrap_or_else(Instant::now));
+            let has_work = self.store.is_unsynced() || self.store.is_journal_half_full();
+            lazy_since = has_work.then(|| lazy_since.unwrap_or_else(Instant::now));
         }
     }
 
@@ -249,6 +250,9 @@ impl Writer {
         }
         for answer in round.after_sync.drain(..) {
             answer.give();
+        }
+        if idle && self.store.is_journal_half_full() {
+            self.store.carry_over()?;
         }
         if !round.compact.is_empty() || (round.close.is_none() && self.is_worth_compacting()) {
             let done = self.compact()?;

@@ -384,7 +384,7 @@ fn others_cannot_read_the_queue() {
     filled(&fixture);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&fixture.config.path), 0o700);
-    for file in ["lock", "CURRENT", "sled-1/db", "sled-1/conf"] {
+    for file in ["lock", "CURRENT", "sled-1/db", "sled-1/conf", "sled-1/journal"] {
         assert_eq!(mode(&fixture.config.path.join(file)), 0o600, "{file}");
     }
 }
@@ -479,10 +479,13 @@ fn a_call_of_sled_that_does_not_come_back_ends_the_process_and_the_queue_is_set_
         return;
     }
     let fixture = Fixture::new();
-    filled(&fixture);
+    let queue = fixture.open();
+    let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
+    queue.append(Batch { cursors, ..batch(0..100) }).unwrap();
+    queue.close().unwrap();
     let looping = [("HEADSPACE_FAULT_POINT", "store-applying"), ("HEADSPACE_FAULT_KIND", "loop")];
     let drained = drain_after_damage(&fixture, &looping);
-    assert_eq!(drained.events, (0..10).collect(), "{drained:?}");
+    assert_eq!(drained.events, (0..100).collect(), "{drained:?}");
     assert_eq!(drained.cursor, 0, "everything is to be read again");
     assert!(drained.said("start 0 ended with 74") && drained.said("QueueSetAside"), "{drained:?}");
     assert!(!drained.said("start 1 ended"), "{drained:?}");
@@ -516,6 +519,7 @@ fn bytes_overwritten_anywhere_lose_no_event_that_its_cursor_has_passed() {
         let snapshots = store::snapshots(&fixture.generation()).unwrap();
         let target = match snapshots.first() {
             Some(snapshot) if random.below(4) == 0 => snapshot.clone(),
+            _ if random.below(3) == 0 => fixture.generation().join(crate::queue::journal::FILE),
             _ => fixture.generation().join("db"),
         };
         let mut bytes = fs::read(&target).unwrap();
