@@ -10,9 +10,9 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use headspace_watcher::event::{Cursor, EventId, Origin, Rejection};
+use headspace_watcher::event::{Cursor, EventId, Origin, Rejection, Timestamp};
 use headspace_watcher::intake::claude_code::{Segment, TranscriptKind, classify, salvage};
-use headspace_watcher::intake::lines::{Found, LineReport, START, Source};
+use headspace_watcher::intake::lines::{self, Found, LineReport, START, Source};
 use headspace_watcher::intake::schema::{Candidate, Schemas};
 use libfuzzer_sys::fuzz_target;
 use serde::de::IgnoredAny;
@@ -44,34 +44,38 @@ impl Piece {
 fuzz_target!(|file: &[u8]| {
     let source = source(*MAIN);
     let mut cursor = START;
+    let mut copied_at = None;
     let mut whole = Vec::new();
     let mut halfway = None;
     let lines = lines(file);
     for (number, range) in lines.iter().enumerate() {
         if number == lines.len() / 2 {
-            halfway = Some((cursor.clone(), whole.len()));
+            halfway = Some((cursor.clone(), range.start, whole.len()));
         }
         let before = whole.len();
         let line = &file[range.clone()];
-        let report = read(&source, line, range.start, &mut cursor, &mut whole);
+        let report = read(&source, line, range.start, &mut cursor, &mut copied_at, &mut whole);
         check_line(line, range, &report, &whole[before..]);
     }
     assert!(whole.is_sorted_by_key(Piece::offset), "places are in order: {whole:?}");
 
-    if let Some((mut cursor, read_before)) = halfway {
+    if let Some((mut cursor, offset, read_before)) = halfway {
+        // What the cursor does not keep is found again in the bytes before it.
+        let mut copied_at = lines::copied_at(&file[..offset], &MAIN, &cursor).expect("the whole head tells");
         let source = self::source(*MAIN);
         let mut rest = Vec::new();
         for range in &lines[lines.len() / 2..] {
-            read(&source, &file[range.clone()], range.start, &mut cursor, &mut rest);
+            read(&source, &file[range.clone()], range.start, &mut cursor, &mut copied_at, &mut rest);
         }
         assert_eq!(rest, whole[read_before..], "reading on from a cursor gives what reading through gives");
     }
 
     let agent = self::source(TranscriptKind::SubAgent);
     let mut cursor = START;
+    let mut copied_at = None;
     let mut found = Vec::new();
     for range in &lines {
-        read(&agent, &file[range.clone()], range.start, &mut cursor, &mut found);
+        read(&agent, &file[range.clone()], range.start, &mut cursor, &mut copied_at, &mut found);
     }
     assert!(found.iter().all(|piece| matches!(piece, Piece::Lost { .. })), "a sub-agent's lines are no events");
 });
@@ -87,8 +91,15 @@ fn lines(file: &[u8]) -> Vec<Range<usize>> {
     ends.map(|end| std::mem::replace(&mut start, end + 1)..end).collect()
 }
 
-fn read(source: &Source, line: &[u8], offset: usize, cursor: &mut Cursor, pieces: &mut Vec<Piece>) -> LineReport {
-    source.read(line, offset as u64, cursor, |found| {
+fn read(
+    source: &Source,
+    line: &[u8],
+    offset: usize,
+    cursor: &mut Cursor,
+    copied_at: &mut Option<Timestamp>,
+    pieces: &mut Vec<Piece>,
+) -> LineReport {
+    source.read(line, offset as u64, cursor, copied_at, |found| {
         pieces.push(match found {
             Found::Event(candidate) => event(candidate),
             Found::Unreadable(rejection) => lost(rejection),

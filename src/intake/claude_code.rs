@@ -748,8 +748,15 @@ impl Turn {
     /// agent's turn is null then. `has_attachment` is there only when true.
     ///
     /// `session` is the file's, told where the line names none, `project_path` its project's;
-    /// `otherwise` is the time to be told where the line has none.
-    pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
+    /// `otherwise` is the time to be told where the line has none. `copied_at`: when the session was made as a copy of
+    /// another in which this was said, and the line does not tell which.
+    pub fn payload(
+        self,
+        session: Uuid,
+        project_path: Option<&str>,
+        otherwise: Timestamp,
+        copied_at: Option<Timestamp>,
+    ) -> Map<String, Value> {
         let mut payload = Map::new();
         let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
         put("session_uuid", self.said_in.unwrap_or(session).to_string().into());
@@ -784,8 +791,15 @@ impl Turn {
         if self.has_attachment {
             put("has_attachment", true.into());
         }
+        let mut metadata = Map::new();
         if self.is_repaired {
-            put("metadata", Value::Object(Map::from_iter([("repaired".to_owned(), true.into())])));
+            metadata.insert("repaired".to_owned(), true.into());
+        }
+        if let Some(copied_at) = copied_at {
+            metadata.insert("copied_at".to_owned(), iso_8601(copied_at).into());
+        }
+        if !metadata.is_empty() {
+            put("metadata", metadata.into());
         }
         payload
     }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::claude_code::{self, BadLine, LineMeaning, Segment, SessionFacts, TranscriptKind};
 use super::schema::Candidate;
-use super::sessions::LineTime;
+use super::sessions::{End, LineTime};
 use crate::event::{
     Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, SessionState, Timestamp,
 };
@@ -38,6 +38,67 @@ pub struct Source {
     pub inactivity_timeout: Duration,
 }
 
+/// When a line was said, as far as its session's activity is concerned.
+fn line_time(meaning: &LineMeaning, session: Uuid) -> Option<LineTime> {
+    let is_inherited = meaning.is_forked || meaning.session.is_some_and(|named| named != session);
+    meaning.timestamp.map(|at| LineTime { at, is_envelope: meaning.is_envelope, is_inherited })
+}
+
+/// Notes the time of a line; the first of the session's own conversation tells whether the session is a copy. Gives the
+/// end of the session before it, if any.
+fn note(
+    time: LineTime,
+    cursor: &mut Cursor,
+    copied_at: &mut Option<Timestamp>,
+    inactivity_timeout: Duration,
+) -> Option<End> {
+    let was_undecided = cursor.session.last_activity.is_none();
+    let end = cursor.session.note(time, inactivity_timeout);
+    if was_undecided && cursor.session.last_activity.is_some() {
+        // That line was said before the session began.
+        *copied_at = cursor.session.began_at.filter(|began_at| *began_at > time.at);
+    }
+    end
+}
+
+/// When the session of a transcript was copied from another, by the lines before a cursor; `None` where it was not, or
+/// where those lines do not tell yet. `head` is what comes before the cursor, or enough of it: `Err` asks for more.
+pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<Option<Timestamp>, HeadTooShort> {
+    let TranscriptKind::Main { session } = kind else { return Ok(None) };
+    if cursor.session.last_activity.is_none() {
+        return Ok(None);
+    }
+    let mut replayed = START;
+    let mut copied_at = None;
+    for piece in head.split_inclusive(|byte| *byte == b'\n') {
+        let line = piece.strip_suffix(b"\n").unwrap_or(piece);
+        let times: Vec<LineTime> = match claude_code::read_line(line, kind) {
+            Ok(meaning) => line_time(&meaning, *session).into_iter().collect(),
+            // Cut off where the head ends.
+            Err(_) if line.len() == piece.len() => break,
+            Err(_) => claude_code::salvage(line)
+                .into_iter()
+                .filter_map(|segment| match segment {
+                    Segment::Record(range) => claude_code::read_line(line.get(range)?, kind).ok(),
+                    Segment::Lost(_) => None,
+                })
+                .filter_map(|meaning| line_time(&meaning, *session))
+                .collect(),
+        };
+        for time in times {
+            note(time, &mut replayed, &mut copied_at, Duration::MAX);
+            if replayed.session.last_activity.is_some() {
+                return Ok(copied_at);
+            }
+        }
+    }
+    Err(HeadTooShort)
+}
+
+/// The lines that were looked at do not tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeadTooShort;
+
 /// What a line led to.
 pub enum Found {
     Event(Candidate),
@@ -58,15 +119,26 @@ pub struct LineReport {
 
 impl Source {
     /// Reads one complete line, given without its newline, that begins at `offset`. Moves everything in `cursor` but
-    /// its place.
-    pub fn read(&self, line: &[u8], offset: u64, cursor: &mut Cursor, mut found: impl FnMut(Found)) -> LineReport {
+    /// its place, and notes in `copied_at` when the session was copied from another: what the lines before said of it is
+    /// handed in again with the cursor (see [`copied_at`]).
+    pub fn read(
+        &self,
+        line: &[u8],
+        offset: u64,
+        cursor: &mut Cursor,
+        copied_at: &mut Option<Timestamp>,
+        mut found: impl FnMut(Found),
+    ) -> LineReport {
         let mut report = LineReport::default();
         if line.iter().all(u8::is_ascii_whitespace) {
             report.is_blank = true;
             return report;
         }
         match claude_code::read_line(line, &self.kind) {
-            Ok(meaning) => self.take(meaning, line, offset, cursor, &mut report, &mut found),
+            Ok(mut meaning) => {
+                report.unknown_type = meaning.unknown_type.take();
+                self.take(meaning, line, offset, cursor, copied_at, &mut found);
+            }
             Err(bad) => {
                 for segment in claude_code::salvage(line) {
                     let (Segment::Record(range) | Segment::Lost(range)) = &segment;
@@ -77,7 +149,10 @@ impl Source {
                         Segment::Lost(_) => Err(bad.clone()),
                     };
                     match record {
-                        Ok(meaning) => self.take(meaning, bytes, at, cursor, &mut report, &mut found),
+                        Ok(mut meaning) => {
+                            report.unknown_type = report.unknown_type.take().or(meaning.unknown_type.take());
+                            self.take(meaning, bytes, at, cursor, copied_at, &mut found);
+                        }
                         Err(bad) => found(Found::Unreadable(self.unreadable(bytes, at, &bad))),
                     }
                 }
@@ -94,15 +169,16 @@ impl Source {
         line: &[u8],
         offset: u64,
         cursor: &mut Cursor,
-        report: &mut LineReport,
+        copied_at: &mut Option<Timestamp>,
         found: &mut impl FnMut(Found),
     ) {
-        report.unknown_type = report.unknown_type.take().or(meaning.unknown_type);
         let TranscriptKind::Main { session } = self.kind else { return };
         let origin = || Origin::Transcript { path: self.path.clone(), offset };
-        let is_inherited = meaning.is_forked || meaning.session.is_some_and(|named| named != session);
-        let time = meaning.timestamp.map(|at| LineTime { at, is_envelope: meaning.is_envelope, is_inherited });
-        let end = time.and_then(|time| cursor.session.note(time, self.inactivity_timeout));
+        let time = line_time(&meaning, session);
+        if cursor.session.last_activity.is_none() {
+            *copied_at = None;
+        }
+        let end = time.and_then(|time| note(time, cursor, copied_at, self.inactivity_timeout));
         // What was not registered can't end.
         if let (Some(end), Some(_)) = (end, &cursor.project_path) {
             found(Found::Event(end.candidate(session, origin())));
@@ -127,12 +203,15 @@ impl Source {
             cursor.project_path = Some(cwd.clone());
         }
         if let Some(turn) = meaning.turn {
+            // A line that names another session says itself where it comes from.
+            let is_told = turn.said_in.is_some_and(|said_in| said_in != session);
+            let copied_at = copied_at.filter(|copied_at| !is_told && turn.timestamp.is_some_and(|at| at < *copied_at));
             let timestamp = turn.timestamp.unwrap_or_else(Timestamp::now);
             found(Found::Event(Candidate {
                 id: claude_code::turn_event_id(&turn, session, offset, line),
                 event_type: "turn_detected".to_owned(),
                 timestamp,
-                payload: turn.payload(session, cursor.project_path.as_deref(), timestamp),
+                payload: turn.payload(session, cursor.project_path.as_deref(), timestamp, copied_at),
                 refs: ForeignKeys::default(),
                 origin: origin(),
             }));
@@ -181,5 +260,122 @@ impl Source {
             origin: Origin::Transcript { path: self.path.clone(), offset },
             bytes: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const SESSION: Uuid = Uuid::from_u128(1);
+    const OTHER: Uuid = Uuid::from_u128(2);
+
+    fn at(time: &str) -> String {
+        format!("2026-01-03T{time}.000Z")
+    }
+
+    fn state(time: &str) -> Value {
+        json!({"type": "queue-operation", "timestamp": at(time)})
+    }
+
+    /// A prompt whose text is its time.
+    fn said(time: &str) -> Value {
+        json!({"type": "user", "uuid": time, "timestamp": at(time), "sessionId": SESSION, "message": {"content": time}})
+    }
+
+    fn with(mut line: Value, name: &str, value: Value) -> Value {
+        line[name] = value;
+        line
+    }
+
+    /// The texts of the turns that are marked. It must make no difference where reading is broken off and taken up again
+    /// with nothing but the cursor and the file.
+    fn marked(lines: &[Value]) -> Vec<String> {
+        let kind = TranscriptKind::Main { session: SESSION };
+        let source = Source { kind, path: "/p/a.jsonl".into(), inactivity_timeout: Duration::from_secs(60) };
+        let lines: Vec<String> = lines
+            .iter()
+            .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
+            .map(|line| line + "\n")
+            .collect();
+        let read = |broken_off_at: usize| {
+            let (mut cursor, mut copied_at, mut marked) = (START, None, Vec::new());
+            let mut file = String::new();
+            for (number, line) in lines.iter().enumerate() {
+                if number == broken_off_at {
+                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor).unwrap();
+                }
+                let offset = file.len() as u64;
+                source.read(line.trim_end().as_bytes(), offset, &mut cursor, &mut copied_at, |found| {
+                    let Found::Event(candidate) = found else { return };
+                    if let Some(copied_at) = candidate.payload.get("metadata").map(|metadata| &metadata["copied_at"]) {
+                        assert_eq!(*copied_at, at("12:00:00"));
+                        marked.push(candidate.payload["text"].as_str().unwrap().to_owned());
+                    }
+                });
+                file += line;
+            }
+            marked
+        };
+        let whole = read(usize::MAX);
+        for broken_off_at in 0..lines.len() {
+            assert_eq!(read(broken_off_at), whole, "broken off at {broken_off_at}");
+        }
+        whole
+    }
+
+    #[test]
+    fn what_a_copy_inherited_is_marked_and_what_was_said_in_it_is_not() {
+        let lines = [state("12:00:00"), said("08:00:00"), said("09:00:00"), said("12:00:05"), said("13:00:00")];
+        assert_eq!(marked(&lines), ["08:00:00", "09:00:00"]);
+        // Lines are not in the order of their times.
+        let lines = [state("12:00:00"), said("09:00:00"), said("12:00:05"), said("08:00:00")];
+        assert_eq!(marked(&lines), ["09:00:00", "08:00:00"]);
+    }
+
+    #[test]
+    fn a_copy_is_known_behind_damage_and_behind_state_without_a_time() {
+        let untimed = json!({"type": "summary", "summary": "x"});
+        let lines = [json!("garbage"), untimed, state("12:00:00"), state("12:30:00"), said("08:00:00")];
+        assert_eq!(marked(&lines), ["08:00:00"]);
+        let joined = format!("{}{}", said("08:00:00"), said("09:00:00"));
+        assert_eq!(marked(&[state("12:00:00"), json!(joined), said("10:00:00")]), ["08:00:00", "09:00:00", "10:00:00"]);
+    }
+
+    #[test]
+    fn no_turn_of_an_original_is_marked() {
+        assert_eq!(marked(&[said("12:00:00"), said("08:00:00")]), [""; 0], "out of order");
+        assert_eq!(marked(&[state("12:00:00"), said("12:00:00"), said("11:00:00")]), [""; 0]);
+        assert_eq!(marked(&[state("12:00:30"), said("12:00:00")]), [""; 0], "a prompt that came with its state");
+        assert_eq!(marked(&[said("08:00:00"), state("12:00:00"), said("09:00:00")]), [""; 0], "state in the middle");
+    }
+
+    #[test]
+    fn lines_that_say_themselves_where_they_come_from_are_not_marked() {
+        let resumed = with(said("08:00:00"), "sessionId", json!(OTHER));
+        let forked = with(said("08:00:01"), "forkedFrom", json!({"sessionId": OTHER, "messageUuid": "x"}));
+        assert_eq!(marked(&[resumed.clone(), forked.clone(), said("12:00:00")]), [""; 0]);
+        let lines = [state("12:00:00"), resumed, forked, said("09:00:00"), said("12:00:01")];
+        assert_eq!(marked(&lines), ["09:00:00"], "a copy of what had such lines");
+    }
+
+    #[test]
+    fn a_head_that_does_not_tell_asks_for_more() {
+        let kind = TranscriptKind::Main { session: SESSION };
+        let source = Source { kind, path: "/p/a.jsonl".into(), inactivity_timeout: Duration::from_secs(60) };
+        let file = format!("{}\n{}\n", state("12:00:00"), said("08:00:00"));
+        let mut cursor = START;
+        for line in file.lines() {
+            source.read(line.as_bytes(), 0, &mut cursor, &mut None, |_| {});
+        }
+        for length in 0..file.len() - 1 {
+            assert_eq!(copied_at(&file.as_bytes()[..length], &kind, &cursor), Err(HeadTooShort), "{length}");
+        }
+        let whole = Ok(Some(at("12:00:00").parse().unwrap()));
+        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor), whole);
+        assert_eq!(copied_at(file.trim_end().as_bytes(), &kind, &cursor), whole, "a last line without newline");
+        assert_eq!(copied_at(b"", &kind, &START), Ok(None), "nothing has been read");
     }
 }

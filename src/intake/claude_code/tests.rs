@@ -326,7 +326,7 @@ mod user_turns {
 
     #[test]
     fn a_line_that_names_another_session_was_said_there() {
-        let turn = |line: &Value| turn(line).unwrap().payload(SESSION, None, Timestamp::UNIX_EPOCH);
+        let turn = |line: &Value| turn(line).unwrap().payload(SESSION, None, Timestamp::UNIX_EPOCH, None);
         let line = with(user("hi"), "sessionId", OTHER.to_string());
         assert_eq!(turn(&line)["session_uuid"], OTHER.to_string());
         for odd in [Value::Null, "odd".into(), 7.into()] {
@@ -741,7 +741,7 @@ mod payloads {
     use super::*;
 
     fn payload(line: &Value, project_path: Option<&str>) -> Value {
-        Value::Object(turn(line).unwrap().payload(SESSION, project_path, Timestamp::UNIX_EPOCH))
+        Value::Object(turn(line).unwrap().payload(SESSION, project_path, Timestamp::UNIX_EPOCH, None))
     }
 
     #[test]
@@ -1064,7 +1064,7 @@ mod properties {
                 if let Some(turn) = meaning.turn {
                     assert!(!turn.text.contains('\0'));
                     assert!(turn.has_attachment || !turn.text.trim().is_empty());
-                    turn.payload(SESSION, None, Timestamp::UNIX_EPOCH);
+                    turn.payload(SESSION, None, Timestamp::UNIX_EPOCH, None);
                 }
                 meaning.line_type != LineType::Blank
             }

@@ -117,6 +117,7 @@ impl Census {
             line_bytes_max: self.line_bytes_max,
             source: Source { kind, path: path.to_string_lossy().into(), inactivity_timeout: self.inactivity_timeout },
             cursor: lines::START,
+            copied_at: None,
         };
         look.read(&mut buffer.0, &mut |candidate| {
             let Origin::Transcript { offset, .. } = candidate.origin else { return };
@@ -144,6 +145,7 @@ struct Look {
     line_bytes_max: u64,
     source: Source,
     cursor: Cursor,
+    copied_at: Option<Timestamp>,
 }
 
 impl Look {
@@ -190,7 +192,7 @@ impl Look {
     }
 
     fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
-        self.source.read(line, offset, &mut self.cursor, |found| match found {
+        self.source.read(line, offset, &mut self.cursor, &mut self.copied_at, |found| match found {
             Found::Event(candidate) => seen(candidate),
             Found::Unreadable(_) => {}
         });

@@ -11,8 +11,8 @@ use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::claude_code::{self, TranscriptKind};
-use super::super::lines::{self, Found, Source};
-use super::{Follower, Undo, identity};
+use super::super::lines::{self, Found, HeadTooShort, Source};
+use super::{Follower, HEAD_BYTES, Undo, identity};
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{Batch, QueueError};
 
@@ -61,6 +61,10 @@ pub struct Followed {
     pub unreadable: bool,
     /// The newest event that came from it in this run.
     pub newest: Option<Sequence>,
+    /// When its session was copied from another, by the lines before the cursor. The cursor does not keep it: it is
+    /// looked up in the file once, see [`look_up_copied_at`].
+    copied_at: Option<Timestamp>,
+    knows_copied_at: bool,
 }
 
 /// By what a changed file is told from an unchanged one without reading it.
@@ -120,6 +124,8 @@ impl Followed {
             unterminated: None,
             unreadable: false,
             newest: None,
+            copied_at: None,
+            knows_copied_at: false,
         }
     }
 
@@ -198,6 +204,25 @@ pub fn stands_where_it_stood(handle: &File, size: u64, cursor: &Cursor) -> io::R
         || (size >= cursor.offset && Place::at(handle, cursor.offset)?.fingerprint() == cursor.fingerprint))
 }
 
+/// When the session of a file that was read up to the cursor was copied from another, if it was. Mostly its first lines
+/// tell; of a file that begins with another session's lines all of those are looked at.
+fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> io::Result<Option<Timestamp>> {
+    let mut head = Vec::new();
+    let mut wanted = HEAD_BYTES as u64;
+    while cursor.session.last_activity.is_some() {
+        let length = usize::try_from(wanted.min(cursor.offset)).unwrap_or(usize::MAX);
+        head.resize(length, 0);
+        handle.read_exact_at(&mut head, 0)?;
+        match lines::copied_at(&head, kind, cursor) {
+            Ok(copied_at) => return Ok(copied_at),
+            Err(HeadTooShort) if wanted < cursor.offset => wanted = wanted.saturating_mul(4),
+            // A last line that was read without its newline.
+            Err(HeadTooShort) => break,
+        }
+    }
+    Ok(None)
+}
+
 /// Opens a transcript for reading. Anything but a file is refused: a pipe would hang us.
 pub fn open(path: &Path) -> io::Result<(File, Metadata)> {
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
@@ -252,6 +277,10 @@ impl Follower {
         }
         let stamp = Stamp::of(&metadata);
         let mut place = self.find_place(file, &handle, &metadata)?;
+        if !file.knows_copied_at && file.cursor.offset < stamp.size {
+            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor)?;
+            file.knows_copied_at = true;
+        }
         let source = self.source(file);
         let mut look = Look { handle, source, warnings: 0 };
         let mut read = 0;
@@ -398,7 +427,8 @@ impl Follower {
     fn take_line(&self, line: &[u8], look: &mut Look, file: &mut Followed, batch: &mut Batch) {
         let metrics = self.intake.metrics();
         let offset = file.cursor.offset;
-        let report = look.source.read(line, offset, &mut file.cursor, |found| match found {
+        let Followed { cursor, copied_at, .. } = file;
+        let report = look.source.read(line, offset, cursor, copied_at, |found| match found {
             Found::Event(candidate) => self.intake.admit(candidate, batch),
             Found::Unreadable(rejection) => batch.rejections.push(rejection),
         });
