@@ -137,7 +137,7 @@ fn lines_of_64_megabytes_and_of_a_hundred_thousand_levels_are_read_and_the_file_
 }
 
 /// The turns in the order of the table: session and text.
-fn said(stage: &Stage) -> Vec<(String, String)> {
+pub fn said(stage: &Stage) -> Vec<(String, String)> {
     let sql = "SELECT payload->>'session_uuid', payload->>'text' FROM events
                 WHERE event_type = 'turn_detected' ORDER BY id";
     let rows = stage.database().query(sql);
@@ -151,7 +151,7 @@ fn pair(row: Vec<String>) -> (String, String) {
 
 /// What the desktop app writes when it goes on with a session: its lines under another session's name, behind state that
 /// is stamped later.
-fn desktop_copy(original: &Transcript, copy: &mut Transcript) {
+pub fn desktop_copy(original: &Transcript, copy: &mut Transcript) {
     copy.append(
         "{\"type\":\"queue-operation\",\"operation\":\"enqueue\",\"timestamp\":\"2026-01-03T10:00:00.000Z\"}\n",
     );

@@ -13,6 +13,7 @@ mod bad_events;
 mod capture;
 mod check;
 mod commands;
+mod copies;
 mod damage;
 mod dead_letters;
 mod delivery;

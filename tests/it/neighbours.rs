@@ -8,15 +8,15 @@ use std::time::Duration;
 use crate::stage::{Database, SOON, Server, Stage, Writer, wait_until};
 
 /// PgBouncer in front of a database.
-struct Pooler {
+pub struct Pooler {
     child: Child,
     folder: tempfile::TempDir,
-    database: Database,
+    pub database: Database,
 }
 
 impl Pooler {
     /// `None`, said aloud, where there is no PgBouncer.
-    fn start(database: &Database, settings: &str) -> Option<Pooler> {
+    pub fn start(database: &Database, settings: &str) -> Option<Pooler> {
         let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/opt/homebrew/bin/pgbouncer"]
             .map(PathBuf::from)
             .into_iter()
@@ -220,6 +220,40 @@ fn service_files_are_refused_by_a_clear_word() {
     assert!(ran.error().contains("service files are not supported; set database.url"), "{}", ran.error());
 }
 
+/// Who listens on a channel.
+pub struct Listener {
+    _runtime: tokio::runtime::Runtime,
+    _client: tokio_postgres::Client,
+    received: std::sync::mpsc::Receiver<String>,
+}
+
+impl Listener {
+    pub fn on(database: &Database, channel: &str) -> Listener {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (sender, received) = std::sync::mpsc::channel();
+        let client = runtime.block_on(async {
+            let (client, mut connection) = tokio_postgres::connect(&database.url, tokio_postgres::NoTls).await.unwrap();
+            tokio::spawn(async move {
+                while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
+                    if let tokio_postgres::AsyncMessage::Notification(notification) = message {
+                        let _ = sender.send(notification.payload().to_owned());
+                    }
+                }
+            });
+            client.batch_execute(&format!("LISTEN \"{channel}\"")).await.unwrap();
+            client
+        });
+        Listener { _runtime: runtime, _client: client, received }
+    }
+
+    /// What has come until nothing more does for a while.
+    pub fn heard(&self, count: usize) -> Vec<String> {
+        let mut heard: Vec<String> = (0..count).map(|_| self.received.recv_timeout(SOON).unwrap()).collect();
+        heard.extend(self.received.recv_timeout(Duration::from_millis(200)));
+        heard
+    }
+}
+
 #[test]
 fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
     let mut stage = Stage::new();
@@ -228,21 +262,7 @@ fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
     transcript.say("first");
     stage.run_until_idle();
     stage.database().query("ALTER TABLE events ADD CONSTRAINT no_bad CHECK (payload->>'text' <> 'bad')");
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (sender, received) = std::sync::mpsc::channel();
-    let client = runtime.block_on(async {
-        let (client, mut connection) =
-            tokio_postgres::connect(&stage.database().url, tokio_postgres::NoTls).await.unwrap();
-        tokio::spawn(async move {
-            while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
-                if let tokio_postgres::AsyncMessage::Notification(notification) = message {
-                    let _ = sender.send(notification.payload().to_owned());
-                }
-            }
-        });
-        client.batch_execute("LISTEN \"new events\"").await.unwrap();
-        client
-    });
+    let received = Listener::on(stage.database(), "new events");
     let bad = transcript.prompt("bad");
     let known = transcript.prompt("first");
     transcript.append(bad + "\n" + &known + "\n");
@@ -255,8 +275,5 @@ fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
         .into_iter()
         .map(|mut row| row.remove(0).unwrap())
         .collect();
-    let heard: Vec<String> = (0..ids.len()).map(|_| received.recv_timeout(SOON).unwrap()).collect();
-    assert_eq!(heard, ids);
-    assert!(received.recv_timeout(Duration::from_millis(200)).is_err(), "more was told than was stored");
-    drop(client);
+    assert_eq!(received.heard(ids.len()), ids, "no more was told than was stored");
 }

@@ -4,8 +4,8 @@ use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient};
 
-use super::procedure;
 use super::verdict::step_error;
+use super::{correction, procedure};
 use crate::config::TableName;
 use crate::sink::{DeliverError, Verdict};
 
@@ -24,6 +24,10 @@ pub struct Layout {
     pub procedure_sql: String,
     /// Which of the events `$1` the window of the time `$2` dealt with, and whether they had been stored before.
     pub stored_sql: String,
+    /// Which repeated events have rows that came from a copy of a session ([`correction`]).
+    pub find_copied_sql: String,
+    /// Corrects those rows.
+    pub correct_copied_sql: String,
     /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`.
     pub barrier_sql: String,
     /// The ids of the sources `($1::text, unnest($2::text[]))`, made where they are new.
@@ -35,7 +39,7 @@ pub struct Layout {
 
 /// What [`inspect`] found.
 pub enum Found {
-    Complete(Layout),
+    Complete(Box<Layout>),
     /// Names the tables that are not there.
     Missing(Vec<String>),
 }
@@ -97,7 +101,7 @@ pub async fn inspect(
     };
     let schema = quote_identifier(&schema);
     let table = format!("{schema}.{}", quote_identifier(&events.table));
-    Ok(Found::Complete(Layout {
+    Ok(Found::Complete(Box::new(Layout {
         first_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &first_condition(&schema)),
         next_sql: deliver_sql(&schema, &table, &next_id, command, notify_channel, &next_condition(&schema)),
         procedure_sql: procedure::sql(&procedure::Parts {
@@ -113,6 +117,8 @@ pub async fn inspect(
             "SELECT event_id, seen_again_at IS NOT NULL FROM {schema}.event_receipts
               WHERE event_id = ANY ($1) AND (delivered_at = $2 OR seen_again_at = $2)"
         ),
+        find_copied_sql: correction::find_sql(&schema, &table),
+        correct_copied_sql: correction::correct_sql(&schema, &table),
         barrier_sql: format!(
             "WITH written AS (UPDATE {schema}.event_sources SET path = path
                                WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1) RETURNING id)
@@ -124,7 +130,7 @@ pub async fn inspect(
         ),
         receipts: format!("{schema}.event_receipts"),
         events: table,
-    }))
+    })))
 }
 
 /// Chooses durability inside the statement, for this transaction alone, so that it also holds behind a pooler that

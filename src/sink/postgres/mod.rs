@@ -14,6 +14,9 @@
 //! (the receipt carries the time of its window); across windows too, so that a window under way behind one that breaks
 //! stores nothing.
 //!
+//! **Corrections.** A turn that was stored as a copy of its session had it is given to its own session when it is read
+//! there ([`correction`]), before it is reported as done.
+//!
 //! A connection lost between sending and the answer leaves the outcome unknown: the window is sent again and the
 //! receipts decide.
 //!
@@ -21,11 +24,13 @@
 
 mod audit;
 mod connect;
+mod correction;
 mod layout;
 mod procedure;
 mod rows;
 mod verdict;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -34,7 +39,8 @@ use uuid::Uuid;
 
 pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
 pub use self::connect::{ConnectSettings, Inspection, TargetSource};
-use self::connect::{Connections, PooledSession, Session};
+use self::connect::{Connections, PooledSession, Session, Source};
+use self::correction::Corrections;
 pub use self::layout::printable_sql;
 use self::procedure::Calls;
 use self::rows::{Answer, MicrosecondsUtc, StatementRow, WindowSources};
@@ -56,6 +62,7 @@ pub struct PostgresSink {
     /// Held while a window is sent, not while its answers are awaited.
     line: tokio::sync::Mutex<Line>,
     calls: Calls,
+    corrections: Corrections,
 }
 
 /// Where windows are sent, one after the other.
@@ -86,6 +93,7 @@ impl PostgresSink {
             newest_window_us: AtomicI64::new(0),
             line: tokio::sync::Mutex::default(),
             calls: Calls::default(),
+            corrections: Corrections::default(),
         }
     }
 
@@ -166,6 +174,27 @@ impl PostgresSink {
         let stored = place.after.is_some() || !done.is_empty();
         let durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
         Delivery { done, durable, failure }
+    }
+
+    /// Corrects the rows of turns that had been stored as a copy of their session had them. Where that fails the first
+    /// of them and all that follows it count as not done.
+    async fn corrected(
+        &self,
+        session: &Session,
+        window: &[Envelope],
+        sources: &HashMap<&str, Source>,
+        window_time: MicrosecondsUtc,
+        mut delivery: Delivery,
+    ) -> Delivery {
+        let repeated = correction::repeated_turns(window, &delivery.done);
+        let Some(first) = repeated.first() else { return delivery };
+        let envelopes = repeated.iter().filter_map(|index| window.get(*index));
+        let turns: Vec<_> = envelopes.map(|envelope| StatementRow::new(envelope, sources, window_time)).collect();
+        if let Err(error) = self.corrections.make(session, &turns, self.answer_timeout()).await {
+            delivery.done.truncate(*first);
+            delivery.failure = Some(error);
+        }
+        delivery
     }
 
     /// Awaits the answer to a window that was sent as one call.
@@ -293,6 +322,7 @@ impl Sink for PostgresSink {
                 self.answers(&session, answers, place).await
             }
         };
+        let delivery = self.corrected(&session, window, &sources, window_time, delivery).await;
         guard.finished();
         delivery
     }
@@ -310,8 +340,14 @@ fn no_answer(waited: Duration) -> DeliverError {
     DeliverError {
         verdict: Verdict::Again,
         sqlstate: None,
-        message: format!("the server did not answer within {} ms", waited.as_millis()),
+        message: format!("{NO_ANSWER} within {} ms", waited.as_millis()),
     }
+}
+
+const NO_ANSWER: &str = "the server did not answer";
+
+fn is_no_answer(error: &DeliverError) -> bool {
+    error.sqlstate.is_none() && error.message.starts_with(NO_ANSWER)
 }
 
 fn predecessor_missing() -> DeliverError {
