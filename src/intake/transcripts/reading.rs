@@ -204,6 +204,9 @@ pub fn stands_where_it_stood(handle: &File, size: u64, cursor: &Cursor) -> io::R
         || (size >= cursor.offset && Place::at(handle, cursor.offset)?.fingerprint() == cursor.fingerprint))
 }
 
+/// Bytes at the beginning of a file that are searched for the first line of its own session, at most.
+const LOOKED_AT_MAX: u64 = 16 << 20;
+
 /// When the session of a file that was read up to the cursor was copied from another, if it was. Mostly its first lines
 /// tell; of a file that begins with another session's lines all of those are looked at.
 fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> io::Result<Option<Timestamp>> {
@@ -215,8 +218,9 @@ fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> i
         handle.read_exact_at(&mut head, 0)?;
         match lines::copied_at(&head, kind, cursor) {
             Ok(copied_at) => return Ok(copied_at),
-            Err(HeadTooShort) if wanted < cursor.offset => wanted = wanted.saturating_mul(4),
-            // A last line that was read without its newline.
+            Err(HeadTooShort) if wanted < cursor.offset.min(LOOKED_AT_MAX) => wanted *= 4,
+            // A last line that was read without its newline, or more of another session's than is kept in memory: it counts
+            // as no copy.
             Err(HeadTooShort) => break,
         }
     }
