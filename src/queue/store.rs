@@ -63,8 +63,9 @@ const CHANGE_BYTES: usize = 2048;
 /// Changes up to this size go through the journal. Two dozen events of the usual size: above it sled is no slower.
 const JOURNALED_BYTES_MAX: usize = 64 << 10;
 
-/// Keys that are carried over into sled at once, at most: as many as take two megabytes of memory meanwhile.
-const NOTED_MAX: usize = 1024;
+/// Keys that are carried over into sled at once, at most. Each can make sled copy a page of 64 kB, and none of the copies is
+/// given back before the batch's end.
+const NOTED_MAX: usize = 128;
 
 /// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
 const JOURNALED_KEY: &[u8] = b"j";
