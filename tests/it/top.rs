@@ -88,7 +88,9 @@ fn top_shows_what_goes_on_at_80_by_24_and_texts_only_when_asked_for() {
     transcript.append("no JSON\n");
     stage.wait_for_rows(2);
     let Some(terminal) = Terminal::start(&stage, "") else { return };
-    let screen = terminal.wait_for("turn_detected");
+    terminal.wait_for("turn_detected");
+    // Sessions are counted by the next look at all files.
+    let screen = terminal.wait_for("1 sessions, 1 files");
     for expected in [
         "headspace-watcher",
         "▲ warn",
@@ -100,7 +102,6 @@ fn top_shows_what_goes_on_at_80_by_24_and_texts_only_when_asked_for() {
         "database up since",
         "p50 ",
         "p99 ",
-        "1 sessions, 1 files",
         "last write at ",
         "last events",
         "session_registered",
