@@ -25,9 +25,9 @@ use uuid::Uuid;
 
 use super::connect::Session;
 use super::layout::FLUSH;
+use super::no_answer;
 use super::rows::StatementRow;
 use super::verdict::step_error;
-use super::{is_no_answer, no_answer};
 use crate::event::{Envelope, Origin};
 use crate::sink::{DeliverError, Delivered, Verdict};
 
@@ -120,8 +120,8 @@ impl Corrections {
                 }
                 Ok(())
             }
-            Err(error) if self.is_to_be_repeated(&error) => Err(session.failed(error)),
-            Err(error) => {
+            Err(failed) if self.is_to_be_repeated(&failed) => Err(session.failed(failed.error)),
+            Err(Failed { error, .. }) => {
                 *self.resting() = Some(Instant::now() + REST);
                 if !self.is_said.swap(true, Ordering::Relaxed) {
                     warn!(%error, "turns that were found in a copy of a session first stay under the copy's session: the \
@@ -132,17 +132,13 @@ impl Corrections {
         }
     }
 
-    fn is_to_be_repeated(&self, error: &DeliverError) -> bool {
-        let is_timeout = match error.sqlstate.as_deref() {
-            Some(code) => code == "57014",
-            None => is_no_answer(error),
-        };
-        let timeouts = if is_timeout { self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
+    fn is_to_be_repeated(&self, failed: &Failed) -> bool {
+        let timeouts = if failed.is_timeout { self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
         if timeouts >= TIMEOUTS_MAX {
             self.timeouts.store(0, Ordering::Relaxed);
             return false;
         }
-        error.verdict == Verdict::Again
+        failed.error.verdict == Verdict::Again
     }
 
     fn resting(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
@@ -150,8 +146,22 @@ impl Corrections {
     }
 }
 
+/// Why rows could not be looked at or corrected.
+struct Failed {
+    error: DeliverError,
+    /// The server, or we ourselves, would wait no longer.
+    is_timeout: bool,
+}
+
+impl From<DeliverError> for Failed {
+    /// What the server said.
+    fn from(error: DeliverError) -> Self {
+        Failed { is_timeout: error.sqlstate.as_deref() == Some("57014"), error }
+    }
+}
+
 /// Gives the number of rows that were corrected.
-async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration) -> Result<i64, DeliverError> {
+async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration) -> Result<i64, Failed> {
     let layout = session.layout();
     let ids: Vec<Uuid> = turns.iter().map(|turn| turn.event_id).collect();
     let times: Vec<_> = turns.iter().map(|turn| turn.timestamp).collect();
@@ -186,12 +196,12 @@ async fn ask(
     sql: &str,
     parameters: &[(&(dyn ToSql + Sync), Type)],
     limit: Duration,
-) -> Result<Vec<Row>, DeliverError> {
+) -> Result<Vec<Row>, Failed> {
     match tokio::time::timeout(limit, session.client().query_typed(sql, parameters)).await {
-        Ok(answer) => answer.map_err(|error| step_error(&error)),
+        Ok(answer) => answer.map_err(|error| step_error(&error).into()),
         Err(_) => {
             session.give_up();
-            Err(no_answer(limit))
+            Err(Failed { error: no_answer(limit), is_timeout: true })
         }
     }
 }
@@ -237,7 +247,7 @@ mod tests {
             message: String::new(),
         };
         let corrections = Corrections::default();
-        let repeated = |code| corrections.is_to_be_repeated(&error(code));
+        let repeated = |code| corrections.is_to_be_repeated(&error(code).into());
         for code in ["40P01", "40001", "55P03", "57P01", "25006", "53100"] {
             assert!(repeated(Some(code)), "{code}");
         }
@@ -247,7 +257,8 @@ mod tests {
         }
         assert_eq!([57014; 4].map(|_| repeated(Some("57014"))), [true, true, false, true]);
         let corrections = Corrections::default();
-        let timed_out = || corrections.is_to_be_repeated(&no_answer(Duration::ZERO));
+        let timed_out =
+            || corrections.is_to_be_repeated(&Failed { error: no_answer(Duration::ZERO), is_timeout: true });
         assert_eq!([(); 3].map(|()| timed_out()), [true, true, false]);
     }
 }

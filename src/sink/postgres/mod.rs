@@ -340,14 +340,8 @@ fn no_answer(waited: Duration) -> DeliverError {
     DeliverError {
         verdict: Verdict::Again,
         sqlstate: None,
-        message: format!("{NO_ANSWER} within {} ms", waited.as_millis()),
+        message: format!("the server did not answer within {} ms", waited.as_millis()),
     }
-}
-
-const NO_ANSWER: &str = "the server did not answer";
-
-fn is_no_answer(error: &DeliverError) -> bool {
-    error.sqlstate.is_none() && error.message.starts_with(NO_ANSWER)
 }
 
 fn predecessor_missing() -> DeliverError {
