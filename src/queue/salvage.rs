@@ -37,7 +37,7 @@ pub fn run(
     store: &Store,
     counters: Counters,
 ) -> Result<(Counters, u64), StoreError> {
-    let mut salvage = Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 };
+    let mut salvage = Salvage::new(store, counters);
     for folder in generations {
         match by_sled.then(|| Store::open(folder)) {
             Some(Ok((old, _))) => salvage.copy(&old)?,
@@ -54,7 +54,7 @@ pub fn run(
 
 /// Puts the events that stand in `gaps` of the journal at `file` at the tail of `store`, in one batch with what stands around them.
 pub fn gaps(file: &Path, gaps: &[Range<u64>], store: &Store, counters: Counters) -> Result<Counters, StoreError> {
-    let mut salvage = Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 };
+    let mut salvage = Salvage::new(store, counters);
     let pieces: io::Result<Vec<_>> = gaps.iter().map(|gap| Ok((File::open(file)?, gap.clone()))).collect();
     salvage.search_pieces(&pieces?)?;
     salvage.apply()?;
@@ -69,7 +69,11 @@ struct Salvage<'a> {
     events: u64,
 }
 
-impl Salvage<'_> {
+impl<'a> Salvage<'a> {
+    fn new(store: &'a Store, counters: Counters) -> Self {
+        Salvage { store, counters, changes: Changes::default(), block: Block::default(), events: 0 }
+    }
+
     /// Takes all that `old` can still read, in its order.
     fn copy(&mut self, old: &Store) -> Result<(), StoreError> {
         let end = match folder::read_counters(old) {

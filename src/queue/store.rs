@@ -492,9 +492,14 @@ impl Iterator for Range {
                 Ok(in_sled) => in_sled,
                 Err(error) => return Some(Err(error)),
             };
-            let (key, value) = match (in_sled, noted) {
-                (None, None) => return None,
-                (Some(in_sled), noted) if noted.as_ref().is_none_or(|(key, _)| in_sled < *key) => {
+            let (key, value) = match noted {
+                Some(noted) if in_sled.as_ref().is_none_or(|in_sled| noted.0 <= *in_sled) => {
+                    if in_sled.is_some_and(|in_sled| in_sled == noted.0) {
+                        self.ahead = None;
+                    }
+                    noted
+                }
+                _ => {
                     let (key, value) = self.ahead.take()?;
                     // Pages that contradict one another can give the same keys again and again.
                     if !(self.least.clone(), Bound::Unbounded).contains(&key) {
@@ -502,13 +507,6 @@ impl Iterator for Range {
                     }
                     (key, Some(value))
                 }
-                (in_sled, Some(noted)) => {
-                    if in_sled.is_some_and(|in_sled| in_sled == noted.0) {
-                        self.ahead = None;
-                    }
-                    noted
-                }
-                (Some(_), None) => return None,
             };
             self.least = Bound::Excluded(key.clone());
             if let Some(value) = value {

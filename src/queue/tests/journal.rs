@@ -148,14 +148,19 @@ fn changes(number: u64) -> Vec<Change> {
     vec![(key.as_slice().into(), Some(vec![number as u8; 50 + number as usize * 7].into())), (b"x".into(), None)]
 }
 
+/// One more record.
+fn write(journal: &mut Journal, number: u64) {
+    assert!(journal.has_room(1000));
+    journal.note(&changes(number));
+    journal.sync().unwrap();
+}
+
 /// A journal with that many records, each of some changes; gives where each ends.
 fn written(folder: &Path, records: u64) -> Vec<usize> {
     let mut journal = Journal::open(folder, 0).unwrap().journal;
     let mut ends = Vec::new();
     for number in 1..=records {
-        assert!(journal.has_room(1000));
-        journal.note(&changes(number));
-        journal.sync().unwrap();
+        write(&mut journal, number);
         let content = fs::read(folder.join(FILE)).unwrap();
         ends.push(content.iter().rposition(|&byte| byte != 0).unwrap() + 1);
     }
@@ -183,9 +188,7 @@ fn a_record_that_was_being_written_is_not_there_and_those_before_it_are() {
         assert_eq!(replay.gaps, [], "torn at {torn}");
         assert_eq!(replay.changes, [changes(1), changes(2), changes(3)].concat(), "torn at {torn}");
         // And the next takes its place.
-        assert!(replay.journal.has_room(1000));
-        replay.journal.note(&changes(9));
-        replay.journal.sync().unwrap();
+        write(&mut replay.journal, 9);
         let replay = Journal::open(folder.path(), 1).unwrap();
         assert_eq!(replay.gaps, []);
         assert_eq!(replay.changes, [changes(2), changes(3), changes(9)].concat(), "torn at {torn}");
@@ -218,9 +221,7 @@ fn a_hole_is_told_from_an_end() {
     let mut journal = Journal::open(folder.path(), 0).unwrap().journal;
     journal.fold();
     journal.sled_synced().unwrap();
-    assert!(journal.has_room(1000));
-    journal.note(&changes(6));
-    journal.sync().unwrap();
+    write(&mut journal, 6);
     assert_eq!(Journal::open(folder.path(), 5).unwrap().changes, changes(6));
     assert_eq!(Journal::open(folder.path(), 5).unwrap().gaps, []);
     assert_eq!(Journal::open(folder.path(), 3).unwrap().gaps.len(), 1);
@@ -238,8 +239,7 @@ fn what_went_to_sled_is_never_read_from_the_journal_again() {
     assert_eq!(Journal::open(folder.path(), 0).unwrap().changes.len(), 8, "sled was not synced");
     journal.sled_synced().unwrap();
     for number in 6..9 {
-        journal.note(&changes(number));
-        journal.sync().unwrap();
+        write(&mut journal, number);
         // Behind them stand the old ones still.
         let replay = Journal::open(folder.path(), 5).unwrap();
         assert_eq!((replay.gaps, replay.changes.len() as u64), (vec![], 2 * (number - 5)));
