@@ -337,11 +337,7 @@ fn a_table_in_partitions_is_corrected_as_well_and_nobody_is_notified_twice() {
 fn what_was_corrected_is_durable_when_its_events_have_left_the_queue() {
     // kill -9 of the postmaster right after the queue is empty, on a server that flushes nothing by itself.
     let server = Server::start();
-    for setting in ["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'", "synchronous_commit = off"] {
-        server.database.query(&format!("ALTER SYSTEM SET {setting}"));
-    }
-    server.stop("fast");
-    server.start_again();
+    server.restart_with(&["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'", "synchronous_commit = off"]);
     for turns in [5, 300] {
         let stage = Stage::with(Some(server.database.another()));
         let (original, copy) = original_and_copy(&stage, turns);

@@ -317,11 +317,7 @@ fn a_procedure_that_is_gone_is_done_without() {
 fn a_window_that_is_said_to_be_durable_has_been_flushed() {
     let server = Server::start();
     // Nothing flushes but what asks for it.
-    for setting in ["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'", "autovacuum = off"] {
-        server.database.query(&format!("ALTER SYSTEM SET {setting}"));
-    }
-    server.stop("fast");
-    server.start_again();
+    server.restart_with(&["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'", "autovacuum = off"]);
     let database = server.database.another();
     let runtime = runtime();
     let sink = inside::sink(&database.url);

@@ -209,9 +209,7 @@ fn too_many_connections_are_waited_out() {
 #[test]
 fn a_server_without_free_connections_is_waited_for() {
     let server = Server::start();
-    server.database.query("ALTER SYSTEM SET max_connections = 12");
-    server.stop("fast");
-    server.start_again();
+    server.restart_with(&["max_connections = 12"]);
     let database = server.database.another();
     let (_, plain) = plain_role(&database);
     let scene = Scene::start(&database, &plain.url);

@@ -126,9 +126,7 @@ fn the_watcher_keeps_its_allocator_small_unless_it_was_told_otherwise() {
 #[test]
 fn a_logical_subscriber_gets_each_row_once_and_in_order_though_both_servers_are_killed() {
     let (publisher, subscriber) = (Server::start(), Server::start());
-    publisher.database.query("ALTER SYSTEM SET wal_level = 'logical'");
-    publisher.stop("fast");
-    publisher.start_again();
+    publisher.restart_with(&["wal_level = 'logical'"]);
     let stage = Stage::with(Some(publisher.database.clone()));
     assert_eq!(stage.run(&["migrate"]).code(), 0);
     publisher.database.query("CREATE PUBLICATION headspace FOR TABLE events, event_receipts, event_sources");

@@ -150,6 +150,15 @@ impl Server {
         self.script(&["start"]);
     }
 
+    /// Changes settings that hold from its next start on, and starts it anew.
+    pub fn restart_with(&self, settings: &[&str]) {
+        for setting in settings {
+            self.database.query(&format!("ALTER SYSTEM SET {setting}"));
+        }
+        self.stop("fast");
+        self.start_again();
+    }
+
     /// `mode`: smart, fast or immediate.
     pub fn stop(&self, mode: &str) {
         self.script(&["stop", "--mode", mode]);

@@ -44,10 +44,7 @@ fn what_was_settled_is_durable_though_the_window_ended_in_a_duplicate_or_broke()
     let rounds = rounds(3);
     let server = Server::start();
     // A wide gap between commit and flush by itself makes what was not flushed explicitly vanish.
-    server.database.query("ALTER SYSTEM SET wal_writer_delay = '10s'");
-    server.database.query("ALTER SYSTEM SET wal_writer_flush_after = '1GB'");
-    server.stop("fast");
-    server.start_again();
+    server.restart_with(&["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"]);
     let stage = Stage::with(Some(server.database.another()));
     let mut transcript = stage.transcript("-home-me-app", 1);
     let known = transcript.prompt("known");
@@ -81,10 +78,7 @@ fn what_was_settled_is_durable_though_its_window_broke_in_the_middle() {
     // kill -9 of the postmaster right after a window whose last event was refused: nothing after it wrote anything.
     let rounds = rounds(3);
     let server = Server::start();
-    server.database.query("ALTER SYSTEM SET wal_writer_delay = '10s'");
-    server.database.query("ALTER SYSTEM SET wal_writer_flush_after = '1GB'");
-    server.stop("fast");
-    server.start_again();
+    server.restart_with(&["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"]);
     let mut stage = Stage::with(Some(server.database.another()));
     stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "20");
     let mut transcript = stage.transcript("-home-me-app", 1);
