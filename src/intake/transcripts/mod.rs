@@ -104,7 +104,8 @@ struct Undo {
 pub struct Follower {
     config: FollowConfig,
     intake: Arc<Intake>,
-    files: HashMap<Arc<Path>, Followed>,
+    /// Boxed, since a map has room for up to twice as many as are in it.
+    files: HashMap<Arc<Path>, Box<Followed>>,
     /// Cursors of files that have not been seen in this run.
     stored: HashMap<PathBuf, Cursor>,
     /// Batches that were handed over, oldest first.
@@ -246,6 +247,7 @@ impl Follower {
         let vanished = if is_there { self.vanished(&paths) } else { Vec::new() };
         let vanished = self.adopt_moved(&fresh, vanished)?;
         paths.extend(self.follow_fresh(fresh));
+        self.stored.shrink_to_fit();
         let unfinished = self.look_at_all(paths)?;
         if self.doorbell.is_stopped() {
             return Ok(unfinished);
@@ -399,7 +401,7 @@ impl Follower {
                 let mut file = Followed::new(Arc::clone(&path), kind, stored.unwrap_or(lines::START));
                 // What an earlier run read may still wait in the queue.
                 file.newest = last_sequence.filter(|_| is_known);
-                self.files.insert(Arc::clone(&path), file);
+                self.files.insert(Arc::clone(&path), Box::new(file));
                 path
             })
             .collect()
@@ -431,6 +433,13 @@ impl Follower {
         Ok(())
     }
 
+    /// The session of a transcript that has not ended by what is known of it, or of which a hook says that it has.
+    fn live_session(&self, file: &Followed) -> Option<Uuid> {
+        let TranscriptKind::Main { session } = file.kind else { return None };
+        let is_live = file.cursor.session.is_live() || self.closings.contains_key(&session);
+        (file.cursor.project_path.is_some() && is_live).then_some(session)
+    }
+
     fn has_other_transcript(&self, session: Uuid) -> bool {
         self.files.values().any(|file| is_of(file, session))
     }
@@ -452,27 +461,22 @@ impl Follower {
         if !self.again.is_empty() {
             return Ok(());
         }
-        let mut live: HashMap<Uuid, Standing> = HashMap::new();
-        for file in self.files.values() {
-            if let TranscriptKind::Main { session } = file.kind
-                && file.cursor.project_path.is_some()
-                && (file.cursor.session.is_live() || self.closings.contains_key(&session))
-            {
-                live.entry(session).or_default();
-            }
-        }
-        if !live.is_empty() {
-            for file in self.files.values() {
-                if let TranscriptKind::Main { session } = file.kind
-                    && let Some(standing) = live.get_mut(&session)
-                {
-                    standing.add(file, unfinished.contains(&file.path));
-                }
-            }
-        }
+        let live: HashSet<Uuid> = self.files.values().filter_map(|file| self.live_session(file)).collect();
+        let session_of = |file: &Followed| match file.kind {
+            TranscriptKind::Main { session } => Some(session).filter(|session| live.contains(session)),
+            _ => None,
+        };
+        let files = self.files.values();
+        let mut paths: Vec<_> = files.filter_map(|file| Some((session_of(file)?, Arc::clone(&file.path)))).collect();
+        paths.sort_unstable();
         let mut batch = Batch::default();
         let mut undo = Undo::default();
-        for (session, standing) in live {
+        for paths in paths.chunk_by(|(one, _), (other, _)| one == other) {
+            let Some(&(session, _)) = paths.first() else { continue };
+            let mut standing = Standing::default();
+            for file in paths.iter().filter_map(|(_, path)| self.files.get(path)) {
+                standing.add(file, unfinished.contains(&file.path));
+            }
             if !standing.is_read {
                 continue;
             }
