@@ -34,6 +34,14 @@ pub const POINTS: &[&str] = &[
     "compact-pointer-renamed",
     "compact-switched",
     "compact-removed",
+    "seal-begun",
+    "seal-copied",
+    "seal-synced",
+    "seal-pointer-renamed",
+    "seal-switched",
+    "spent-carried",
+    "spent-synced",
+    "spent-removed",
     "damage-salvaged",
     "damage-moved",
     "damage-replaced",
@@ -51,10 +59,22 @@ pub(super) fn reach(point: &'static str) {
 /// Size of the files above which a queue moves on to fresh ones: `bytes`, or in a debug build what
 /// `HEADSPACE_COMPACT_ABOVE_BYTES` says, so that a test need not fill tens of megabytes.
 pub(super) fn compact_above(bytes: u64) -> u64 {
+    threshold("HEADSPACE_COMPACT_ABOVE_BYTES", bytes)
+}
+
+/// Size of the files above which a generation is sealed: `bytes`, or what `HEADSPACE_SEAL_ABOVE_BYTES` says.
+pub(super) fn seal_above(bytes: u64) -> u64 {
+    threshold("HEADSPACE_SEAL_ABOVE_BYTES", bytes)
+}
+
+fn threshold(name: &'static str, bytes: u64) -> u64 {
     #[cfg(debug_assertions)]
-    return armed::compact_above().unwrap_or(bytes);
+    return armed::threshold(name).unwrap_or(bytes);
     #[cfg(not(debug_assertions))]
-    bytes
+    {
+        let _ = name;
+        bytes
+    }
 }
 
 #[cfg(debug_assertions)]
@@ -81,9 +101,8 @@ mod armed {
 
     static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
 
-    pub fn compact_above() -> Option<u64> {
-        static BYTES: OnceLock<Option<u64>> = OnceLock::new();
-        *BYTES.get_or_init(|| std::env::var("HEADSPACE_COMPACT_ABOVE_BYTES").ok()?.parse().ok())
+    pub fn threshold(name: &str) -> Option<u64> {
+        std::env::var(name).ok()?.parse().ok()
     }
 
     pub fn reach(point: &'static str) {

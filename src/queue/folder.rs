@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! <path>/lock         held while open; says the process id of the holder
-//! <path>/CURRENT      "format 2\nsled-<n>\n": replaced by renaming, so it is always whole
-//! <path>/sled-<n>/    generation n: a sled database and its journal; every other generation is a left-over
+//! <path>/CURRENT      "format 2\nsled-<n>\n", with sealed generations "format 3": replaced by renaming, so it is always whole
+//! <path>/sled-<n>/    generation n: a sled database and its journal; another one is sealed, if n says so, or a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
 //! <path>/DAMAGED      set when a running queue met damage: the next opening reads and counts all, and starts anew if it can't,
 //!                     or at once where sled had not come back
@@ -22,7 +22,8 @@
 //!
 //! sled's files never shrink. When they are large and little is pending, the writer makes generation n + 1, copies all
 //! there is, syncs it, renames CURRENT and removes generation n. Every step may be the last one of a process: until the
-//! rename nothing has happened, after it only a left-over stays.
+//! rename nothing has happened, after it only a left-over stays. When they are large and much is pending, n is sealed
+//! instead: n + 1 gets all but the events that are pending, and says that these are in n, until they are settled.
 //!
 //! A queue that can't be opened is salvaged into a fresh folder beside it, whole and durable, before the two change
 //! places: who dies on the way finds the damaged one again, or the fresh one still to be put in its place.
@@ -35,15 +36,17 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::codec::{self, CodecError, Counters};
-use super::faults;
-use super::reader;
-use super::store::{self, Changes, Store, StoreError, StoreRepair};
-use super::{QueueConfig, QueueError, salvage};
+use super::database::{DatabaseRepair, StoreError};
+use super::store::{self, COPY_BYTES_MAX, Changes, Store, StoreRepair};
+use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
 
 /// Version of the layout of the folder that CURRENT speaks of: 2 since there is a journal, which a program that knows 1
 /// would pass over.
 const FORMAT: u32 = 2;
+
+/// Version of the layout with sealed generations, which a program that knows 2 would take for left-overs.
+const FORMAT_SEALED: u32 = 3;
 
 const DAMAGED_MARK: &str = "DAMAGED";
 
@@ -60,9 +63,6 @@ const COUNTED_BYTES_MAX: u64 = 4 << 20;
 
 /// Keys removed in one batch when left-overs of a crash are cleared.
 const CLEAR_KEYS_MAX: usize = 1024;
-
-/// Bytes copied in one batch from one generation to the next.
-const COPY_BYTES_MAX: usize = 1 << 20;
 
 /// Something opening had to put right.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -273,7 +273,7 @@ fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> 
     }
     let damaged = path.join(DAMAGED_MARK).exists();
     if damaged {
-        read_all(&store).map_err(damage)?;
+        store.read_all().map_err(damage)?;
     }
     let mark = Mark::open(path).map_err(io)?;
     if mark.written >= counters.next_sequence {
@@ -284,6 +284,7 @@ fn recover(path: &Path, repairs: &mut Vec<Repair>) -> Result<Recovered, Failed> 
     remove_uncommitted(&store, counters.next_sequence, repairs)
         // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
         .and_then(|()| store.sync())
+        .and_then(|()| store.drop_spent())
         .map_err(damage)?;
     if path.join(REREAD_MARK).exists() {
         forget_cursors(&store).map_err(damage)?;
@@ -416,16 +417,20 @@ pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result
 ///
 /// The counters are written last: a generation that has them is whole.
 pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counters) -> Result<Store, StoreError> {
-    let folder = generation_folder(path, number);
-    remove_generation(path, number);
-    fs::DirBuilder::new().mode(0o700).create(&folder)?;
-    let (new, _) = Store::open(&folder)?;
-    *new.hooks() = old.hooks().clone();
+    let new = begin_generation(path, old, number)?;
     faults::reach("compact-begun");
     let mut changes = Changes::default();
-    for prefix in *b"ckedfx" {
+    for prefix in *b"ckedf" {
         for pair in old.range(store::prefix_range(prefix))? {
             let (key, value) = pair?;
+            let records = match (prefix, store::key_sequence(&key)) {
+                (b'e', _) => block::entries(&value).unwrap_or_default(),
+                (b'f', Some(sequence)) => vec![(sequence, &*value)],
+                _ => Vec::new(),
+            };
+            for (sequence, head) in records {
+                new.copy_chunks(old, sequence.get(), head, &mut changes)?;
+            }
             changes.insert(&key, &value);
             if changes.bytes() > COPY_BYTES_MAX {
                 new.apply(std::mem::take(&mut changes))?;
@@ -434,12 +439,45 @@ pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counter
     }
     new.apply(changes)?;
     faults::reach("compact-copied");
-    write_counters(&new, counters)?;
-    new.carry_over()?;
-    new.sync_folder()?;
-    restrict(&folder);
+    finish_generation(&new, counters)?;
     faults::reach("compact-synced");
     Ok(new)
+}
+
+/// Makes generation `number`, durable in itself, to take what comes after all that `old` has, the generation `sealed`.
+///
+/// The counters are written last: a generation that has them is whole.
+pub fn seal_generation(
+    path: &Path,
+    old: &Store,
+    sealed: u64,
+    number: u64,
+    counters: &Counters,
+) -> Result<Store, StoreError> {
+    let mut new = begin_generation(path, old, number)?;
+    faults::reach("seal-begun");
+    new.adopt(old, sealed, counters.next_sequence)?;
+    faults::reach("seal-copied");
+    finish_generation(&new, counters)?;
+    faults::reach("seal-synced");
+    Ok(new)
+}
+
+fn begin_generation(path: &Path, old: &Store, number: u64) -> Result<Store, StoreError> {
+    let folder = generation_folder(path, number);
+    remove_generation(path, number);
+    fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    let (new, _) = Store::open(&folder)?;
+    *new.hooks() = old.hooks().clone();
+    Ok(new)
+}
+
+fn finish_generation(new: &Store, counters: &Counters) -> Result<(), StoreError> {
+    write_counters(new, counters)?;
+    new.carry_over()?;
+    new.sync_folder()?;
+    restrict(new.folder());
+    Ok(())
 }
 
 /// Best effort: what stays is removed at the next opening.
@@ -448,16 +486,17 @@ pub fn remove_generation(path: &Path, number: u64) {
 }
 
 /// Points CURRENT to generation `number`, durably; before the return the old one, after it the new one.
-pub fn write_pointer(path: &Path, number: u64) -> io::Result<()> {
+pub fn write_pointer(path: &Path, number: u64, has_sealed: bool) -> io::Result<()> {
     let new = path.join("CURRENT.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    write!(file, "format {FORMAT}\nsled-{number}\n")?;
+    let format = if has_sealed { FORMAT_SEALED } else { FORMAT };
+    write!(file, "format {format}\nsled-{number}\n")?;
     file.sync_all()?;
     faults::reach("pointer-before-rename");
     fs::rename(&new, path.join("CURRENT"))?;
-    store::sync_folder(path)?;
+    sync_folder(path)?;
     if let Some(parent) = path.parent() {
-        store::sync_folder(parent)?;
+        sync_folder(parent)?;
     }
     Ok(())
 }
@@ -500,18 +539,18 @@ impl From<QueueError> for Failed {
 fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, Counters), Failed> {
     let io = |error: io::Error| Failed::Queue(storage(path, &error));
     let found = generations(path).map_err(io)?;
-    let generation = match read_pointer(path)? {
+    let (generation, format) = match read_pointer(path)? {
         Pointer::Generation { number, format } if found.contains(&number) => {
             if format < FORMAT {
                 // Before anything is written that an older program would not see.
-                write_pointer(path, number).map_err(io)?;
+                write_pointer(path, number, false).map_err(io)?;
             }
-            number
+            (number, format)
         }
         Pointer::Missing if found.is_empty() => {
             let (store, counters) = create_generation(path, 1, 1)?;
             faults::reach("open-generation-created");
-            write_pointer(path, 1).map_err(io)?;
+            write_pointer(path, 1, false).map_err(io)?;
             faults::reach("open-pointer-written");
             return Ok((store, 1, counters));
         }
@@ -519,12 +558,18 @@ fn open_current(path: &Path, repairs: &mut Vec<Repair>) -> Result<(Store, u64, C
             return rebuild_pointer(path, &found, repairs);
         }
     };
-    for left_over in found.into_iter().filter(|&number| number != generation) {
+    let (store, counters) = open_generation(path, generation, found.len() > 1, repairs)?;
+    if format == FORMAT_SEALED && !store.knows_sealed().map_err(|error| failed(path, error))? {
+        // Then the others are no left-overs.
+        return Err(Failed::Damaged("its list of sealed generations is missing".into()));
+    }
+    let sealed = store.sealed();
+    let is_needed = |number| number == generation || sealed.iter().any(|sealed| sealed.number() == number);
+    for left_over in found.into_iter().filter(|&number| !is_needed(number)) {
         let folder = generation_folder(path, left_over);
         fs::remove_dir_all(&folder).map_err(io)?;
         repairs.push(Repair::GenerationRemoved { folder });
     }
-    let (store, counters) = open_generation(path, generation, repairs)?;
     Ok((store, generation, counters))
 }
 
@@ -545,7 +590,7 @@ fn rebuild_pointer(path: &Path, found: &[u64], repairs: &mut Vec<Repair>) -> Res
         };
         match counters_of(path, &store) {
             Ok(Ok(counters)) => {
-                write_pointer(path, generation).map_err(io)?;
+                write_pointer(path, generation, !store.sealed().is_empty()).map_err(io)?;
                 repairs.append(&mut here);
                 repairs.push(Repair::PointerRebuilt { generation });
                 return Ok((store, generation, counters));
@@ -568,11 +613,18 @@ fn rebuild_pointer(path: &Path, found: &[u64], repairs: &mut Vec<Repair>) -> Res
     Err(Failed::Damaged(cause))
 }
 
-fn open_generation(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result<(Store, Counters), Failed> {
+fn open_generation(
+    path: &Path,
+    generation: u64,
+    has_others: bool,
+    repairs: &mut Vec<Repair>,
+) -> Result<(Store, Counters), Failed> {
     let store = open_store(path, generation, repairs)?;
     faults::reach("open-store-opened");
     let counters = match counters_of(path, &store)? {
         Ok(counters) => counters,
+        // Then nothing says either which of the others are sealed and hold events.
+        Err(error) if has_others => return Err(Failed::Damaged(error.to_string())),
         Err(error) => {
             repairs.push(Repair::CountersRebuilt { cause: error.to_string() });
             // Nothing says any more whether all is there. Durable before the counters, which would hide it.
@@ -589,8 +641,10 @@ fn open_store(path: &Path, generation: u64, repairs: &mut Vec<Repair>) -> Result
     let opened = Store::open(&generation_folder(path, generation));
     let (store, store_repairs) = opened.map_err(|error| failed(path, error))?;
     repairs.extend(store_repairs.into_iter().map(|repair| match repair {
-        StoreRepair::SnapshotUnfinished { file } => Repair::UnfinishedSnapshotRemoved { file },
-        StoreRepair::SnapshotsSetAside { cause } => Repair::SnapshotsSetAside { cause },
+        StoreRepair::Database(DatabaseRepair::SnapshotUnfinished { file }) => {
+            Repair::UnfinishedSnapshotRemoved { file }
+        }
+        StoreRepair::Database(DatabaseRepair::SnapshotsSetAside { cause }) => Repair::SnapshotsSetAside { cause },
         StoreRepair::JournalDamaged { file, gaps } => Repair::JournalDamaged { file, gaps },
     }));
     Ok(store)
@@ -656,11 +710,6 @@ fn clear(store: &Store, range: &RangeInclusive<Vec<u8>>) -> Result<u64, StoreErr
         before = first;
         store.apply(changes)?;
     }
-}
-
-/// Reads every key and value there is.
-fn read_all(store: &Store) -> Result<(), StoreError> {
-    store.range(store::all_keys())?.try_for_each(|pair| pair.map(drop))
 }
 
 /// A number that no earlier queue can have reached: the clock in microseconds runs ahead of any counting by ones.
@@ -729,7 +778,9 @@ fn read_pointer(path: &Path) -> Result<Pointer, QueueError> {
     let mut lines = text.lines();
     let format = lines.next().and_then(|line| line.strip_prefix("format ")?.parse::<u32>().ok());
     match format {
-        Some(found) if found > FORMAT => Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT }),
+        Some(found) if found > FORMAT_SEALED => {
+            Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT_SEALED })
+        }
         Some(format) => {
             let number = lines.next().and_then(generation_number);
             Ok(number.map_or(Pointer::Unreadable, |number| Pointer::Generation { number, format }))
@@ -739,7 +790,7 @@ fn read_pointer(path: &Path) -> Result<Pointer, QueueError> {
 }
 
 /// The generations in the folder, oldest first.
-fn generations(path: &Path) -> io::Result<Vec<u64>> {
+pub fn generations(path: &Path) -> io::Result<Vec<u64>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(path)? {
         let entry = entry?;
@@ -771,12 +822,14 @@ fn start_anew(path: &Path) -> Result<(Lock, PathBuf, u64), QueueError> {
     make_folder(&fresh).map_err(io)?;
     let lock = take_lock(&fresh)?;
     let (store, counters) = create_generation(&fresh, 1, unused_sequence())?;
-    let (_, salvaged) = salvage::run(&generation_folders(path), !is_looping(path), &store, counters)
+    // Where CURRENT does not say that there are no sealed ones, any may be one.
+    let has_sealed = !matches!(read_pointer(path), Ok(Pointer::Generation { format, .. }) if format < FORMAT_SEALED);
+    let (_, salvaged) = salvage::run(&generation_folders(path), has_sealed, !is_looping(path), &store, counters)
         .and_then(|salvaged| store.sync().map(|()| salvaged))
         .map_err(|error| storage(path, &error))?;
     // sled holds on to the path that it was opened with.
     drop(store);
-    write_pointer(&fresh, 1).map_err(io)?;
+    write_pointer(&fresh, 1, false).map_err(io)?;
     faults::reach("damage-salvaged");
     let to = set_aside(path).map_err(io)?;
     faults::reach("damage-moved");
@@ -801,8 +854,14 @@ fn put_salvaged_in_place(path: &Path) -> io::Result<()> {
         // Somebody else who starts at this moment has done it; the lock decides between us.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
-        Ok(()) => path.parent().map_or(Ok(()), store::sync_folder),
+        Ok(()) => path.parent().map_or(Ok(()), sync_folder),
     }
+}
+
+/// Makes the entries of `folder` durable.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    File::open(folder)?.sync_all()
 }
 
 fn remove_folder(folder: &Path) -> io::Result<()> {
@@ -822,7 +881,7 @@ fn set_aside(path: &Path) -> io::Result<PathBuf> {
         if !to.exists() {
             fs::rename(path, &to)?;
             if let Some(parent) = to.parent() {
-                store::sync_folder(parent)?;
+                sync_folder(parent)?;
             }
             return Ok(to);
         }

@@ -33,7 +33,7 @@ use sled::IVec;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::memtable::Change;
-use super::{faults, store};
+use super::{faults, folder};
 
 /// Name of the file in a generation's folder.
 pub const FILE: &str = "journal";
@@ -130,7 +130,7 @@ impl Journal {
             }
             file.sync_all()?;
             if let Some(folder) = self.path.parent() {
-                store::sync_folder(folder)?;
+                folder::sync_folder(folder)?;
             }
         }
         faults::reach("journal-made");

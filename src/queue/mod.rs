@@ -27,14 +27,16 @@
 //! answers everybody (group commit); it never waits for more to come. Batches that only settle or only move cursors are
 //! visible at once, and durable some milliseconds later or with the next sync, whichever comes first.
 //!
-//! `store` is one sled database and the syncing around it, with the keys; `journal` the file through which small batches
-//! go first, `memtable` what of them is not in sled yet; `codec` the bytes of a record, `block` of several in one value;
-//! `folder` the files around it and opening; `salvage` what is left of a damaged one; `guard` ends the process when sled
-//! does not come back; `writer` the thread; `reader` what everybody may do; `submission` the way to the writer.
+//! `store` is all that is on disk as one map, with its keys and the syncing; `database` one sled database, `sealed` those
+//! that are full and only read, `journal` the file through which small batches go first, `memtable` what of them is not
+//! in sled yet; `codec` the bytes of a record, `block` of several in one value; `folder` the files around it and opening;
+//! `salvage` what is left of a damaged one; `guard` ends the process when sled does not come back; `writer` the thread;
+//! `reader` what everybody may do; `submission` the way to the writer.
 //! sled is known in this module only.
 
 mod block;
 mod codec;
+mod database;
 pub mod faults;
 mod folder;
 mod guard;
@@ -42,6 +44,7 @@ mod journal;
 mod memtable;
 mod reader;
 mod salvage;
+mod sealed;
 mod store;
 mod submission;
 #[cfg(test)]
@@ -61,7 +64,8 @@ pub use self::folder::Repair;
 pub use self::submission::Ticket;
 
 use self::codec::{CodecError, Content, Letter};
-use self::store::{Store, StoreError};
+use self::database::StoreError;
+use self::store::Store;
 use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Refusals, Reply, Work};
 use crate::event::{Cursor, DeadLetter, Envelope, Event, Failure, Rejection, Sequence, Timestamp};
 

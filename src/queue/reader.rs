@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::block;
 use super::codec::{self, CodecError, Content, Counters};
-use super::store::{self, Store, StoreError, chunk_key, content_key, key_sequence, letter_key};
+use super::database::StoreError;
+use super::store::{self, Store, chunk_key, content_key, key_sequence, letter_key};
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
 };

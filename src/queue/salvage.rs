@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use super::block::{self, Block, PART_BYTES_MAX};
 use super::codec::{self, Counters, HEADER_BYTES, Kind, StoredEvent};
+use super::database::StoreError;
 use super::folder::corrupt;
-use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
+use super::store::{self, CHUNK_BYTES, Changes, Store};
 use super::{folder, journal, reader};
 use crate::event::Sequence;
 
@@ -30,22 +31,31 @@ const APPLY_BYTES: usize = 1 << 20;
 
 /// Appends what can be found in `generations`, the newest first, to the fresh `store`; says how many events it was.
 ///
-/// With `by_sled` it is read by sled where that opens it; else its log is searched, which ends whatever stands in it.
+/// With `by_sled` it is read by sled down to the first one that sled opens and that knows which of those before it are still
+/// needed, or, where none `is_sealed`, to the first one that sled opens. The log of each that it does not open is searched,
+/// which ends whatever stands in it.
 pub fn run(
     generations: &[PathBuf],
+    is_sealed: bool,
     by_sled: bool,
     store: &Store,
     counters: Counters,
 ) -> Result<(Counters, u64), StoreError> {
-    let mut salvage = Salvage::new(store, counters);
+    let mut found = Vec::new();
     for folder in generations {
-        match by_sled.then(|| Store::open(folder)) {
-            Some(Ok((old, _))) => salvage.copy(&old)?,
-            Some(Err(_)) | None => salvage.search(folder)?,
-        }
-        if salvage.events > 0 {
-            // An older one is a left-over of the newer one's making.
+        let opened = if by_sled { Store::open(folder).ok() } else { None };
+        let knows = opened.as_ref().is_some_and(|(old, _)| old.knows_sealed().unwrap_or(false));
+        let is_last = knows || (opened.is_some() && !is_sealed);
+        found.push((folder, opened));
+        if is_last {
             break;
+        }
+    }
+    let mut salvage = Salvage::new(store, counters);
+    for (folder, opened) in found.into_iter().rev() {
+        match opened {
+            Some((old, _)) => salvage.copy(&old)?,
+            None => salvage.search(folder)?,
         }
     }
     salvage.apply()?;
@@ -80,17 +90,15 @@ impl<'a> Salvage<'a> {
             Ok(Ok(counters)) => counters.next_sequence,
             _ => u64::MAX,
         };
-        let mut from = 1;
-        while let Some((number, value)) = next_readable(old, b'e', from, end) {
-            from = number + 1;
-            for (sequence, part) in block::entries(&value).unwrap_or_default() {
-                if let Ok(Ok(stored)) = reader::event_record(old, sequence, part) {
-                    self.add(&stored)?;
-                }
+        for generation in old.sealed() {
+            let sequences = generation.sequences();
+            if !self.copy_events(old, sequences.start, sequences.end)? {
+                self.search(generation.folder())?;
             }
         }
+        self.copy_events(old, old.sealed_end().max(1), end)?;
         let mut from = 1;
-        while let Some((sequence, letter)) = next_readable(old, b'd', from, end) {
+        while let Found::Pair(sequence, letter) = next_readable(old, b'd', from, end) {
             from = sequence + 1;
             let Ok(Some(head)) = old.get(&store::content_key(sequence)) else { continue };
             if let Ok(content) = old.record(&head, |index| store::chunk_key(sequence, index)) {
@@ -98,6 +106,25 @@ impl<'a> Salvage<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Takes the events numbered from `first` to below `end`; says whether all of them could be read.
+    fn copy_events(&mut self, old: &Store, first: u64, end: u64) -> Result<bool, StoreError> {
+        let mut from = first;
+        loop {
+            match next_readable(old, b'e', from, end) {
+                Found::None => return Ok(true),
+                Found::Unreadable => return Ok(false),
+                Found::Pair(number, value) => {
+                    from = number + 1;
+                    for (sequence, part) in block::entries(&value).unwrap_or_default() {
+                        if let Ok(Ok(stored)) = reader::event_record(old, sequence, part) {
+                            self.add(&stored)?;
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// Takes the events whose records stand in one piece in the log or the journal in `folder`, in the order of their capture.
@@ -185,17 +212,29 @@ impl<'a> Salvage<'a> {
     }
 }
 
+enum Found {
+    /// The sequence in its key, and its value.
+    Pair(u64, Vec<u8>),
+    /// There is no more.
+    None,
+    /// What comes next can't be read, nor what comes for long after it.
+    Unreadable,
+}
+
 /// The first key of the kind `prefix` at `from` or after, below `end`, whose page can be read.
-fn next_readable(store: &Store, prefix: u8, from: u64, end: u64) -> Option<(u64, Vec<u8>)> {
+fn next_readable(store: &Store, prefix: u8, from: u64, end: u64) -> Found {
     for start in from..end.min(from.saturating_add(SKIP_MAX)) {
         let Ok(mut range) = store.range(store::sequence_range(prefix, start, end - 1)) else { continue };
         match range.next() {
-            Some(Ok((key, value))) => return Some((store::key_sequence(&key)?.get(), value.to_vec())),
+            Some(Ok((key, value))) => {
+                let sequence = store::key_sequence(&key).map_or(end, Sequence::get);
+                return Found::Pair(sequence, value.to_vec());
+            }
             Some(Err(_)) => {}
-            None => return None,
+            None => return Found::None,
         }
     }
-    None
+    if from < end { Found::Unreadable } else { Found::None }
 }
 
 /// Gives `visit` every record of an event that stands in `range` of `file` in one piece, until it has enough.

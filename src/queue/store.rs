@@ -1,4 +1,5 @@
-//! One generation of the queue on disk: a sled database, the journal in front of it, and what sled 0.34.7 does not do by itself.
+//! The queue on disk: a sled database, the journal in front of it, the sealed generations before it, and what sled 0.34.7
+//! does not do by itself.
 //!
 //! # What is added
 //!
@@ -14,7 +15,8 @@
 //!   stays whole.
 //! * **Chunks.** A leaf of sled holds up to 16 values, for moments some more, and a page above 131,052 bytes is moved
 //!   to `blobs/`, which is never synced. No value is longer than [`CHUNK_BYTES`], so no page comes near it.
-//! * **Opening.** See [`Store::open`].
+//! * **Sealed generations.** Of blocks and their chunks, what is older is in databases of its own, which are only read:
+//!   `sealed` says how they are settled.
 //!
 //! # Keys
 //!
@@ -28,29 +30,31 @@
 //! f S      first part of what was set aside: the record of an event or an input, or unreadable bytes
 //! x S I    further chunks of the record S, wherever its first part is
 //! c H      first chunk of a cursor
-//! j        number up to which sled has what was in the journal, as u64
 //! k H I    further chunks of a cursor
+//! j        number up to which sled has what was in the journal, as u64
+//! g        sealed generations
+//! w        up to where their blocks are settled
 //! ```
 //!
 //! The counters are the commit: whatever stands at `next_sequence` or above was never acknowledged, is not shown,
 //! and is removed at the next opening. So chunks may be written in earlier batches than the counters.
 
-use std::fs::{self, File};
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
 use std::io;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
 
 use sled::IVec;
-use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::database::{Database, DatabaseRepair, StoreError, Turnover, guarded};
 use super::journal::{self, Journal, Replay};
 use super::memtable::{Change, Memtable};
-use super::{codec, guard};
+use super::sealed::{self, Blocks, Generation, Sealed};
+use super::{codec, folder};
 use crate::event::Sequence;
 
 /// Longest value in sled. 20 of them and their keys still make a page of 83 KB, well below the blobs' threshold.
@@ -67,59 +71,25 @@ const JOURNALED_BYTES_MAX: usize = 64 << 10;
 /// given back before the batch's end.
 const NOTED_MAX: usize = 128;
 
+/// Bytes copied in one batch from one generation to the next.
+pub const COPY_BYTES_MAX: usize = 1 << 20;
+
 /// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
 const JOURNALED_KEY: &[u8] = b"j";
 
-/// Pages sled keeps in memory.
-const CACHE_BYTES: u64 = 8 << 20;
-
-/// How long opening waits for sled's own lock: only threads of a handle that was just dropped can hold it.
-const SLED_LOCK_WAIT: Duration = Duration::from_secs(5);
-
-/// Why the store could not do what was asked.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// The system refused: full disk, missing permission, failing device.
-    #[error("{0}")]
-    Io(String),
-    /// What is on disk is not what was written.
-    #[error("{0}")]
-    Corrupt(String),
-}
-
-impl From<sled::Error> for StoreError {
-    fn from(error: sled::Error) -> Self {
-        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
-        match error {
-            // sled reads beyond the end of a cut file, or decodes what is not its own.
-            sled::Error::Io(error) if matches!(error.kind(), UnexpectedEof | InvalidData | InvalidInput) => {
-                StoreError::Corrupt(error.to_string())
-            }
-            // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
-            sled::Error::Io(error) if error.raw_os_error().is_none() => {
-                StoreError::Io(format!("{} ({error})", error.kind()))
-            }
-            sled::Error::Io(error) => StoreError::Io(error.to_string()),
-            other => StoreError::Corrupt(other.to_string()),
-        }
-    }
-}
-
-impl From<io::Error> for StoreError {
-    fn from(error: io::Error) -> Self {
-        StoreError::Io(error.to_string())
-    }
-}
+/// Pages sled keeps in memory of the current generation, and what it may go beyond that: 16 MB.
+const CACHE_BYTES: u64 = 4 << 20;
+const ACCESS_BYTES: usize = 1024;
 
 /// What opening a store had to put right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreRepair {
-    /// A snapshot that was being written when the process died; with it there sled never opens again.
-    SnapshotUnfinished { file: PathBuf },
-    /// Snapshots with which sled did not open; without them it reads its whole log.
-    SnapshotsSetAside { cause: String },
+    Database(DatabaseRepair),
     /// Changes that had been acknowledged are missing from the journal.
-    JournalDamaged { file: PathBuf, gaps: Vec<std::ops::Range<u64>> },
+    JournalDamaged {
+        file: PathBuf,
+        gaps: Vec<std::ops::Range<u64>>,
+    },
 }
 
 /// Changes that become visible and durable together.
@@ -132,13 +102,16 @@ pub struct Changes {
 
 impl Changes {
     pub fn insert(&mut self, key: &[u8], value: &[u8]) {
-        self.bytes += key.len() + value.len();
-        self.list.push((IVec::from(key), Some(IVec::from(value))));
+        self.push((IVec::from(key), Some(IVec::from(value))));
     }
 
     pub fn remove(&mut self, key: &[u8]) {
-        self.bytes += key.len();
-        self.list.push((IVec::from(key), None));
+        self.push((IVec::from(key), None));
+    }
+
+    fn push(&mut self, change: Change) {
+        self.bytes += change.0.len() + change.1.as_ref().map_or(0, |value| value.len());
+        self.list.push(change);
     }
 
     /// Memory it takes to apply them.
@@ -156,18 +129,18 @@ impl Changes {
     }
 }
 
-/// An open generation. Reading is for everybody; [`Store::apply`] and [`Store::sync`] are for the one writer.
+/// An open queue: the current generation, and what is still to be read of sealed ones. Reading is for everybody;
+/// [`Store::apply`] and [`Store::sync`] are for the one writer.
 pub struct Store {
-    /// `None` only while it is being dropped.
-    db: Option<sled::Db>,
+    database: Arc<Database>,
     /// Our own descriptor of sled's `db`.
     file: File,
-    folder: PathBuf,
     /// Whether sled has changes that are not synced.
     unsynced: AtomicBool,
     journal: Mutex<Journal>,
     memtable: Arc<RwLock<Memtable>>,
-    /// Remove the folder once the last reader has let go.
+    sealed: Arc<Sealed>,
+    /// Remove all folders once the last reader has let go.
     retired: AtomicBool,
     hooks: Mutex<Hooks>,
 }
@@ -178,27 +151,27 @@ pub struct Hooks {
     /// Called before each sync; an error is that of the sync.
     #[cfg(test)]
     pub before_sync: Option<std::sync::Arc<dyn Fn() -> io::Result<()> + Send + Sync>>,
+    /// Whether the generation is to be sealed whatever its size.
+    #[cfg(test)]
+    pub seal_next: bool,
+}
+
+impl Hooks {
+    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "tests put something in here"))]
+    pub fn take_seal_next(&mut self) -> bool {
+        #[cfg(test)]
+        return std::mem::take(&mut self.seal_next);
+        #[cfg(not(test))]
+        false
+    }
 }
 
 impl Store {
-    /// Opens the sled database in `folder`, or makes one where there is none.
-    ///
-    /// Snapshots are only a cache of the log, so unfinished ones are removed, and if sled does not open with the finished ones
-    /// they are renamed and it opens without. sled panics on some kinds of damage: such a panic counts as [`StoreError::Corrupt`].
+    /// Opens the generation in `folder`, or makes one where there is none.
     pub fn open(folder: &Path) -> Result<(Store, Vec<StoreRepair>), StoreError> {
-        let mut repairs = Vec::new();
-        let snapshots = snapshots(folder)?;
-        for file in snapshots.iter().filter(|file| file.extension().is_some_and(|end| end == "generating")) {
-            fs::remove_file(file)?;
-            repairs.push(StoreRepair::SnapshotUnfinished { file: file.clone() });
-        }
-        let db = match open_sled(folder) {
-            Err(StoreError::Corrupt(cause)) if set_snapshots_aside(folder)? => {
-                repairs.push(StoreRepair::SnapshotsSetAside { cause });
-                open_sled(folder)?
-            }
-            other => other?,
-        };
+        let (database, repairs) = Database::open(folder, CACHE_BYTES)?;
+        let mut repairs: Vec<_> = repairs.into_iter().map(StoreRepair::Database).collect();
+        let db = database.db()?;
         let in_sled = guarded(|| Ok(db.get(JOURNALED_KEY)?))?;
         let applied = in_sled.and_then(|number| number.first_chunk().map(|&number| u64::from_be_bytes(number)));
         let Replay { journal, changes, gaps } = Journal::open(folder, applied.unwrap_or(0))?;
@@ -209,32 +182,38 @@ impl Store {
         if !gaps.is_empty() {
             repairs.push(StoreRepair::JournalDamaged { file: folder.join(journal::FILE), gaps });
         }
-        let store = Store {
-            db: Some(db),
+        let mut store = Store {
+            database: Arc::new(database),
             file: File::open(folder.join("db"))?,
-            folder: folder.to_owned(),
             unsynced: AtomicBool::new(true),
             journal: Mutex::new(journal),
             memtable: Arc::new(RwLock::new(memtable)),
+            sealed: Arc::default(),
             retired: AtomicBool::new(false),
             hooks: Mutex::default(),
         };
+        let (list, settled) = (store.own(sealed::LIST_KEY)?, store.own(sealed::SETTLED_KEY)?);
+        store.sealed = Arc::new(Sealed::read(folder, list.as_deref(), settled.as_deref())?);
         Ok((store, repairs))
     }
 
     /// Makes the folder's own entries durable: what sled created in it and its name in its parent.
     pub fn sync_folder(&self) -> Result<(), StoreError> {
-        File::open(self.folder.join("conf"))?.sync_all()?;
+        File::open(self.folder().join("conf"))?.sync_all()?;
         self.file.sync_all()?;
-        sync_folder(&self.folder)?;
-        if let Some(parent) = self.folder.parent() {
-            sync_folder(parent)?;
+        folder::sync_folder(self.folder())?;
+        if let Some(parent) = self.folder().parent() {
+            folder::sync_folder(parent)?;
         }
         Ok(())
     }
 
     /// Makes `changes` visible at once and as a whole; durable after the next [`Store::sync`].
     pub fn apply(&self, changes: Changes) -> Result<(), StoreError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let changes = self.settle_sealed(changes)?;
         if changes.is_empty() {
             return Ok(());
         }
@@ -248,9 +227,133 @@ impl Store {
         let mut memtable = self.memtable.write().unwrap_or_else(PoisonError::into_inner);
         let mut changes = changes.list.into_iter();
         guarded(|| {
-            let db = self.db()?;
+            let db = self.database.db()?;
             changes.try_for_each(|change| memtable.note(change, |key| Ok(db.contains_key(key)?)))
         })
+    }
+
+    /// Turns what is to be settled of sealed generations into what the current one says about them.
+    fn settle_sealed(&self, changes: Changes) -> Result<Changes, StoreError> {
+        if self.sealed.is_empty() {
+            return Ok(changes);
+        }
+        let mut own = Changes::default();
+        let mut gone = BTreeSet::new();
+        for (key, value) in changes.list {
+            match self.sealed.of(&key).filter(|_| value.is_none()) {
+                Some(_) if key.starts_with(b"e") => gone.extend(key_sequence(&key).map(Sequence::get)),
+                // A chunk that belongs to nothing is never asked for; but it may have been carried over.
+                Some(_) if self.own(&key)?.is_none() => {}
+                _ => own.push((key, value)),
+            }
+        }
+        if gone.is_empty() {
+            return Ok(own);
+        }
+        let before = self.sealed.settled();
+        let mut settled = before;
+        loop {
+            let next = self.sealed.first_block(settled)?;
+            settled = next.unwrap_or(self.sealed.end());
+            let Some(number) = next else { break };
+            if !gone.contains(&number) && self.own(&block_key(number))?.is_none_or(|left| !left.is_empty()) {
+                break;
+            }
+            settled += 1;
+        }
+        if settled > before {
+            own.insert(sealed::SETTLED_KEY, &settled.to_be_bytes());
+            for pair in self.own_range(sequence_range(b'e', before, settled - 1))? {
+                own.remove(&pair?.0);
+            }
+            self.sealed.settle(settled);
+        }
+        for number in gone.range(settled..) {
+            own.insert(&block_key(*number), &[]);
+        }
+        Ok(own)
+    }
+
+    /// Takes over, as sealed, the generation `number` that `old` has been, up to the sequence `end`, and those that it has.
+    pub fn adopt(&mut self, old: &Store, number: u64, end: u64) -> Result<(), StoreError> {
+        let sealed = old.sealed.with(number, end, &old.database);
+        let mut changes = Changes::default();
+        changes.insert(sealed::LIST_KEY, &Sealed::encode_list(&sealed.list()));
+        changes.insert(sealed::SETTLED_KEY, &sealed.settled().to_be_bytes());
+        for prefix in *b"ckdf" {
+            self.apply_all(old.own_range(prefix_range(prefix))?, &mut changes)?;
+        }
+        // What it says about sealed ones, and carried over from them.
+        for prefix in *b"ex" {
+            let last = old.sealed.end().saturating_sub(1);
+            self.apply_all(old.own_range(sequence_range(prefix, 0, last))?, &mut changes)?;
+        }
+        self.apply(changes)?;
+        self.sealed = Arc::new(sealed);
+        Ok(())
+    }
+
+    /// Puts the pairs in, in pieces; the last of them stay in `changes`.
+    fn apply_all(&self, pairs: OwnRange, changes: &mut Changes) -> Result<(), StoreError> {
+        for pair in pairs {
+            let (key, value) = pair?;
+            changes.insert(&key, &value);
+            if changes.bytes() > COPY_BYTES_MAX {
+                self.apply(std::mem::take(changes))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of the sealed generations in which everything is settled, once what dead letters have in them is in the
+    /// current one.
+    pub fn drop_spent(&self) -> Result<(), StoreError> {
+        let spent = self.sealed.spent();
+        if spent.is_empty() {
+            return Ok(());
+        }
+        let mut changes = Changes::default();
+        for generation in &spent {
+            let sequences = generation.sequences();
+            for pair in self.own_range(sequence_range(b'f', sequences.start, sequences.end - 1))? {
+                let (key, head) = pair?;
+                let Some(sequence) = key_sequence(&key) else { continue };
+                self.copy_chunks(self, sequence.get(), &head, &mut changes)?;
+            }
+        }
+        super::faults::reach("spent-carried");
+        let list = self.sealed.list();
+        let rest = list.get(spent.len()..).unwrap_or_default();
+        changes.insert(sealed::LIST_KEY, &Sealed::encode_list(rest));
+        self.apply(changes)?;
+        self.sync()?;
+        super::faults::reach("spent-synced");
+        self.sealed.remove(&spent);
+        super::faults::reach("spent-removed");
+        Ok(())
+    }
+
+    /// Puts in the further chunks of the record `sequence` of which `head` is the first part, as `old` has them.
+    pub fn copy_chunks(
+        &self,
+        old: &Store,
+        sequence: u64,
+        head: &[u8],
+        changes: &mut Changes,
+    ) -> Result<(), StoreError> {
+        if codec::record_bytes(head) == Ok(head.len()) {
+            return Ok(());
+        }
+        // As many as there are: the length in a damaged head says nothing.
+        for index in 1.. {
+            let key = chunk_key(sequence, index);
+            let Some(chunk) = old.get(&key)? else { break };
+            changes.insert(&key, &chunk);
+            if changes.bytes() > COPY_BYTES_MAX {
+                self.apply(std::mem::take(changes))?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether they are few, and take nothing out of sled: that is the way of much that is drained.
@@ -260,7 +363,7 @@ impl Store {
             return Ok(false);
         }
         for (key, value) in &changes.list {
-            if value.is_none() && !memtable.knows(key) && guarded(|| Ok(self.db()?.contains_key(key)?))? {
+            if value.is_none() && !memtable.knows(key) && guarded(|| Ok(self.database.db()?.contains_key(key)?))? {
                 return Ok(false);
             }
         }
@@ -279,7 +382,7 @@ impl Store {
         self.unsynced.store(true, Ordering::Release);
         guarded(|| {
             super::faults::reach("store-applying");
-            let db = self.db()?;
+            let db = self.database.db()?;
             let mut batch = sled::Batch::default();
             let mut inserted = Vec::with_capacity(list.len());
             for (key, value) in list {
@@ -292,7 +395,7 @@ impl Store {
                 }
             }
             db.apply_batch(batch)?;
-            let mut turnover = Turnover::default();
+            let mut turnover = Turnover::new(ACCESS_BYTES);
             inserted.iter().try_for_each(|(key, bytes)| turnover.pass(db, key, *bytes))?;
             Ok(())
         })?;
@@ -335,7 +438,7 @@ impl Store {
             return Ok(());
         }
         super::faults::reach("sync-before-flush");
-        guarded(|| self.db()?.flush().map_err(StoreError::from))?;
+        guarded(|| self.database.db()?.flush().map_err(StoreError::from))?;
         super::faults::reach("sync-flushed");
         self.before_sync()?;
         self.file.sync_data()?;
@@ -359,36 +462,72 @@ impl Store {
         self.unsynced.load(Ordering::Acquire) || self.journal().is_unsynced()
     }
 
-    pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
+    /// What stands in the current generation itself.
+    fn own(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
         let memtable = self.memtable();
         match memtable.get(key) {
             Some(value) => Ok(value),
-            None => guarded(|| Ok(self.db()?.get(key)?)),
+            None => guarded(|| Ok(self.database.db()?.get(key)?)),
+        }
+    }
+
+    pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
+        let generation = self.sealed.of(key);
+        let own = self.own(key)?;
+        match generation {
+            Some(_) if own.as_ref().is_some_and(|left| left.is_empty()) => Ok(None),
+            Some(generation) if own.is_none() && !self.sealed.is_settled(key) => self.sealed.get(&generation, key),
+            _ => Ok(own),
         }
     }
 
     /// Keys and values in `range`, in order. Each step sees what is there at that moment.
+    ///
+    /// Of the sealed generations it has their blocks, where it is a range of blocks.
     pub fn range(&self, range: RangeInclusive<Vec<u8>>) -> Result<Range, StoreError> {
+        let sealed = sealed_part(&range, self.sealed.end());
+        let blocks = sealed.as_ref().map(|sealed| SealedBlocks {
+            sealed: Arc::clone(&self.sealed),
+            generations: self.sealed.list().into(),
+            sequences: sealed.clone(),
+            blocks: None,
+        });
         let (start, end) = range.into_inner();
-        let tree = sled::Tree::clone(self.db()?);
-        let least = Bound::Included(IVec::from(start));
-        Ok(Range {
+        let start = sealed.map_or(start, |sealed| block_key(sealed.end));
+        Ok(Range { blocks, own: self.own_range(start..=end)? })
+    }
+
+    /// Of the current generation itself.
+    fn own_range(&self, range: RangeInclusive<Vec<u8>>) -> Result<OwnRange, StoreError> {
+        let (start, end) = range.into_inner();
+        Ok(OwnRange {
             memtable: Arc::clone(&self.memtable),
-            tree,
+            tree: sled::Tree::clone(self.database.db()?),
             iter: None,
             ahead: None,
-            least,
+            least: Bound::Included(IVec::from(start)),
             end: IVec::from(end),
-            turnover: Turnover::default(),
+            turnover: Turnover::new(ACCESS_BYTES),
         })
     }
 
     /// The last key in `range`.
     pub fn last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
+        let Some(sealed) = sealed_part(&range, self.sealed.end()) else { return self.own_last_key(range) };
+        let own = block_key(sealed.end)..=range.into_inner().1;
+        if own.start() <= own.end()
+            && let Some(key) = self.own_last_key(own)?
+        {
+            return Ok(Some(key));
+        }
+        self.sealed.last_block(sealed, |key| Ok(self.own(key)?.is_none_or(|left| !left.is_empty())))
+    }
+
+    fn own_last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
         let memtable = self.memtable();
         let noted = memtable.last_present((Bound::Included(range.start()), Bound::Included(range.end())));
         let in_sled = guarded(|| {
-            for pair in self.db()?.range(range).rev() {
+            for pair in self.database.db()?.range(range).rev() {
                 let (key, _) = pair?;
                 if memtable.get(&key).is_none_or(|value| value.is_some()) {
                     return Ok(Some(key));
@@ -397,6 +536,12 @@ impl Store {
             Ok(None)
         })?;
         Ok(noted.max(in_sled))
+    }
+
+    /// Reads every key and value there is.
+    pub fn read_all(&self) -> Result<(), StoreError> {
+        self.own_range(all_keys())?.try_for_each(|pair| pair.map(drop))?;
+        self.sealed.read_all()
     }
 
     /// The whole record of which `head` is the first part, as far as its further chunks are there.
@@ -416,16 +561,36 @@ impl Store {
         Ok(record)
     }
 
-    /// Bytes of the database on disk.
+    /// Bytes of all generations on disk.
     pub fn disk_bytes(&self) -> u64 {
+        self.own_bytes() + self.sealed.bytes()
+    }
+
+    /// Bytes of the current generation on disk.
+    pub fn own_bytes(&self) -> u64 {
         self.file.metadata().map(|metadata| metadata.len()).unwrap_or(0)
     }
 
     pub fn folder(&self) -> &Path {
-        &self.folder
+        self.database.folder()
     }
 
-    /// The folder goes when the last one who reads from it has finished.
+    /// The sequence from which on blocks and chunks are in the current generation.
+    pub fn sealed_end(&self) -> u64 {
+        self.sealed.end()
+    }
+
+    /// Whether it says which generations are sealed, be it that none is.
+    pub fn knows_sealed(&self) -> Result<bool, StoreError> {
+        Ok(self.own(sealed::LIST_KEY)?.is_some())
+    }
+
+    /// The sealed generations that are still needed, the oldest first.
+    pub fn sealed(&self) -> Vec<Arc<Generation>> {
+        self.sealed.list()
+    }
+
+    /// All folders go when the last one who reads from them has finished.
     pub fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }
@@ -442,26 +607,86 @@ impl Store {
     fn memtable(&self) -> RwLockReadGuard<'_, Memtable> {
         self.memtable.read().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn db(&self) -> Result<&sled::Db, StoreError> {
-        self.db.as_ref().ok_or_else(|| StoreError::Io("store is closed".into()))
-    }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
-        let db = self.db.take();
-        // sled flushes when it is dropped, and panics when that fails. Whatever was acknowledged is already synced.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
         if self.retired.load(Ordering::Acquire) {
-            // What stays is removed at the next opening.
-            let _ = fs::remove_dir_all(&self.folder);
+            self.database.retire();
+            self.sealed.remove(&self.sealed.list());
         }
     }
 }
 
+/// The part of a range of blocks that is in sealed generations, which end at `end`.
+fn sealed_part(range: &RangeInclusive<Vec<u8>>, end: u64) -> Option<std::ops::Range<u64>> {
+    let first = key_sequence(range.start()).map_or(0, Sequence::get);
+    let last = key_sequence(range.end()).map_or(0, Sequence::get);
+    (range.start().starts_with(b"e") && range.end().starts_with(b"e") && first < end)
+        .then(|| first..end.min(last.saturating_add(1)))
+}
+
 /// Iterator over a range of keys.
 pub struct Range {
+    /// First what is in sealed generations.
+    blocks: Option<SealedBlocks>,
+    own: OwnRange,
+}
+
+/// The blocks of sealed generations in a range of sequences.
+struct SealedBlocks {
+    sealed: Arc<Sealed>,
+    /// Still to come.
+    generations: VecDeque<Arc<Generation>>,
+    sequences: std::ops::Range<u64>,
+    blocks: Option<Blocks>,
+}
+
+impl Iterator for Range {
+    type Item = Result<(IVec, IVec), StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while let Some(sealed) = &mut self.blocks {
+            match sealed.next(&self.own) {
+                Ok(Some(block)) => return Some(Ok(block)),
+                Ok(None) => self.blocks = None,
+                Err(error) => return Some(Err(error)),
+            }
+        }
+        self.own.next()
+    }
+}
+
+impl SealedBlocks {
+    fn next(&mut self, own: &OwnRange) -> Result<Option<(IVec, IVec)>, StoreError> {
+        loop {
+            let Some(blocks) = &mut self.blocks else {
+                let Some(generation) = self.generations.pop_front() else { return Ok(None) };
+                let sequences = generation.sequences();
+                let first = self.sequences.start.max(sequences.start).max(self.sealed.settled());
+                let end = self.sequences.end.min(sequences.end);
+                if first < end {
+                    self.blocks = Some(self.sealed.blocks(&generation, first..end)?);
+                }
+                continue;
+            };
+            let Some((key, value)) = blocks.next().transpose()? else {
+                self.blocks = None;
+                continue;
+            };
+            match own.get(&key)? {
+                Some(left) if left.is_empty() => {}
+                Some(left) => return Ok(Some((key, left))),
+                // After the other: what is said of a block goes when it is settled.
+                None if self.sealed.is_settled(&key) => {}
+                None => return Ok(Some((key, value))),
+            }
+        }
+    }
+}
+
+/// Iterator over a range of keys of the current generation itself.
+struct OwnRange {
     memtable: Arc<RwLock<Memtable>>,
     tree: sled::Tree,
     /// sled's own, and how often sled had changed when it was made.
@@ -474,7 +699,7 @@ pub struct Range {
     turnover: Turnover,
 }
 
-impl Iterator for Range {
+impl Iterator for OwnRange {
     type Item = Result<(IVec, IVec), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -516,7 +741,16 @@ impl Iterator for Range {
     }
 }
 
-impl Range {
+impl OwnRange {
+    /// What stands at `key`, in the range or not.
+    fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
+        let memtable = self.memtable.read().unwrap_or_else(PoisonError::into_inner);
+        match memtable.get(key) {
+            Some(value) => Ok(value),
+            None => guarded(|| Ok(self.tree.get(key)?)),
+        }
+    }
+
     /// The next key that sled has.
     fn look_ahead(&mut self, folds: u64) -> Result<Option<IVec>, StoreError> {
         if self.iter.as_ref().is_none_or(|&(_, then)| then != folds) {
@@ -531,30 +765,6 @@ impl Range {
             self.ahead = Some((key, value));
         }
         Ok(self.ahead.as_ref().map(|(key, _)| key.clone()))
-    }
-}
-
-/// Keeps sled's cache small while much is read or written.
-///
-/// sled looks whether its cache is full only after every 64 accesses to one of the 256 parts of it, however large the pages
-/// are. Writing a page full takes some thirty, reading it through one: hundreds of pages would stay beyond the capacity.
-/// So what was read or written is asked for again, as often as it is large.
-#[derive(Default)]
-struct Turnover {
-    bytes: usize,
-}
-
-impl Turnover {
-    /// Bytes to an access: 64 of these times 256 is what the cache may go beyond its capacity.
-    const ACCESS_BYTES: usize = 1024;
-
-    fn pass(&mut self, tree: &sled::Tree, key: &IVec, bytes: usize) -> Result<(), sled::Error> {
-        self.bytes += key.len() + bytes;
-        while self.bytes >= Self::ACCESS_BYTES {
-            self.bytes -= Self::ACCESS_BYTES;
-            tree.get(key)?;
-        }
-        Ok(())
     }
 }
 
@@ -637,80 +847,4 @@ fn sequence_key(prefix: u8, sequence: u64) -> Vec<u8> {
 fn path_hash(path: &Path) -> [u8; 16] {
     use std::os::unix::ffi::OsStrExt;
     xxh3_128(path.as_os_str().as_bytes()).to_be_bytes()
-}
-
-/// Makes the entries of `folder` durable.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    File::open(folder)?.sync_all()
-}
-
-fn open_sled(folder: &Path) -> Result<sled::Db, StoreError> {
-    let deadline = Instant::now() + SLED_LOCK_WAIT;
-    loop {
-        let opened = guarded_for(opening_max(folder), || {
-            sled::Config::new()
-                .path(folder)
-                .cache_capacity(CACHE_BYTES)
-                .flush_every_ms(None)
-                .use_compression(false)
-                .open()
-                .map_err(StoreError::from)
-        });
-        match opened {
-            Err(StoreError::Io(cause)) if cause.contains("could not acquire lock") && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            other => return other,
-        }
-    }
-}
-
-/// Processor time that opening may use: far more than the second a gigabyte takes.
-fn opening_max(folder: &Path) -> Duration {
-    const LEAST: Duration = Duration::from_secs(60);
-    const EACH_GIGABYTE: u64 = 60;
-    let bytes = fs::metadata(folder.join("db")).map_or(0, |metadata| metadata.len());
-    LEAST + Duration::from_secs((bytes >> 30) * EACH_GIGABYTE)
-}
-
-/// Runs `work` and takes a panic of sled for damage, and so its not coming back.
-fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    guarded_for(guard::CALL_MAX, work)
-}
-
-fn guarded_for<T>(max: Duration, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    catch_unwind(AssertUnwindSafe(|| guard::limited(max, work))).unwrap_or_else(|panic| {
-        let message = panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| panic.downcast_ref::<&str>().copied())
-            .unwrap_or("no message");
-        Err(StoreError::Corrupt(format!("sled panicked: {message}")))
-    })
-}
-
-pub(super) fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other?,
-    };
-    let mut files = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") {
-            files.push(entry.path());
-        }
-    }
-    Ok(files)
-}
-
-/// Renames the snapshots so that sled does not see them; `false` when there are none.
-fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
-    let files = snapshots(folder)?;
-    for file in &files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        fs::rename(file, folder.join(format!("aside.{name}")))?;
-    }
-    Ok(!files.is_empty())
 }

@@ -18,6 +18,7 @@ mod format;
 mod journal;
 mod kill;
 mod model;
+mod sealed;
 mod speed;
 
 const SEED: &str = "HEADSPACE_TEST_SEED";
@@ -123,6 +124,14 @@ fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
 
 fn sequence(number: u64) -> Sequence {
     Sequence::new(number).unwrap()
+}
+
+/// Seals the current generation, if anything is pending, before the queue does anything else.
+fn seal(queue: &Queue) {
+    queue.handle.shared.store().unwrap().hooks().seal_next = true;
+    queue.settle(vec![]).unwrap();
+    // That was answered in the middle of its round.
+    queue.settle(vec![]).unwrap();
 }
 
 fn everything(queue: &Queue) -> Vec<Envelope> {

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use super::block::{self, Block, PART_BYTES_MAX};
 use super::codec::{self, CodecError, Content, Counters, Letter};
+use super::database::StoreError;
 use super::faults;
 use super::folder::{self, Lock, Mark, corrupt};
+use super::journal;
 use super::reader;
-use super::store::{self, CHUNK_BYTES, Changes, Store, StoreError};
+use super::store::{self, CHUNK_BYTES, Changes, Store};
 use super::submission::{EncodedBatch, EncodedCursor, Refusals, Reply, Work};
 use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
 use crate::event::{DeadContent, Sequence, Timestamp};
@@ -27,6 +29,10 @@ const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
 
 /// Size of the files above which a queue that is empty, or nearly, moves on to fresh ones.
 const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
+
+/// Size of its files above which a generation is sealed while half as much is pending: sled has 2 MB of memory for each
+/// that is open. With less pending, sled finds room in the files it has.
+const SEAL_ABOVE_BYTES: u64 = 256 << 20;
 
 /// Bytes of pending events that are carried over to fresh files. A queue that events keep passing through is never
 /// empty, but soon has less than that.
@@ -263,8 +269,10 @@ impl Writer {
             for reply in round.compact.drain(..) {
                 let _ = reply.send(Ok(done));
             }
+        } else if round.close.is_none() && self.is_worth_sealing() {
+            self.seal()?;
         }
-        Ok(())
+        self.store.drop_spent()
     }
 
     /// Whether the files are large for what is in them, and fresh ones are soon made.
@@ -280,6 +288,59 @@ impl Writer {
             && self.compact_not_before.is_none_or(|then| then <= Instant::now())
     }
 
+    /// Whether the current generation is large, and what is in it too much to be carried over.
+    fn is_worth_sealing(&self) -> bool {
+        let large = faults::seal_above(SEAL_ABOVE_BYTES);
+        // What is not of pending events is copied: not again and again.
+        let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
+        let is_large = self.counters.pending_bytes > large / 2
+            && self.store.own_bytes() > large.saturating_add(copied_bytes)
+            && self.compact_not_before.is_none_or(|then| then <= Instant::now());
+        // Where nothing came since the last time there is nothing to seal.
+        (is_large || self.store.hooks().take_seal_next())
+            && self.counters.pending > 0
+            && self.counters.next_sequence > self.store.sealed_end()
+    }
+
+    /// Seals the current generation and moves on to a fresh one. `sealed` says what that means.
+    fn seal(&mut self) -> Result<(), StoreError> {
+        self.store.carry_over()?;
+        let (sealed, next) = (self.generation, self.generation + 1);
+        match folder::seal_generation(&self.shared.path, &self.store, sealed, next, &self.counters) {
+            Ok(new) => {
+                let old = self.switch(new, next, ["seal-pointer-renamed", "seal-switched"])?;
+                // All that stood in its journal is in sled.
+                let _ = std::fs::remove_file(old.folder().join(journal::FILE));
+                self.publish_synced()
+            }
+            Err(error) => {
+                self.keep_generation(&error);
+                Ok(())
+            }
+        }
+    }
+
+    /// Points to the generation `next`, which is whole, and goes on with it; gives the one before.
+    fn switch(&mut self, new: Store, next: u64, points: [&'static str; 2]) -> Result<Arc<Store>, StoreError> {
+        let [renamed, switched] = points;
+        folder::write_pointer(&self.shared.path, next, !new.sealed().is_empty())?;
+        faults::reach(renamed);
+        let new = Arc::new(new);
+        self.fresh_bytes = new.own_bytes();
+        let old = std::mem::replace(&mut self.store, Arc::clone(&new));
+        *self.shared.store.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
+        faults::reach(switched);
+        self.generation = next;
+        Ok(old)
+    }
+
+    /// Nothing has happened yet: the large files can go on serving, and say so by their size.
+    fn keep_generation(&mut self, error: &StoreError) {
+        tracing::warn!(%error, "could not start a fresh generation of the queue, keeping the old one");
+        folder::remove_generation(&self.shared.path, self.generation + 1);
+        self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
+    }
+
     /// Moves on to a fresh generation if little is pending; says whether it did. `folder` says what is safe when.
     fn compact(&mut self) -> Result<bool, StoreError> {
         if self.counters.pending_bytes > CARRIED_BYTES_MAX {
@@ -287,28 +348,20 @@ impl Writer {
         }
         self.store.sync()?;
         let next = self.generation + 1;
-        let new = match folder::copy_generation(&self.shared.path, &self.store, next, &self.counters) {
-            Ok(new) => Arc::new(new),
-            Err(error) => {
-                // Nothing has happened yet: the large files can go on serving, and say so by their size.
-                tracing::warn!(%error, "could not start a fresh generation of the queue, keeping the old one");
-                folder::remove_generation(&self.shared.path, next);
-                self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
-                return Ok(false);
+        match folder::copy_generation(&self.shared.path, &self.store, next, &self.counters) {
+            Ok(new) => {
+                let old = self.switch(new, next, ["compact-pointer-renamed", "compact-switched"])?;
+                old.retire();
+                drop(old);
+                faults::reach("compact-removed");
+                self.publish_synced()?;
+                Ok(true)
             }
-        };
-        folder::write_pointer(&self.shared.path, next)?;
-        faults::reach("compact-pointer-renamed");
-        self.fresh_bytes = new.disk_bytes();
-        let old = std::mem::replace(&mut self.store, Arc::clone(&new));
-        *self.shared.store.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
-        faults::reach("compact-switched");
-        self.generation = next;
-        old.retire();
-        drop(old);
-        faults::reach("compact-removed");
-        self.publish_synced()?;
-        Ok(true)
+            Err(error) => {
+                self.keep_generation(&error);
+                Ok(false)
+            }
+        }
     }
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.

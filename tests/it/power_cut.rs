@@ -17,6 +17,12 @@ use tempfile::TempDir;
 
 use crate::stage::{Dice, Poster, SOON, Stage, pause, rounds, wait_for, wait_until};
 
+/// Where no Postgres is.
+const AWAY: &str = "postgresql:///away?host=/nowhere&user=nobody";
+
+/// Size of the files above which a generation of the queue is sealed.
+const SEAL_ABOVE: &str = "HEADSPACE_SEAL_ABOVE_BYTES";
+
 /// An ext4 file system on an image file.
 struct Disk {
     folder: TempDir,
@@ -118,8 +124,7 @@ fn send(poster: &Poster, count: usize, bytes: usize) -> Vec<(String, usize)> {
 
 /// Leaves so many events in the queue, none delivered; the watcher has been killed.
 fn fill(stage: &mut Stage, count: usize, bytes: usize) -> Vec<(String, usize)> {
-    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
-    let url = stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
+    let url = stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), AWAY.to_owned());
     assert_eq!(url, None);
     let watcher = stage.start();
     let acknowledged = send(&watcher.poster(), count, bytes);
@@ -178,7 +183,10 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
         stage.set("queue.path", disk.queue().to_str().unwrap());
         stage.set("queue.spool_path", stage.folder().join("spool").to_str().unwrap().to_owned().as_str());
         if !drains {
-            stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
+            stage.set("database.url", AWAY);
+        }
+        if dice.below(2) == 0 {
+            stage.environment.insert(SEAL_ABOVE.to_owned(), "3000000".to_owned());
         }
         let mut watcher = stage.start();
         if while_opening {
@@ -265,13 +273,31 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "compact-switched",
         "compact-removed",
         "settle-applied:5",
+        "seal-begun",
+        "seal-copied:2",
+        "seal-synced",
+        "seal-pointer-renamed:3",
+        "seal-switched:2",
+        "spent-carried",
+        "spent-synced",
+        "spent-removed:2",
     ];
-    // Those of compaction take their time: one of them here, all, many times over, in a long run.
+    // Those of fresh files take their time: one of them here, all, many times over, in a long run.
     for (round, point) in points.into_iter().cycle().take(rounds(6) as usize).enumerate() {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
         let mut acknowledged = Vec::new();
+        let seals = point.starts_with("seal");
+        if seals || point.starts_with("spent") {
+            stage.environment.insert(SEAL_ABOVE.to_owned(), "2000000".to_owned());
+        }
+        if point.starts_with("spent") {
+            acknowledged = fill(&mut stage, 12, 900_000);
+        }
+        if seals {
+            stage.set("database.url", AWAY);
+        }
         if matches!(point, "open-locked" | "open-store-opened" | "open-recovered") || point.starts_with("compact") {
             // For compaction so much that its files are large once all is delivered.
             let (count, bytes) = if point.starts_with("compact") { (10, 900_000) } else { (40, 2_000) };
@@ -280,7 +306,10 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
         stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
         let mut watcher = stage.start_with(&[]);
-        if point.contains(':') {
+        if seals {
+            watcher.wait_for_log("ready");
+            acknowledged = send(&watcher.poster(), 40, 500_000);
+        } else if point.contains(':') && acknowledged.is_empty() {
             watcher.wait_for_log("ready");
             acknowledged = send(&watcher.poster(), 1_000, 2_000);
         }

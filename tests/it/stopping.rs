@@ -181,6 +181,30 @@ fn it_stops_in_time_in_the_middle_of_moving_to_fresh_files_and_loses_nothing() {
 }
 
 #[test]
+fn it_stops_in_time_in_the_middle_of_sealing_a_generation_and_loses_nothing() {
+    let mut stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let mut texts = transcript.say_many(&"x".repeat(900_000), 10);
+    let environment = [
+        ("HEADSPACE_FAULT_POINT", "seal-copied"),
+        ("HEADSPACE_FAULT_KIND", "pause"),
+        ("HEADSPACE_SEAL_ABOVE_BYTES", "2000000"),
+        ("HEADSPACE_DATABASE__URL", "postgresql:///away?host=/nowhere&user=nobody"),
+    ];
+    stage.environment.extend(environment.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    let watcher = stage.start();
+    let queue = stage.folder().join("data/queue");
+    wait_until("a second generation is begun", SOON, || queue.join("sled-2").exists());
+    let (status, took) = watcher.stop();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < LIMIT, "{took:?}");
+    environment.iter().for_each(|(name, _)| drop(stage.environment.remove(*name)));
+    texts.extend(transcript.say_many("after", 3));
+    stage.run_until_idle();
+    assert!(stage.database().texts() == texts, "{} of {} are there", stage.database().count(), texts.len() + 1);
+}
+
+#[test]
 fn a_panic_where_the_queue_is_written_ends_the_process_and_loses_nothing() {
     let mut stage = Stage::new();
     stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-applied:3".to_owned());

@@ -508,6 +508,9 @@ fn bytes_overwritten_anywhere_lose_no_event_that_its_cursor_has_passed() {
             let events = (first..count).map(|number| event(number, [50, 900, 900, 9000][random.below(4) as usize]));
             let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(count)))];
             queue.append(Batch { events: events.collect(), cursors, ..Batch::default() }).unwrap();
+            if round % 2 == 1 && random.below(20) == 0 {
+                seal(&queue);
+            }
         }
         let settled = random.below(count);
         queue.settle(delivered(1..=settled)).unwrap();
@@ -516,11 +519,15 @@ fn bytes_overwritten_anywhere_lose_no_event_that_its_cursor_has_passed() {
             // With a snapshot, which is written when an opened queue is closed again.
             fixture.open().close().unwrap();
         }
-        let snapshots = store::snapshots(&fixture.generation()).unwrap();
+        let mut generations = folder::generations(&fixture.config.path).unwrap();
+        let generation = generations.swap_remove(random.below(generations.len() as u64) as usize);
+        let generation = folder::generation_folder(&fixture.config.path, generation);
+        let snapshots = database::snapshots(&generation).unwrap();
+        let journal = generation.join(crate::queue::journal::FILE);
         let target = match snapshots.first() {
             Some(snapshot) if random.below(4) == 0 => snapshot.clone(),
-            _ if random.below(3) == 0 => fixture.generation().join(crate::queue::journal::FILE),
-            _ => fixture.generation().join("db"),
+            _ if random.below(3) == 0 && journal.exists() => journal,
+            _ => generation.join("db"),
         };
         let mut bytes = fs::read(&target).unwrap();
         for _ in 0..random.below(6) + 1 {

@@ -89,6 +89,9 @@ fn child() {
         if random.below(8) == 0 {
             queue.compact().unwrap();
         }
+        if random.below(6) == 0 {
+            seal(&queue);
+        }
     }
 }
 
@@ -150,10 +153,11 @@ impl Said {
         assert!(pending.iter().all(|&number| number < taken), "an event is ahead of its cursor");
         let stats = queue.stats();
         assert_eq!((stats.pending, stats.dead_letters), (pending.len() as u64, dead.len() as u64));
+        let needed = 1 + queue.handle.shared.store().unwrap().sealed().len();
         queue.close().unwrap();
         let generations = std::fs::read_dir(config(folder).path).unwrap();
         let generations = generations.filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir());
-        assert_eq!(generations.count(), 1);
+        assert_eq!(generations.count(), needed);
     }
 }
 

@@ -29,6 +29,7 @@ enum Op {
     },
     Reopen,
     Compact,
+    Seal,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -42,6 +43,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..5usize).prop_map(|index| Op::Drop { index }),
         1 => Just(Op::Reopen),
         1 => Just(Op::Compact),
+        2 => Just(Op::Seal),
     ]
 }
 
@@ -117,6 +119,7 @@ impl Model {
                 let carried = queue.stats().pending_bytes <= writer::CARRIED_BYTES_MAX;
                 assert_eq!(queue.compact().unwrap(), carried);
             }
+            Op::Seal => seal(queue),
         }
     }
 

@@ -1,0 +1,218 @@
+//! One sled database: opened with care, read without a panic, closed without a word, and gone with its folder where that was asked for.
+//!
+//! * **Opening.** See [`Database::open`].
+//! * **Panics.** sled panics on some kinds of damage, and now and then does not come back: [`guarded`] takes both for damage.
+//! * **Cache.** sled's is kept at the size that was asked for by [`Turnover`].
+
+use std::fs;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use sled::IVec;
+use thiserror::Error;
+
+use super::guard;
+
+/// How long opening waits for sled's own lock: only threads of a handle that was just dropped can hold it.
+const SLED_LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Why the store could not do what was asked.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The system refused: full disk, missing permission, failing device.
+    #[error("{0}")]
+    Io(String),
+    /// What is on disk is not what was written.
+    #[error("{0}")]
+    Corrupt(String),
+}
+
+impl From<sled::Error> for StoreError {
+    fn from(error: sled::Error) -> Self {
+        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+        match error {
+            // sled reads beyond the end of a cut file, or decodes what is not its own.
+            sled::Error::Io(error) if matches!(error.kind(), UnexpectedEof | InvalidData | InvalidInput) => {
+                StoreError::Corrupt(error.to_string())
+            }
+            // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
+            sled::Error::Io(error) if error.raw_os_error().is_none() => {
+                StoreError::Io(format!("{} ({error})", error.kind()))
+            }
+            sled::Error::Io(error) => StoreError::Io(error.to_string()),
+            other => StoreError::Corrupt(other.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for StoreError {
+    fn from(error: io::Error) -> Self {
+        StoreError::Io(error.to_string())
+    }
+}
+
+/// What opening a database had to put right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DatabaseRepair {
+    /// A snapshot that was being written when the process died; with it there sled never opens again.
+    SnapshotUnfinished { file: PathBuf },
+    /// Snapshots with which sled did not open; without them it reads its whole log.
+    SnapshotsSetAside { cause: String },
+}
+
+/// An open database. It closes when the last one who uses it lets go.
+pub struct Database {
+    /// `None` only while it is being dropped.
+    db: Option<sled::Db>,
+    folder: PathBuf,
+    /// Remove the folder once the last one has let go.
+    retired: AtomicBool,
+}
+
+impl Database {
+    /// Opens the sled database in `folder`, or makes one where there is none; keeps `cache_bytes` of its pages in memory.
+    ///
+    /// Snapshots are only a cache of the log, so unfinished ones are removed, and if sled does not open with the finished ones
+    /// they are renamed and it opens without. sled panics on some kinds of damage: such a panic counts as [`StoreError::Corrupt`].
+    pub fn open(folder: &Path, cache_bytes: u64) -> Result<(Database, Vec<DatabaseRepair>), StoreError> {
+        let mut repairs = Vec::new();
+        let snapshots = snapshots(folder)?;
+        for file in snapshots.iter().filter(|file| file.extension().is_some_and(|end| end == "generating")) {
+            fs::remove_file(file)?;
+            repairs.push(DatabaseRepair::SnapshotUnfinished { file: file.clone() });
+        }
+        let db = match open_sled(folder, cache_bytes) {
+            Err(StoreError::Corrupt(cause)) if set_snapshots_aside(folder)? => {
+                repairs.push(DatabaseRepair::SnapshotsSetAside { cause });
+                open_sled(folder, cache_bytes)?
+            }
+            other => other?,
+        };
+        let database = Database { db: Some(db), folder: folder.to_owned(), retired: AtomicBool::new(false) };
+        Ok((database, repairs))
+    }
+
+    pub fn db(&self) -> Result<&sled::Db, StoreError> {
+        self.db.as_ref().ok_or_else(|| StoreError::Io("store is closed".into()))
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The folder goes when the last one who reads from it has finished.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        let db = self.db.take();
+        // sled flushes when it is dropped, and panics when that fails. Whatever was acknowledged is already synced.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+        if self.retired.load(Ordering::Acquire) {
+            // What stays is removed at the next opening.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Keeps sled's cache small while much is read or written.
+///
+/// sled looks whether its cache is full only after every 64 accesses to one of the 256 parts of it, however large the pages
+/// are. Writing a page full takes some thirty, reading it through one: hundreds of pages would stay beyond the capacity.
+/// So what was read or written is asked for again, as often as it is large.
+pub struct Turnover {
+    access_bytes: usize,
+    bytes: usize,
+}
+
+impl Turnover {
+    /// Asks once for each `access_bytes`: 64 of these times 256 is what the cache may go beyond its capacity.
+    pub fn new(access_bytes: usize) -> Self {
+        Turnover { access_bytes, bytes: 0 }
+    }
+
+    pub fn pass(&mut self, tree: &sled::Tree, key: &IVec, bytes: usize) -> Result<(), sled::Error> {
+        self.bytes += key.len() + bytes;
+        while self.bytes >= self.access_bytes {
+            self.bytes -= self.access_bytes;
+            tree.get(key)?;
+        }
+        Ok(())
+    }
+}
+
+fn open_sled(folder: &Path, cache_bytes: u64) -> Result<sled::Db, StoreError> {
+    let deadline = Instant::now() + SLED_LOCK_WAIT;
+    loop {
+        let opened = guarded_for(opening_max(folder), || {
+            sled::Config::new()
+                .path(folder)
+                .cache_capacity(cache_bytes)
+                .flush_every_ms(None)
+                .use_compression(false)
+                .open()
+                .map_err(StoreError::from)
+        });
+        match opened {
+            Err(StoreError::Io(cause)) if cause.contains("could not acquire lock") && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Processor time that opening may use: far more than the second a gigabyte takes.
+fn opening_max(folder: &Path) -> Duration {
+    const LEAST: Duration = Duration::from_secs(60);
+    const EACH_GIGABYTE: u64 = 60;
+    let bytes = fs::metadata(folder.join("db")).map_or(0, |metadata| metadata.len());
+    LEAST + Duration::from_secs((bytes >> 30) * EACH_GIGABYTE)
+}
+
+/// Runs `work` and takes a panic of sled for damage, and so its not coming back.
+pub fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    guarded_for(guard::CALL_MAX, work)
+}
+
+fn guarded_for<T>(max: Duration, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(|| guard::limited(max, work))).unwrap_or_else(|panic| {
+        let message = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        Err(StoreError::Corrupt(format!("sled panicked: {message}")))
+    })
+}
+
+pub fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
+}
+
+/// Renames the snapshots so that sled does not see them; `false` when there are none.
+fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
+    let files = snapshots(folder)?;
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        fs::rename(file, folder.join(format!("aside.{name}")))?;
+    }
+    Ok(!files.is_empty())
+}
