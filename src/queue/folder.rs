@@ -230,6 +230,8 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
             let (fresh, to, salvaged) = start_anew(path)?;
             // The old lock went away with the old folder: whoever opens the new one must find it held.
             lock = fresh;
+            // What was found before is of files that are not in use any more.
+            repairs.clear();
             repairs.push(Repair::QueueSetAside { to, cause, salvaged });
             recover(path, &mut repairs)
         }
