@@ -72,7 +72,7 @@ const JOURNALED_BYTES_MAX: usize = 64 << 10;
 const NOTED_MAX: usize = 128;
 
 /// Bytes copied in one batch from one generation to the next.
-pub const COPY_BYTES_MAX: usize = 1 << 20;
+pub const COPY_BYTES_MAX: usize = 256 << 10;
 
 /// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
 const JOURNALED_KEY: &[u8] = b"j";

@@ -21,7 +21,7 @@ use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shar
 use crate::event::{DeadContent, Sequence, Timestamp};
 
 /// Bytes of one sled batch. Above it the staged part is applied and synced first.
-const STAGE_BYTES_MAX: usize = 1 << 20;
+const STAGE_BYTES_MAX: usize = 512 << 10;
 
 /// How long changes that nobody waits for may stay unsynced. Longer than it takes the next append of a burst to come,
 /// so that they share its sync; short enough that an append after a pause does not have to sync them first.
@@ -33,6 +33,14 @@ const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
 /// Size of its files above which a generation is sealed while half as much is pending: sled has 2 MB of memory for each
 /// that is open. With less pending, sled finds room in the files it has.
 const SEAL_ABOVE_BYTES: u64 = 256 << 20;
+
+/// Pending bytes above which a generation is sealed as soon as it is drained: of a sealed one no page is written anew for
+/// each event that leaves.
+const SEAL_BACKLOG_ABOVE_BYTES: u64 = 32 << 20;
+
+/// What a block of the current generation that loses entries takes in memory until its batch is through: its share of a
+/// batch that is to stay below some 64 copies of sled's pages of 64 kB.
+const TOUCHED_BYTES: usize = 16 << 10;
 
 /// Bytes of pending events that are carried over to fresh files. A queue that events keep passing through is never
 /// empty, but soon has less than that.
@@ -59,11 +67,15 @@ pub struct Writer {
     counters_changed: bool,
     /// Whether events were removed since it was looked up which is the oldest.
     oldest_unknown: bool,
+    /// Whether events of the current generation were removed in this round.
+    drains_current: bool,
     /// Events that were to be taken out and were not found: taken out before, as a rule.
     not_found: Vec<Sequence>,
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
     compact_not_before: Option<Instant>,
+    /// After a generation that could not be made.
+    seal_not_before: Option<Instant>,
     /// Size of the files when they were fresh; 0 while that is not known.
     fresh_bytes: u64,
 }
@@ -75,13 +87,15 @@ struct Stage {
     tail: Block,
     /// Blocks of the store that have lost entries, by their number: what is left of each.
     touched: BTreeMap<u64, Block>,
+    /// What they take until they are applied.
+    touched_bytes: usize,
     /// Whether what is staged may be applied in parts: nothing but the batch that is being staged is in it.
     may_split: bool,
 }
 
 impl Stage {
     fn bytes(&self) -> usize {
-        self.changes.bytes() + self.tail.bytes() + self.touched.len() * CHUNK_BYTES
+        self.changes.bytes() + self.tail.bytes() + self.touched_bytes
     }
 
     fn close_tail(&mut self) {
@@ -156,9 +170,11 @@ impl Writer {
             newest_event: None,
             counters_changed: false,
             oldest_unknown: false,
+            drains_current: false,
             not_found: Vec::new(),
             room_wanted: None,
             compact_not_before: None,
+            seal_not_before: None,
             fresh_bytes: 0,
         }
     }
@@ -288,22 +304,26 @@ impl Writer {
             && self.compact_not_before.is_none_or(|then| then <= Instant::now())
     }
 
-    /// Whether the current generation is large, and what is in it too much to be carried over.
-    fn is_worth_sealing(&self) -> bool {
+    /// Whether the current generation is large, or a backlog that is being drained, and what is in it too much to be
+    /// carried over.
+    fn is_worth_sealing(&mut self) -> bool {
         let large = faults::seal_above(SEAL_ABOVE_BYTES);
+        let pending = self.counters.pending_bytes;
+        let drains_backlog = std::mem::take(&mut self.drains_current) && pending > SEAL_BACKLOG_ABOVE_BYTES.min(large);
         // What is not of pending events is copied: not again and again.
         let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
-        let is_large = self.counters.pending_bytes > large / 2
-            && self.store.own_bytes() > large.saturating_add(copied_bytes)
-            && self.compact_not_before.is_none_or(|then| then <= Instant::now());
+        let own_bytes = self.store.own_bytes().saturating_sub(copied_bytes);
+        let is_due = (drains_backlog && own_bytes > pending) || (pending > large / 2 && own_bytes > large);
+        let may_be = self.seal_not_before.is_none_or(|then| then <= Instant::now());
         // Where nothing came since the last time there is nothing to seal.
-        (is_large || self.store.hooks().take_seal_next())
+        ((is_due && may_be) || self.store.hooks().take_seal_next())
             && self.counters.pending > 0
             && self.counters.next_sequence > self.store.sealed_end()
     }
 
     /// Seals the current generation and moves on to a fresh one. `sealed` says what that means.
     fn seal(&mut self) -> Result<(), StoreError> {
+        let begun = Instant::now();
         self.store.carry_over()?;
         let (sealed, next) = (self.generation, self.generation + 1);
         match folder::seal_generation(&self.shared.path, &self.store, sealed, next, &self.counters) {
@@ -311,6 +331,7 @@ impl Writer {
                 let old = self.switch(new, next, ["seal-pointer-renamed", "seal-switched"])?;
                 // All that stood in its journal is in sled.
                 let _ = std::fs::remove_file(old.folder().join(journal::FILE));
+                tracing::debug!(generation = sealed, bytes = old.own_bytes(), took = ?begun.elapsed(), "sealed a generation");
                 self.publish_synced()
             }
             Err(error) => {
@@ -338,7 +359,8 @@ impl Writer {
     fn keep_generation(&mut self, error: &StoreError) {
         tracing::warn!(%error, "could not start a fresh generation of the queue, keeping the old one");
         folder::remove_generation(&self.shared.path, self.generation + 1);
-        self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
+        let later = Some(Instant::now() + COMPACT_AGAIN_AFTER);
+        (self.compact_not_before, self.seal_not_before) = (later, later);
     }
 
     /// Moves on to a fresh generation if little is pending; says whether it did. `folder` says what is safe when.
@@ -519,6 +541,9 @@ impl Writer {
         // One that can't be read is found by whoever reads it, and set aside then.
         let Some(block) = Block::decode(&value).ok().filter(|block| block.contains(sequence)) else { return Ok(None) };
         self.stage.touched.insert(number, block);
+        let is_sealed = number < self.store.sealed_end();
+        self.stage.touched_bytes += if is_sealed { CHUNK_BYTES } else { TOUCHED_BYTES };
+        self.drains_current |= !is_sealed;
         Ok(Some(number))
     }
 

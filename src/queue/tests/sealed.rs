@@ -207,6 +207,23 @@ fn who_is_in_the_middle_sees_what_is_settled_and_keeps_the_files_that_it_reads()
 }
 
 #[test]
+fn where_no_fresh_generation_can_be_made_the_old_one_goes_on() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..50)).unwrap();
+    let in_the_way = fixture.config.path.join("sled-2");
+    std::fs::write(&in_the_way, "no folder").unwrap();
+    seal(&queue);
+    queue.append(batch(50..60)).unwrap();
+    assert_eq!(fixture.generation().file_name().unwrap(), "sled-1");
+    assert_eq!(everything(&queue).len(), 60);
+    std::fs::remove_file(&in_the_way).unwrap();
+    in_generations(&queue, 2);
+    assert_eq!(generations(&fixture), [1, 2]);
+    assert_eq!(everything(&queue).len(), 160);
+}
+
+#[test]
 fn a_lost_pointer_finds_the_sealed_generations_again() {
     let fixture = Fixture::new();
     let queue = fixture.open();
