@@ -31,12 +31,9 @@ const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
 const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
 
 /// Size of its files above which a generation is sealed while half as much is pending: sled has 2 MB of memory for each
-/// that is open. With less pending, sled finds room in the files it has.
+/// that is open. With less pending, sled finds room in the files it has. While that much is drained it is sealed at once: of
+/// a sealed one no page is written anew for each event that leaves.
 const SEAL_ABOVE_BYTES: u64 = 256 << 20;
-
-/// Pending bytes above which a generation is sealed as soon as it is drained: of a sealed one no page is written anew for
-/// each event that leaves.
-const SEAL_BACKLOG_ABOVE_BYTES: u64 = 32 << 20;
 
 /// What a block of the current generation that loses entries takes in memory until its batch is through: its share of a
 /// batch that is to stay below some 64 copies of sled's pages of 64 kB.
@@ -309,11 +306,11 @@ impl Writer {
     fn is_worth_sealing(&mut self) -> bool {
         let large = faults::seal_above(SEAL_ABOVE_BYTES);
         let pending = self.counters.pending_bytes;
-        let drains_backlog = std::mem::take(&mut self.drains_current) && pending > SEAL_BACKLOG_ABOVE_BYTES.min(large);
+        let drains = std::mem::take(&mut self.drains_current);
         // What is not of pending events is copied: not again and again.
         let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
         let own_bytes = self.store.own_bytes().saturating_sub(copied_bytes);
-        let is_due = (drains_backlog && own_bytes > pending) || (pending > large / 2 && own_bytes > large);
+        let is_due = pending > large / 2 && (own_bytes > large || (drains && own_bytes > pending));
         let may_be = self.seal_not_before.is_none_or(|then| then <= Instant::now());
         // Where nothing came since the last time there is nothing to seal.
         ((is_due && may_be) || self.store.hooks().take_seal_next())

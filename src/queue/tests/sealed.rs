@@ -60,6 +60,24 @@ fn sealed_generations_are_read_in_order_and_go_one_by_one() {
 }
 
 #[test]
+fn a_backlog_is_sealed_when_it_begins_to_be_drained() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    for first in (0..400).step_by(10) {
+        let events = (first..first + 10).map(|number| event(number, 400_000)).collect();
+        queue.append(Batch { events, ..Batch::default() }).unwrap();
+    }
+    assert_eq!(generations(&fixture), [1], "nobody drains it");
+    queue.settle(delivered([1])).unwrap();
+    queue.append(batch(400..401)).unwrap();
+    assert_eq!(generations(&fixture), [1, 2]);
+    queue.settle(delivered(2..=300)).unwrap();
+    queue.append(batch(401..402)).unwrap();
+    assert_eq!(generations(&fixture), [1, 2], "there is no backlog in the second one");
+    assert_eq!(numbers(&everything(&queue)), (301..=402).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_dead_letter_outlives_the_generation_it_was_in() {
     let fixture = Fixture::new();
     let queue = fixture.open();
