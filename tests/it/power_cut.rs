@@ -280,7 +280,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "seal-switched:2",
         "spent-carried",
         "spent-synced",
-        "spent-removed:2",
+        "spent-removed",
     ];
     // Those of fresh files take their time: one of them here, all, many times over, in a long run.
     for (round, point) in points.into_iter().cycle().take(rounds(6) as usize).enumerate() {
