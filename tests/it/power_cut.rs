@@ -262,6 +262,8 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "journal-written:20",
         "sync-flushed:4",
         "compact-pointer-renamed",
+        "seal-switched:2",
+        "spent-removed",
         "compact-copied",
         "open-store-opened",
         "pointer-before-rename",
@@ -277,13 +279,11 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compac
         "seal-copied:2",
         "seal-synced",
         "seal-pointer-renamed:3",
-        "seal-switched:2",
         "spent-carried",
         "spent-synced",
-        "spent-removed",
     ];
-    // Those of fresh files take their time: one of them here, all, many times over, in a long run.
-    for (round, point) in points.into_iter().cycle().take(rounds(6) as usize).enumerate() {
+    // Those of fresh files take their time: one of each kind here, all, many times over, in a long run.
+    for (round, point) in points.into_iter().cycle().take(rounds(9) as usize).enumerate() {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
