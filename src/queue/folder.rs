@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 
 use super::codec::{self, CodecError, Counters};
 use super::database::{DatabaseRepair, StoreError};
-use super::store::{self, COPY_BYTES_MAX, Changes, Store, StoreRepair};
+use super::store::{self, Changes, Store, StoreRepair};
 use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
 
@@ -434,9 +434,7 @@ pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counter
                 new.copy_chunks(old, sequence.get(), head, &mut changes)?;
             }
             changes.insert(&key, &value);
-            if changes.bytes() > COPY_BYTES_MAX {
-                new.apply(std::mem::take(&mut changes))?;
-            }
+            new.apply_when_large(&mut changes)?;
         }
     }
     new.apply(changes)?;

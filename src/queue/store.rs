@@ -72,7 +72,7 @@ const JOURNALED_BYTES_MAX: usize = 64 << 10;
 const NOTED_MAX: usize = 128;
 
 /// Bytes copied in one batch from one generation to the next.
-pub const COPY_BYTES_MAX: usize = 256 << 10;
+const COPY_BYTES_MAX: usize = 256 << 10;
 
 /// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
 const JOURNALED_KEY: &[u8] = b"j";
@@ -256,7 +256,7 @@ impl Store {
             let next = self.sealed.first_block(settled)?;
             settled = next.unwrap_or(self.sealed.end());
             let Some(number) = next else { break };
-            if !gone.contains(&number) && self.own(&block_key(number))?.is_none_or(|left| !left.is_empty()) {
+            if !gone.contains(&number) && self.is_left(&block_key(number))? {
                 break;
             }
             settled += 1;
@@ -293,14 +293,17 @@ impl Store {
         Ok(())
     }
 
+    /// Applies what has gathered in `changes` while much is copied, once it is enough for a batch.
+    pub fn apply_when_large(&self, changes: &mut Changes) -> Result<(), StoreError> {
+        if changes.bytes() > COPY_BYTES_MAX { self.apply(std::mem::take(changes)) } else { Ok(()) }
+    }
+
     /// Puts the pairs in, in pieces; the last of them stay in `changes`.
     fn apply_all(&self, pairs: OwnRange, changes: &mut Changes) -> Result<(), StoreError> {
         for pair in pairs {
             let (key, value) = pair?;
             changes.insert(&key, &value);
-            if changes.bytes() > COPY_BYTES_MAX {
-                self.apply(std::mem::take(changes))?;
-            }
+            self.apply_when_large(changes)?;
         }
         Ok(())
     }
@@ -349,9 +352,7 @@ impl Store {
             let key = chunk_key(sequence, index);
             let Some(chunk) = old.get(&key)? else { break };
             changes.insert(&key, &chunk);
-            if changes.bytes() > COPY_BYTES_MAX {
-                self.apply(std::mem::take(changes))?;
-            }
+            self.apply_when_large(changes)?;
         }
         Ok(())
     }
@@ -464,11 +465,12 @@ impl Store {
 
     /// What stands in the current generation itself.
     fn own(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
-        let memtable = self.memtable();
-        match memtable.get(key) {
-            Some(value) => Ok(value),
-            None => guarded(|| Ok(self.database.db()?.get(key)?)),
-        }
+        look_up(&self.memtable, self.database.db()?, key)
+    }
+
+    /// Whether the current generation does not say that the block of a sealed one at `key` is settled.
+    fn is_left(&self, key: &[u8]) -> Result<bool, StoreError> {
+        Ok(self.own(key)?.is_none_or(|left| !left.is_empty()))
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
@@ -520,7 +522,7 @@ impl Store {
         {
             return Ok(Some(key));
         }
-        self.sealed.last_block(sealed, |key| Ok(self.own(key)?.is_none_or(|left| !left.is_empty())))
+        self.sealed.last_block(sealed, |key| self.is_left(key))
     }
 
     fn own_last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
@@ -618,6 +620,15 @@ impl Drop for Store {
     }
 }
 
+/// What stands at `key` in a memtable, or else in the database behind it.
+fn look_up(memtable: &RwLock<Memtable>, tree: &sled::Tree, key: &[u8]) -> Result<Option<IVec>, StoreError> {
+    let memtable = memtable.read().unwrap_or_else(PoisonError::into_inner);
+    match memtable.get(key) {
+        Some(value) => Ok(value),
+        None => guarded(|| Ok(tree.get(key)?)),
+    }
+}
+
 /// The part of a range of blocks that is in sealed generations, which end at `end`.
 fn sealed_part(range: &RangeInclusive<Vec<u8>>, end: u64) -> Option<std::ops::Range<u64>> {
     let first = key_sequence(range.start()).map_or(0, Sequence::get);
@@ -674,7 +685,7 @@ impl SealedBlocks {
                 self.blocks = None;
                 continue;
             };
-            match own.get(&key)? {
+            match look_up(&own.memtable, &own.tree, &key)? {
                 Some(left) if left.is_empty() => {}
                 Some(left) => return Ok(Some((key, left))),
                 // After the other: what is said of a block goes when it is settled.
@@ -742,15 +753,6 @@ impl Iterator for OwnRange {
 }
 
 impl OwnRange {
-    /// What stands at `key`, in the range or not.
-    fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
-        let memtable = self.memtable.read().unwrap_or_else(PoisonError::into_inner);
-        match memtable.get(key) {
-            Some(value) => Ok(value),
-            None => guarded(|| Ok(self.tree.get(key)?)),
-        }
-    }
-
     /// The next key that sled has.
     fn look_ahead(&mut self, folds: u64) -> Result<Option<IVec>, StoreError> {
         if self.iter.as_ref().is_none_or(|&(_, then)| then != folds) {

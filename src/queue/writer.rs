@@ -307,10 +307,13 @@ impl Writer {
         let large = faults::seal_above(SEAL_ABOVE_BYTES);
         let pending = self.counters.pending_bytes;
         let drains = std::mem::take(&mut self.drains_current);
-        // What is not of pending events is copied: not again and again.
-        let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
-        let own_bytes = self.store.own_bytes().saturating_sub(copied_bytes);
-        let is_due = pending > large / 2 && (own_bytes > large || (drains && own_bytes > pending));
+        // The system is asked for the size of the files only where it matters.
+        let is_due = pending > large / 2 && {
+            // What is not of pending events is copied: not again and again.
+            let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
+            let own_bytes = self.store.own_bytes().saturating_sub(copied_bytes);
+            own_bytes > large || (drains && own_bytes > pending)
+        };
         let may_be = self.seal_not_before.is_none_or(|then| then <= Instant::now());
         // Where nothing came since the last time there is nothing to seal.
         ((is_due && may_be) || self.store.hooks().take_seal_next())
