@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::stage::{Dice, SOON, Stage, rounds, wait_until};
+use crate::stage::{AWAY, Dice, SOON, Stage, rounds, wait_until};
 
 /// What is done to the files of a queue that nobody holds.
 const KINDS: [&str; 8] = [
@@ -81,7 +81,7 @@ fn whatever_is_damaged_it_starts_and_postgres_ends_with_each_turn_once() {
         }
         stage.run_until_idle();
         // These wait.
-        let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+        let away = AWAY.to_owned();
         stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
         let watcher = stage.start();
         for transcript in &mut transcripts {
@@ -127,7 +127,7 @@ fn whatever_is_damaged_it_starts_and_postgres_ends_with_each_turn_once() {
 #[test]
 fn what_came_from_elsewhere_than_transcripts_is_salvaged_too() {
     let mut stage = Stage::new();
-    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+    let away = AWAY.to_owned();
     stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
     let watcher = stage.start();
     let event = |number| {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::stage::{SOON, Stage, Transcript, Watcher, wait_until};
+use crate::stage::{AWAY, SOON, Stage, Transcript, Watcher, wait_until};
 
 /// A small file system in memory.
 struct SmallDisk {
@@ -50,7 +50,7 @@ impl Drop for SmallDisk {
 fn with_events_queued_on(disk: &SmallDisk) -> (Stage, Transcript, Watcher, Vec<String>) {
     let mut stage = Stage::new();
     stage.set("queue.path", disk.path().join("queue").to_str().unwrap());
-    stage.set("database.url", "postgresql:///away?host=/nowhere&user=nobody");
+    stage.set("database.url", AWAY);
     let mut transcript = stage.transcript("-home-me-app", 1);
     let watcher = stage.start();
     let texts = transcript.say_many("before", 200);
@@ -187,9 +187,7 @@ fn a_queue_that_may_not_be_written_or_is_somebody_elses_is_said_and_left_as_it_i
     stage.wrapped_by = wrapper;
     let mut transcript = stage.transcript("-home-me-app", 1);
     let mut texts = transcript.say_many("before", 20);
-    stage
-        .environment
-        .insert("HEADSPACE_DATABASE__URL".to_owned(), "postgresql:///away?host=/nowhere&user=nobody".to_owned());
+    stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), AWAY.to_owned());
     let watcher = stage.start();
     wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 21);
     watcher.kill();

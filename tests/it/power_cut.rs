@@ -15,10 +15,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::stage::{Dice, Poster, SOON, Stage, pause, rounds, wait_for, wait_until};
-
-/// Where no Postgres is.
-const AWAY: &str = "postgresql:///away?host=/nowhere&user=nobody";
+use crate::stage::{AWAY, Dice, Poster, SOON, Stage, pause, rounds, wait_for, wait_until};
 
 /// Size of the files above which a generation of the queue is sealed.
 const SEAL_ABOVE: &str = "HEADSPACE_SEAL_ABOVE_BYTES";

@@ -17,6 +17,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
+/// A database's address where no Postgres is.
+pub const AWAY: &str = "postgresql:///away?host=/nowhere&user=nobody";
+
 /// How long anything may take that should happen soon. Generous: the machine may be busy.
 pub const SOON: Duration = Duration::from_secs(30);
 

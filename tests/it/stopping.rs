@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::proxy::{Proxy, Road};
-use crate::stage::{Database, SOON, Server, Stage, signal, wait_until};
+use crate::stage::{AWAY, Database, SOON, Server, Stage, signal, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(2);
 
@@ -155,7 +155,7 @@ fn it_stops_in_time_in_the_middle_of_moving_to_fresh_files_and_loses_nothing() {
     stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
     // So much that the files are large once all is delivered.
     let mut texts = transcript.say_many(&"x".repeat(900_000), 10);
-    let away = "postgresql:///away?host=/nowhere&user=nobody".to_owned();
+    let away = AWAY.to_owned();
     stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), away);
     let watcher = stage.start();
     wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 11);
@@ -189,7 +189,7 @@ fn it_stops_in_time_in_the_middle_of_sealing_a_generation_and_loses_nothing() {
         ("HEADSPACE_FAULT_POINT", "seal-copied"),
         ("HEADSPACE_FAULT_KIND", "pause"),
         ("HEADSPACE_SEAL_ABOVE_BYTES", "2000000"),
-        ("HEADSPACE_DATABASE__URL", "postgresql:///away?host=/nowhere&user=nobody"),
+        ("HEADSPACE_DATABASE__URL", AWAY),
     ];
     stage.environment.extend(environment.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let watcher = stage.start();
