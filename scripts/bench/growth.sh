@@ -80,7 +80,11 @@ lines() {
     for (i = 1; i <= count; i++) {
       uuid = sprintf("\"uuid\":\"%08x-%04x-4000-8000-%012x\"", i, number % 65536, number)
       if (kind == "turns" || i % 10 == 1) print head "\"" text "\"}," uuid tail
-      else print head "[{\"type\":\"tool_result\",\"tool_use_id\":\"toolu_" i "\",\"content\":\"" substr(output, 1, 300 + (i * 7919) % 2900) "\"}]}," uuid tail
+      else {
+        result = substr(output, 1, 300 + (i * 7919) % 2900)
+        sub(/\\$/, "", result)  # half an escape
+        print head "[{\"type\":\"tool_result\",\"tool_use_id\":\"toolu_" i "\",\"content\":\"" result "\"}]}," uuid tail
+      }
     }
   }'
 }
@@ -114,6 +118,8 @@ until_idle() {
   done
   wait "$running" || { tail -n 3 "$work/log" >&2; exit 1; }
   running=''
+  # Each line that is written here can be read.
+  if grep -q 'dead letters' "$work/log"; then tail -n 3 "$work/log" >&2; exit 1; fi
   seconds=$(since "$begun")
   rows=$(sql 'SELECT count(*) FROM events')
 }

@@ -2,13 +2,13 @@
 //!
 //! * **Opening.** See [`Database::open`].
 //! * **Panics.** sled panics on some kinds of damage, and now and then does not come back: [`guarded`] takes both for damage.
-//! * **Cache.** sled's is kept at the size that was asked for by [`Turnover`].
+//! * **Cache.** sled's is kept near the size that was asked for by [`Turnover`].
 
 use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use sled::IVec;
@@ -70,6 +70,7 @@ pub struct Database {
     folder: PathBuf,
     /// Remove the folder once the last one has let go.
     retired: AtomicBool,
+    filler: Option<Filler>,
 }
 
 impl Database {
@@ -91,7 +92,8 @@ impl Database {
             }
             other => other?,
         };
-        let database = Database { db: Some(db), folder: folder.to_owned(), retired: AtomicBool::new(false) };
+        let filler = guarded(|| Filler::of(&db))?;
+        let database = Database { db: Some(db), folder: folder.to_owned(), retired: AtomicBool::new(false), filler };
         Ok((database, repairs))
     }
 
@@ -111,6 +113,7 @@ impl Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
+        self.filler = None;
         let db = self.db.take();
         // sled flushes when it is dropped, and panics when that fails. Whatever was acknowledged is already synced.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
@@ -123,27 +126,76 @@ impl Drop for Database {
 
 /// Keeps sled's cache small while much is read or written.
 ///
-/// sled looks whether its cache is full only after every 64 accesses to one of the 256 parts of it, however large the pages
-/// are. Writing a page full takes some thirty, reading it through one: hundreds of pages would stay beyond the capacity.
-/// So what was read or written is asked for again, as often as it is large.
+/// sled looks whether its cache is full only after every 64 accesses to one of the 256 parts of it, and even then leaves the
+/// page that was asked for last, however large: with pages of up to 64 kB some 16 MB in each database, whatever its
+/// capacity. So as often as there is much, small pages are asked for, of which each part has some: they push the large
+/// ones out.
 pub struct Turnover {
     access_bytes: usize,
     bytes: usize,
 }
 
 impl Turnover {
-    /// Asks once for each `access_bytes`: 64 of these times 256 is what the cache may go beyond its capacity.
-    pub fn new(access_bytes: usize) -> Self {
-        Turnover { access_bytes, bytes: 0 }
+    /// Bytes for which small pages are asked once: 64 of these times 256 is what the cache may go beyond its capacity,
+    /// 4 MB. A page is read with one access.
+    const READING_BYTES: usize = 256;
+
+    /// Writing a page full takes some thirty accesses by itself.
+    const WRITING_BYTES: usize = 1024;
+
+    pub fn reading() -> Self {
+        Turnover { access_bytes: Self::READING_BYTES, bytes: 0 }
     }
 
-    pub fn pass(&mut self, tree: &sled::Tree, key: &IVec, bytes: usize) -> Result<(), sled::Error> {
+    pub fn writing() -> Self {
+        Turnover { access_bytes: Self::WRITING_BYTES, bytes: 0 }
+    }
+
+    /// Notes that `key` with a value of `bytes` was read or written.
+    pub fn pass(&mut self, database: &Database, key: &IVec, bytes: usize) -> Result<(), StoreError> {
         self.bytes += key.len() + bytes;
         while self.bytes >= self.access_bytes {
             self.bytes -= self.access_bytes;
-            tree.get(key)?;
+            match &database.filler {
+                Some(filler) => filler.ask()?,
+                None => drop(database.db()?.get(key)?),
+            }
         }
         Ok(())
+    }
+}
+
+/// Small pages in all parts of sled's cache, in a tree of their own.
+struct Filler {
+    tree: sled::Tree,
+    next: AtomicU16,
+}
+
+impl Filler {
+    const TREE: &str = "filler";
+
+    /// Keys without values. With every eighth that is added in order sled begins a page; it numbers its pages as they come,
+    /// and the part of the cache is the number modulo 256. Some are pages above those with keys.
+    const KEYS: u16 = (256 + 64) * Self::KEYS_IN_PAGE;
+    const KEYS_IN_PAGE: u16 = 8;
+
+    /// The filler of `db`. A new database gets one; one that an earlier build has made has none.
+    fn of(db: &sled::Db) -> Result<Option<Filler>, StoreError> {
+        let is_new = !db.was_recovered();
+        if !is_new && !db.tree_names().iter().any(|name| *name == Self::TREE.as_bytes()) {
+            return Ok(None);
+        }
+        let tree = db.open_tree(Self::TREE)?;
+        if is_new {
+            // One by one: of all that a batch changes sled keeps copies until its end.
+            (0..Self::KEYS).try_for_each(|number| tree.insert(number.to_be_bytes(), &[]).map(drop))?;
+        }
+        Ok(Some(Filler { tree, next: AtomicU16::new(0) }))
+    }
+
+    fn ask(&self) -> Result<(), sled::Error> {
+        let page = self.next.fetch_add(1, Ordering::Relaxed) % (Self::KEYS / Self::KEYS_IN_PAGE);
+        self.tree.get((page * Self::KEYS_IN_PAGE).to_be_bytes()).map(drop)
     }
 }
 
@@ -215,4 +267,52 @@ fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
         fs::rename(file, folder.join(format!("aside.{name}")))?;
     }
     Ok(!files.is_empty())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_pages_that_were_read_do_not_stay_in_the_cache() {
+        const CACHE_BYTES: u64 = 2 << 20;
+        const VALUE: [u8; 4096] = [7; 4096];
+        const BATCHES: u64 = 1024;
+        const BATCH_VALUES: u64 = 16;
+        // Memory of its own that this process has, in kB.
+        let own_memory = || {
+            let status = fs::read_to_string("/proc/self/status").unwrap();
+            let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+            own.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let [written, copied] = ["written", "copied"].map(|name| folder.path().join(name));
+        let writer = Database::open(&written, CACHE_BYTES).unwrap().0;
+        for number in 0..BATCHES {
+            let mut batch = sled::Batch::default();
+            let keys = (number * BATCH_VALUES..).take(BATCH_VALUES as usize).map(|key| IVec::from(&key.to_be_bytes()));
+            let keys: Vec<IVec> = keys.collect();
+            keys.iter().for_each(|key| batch.insert(key, VALUE.as_slice()));
+            writer.db().unwrap().apply_batch(batch).unwrap();
+            // What it would give back must not be taken for the reader's.
+            let mut turnover = Turnover::writing();
+            keys.iter().for_each(|key| turnover.pass(&writer, key, VALUE.len()).unwrap());
+        }
+        writer.db().unwrap().flush().unwrap();
+        fs::create_dir(&copied).unwrap();
+        for file in ["conf", "db"] {
+            fs::copy(written.join(file), copied.join(file)).unwrap();
+        }
+        let reader = Database::open(&copied, CACHE_BYTES).unwrap().0;
+        let before = own_memory();
+        let mut turnover = Turnover::reading();
+        for pair in reader.db().unwrap().iter() {
+            let (key, value) = pair.unwrap();
+            turnover.pass(&reader, &key, value.len()).unwrap();
+        }
+        let grown = own_memory().saturating_sub(before);
+        // 2 MB; without the filler 7.
+        assert!(grown < 4 << 10, "{grown} kB");
+        drop(writer);
+    }
 }

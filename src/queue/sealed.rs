@@ -33,9 +33,8 @@ pub const LIST_KEY: &[u8] = b"g";
 /// Where the current generation keeps up to where the blocks of sealed ones are settled.
 pub const SETTLED_KEY: &[u8] = b"w";
 
-/// Pages sled keeps in memory of each that is open, and what it may go beyond that: 4 MB.
+/// Pages that sled keeps in memory of each that is open.
 const CACHE_BYTES: u64 = 2 << 20;
-const ACCESS_BYTES: usize = 256;
 
 /// How many stay open when nobody reads them just now: the one that is drained, and one that somebody looks at.
 const OPEN_MAX: usize = 2;
@@ -265,19 +264,18 @@ impl Sealed {
     /// The blocks of `generation` in a range that is not empty, settled or not, in their order.
     pub fn blocks(&self, generation: &Generation, range: Range<u64>) -> Result<Blocks, StoreError> {
         let database = self.database(generation)?;
-        let tree = sled::Tree::clone(database.db()?);
-        let keys = tree.range(store::sequence_range(b'e', range.start, range.end - 1));
-        Ok(Blocks { keys, tree, _database: database, turnover: Turnover::new(ACCESS_BYTES) })
+        let keys = database.db()?.range(store::sequence_range(b'e', range.start, range.end - 1));
+        Ok(Blocks { keys, database, turnover: Turnover::reading() })
     }
 
     /// Reads every key and value of all of them.
     pub fn read_all(&self) -> Result<(), StoreError> {
         for generation in self.list() {
             let database = self.database(&generation)?;
-            let mut turnover = Turnover::new(ACCESS_BYTES);
+            let mut turnover = Turnover::reading();
             let mut pairs = database.db()?.iter();
             while let Some((key, value)) = guarded(|| Ok(pairs.next().transpose()?))? {
-                guarded(|| Ok(turnover.pass(database.db()?, &key, value.len())?))?;
+                guarded(|| turnover.pass(&database, &key, value.len()))?;
             }
         }
         Ok(())
@@ -308,9 +306,8 @@ impl Sealed {
 /// Blocks of a sealed generation, one after another.
 pub struct Blocks {
     keys: sled::Iter,
-    tree: sled::Tree,
-    /// The last thing to go: with it sled closes.
-    _database: Arc<Database>,
+    /// Goes after `keys`: with it sled closes.
+    database: Arc<Database>,
     turnover: Turnover,
 }
 
@@ -318,11 +315,11 @@ impl Iterator for Blocks {
     type Item = Result<(IVec, IVec), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let (keys, tree, turnover) = (&mut self.keys, &self.tree, &mut self.turnover);
+        let (keys, database, turnover) = (&mut self.keys, &self.database, &mut self.turnover);
         guarded(|| {
             let pair = keys.next().transpose()?;
             if let Some((key, value)) = &pair {
-                turnover.pass(tree, key, value.len())?;
+                turnover.pass(database, key, value.len())?;
             }
             Ok(pair)
         })

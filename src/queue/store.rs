@@ -20,8 +20,8 @@
 //!
 //! # Keys
 //!
-//! One tree. `S` is a sequence as u64, `I` an index from 1 on as u32, `H` the xxh3-128 of a path; all big endian, so
-//! that the order of the keys is the order of acceptance.
+//! One tree; `database` has another, of small pages for sled's cache. `S` is a sequence as u64, `I` an index from 1 on as
+//! u32, `H` the xxh3-128 of a path; all big endian, so that the order of the keys is the order of acceptance.
 //!
 //! ```text
 //! m        counters                                    always written in the same batch as what they count
@@ -77,9 +77,8 @@ const COPY_BYTES_MAX: usize = 256 << 10;
 /// Where sled keeps the number up to which it has all that was in the journal, as u64 big endian.
 const JOURNALED_KEY: &[u8] = b"j";
 
-/// Pages sled keeps in memory of the current generation, and what it may go beyond that: 16 MB.
+/// Pages that sled keeps in memory of the current generation.
 const CACHE_BYTES: u64 = 4 << 20;
-const ACCESS_BYTES: usize = 1024;
 
 /// What opening a store had to put right.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -396,9 +395,8 @@ impl Store {
                 }
             }
             db.apply_batch(batch)?;
-            let mut turnover = Turnover::new(ACCESS_BYTES);
-            inserted.iter().try_for_each(|(key, bytes)| turnover.pass(db, key, *bytes))?;
-            Ok(())
+            let mut turnover = Turnover::writing();
+            inserted.iter().try_for_each(|(key, bytes)| turnover.pass(&self.database, key, *bytes))
         })?;
         self.memtable.write().unwrap_or_else(PoisonError::into_inner).folded();
         if is_used {
@@ -504,12 +502,12 @@ impl Store {
         let (start, end) = range.into_inner();
         Ok(OwnRange {
             memtable: Arc::clone(&self.memtable),
-            tree: sled::Tree::clone(self.database.db()?),
+            database: Arc::clone(&self.database),
             iter: None,
             ahead: None,
             least: Bound::Included(IVec::from(start)),
             end: IVec::from(end),
-            turnover: Turnover::new(ACCESS_BYTES),
+            turnover: Turnover::reading(),
         })
     }
 
@@ -685,7 +683,7 @@ impl SealedBlocks {
                 self.blocks = None;
                 continue;
             };
-            match look_up(&own.memtable, &own.tree, &key)? {
+            match look_up(&own.memtable, own.database.db()?, &key)? {
                 Some(left) if left.is_empty() => {}
                 Some(left) => return Ok(Some((key, left))),
                 // After the other: what is said of a block goes when it is settled.
@@ -699,7 +697,6 @@ impl SealedBlocks {
 /// Iterator over a range of keys of the current generation itself.
 struct OwnRange {
     memtable: Arc<RwLock<Memtable>>,
-    tree: sled::Tree,
     /// sled's own, and how often sled had changed when it was made.
     iter: Option<(sled::Iter, u64)>,
     /// What `iter` gave and is not passed yet.
@@ -708,6 +705,8 @@ struct OwnRange {
     least: Bound<IVec>,
     end: IVec,
     turnover: Turnover,
+    /// Goes after `iter`: with it sled closes.
+    database: Arc<Database>,
 }
 
 impl Iterator for OwnRange {
@@ -756,14 +755,15 @@ impl OwnRange {
     /// The next key that sled has.
     fn look_ahead(&mut self, folds: u64) -> Result<Option<IVec>, StoreError> {
         if self.iter.as_ref().is_none_or(|&(_, then)| then != folds) {
-            self.iter = Some((self.tree.range((self.least.clone(), Bound::Included(self.end.clone()))), folds));
+            let range = (self.least.clone(), Bound::Included(self.end.clone()));
+            self.iter = Some((self.database.db()?.range(range), folds));
             self.ahead = None;
         }
         if self.ahead.is_none()
             && let Some((iter, _)) = &mut self.iter
             && let Some((key, value)) = iter.next().transpose()?
         {
-            self.turnover.pass(&self.tree, &key, value.len())?;
+            self.turnover.pass(&self.database, &key, value.len())?;
             self.ahead = Some((key, value));
         }
         Ok(self.ahead.as_ref().map(|(key, _)| key.clone()))

@@ -44,7 +44,7 @@ use crate::sink::{DeliverError, Delivered, Verdict};
 pub type TargetSource = Arc<dyn Fn() -> Result<Option<DatabaseTarget>, String> + Send + Sync>;
 
 /// Ids of `event_sources` that a session remembers.
-const SOURCES_KEPT_MAX: usize = 16_384;
+const SOURCES_KEPT_MAX: usize = 2048;
 
 #[derive(Clone)]
 pub struct ConnectSettings {
