@@ -4,7 +4,7 @@
 # Usage: scripts/soak.sh [MINUTES] [SEED]        (default: 30 minutes)
 #
 #   load     transcripts of 50 bytes to 1 MB a line, in pieces and in bursts, new sessions, copies of sessions, garbage;
-#            events of `emit`, one at a time and in streams; hooks
+#            events of `emit`, one at a time and in streams; hooks; three times 200 MB at once while Postgres is away
 #   faults   kill -9 and SIGSTOP of the watcher, stops of its supervisor (scripts/run-watcher.sh), Postgres stopped (fast,
 #            immediate, kill -9), a full disk below the queue (needs root), the clock moved by up to a day (needs
 #            Debian's package faketime). In the middle third only those that the watcher lives through
@@ -76,7 +76,7 @@ mkdir -p "$work/projects" "$work/disk" "$work/bin"
 cp "$built/headspace-watcher" "$built/examples/soak-drive" "$work/bin/"
 queue=$work/data/queue
 disk_word='SKIPPED (a small file system needs root)'
-if mount -t tmpfs -o size=400m tmpfs "$work/disk" 2>/dev/null; then
+if mount -t tmpfs -o size=1200m tmpfs "$work/disk" 2>/dev/null; then
   mounted=1 queue=$work/disk/queue disk_word=''
   export SOAK_DISK=$work/disk
 fi
@@ -98,7 +98,7 @@ database:
   url: $url
 queue:
   path: $queue
-  max_pending_bytes: 67108864
+  max_pending_bytes: 201326592
 http:
   listen: null
 YAML

@@ -35,6 +35,14 @@ use uuid::Uuid;
 const WRITERS: u64 = 2;
 /// Sessions that one writer writes to at a time.
 const SESSIONS_OPEN_MAX: usize = 6;
+/// When Postgres is away while many turns come in at once, in parts of the run: outside the calm third, as that is to be flat.
+const BACKLOGS_AT: [f64; 3] = [0.1, 0.27, 0.8];
+/// Bytes of transcripts of such a backlog.
+const BACKLOG_BYTES: u64 = 200 << 20;
+/// Pending bytes above which a backlog that begins to be drained is sealed, and some.
+const SEALED_ABOVE_BYTES: u64 = 140 << 20;
+/// How long is waited for the watcher to have read so much, and then for it to begin other files.
+const BACKLOG_MAX: Duration = Duration::from_secs(60);
 /// How long all may take to settle once nothing goes wrong any more: the supervisor's pause on a full disk is a minute.
 const SETTLE_MAX: Duration = Duration::from_secs(300);
 
@@ -59,7 +67,8 @@ fn main() -> Result<()> {
     let sampled = scene.clone();
     let sampler = std::thread::spawn(running(&sampling, move |sampling| sample(&sampled, sampling)));
 
-    let outcome = torment(&scene, &mut supervisor, &mut dice, duration, &load);
+    let historian = Writer::new(scene.clone(), WRITERS, dice.fork())?;
+    let outcome = torment(&scene, &mut supervisor, &mut dice, duration, &load, historian);
     load.store(false, Ordering::Relaxed);
     for thread in threads {
         match thread.join() {
@@ -206,6 +215,29 @@ impl Scene {
         })
     }
 
+    /// Where the queue is.
+    fn queue(&self) -> PathBuf {
+        self.disk.clone().unwrap_or_else(|| self.folder.join("data")).join("queue")
+    }
+
+    /// Databases of the queue.
+    fn generations(&self) -> usize {
+        let entries = std::fs::read_dir(self.queue()).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"sled-")).count()
+    }
+
+    /// Whether `condition` comes true in this time.
+    fn wait_for(&self, limit: Duration, condition: impl Fn() -> bool) -> bool {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if condition() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        false
+    }
+
     /// What the running watcher says of itself.
     fn health(&self) -> Option<Value> {
         let output = self.command(&["status", "--json"]).stdout(Stdio::piped()).output().ok()?;
@@ -226,8 +258,10 @@ fn torment(
     dice: &mut Dice,
     duration: Duration,
     load: &AtomicBool,
+    mut historian: Writer,
 ) -> Result<()> {
     let third = duration / 3;
+    let mut backlogs = BACKLOGS_AT.iter().map(|part| duration.mul_f64(*part)).peekable();
     while scene.begun.elapsed() < duration {
         let left = duration.saturating_sub(scene.begun.elapsed());
         std::thread::sleep(dice.between(2000, 12_000).min(left));
@@ -239,6 +273,10 @@ fn torment(
         }
         let calm = scene.begun.elapsed() > third && scene.begun.elapsed() < third * 2;
         scene.calm.store(calm, Ordering::Relaxed);
+        if backlogs.next_if(|at| scene.begun.elapsed() > *at).is_some() {
+            bring_backlog(scene, &mut historian, dice)?;
+            continue;
+        }
         match dice.below(if calm { 10 } else { 20 }) {
             0..3 => restart_postgres(scene, "fast", dice)?,
             3..5 => restart_postgres(scene, "immediate", dice)?,
@@ -277,6 +315,23 @@ fn restart_postgres(scene: &Scene, how: &str, dice: &mut Dice) -> Result<()> {
     scene.postgres(&["start"])?;
     scene.count(&format!("postgres {how}"), 1);
     Ok(())
+}
+
+/// Many turns while Postgres is away: more than the queue keeps in one generation of its files once they are drained.
+fn bring_backlog(scene: &Scene, historian: &mut Writer, dice: &mut Dice) -> Result<()> {
+    scene.say("Postgres away, and 200 MB of transcripts at once");
+    scene.postgres(&["stop", "--mode", "fast"])?;
+    historian.write_history(BACKLOG_BYTES)?;
+    let waits = scene.wait_for(BACKLOG_MAX, || {
+        let health = scene.health().unwrap_or_default();
+        health.pointer("/queue/pending_bytes").and_then(Value::as_u64).is_some_and(|bytes| bytes > SEALED_ABOVE_BYTES)
+    });
+    scene.count("backlogs", u64::from(waits));
+    scene.postgres(&["start"])?;
+    let sealed = scene.wait_for(BACKLOG_MAX, || scene.generations() > 1);
+    scene.count("backlogs, sealed", u64::from(sealed));
+    scene.say(&format!("it waits: {waits}, in several generations: {sealed}"));
+    if dice.one_in(2) { kill_watcher(scene) } else { Ok(()) }
 }
 
 fn kill_watcher(scene: &Scene) -> Result<()> {
@@ -360,13 +415,12 @@ fn settle(scene: &Scene, supervisor: &mut Option<Child>) -> Result<()> {
 /// Looks at the watcher every two seconds.
 fn sample(scene: &Scene, on: &AtomicBool) -> Result<()> {
     let mut samples = File::create(scene.folder.join("samples"))?;
-    let queue = scene.disk.clone().unwrap_or_else(|| scene.folder.join("data"));
     while on.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_secs(2));
         let Some(pid) = scene.watcher_pid() else { continue };
         let Some(resident) = resident_kib(pid) else { continue };
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        let (queue, data) = (used_kib(&queue.join("queue")), used_kib(&scene.folder.join("data")));
+        let (queue, data) = (used_kib(&scene.queue()), used_kib(&scene.folder.join("data")));
         let calm = u8::from(scene.calm.load(Ordering::Relaxed));
         let seconds = scene.begun.elapsed().as_secs();
         writeln!(samples, "{seconds}\t{pid}\t{resident}\t{}\t{queue}\t{data}\t{calm}", descriptors.count())?;
@@ -436,6 +490,24 @@ impl Writer {
         // Ends what was left without an end.
         for index in 0..self.sessions.len() {
             self.append(index, b"\n")?;
+        }
+        Ok(())
+    }
+
+    /// So many bytes in sessions of its own.
+    fn write_history(&mut self, bytes: u64) -> Result<()> {
+        const LINES_AT_ONCE: u64 = 500;
+        const SESSION_BYTES: u64 = 20 << 20;
+        let mut left = bytes;
+        while left > 0 {
+            let session = self.open_session()?;
+            let mut room = SESSION_BYTES.min(left);
+            while room > 0 {
+                let lines = self.write_lines(session, LINES_AT_ONCE)?;
+                self.append(session, &lines)?;
+                let written = lines.len() as u64;
+                (room, left) = (room.saturating_sub(written), left.saturating_sub(written));
+            }
         }
         Ok(())
     }

@@ -195,6 +195,7 @@ $verdict
 | kill -9 of the watcher | $(fact kills) |
 | SIGSTOP of the watcher | $(fact pauses) |
 | stops of the supervisor | $(fact stops) |
+| backlogs of 140 MB and more, of which in several generations | $(fact backlogs), $(fact 'backlogs, sealed') |
 | Postgres: fast, immediate, kill -9 | $(fact 'postgres fast'), $(fact 'postgres immediate'), $(fact 'postgres kill -9') |
 | full disks | ${DISK_WORD:-$(fact 'full disks')} |
 | clock jumps | ${CLOCK_WORD:-$(fact 'clock jumps')} |
