@@ -18,7 +18,8 @@
 #   without            100,000 / 1 million  1,000 / 10,000     50 / 500 MB       50 / 500 MB
 #   --full             1 / 10 million       1,000 / 10,000     2 / 20 GB         100 MB / 1 GB
 #
-# A run without --quick, of all kinds, writes docs/growth.md. --full needs 45 GB of disk, and half an hour to two hours.
+# A run without --quick, of all kinds, writes docs/growth.md and the plot in docs/benchmarks.md. --full needs 45 GB of disk,
+# and half an hour to two hours.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
@@ -266,4 +267,14 @@ MARKDOWN
 }
 printf '\n'
 page | tee "$work/page"
-[ -z "$whole" ] || cp "$work/page" docs/growth.md
+if [ -n "$whole" ]; then
+  cp "$work/page" docs/growth.md
+  # The plot stands in docs/benchmarks.md, too.
+  bars >"$work/bars"
+  awk -v bars="$work/bars" '
+    /^# Growth$/ { here = 1 }
+    replaced && /^```$/ { replaced = here = 0 }
+    !replaced
+    here && /^```text$/ { while ((getline line < bars) > 0) print line; replaced = 1 }' docs/benchmarks.md >"$work/benchmarks"
+  cp "$work/benchmarks" docs/benchmarks.md
+fi
