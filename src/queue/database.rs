@@ -92,8 +92,9 @@ impl Database {
             }
             other => other?,
         };
-        let filler = guarded(|| Filler::of(&db))?;
-        let database = Database { db: Some(db), folder: folder.to_owned(), retired: AtomicBool::new(false), filler };
+        let retired = AtomicBool::new(false);
+        let mut database = Database { db: Some(db), folder: folder.to_owned(), retired, filler: None };
+        database.filler = guarded(|| Filler::of(database.db()?))?;
         Ok((database, repairs))
     }
 
@@ -136,7 +137,7 @@ pub struct Turnover {
 }
 
 impl Turnover {
-    /// Bytes for which small pages are asked once: 64 of these times 256 is what the cache may go beyond its capacity,
+    /// Bytes for which a small page is asked for once: 64 of these times 256 is what the cache may go beyond its capacity,
     /// 4 MB. A page is read with one access.
     const READING_BYTES: usize = 256;
 
