@@ -9,7 +9,8 @@
 //!   log is "stable", and recovery trusts that without looking. Stable means `sync_file_range`. During an
 //!   `apply_batch` the mark can't pass the batch's beginning, because the batch's manifest is held back until it is
 //!   sealed (`PageCache::pin_log`, `StabilityIntervals`). So if everything *before* a batch is on the platter, a power cut
-//!   leaves the batch whole or not at all. [`Store::apply`] therefore syncs what an earlier batch of sled's left unsynced.
+//!   leaves the batch whole or not at all. [`Store::apply`] therefore syncs what an earlier batch of sled's left unsynced,
+//!   and has sled split and merge pages before that sync: by itself it does so when they are read next.
 //! * **Small batches.** They become durable in the [`journal`], with one write, and visible in the [`memtable`]; all of it goes to
 //!   sled with the next large batch, or in an idle moment, as a part of the same sled batch. `journal` says how that
 //!   stays whole.
@@ -384,19 +385,21 @@ impl Store {
             super::faults::reach("store-applying");
             let db = self.database.db()?;
             let mut batch = sled::Batch::default();
-            let mut inserted = Vec::with_capacity(list.len());
+            let mut changed = Vec::with_capacity(list.len());
             for (key, value) in list {
+                changed.push((key.clone(), value.as_ref().map_or(0, |value| value.len())));
                 match value {
-                    Some(value) => {
-                        inserted.push((key.clone(), value.len()));
-                        batch.insert(key, value);
-                    }
+                    Some(value) => batch.insert(key, value),
                     None => batch.remove(key),
                 }
             }
             db.apply_batch(batch)?;
             let mut turnover = Turnover::writing();
-            inserted.iter().try_for_each(|(key, bytes)| turnover.pass(&self.database, key, *bytes))
+            for (key, bytes) in &changed {
+                settle_pages(db, key)?;
+                turnover.pass(&self.database, key, *bytes)?;
+            }
+            Ok(())
         })?;
         self.memtable.write().unwrap_or_else(PoisonError::into_inner).folded();
         if is_used {
@@ -455,6 +458,12 @@ impl Store {
             before_sync()?;
         }
         Ok(())
+    }
+
+    /// Bytes that sled had still to write.
+    #[cfg(test)]
+    pub fn write_out(&self) -> Result<usize, StoreError> {
+        Ok(self.database.db()?.flush()?)
     }
 
     pub fn is_unsynced(&self) -> bool {
@@ -616,6 +625,13 @@ impl Drop for Store {
             self.sealed.remove(&self.sealed.list());
         }
     }
+}
+
+/// Makes sled split and merge what `key` calls for: its page, and those above it. It does so when a page is asked for next,
+/// be it by a reader, and then it would not be on the platter before the next batch.
+fn settle_pages(tree: &sled::Tree, key: &IVec) -> Result<(), sled::Error> {
+    const LEVELS: usize = 3;
+    (0..LEVELS).try_for_each(|_| tree.get(key).map(drop))
 }
 
 /// What stands at `key` in a memtable, or else in the database behind it.

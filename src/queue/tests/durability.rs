@@ -340,3 +340,23 @@ fn many_cursors_do_not_make_fresh_files_again_and_again() {
     assert_eq!(fixture.generation(), generation);
     assert_eq!(queue.cursors().unwrap().len(), 5_000);
 }
+
+/// sled splits and merges pages when they are asked for. Done by a reader, that would be in its log after the sync, and not
+/// on the platter before the next batch.
+#[test]
+fn reading_writes_nothing() {
+    const EVENTS: u64 = 90;
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    for round in 0..40 {
+        let first = round * EVENTS;
+        if round > 0 {
+            queue.settle(delivered(first - EVENTS + 1..=first - EVENTS / 3)).unwrap();
+        }
+        queue.append(batch(first..first + EVENTS)).unwrap();
+        let store = queue.handle.shared.store().unwrap();
+        assert_eq!(store.write_out().unwrap(), 0, "round {round}: it was synced");
+        everything(&queue);
+        assert_eq!(store.write_out().unwrap(), 0, "round {round}");
+    }
+}
