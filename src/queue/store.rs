@@ -395,11 +395,12 @@ impl Store {
             }
             db.apply_batch(batch)?;
             let mut turnover = Turnover::writing();
+            // The pages above are settled by the keys that come after.
             for (key, bytes) in &changed {
-                settle_pages(db, key)?;
+                db.get(key)?;
                 turnover.pass(&self.database, key, *bytes)?;
             }
-            Ok(())
+            changed.last().map_or(Ok(()), |(key, _)| Ok(settle_pages(db, key)?))
         })?;
         self.memtable.write().unwrap_or_else(PoisonError::into_inner).folded();
         if is_used {
@@ -627,8 +628,8 @@ impl Drop for Store {
     }
 }
 
-/// Makes sled split and merge what `key` calls for: its page, and those above it. It does so when a page is asked for next,
-/// be it by a reader, and then it would not be on the platter before the next batch.
+/// Makes sled split and merge what `key` calls for: its page, and those above it, one each time it is asked for. sled does so
+/// when a page is asked for next, be it by a reader, and then it would not be on the platter before the next batch.
 fn settle_pages(tree: &sled::Tree, key: &IVec) -> Result<(), sled::Error> {
     const LEVELS: usize = 3;
     (0..LEVELS).try_for_each(|_| tree.get(key).map(drop))
