@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::stage::{Database, Stage};
+use crate::stage::{Database, Stage, unique};
 
 /// The line about a subject that holds `text`, or the test fails with all of it.
 #[track_caller]
@@ -73,7 +73,7 @@ fn a_database_that_can_not_be_used_is_found() {
     let mut stage = Stage::new();
     let owner = stage.database().clone();
     assert_eq!(stage.run(&["migrate"]).code(), 0);
-    let role = format!("reader_{}", std::process::id());
+    let role = format!("reader_{}", unique());
     owner.query(&format!("CREATE ROLE {role} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}"));
     let (server, parameters) = owner.url.split_once('?').unwrap();
     let parameters: Vec<&str> = parameters.split('&').filter(|parameter| !parameter.starts_with("user=")).collect();

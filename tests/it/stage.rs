@@ -9,13 +9,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
+use uuid::Uuid;
 
 /// A database's address where no Postgres is.
 pub const AWAY: &str = "postgresql:///away?host=/nowhere&user=nobody";
@@ -55,10 +56,9 @@ pub fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A number that no other test of this process uses.
-fn unique() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed)
+/// Letters and digits that nothing else has, so that they are good in a name.
+pub fn unique() -> String {
+    Uuid::now_v7().simple().to_string()
 }
 
 /// A database, spoken to in plain SQL.
@@ -77,7 +77,7 @@ impl Database {
 
     /// A new one beside this one.
     pub fn another(&self) -> Database {
-        let name = format!("test_{}_{}", std::process::id(), unique());
+        let name = format!("test_{}", unique());
         self.query(&format!("CREATE DATABASE {name}"));
         let (server, parameters) = self.url.split_once('?').map_or((&*self.url, ""), |(server, rest)| (server, rest));
         let (address, _) = server.rsplit_once('/').expect("a URL has a path");
