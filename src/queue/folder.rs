@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 
 use super::codec::{self, CodecError, Counters};
 use super::database::{DatabaseRepair, StoreError};
-use super::store::{self, Changes, Store, StoreRepair};
+use super::store::{self, Changes, Copying, Store, StoreRepair};
 use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
 
@@ -421,7 +421,7 @@ pub fn create_generation(path: &Path, number: u64, next_sequence: u64) -> Result
 pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counters) -> Result<Store, StoreError> {
     let new = begin_generation(path, old, number)?;
     faults::reach("compact-begun");
-    let mut changes = Changes::default();
+    let mut copying = Copying::begin(old, &new)?;
     for prefix in *b"ckedf" {
         for pair in old.range(store::prefix_range(prefix))? {
             let (key, value) = pair?;
@@ -431,13 +431,12 @@ pub fn copy_generation(path: &Path, old: &Store, number: u64, counters: &Counter
                 _ => Vec::new(),
             };
             for (sequence, head) in records {
-                new.copy_chunks(old, sequence.get(), head, &mut changes)?;
+                copying.insert_chunks(sequence.get(), head)?;
             }
-            changes.insert(&key, &value);
-            new.apply_when_large(&mut changes)?;
+            copying.insert(&key, &value)?;
         }
     }
-    new.apply(changes)?;
+    copying.finish()?;
     faults::reach("compact-copied");
     finish_generation(&new, counters)?;
     faults::reach("compact-synced");

@@ -17,6 +17,8 @@ mod durability;
 mod format;
 mod journal;
 mod kill;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod memory;
 mod model;
 mod sealed;
 mod speed;
