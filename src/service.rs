@@ -37,8 +37,8 @@ use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
 use crate::intake::spool::Spool;
 use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
-use crate::intake::transcripts::{Doorbell, FollowConfig, Follower};
-use crate::queue::{Queue, QueueConfig, QueueError};
+use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower};
+use crate::queue::{Queue, QueueConfig, QueueError, faults};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
 use crate::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
@@ -202,6 +202,7 @@ impl Service {
                 debounce: config.file_watcher.debounce_interval,
                 line_bytes_max: config.file_watcher.max_line_bytes,
                 inactivity_timeout: config.file_watcher.inactivity_timeout,
+                awake_max: faults::awake_max(AWAKE_MAX),
             },
             intake.clone(),
         )?;

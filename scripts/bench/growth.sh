@@ -6,7 +6,9 @@
 #
 #   pending      so many events wait in the queue: the time to capture them with Postgres away, to open the queue, and to
 #                drain it into Postgres
-#   transcripts  so many transcripts of three turns each, from the start until all is in Postgres
+#   transcripts  so many transcripts of three turns each, from the start until all is in Postgres; and the same number of
+#                lines in ten times as many transcripts, as a thousand with three turns are done before the program has
+#                all of the memory that it usually has
 #   history      so many bytes to back-fill in transcripts of 25 MB, one line in ten a turn, as they are
 #   single       the same in one transcript
 #
@@ -131,9 +133,9 @@ queue: {max_pending_bytes: 1099511627776}
 http: {listen: null, socket: $sockets/socket}
 YAML
 
-# record WHAT AMOUNT SECONDS MB: one point.
+# record WHAT AMOUNT SECONDS MB [WORK]: one point; WORK is by how much this is more work than the one before (10).
 record() {
-  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$work/points"
+  printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "${5-10}" >>"$work/points"
   printf '%-34s %12s  %10s s  %6s MB\n' "$1" "$2" "$3" "$4"
 }
 must_be() { # WHAT FOUND EXPECTED
@@ -167,13 +169,21 @@ measure_pending() { # EVENTS
   record 'pending: drained' "$1 events" "$seconds" "$peak_mb"
 }
 
-measure_transcripts() { # TRANSCRIPTS
+transcripts_of() { # TRANSCRIPTS TURNS
   fresh
   local number
-  for number in $(seq "$1"); do transcript turns "$number" 3; done
+  for number in $(seq "$1"); do transcript turns "$number" "$2"; done
   until_idle
-  must_be 'rows' "$rows" "$(($1 * 4))"
+  must_be 'rows' "$rows" "$(($1 * ($2 + 1)))"
+}
+measure_transcripts() { # TRANSCRIPTS TIMES
+  if [ "$2" -eq 1 ]; then
+    transcripts_of "$1" 39
+    record 'the same lines in transcripts' "$1 files" "$seconds" "$peak_mb"
+  fi
+  transcripts_of "$1" 3
   record 'transcripts of three turns' "$1 files" "$seconds" "$peak_mb"
+  [ "$2" -eq 1 ] || record 'the same lines in transcripts' "$1 files" "$seconds" "$peak_mb" 1
 }
 
 # Lines of the mixed kind in a megabyte, and of them turns.
@@ -211,19 +221,19 @@ for what in "${kinds[@]}"; do
   for times in 1 10; do
     case $what in
       pending) measure_pending $((pending * times)) ;;
-      transcripts) measure_transcripts $((transcripts * times)) ;;
+      transcripts) measure_transcripts $((transcripts * times)) "$times" ;;
       history) measure_history $((history * times)) ;;
       single) measure_single $((single * times)) ;;
     esac
   done
 done
 
-# Two points of each kind, the second of ten times the work.
+# Two points of each kind, the second of ten times the work, as a rule.
 table() {
   awk -F '\t' '
     { kind = $1 }
     kind in amount {
-      ratio = seconds[kind] > 0 ? sprintf("%.2f", $3 / seconds[kind] / 10) : "-"
+      ratio = seconds[kind] > 0 ? sprintf("%.2f", $3 / seconds[kind] / $5) : "-"
       printf "| %s | %s | %s | %s | %s | **%s** | %s | %s |\n", kind, amount[kind], $2, seconds[kind], $3, ratio, mb[kind], $4
     }
     { amount[kind] = $2; seconds[kind] = $3; mb[kind] = $4 }' "$work/points"
@@ -237,7 +247,7 @@ bars() {
     }
     { kind = $1 }
     kind in seconds {
-      if (seconds[kind] > 0) printf "%-32s time/work  |%-40s %.2f\n", kind, bar($3 / seconds[kind] / 10), $3 / seconds[kind] / 10
+      if (seconds[kind] > 0) printf "%-32s time/work  |%-40s %.2f\n", kind, bar($3 / seconds[kind] / $5), $3 / seconds[kind] / $5
       if ($4 != "-") {
         printf "%-32s MB at 1x   |%-40s %s\n", "", bar(mb[kind] / 64), mb[kind]
         printf "%-32s MB at 10x  |%-40s %s\n", "", bar($4 / 64), $4

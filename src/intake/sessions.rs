@@ -137,6 +137,10 @@ impl SessionState {
     }
 
     /// When it ends if nothing more happens.
+    pub fn times_out_at(&self, timeout: Duration) -> Option<Timestamp> {
+        self.timed_out(timeout).map(|end| end.at)
+    }
+
     fn timed_out(&self, timeout: Duration) -> Option<End> {
         let last = self.last_activity?;
         let at = last.checked_add(SignedDuration::try_from(timeout).ok()?).ok()?;

@@ -67,6 +67,11 @@ pub(super) fn seal_above(bytes: u64) -> u64 {
     threshold("HEADSPACE_SEAL_ABOVE_BYTES", bytes)
 }
 
+/// Transcripts that are kept awake: `files`, or what `HEADSPACE_AWAKE_MAX` says.
+pub fn awake_max(files: usize) -> usize {
+    usize::try_from(threshold("HEADSPACE_AWAKE_MAX", files as u64)).unwrap_or(files)
+}
+
 fn threshold(name: &'static str, bytes: u64) -> u64 {
     #[cfg(debug_assertions)]
     return armed::threshold(name).unwrap_or(bytes);

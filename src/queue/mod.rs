@@ -61,6 +61,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use self::folder::Repair;
+pub use self::store::CursorId;
 pub use self::submission::Ticket;
 
 use self::codec::{CodecError, Content, Letter};
@@ -390,8 +391,27 @@ impl Queue {
 
     /// How far each file has been read.
     pub fn cursors(&self) -> Result<Vec<(PathBuf, Cursor)>, QueueError> {
+        let mut cursors = Vec::new();
+        self.for_each_cursor(|path, cursor| cursors.push((path, cursor)))?;
+        Ok(cursors)
+    }
+
+    /// As [`Queue::cursors`], one after the other.
+    pub fn for_each_cursor(&self, seen: impl FnMut(PathBuf, Cursor)) -> Result<(), QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursors(&*shared.store()?))
+        shared.reading(reader::cursors(&*shared.store()?, seen))
+    }
+
+    /// How far one file has been read, and its path.
+    pub fn cursor(&self, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, QueueError> {
+        let shared = &self.handle.shared;
+        shared.reading(reader::cursor(&*shared.store()?, id))
+    }
+
+    /// Gives back what is kept in memory of the files for who reads them next. Takes some milliseconds.
+    pub fn trim_memory(&self) -> Result<(), QueueError> {
+        let shared = &self.handle.shared;
+        shared.reading(shared.store()?.trim_cache())
     }
 
     /// The queue in numbers; reads nothing from disk.
@@ -569,7 +589,7 @@ fn encode_rejection(
 }
 
 fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, CodecError> {
-    let key = store::cursor_key(path);
+    let key = store::cursor_key(CursorId::of(path));
     let Some(cursor) = cursor else { return Ok(EncodedCursor { key, record: None }) };
     let mut record = codec::encode_cursor(path, cursor)?;
     if store::chunk_count(record.len()) > CURSOR_CHUNKS_MAX {
@@ -610,7 +630,9 @@ impl Inspector {
     }
 
     pub fn cursors(&self) -> Result<Vec<(PathBuf, Cursor)>, QueueError> {
-        self.reading(reader::cursors(&self.store))
+        let mut cursors = Vec::new();
+        self.reading(reader::cursors(&self.store, |path, cursor| cursors.push((path, cursor))))?;
+        Ok(cursors)
     }
 
     pub fn stats(&self) -> QueueStats {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::block;
 use super::codec::{self, CodecError, Content, Counters};
 use super::database::StoreError;
-use super::store::{self, Store, chunk_key, content_key, key_sequence, letter_key};
+use super::store::{self, CursorId, Store, chunk_key, content_key, key_sequence, letter_key};
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
 };
@@ -194,16 +194,27 @@ fn raw(store: &Store, failure: &Failure, bytes: Vec<u8>) -> DeadContent {
 }
 
 /// All cursors; one that can't be read is left out, which only reads its file again.
-pub fn cursors(store: &Store) -> Result<Vec<(PathBuf, Cursor)>, StoreError> {
-    let mut cursors = Vec::new();
+pub fn cursors(store: &Store, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
     for pair in store.range(store::prefix_range(b'c'))? {
         let (key, head) = pair?;
-        let record = store.record(&head, |index| store::cursor_chunk_key(&key, index))?;
-        if let Ok(cursor) = codec::decode_cursor(&record) {
-            cursors.push(cursor);
+        if let Some((path, cursor)) = decoded_cursor(store, &key, &head)? {
+            seen(path, cursor);
         }
     }
-    Ok(cursors)
+    Ok(())
+}
+
+pub fn cursor(store: &Store, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, StoreError> {
+    let key = store::cursor_key(id);
+    match store.get(&key)? {
+        Some(head) => decoded_cursor(store, &key, &head),
+        None => Ok(None),
+    }
+}
+
+fn decoded_cursor(store: &Store, key: &[u8], head: &[u8]) -> Result<Option<(PathBuf, Cursor)>, StoreError> {
+    let record = store.record(head, |index| store::cursor_chunk_key(key, index))?;
+    Ok(codec::decode_cursor(&record).ok())
 }
 
 /// The oldest pending event from `first` to `last`, and when it was captured.

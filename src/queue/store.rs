@@ -515,6 +515,11 @@ impl Store {
         Ok(noted.max(in_sled))
     }
 
+    /// Gives back what is kept in memory of the current generation.
+    pub fn trim_cache(&self) -> Result<(), StoreError> {
+        self.database.trim_cache()
+    }
+
     /// Reads every key and value there is.
     pub fn read_all(&self) -> Result<(), StoreError> {
         self.own_range(all_keys())?.try_for_each(|pair| pair.map(drop))?;
@@ -843,9 +848,9 @@ pub fn chunk_key(sequence: u64, index: u32) -> Vec<u8> {
     key
 }
 
-pub fn cursor_key(path: &Path) -> Vec<u8> {
+pub fn cursor_key(id: CursorId) -> Vec<u8> {
     let mut key = vec![b'c'];
-    key.extend_from_slice(&path_hash(path));
+    key.extend_from_slice(&id.0);
     key
 }
 
@@ -887,7 +892,16 @@ fn sequence_key(prefix: u8, sequence: u64) -> Vec<u8> {
     key
 }
 
-fn path_hash(path: &Path) -> [u8; 16] {
-    use std::os::unix::ffi::OsStrExt;
-    xxh3_128(path.as_os_str().as_bytes()).to_be_bytes()
+/// By what a cursor is found: a hash of the path of its file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct CursorId([u8; 16]);
+
+impl CursorId {
+    pub const MIN: CursorId = CursorId([u8::MIN; 16]);
+    pub const MAX: CursorId = CursorId([u8::MAX; 16]);
+
+    pub fn of(path: &Path) -> CursorId {
+        use std::os::unix::ffi::OsStrExt;
+        CursorId(xxh3_128(path.as_os_str().as_bytes()).to_be_bytes())
+    }
 }

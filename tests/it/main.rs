@@ -37,6 +37,7 @@ mod power_cut;
 mod privacy;
 mod proxy;
 mod queue_dump;
+mod resting;
 mod scaling;
 mod services;
 mod sessions;

@@ -14,10 +14,13 @@
 //! Files move: a file that is found where none was, and has the name of one that is gone, goes on at that one's cursor.
 //! Whatever can't be told for certain is read anew, which stores nothing twice.
 //!
+//! `resting`: of most files nothing is kept in memory but that they were read to their end, and how they were then.
+//!
 //! Runs on a thread of its own. The only user of notify.
 
 pub mod census;
 mod reading;
+mod resting;
 #[cfg(test)]
 mod tests;
 mod watching;
@@ -36,15 +39,16 @@ use uuid::Uuid;
 pub use self::reading::UNTERMINATED_QUIET;
 pub use self::watching::Doorbell;
 
-use self::reading::{Followed, Progress, open, read_full_at};
+use self::reading::{Followed, Progress, Stamp, open, read_full_at};
+use self::resting::{Group, Live, Met, Rest, Resting};
 use self::watching::Watch;
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
 use super::retention::Retention;
 use super::sessions::{self, End, EndReason};
 use super::{Intake, Submission};
-use crate::event::{Cursor, FileIdentity, Origin, SessionState, Timestamp};
-use crate::queue::{Batch, QueueError};
+use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timestamp};
+use crate::queue::{Batch, CursorId, QueueError};
 use crate::telemetry::RescanCause;
 
 /// Batches handed to the queue whose sync has not been awaited: parsing goes on while the disk works.
@@ -61,6 +65,9 @@ const HEAD_BYTES: usize = 64 * 1024;
 
 /// Ends of sessions, or files that have gone, in one batch.
 const BATCH_SESSIONS_MAX: usize = 256;
+
+/// Files that are taken up or woken before others are put to rest.
+const FILES_AT_ONCE_MAX: usize = 512;
 
 /// After a rescan that something unknown led to, the next such waits for so many times as long as it took: with many
 /// files and many new ones rescans take a fifth of a core, not all of it.
@@ -82,7 +89,12 @@ pub struct FollowConfig {
     pub line_bytes_max: u64,
     /// Quiet after which a session has ended.
     pub inactivity_timeout: Duration,
+    /// Files above which those are put to rest that were read to their end, the longest ago first.
+    pub awake_max: usize,
 }
+
+/// What is usual for [`FollowConfig::awake_max`]: more than anybody works in at once, and half a megabyte.
+pub const AWAKE_MAX: usize = 1024;
 
 /// A batch whose sync has not been awaited.
 struct HandedOver {
@@ -100,14 +112,28 @@ struct Undo {
     closings: Vec<(Uuid, Timestamp)>,
 }
 
+/// What a walk through the folder has come upon.
+struct Walk {
+    /// Files that are awake.
+    met: Vec<Arc<Path>>,
+    /// What rests and has changed.
+    changed: BTreeSet<Group>,
+    fresh: Vec<PathBuf>,
+    /// Whether the projects folder is there at all.
+    is_there: bool,
+}
+
 /// Follows all transcripts below one folder.
 pub struct Follower {
     config: FollowConfig,
     intake: Arc<Intake>,
-    /// Boxed, since a map has room for up to twice as many as are in it.
+    /// Those that are awake. Boxed, since a map has room for up to twice as many as are in it.
     files: HashMap<Arc<Path>, Box<Followed>>,
-    /// Cursors of files that have not been seen in this run.
-    stored: HashMap<PathBuf, Cursor>,
+    resting: Resting,
+    /// Cursors of files that were moved to here and are not followed yet.
+    adopted: HashMap<PathBuf, Cursor>,
+    /// Files with a cursor in the queue that are no transcripts by what is known today.
+    strays: Vec<PathBuf>,
     /// Batches that were handed over, oldest first.
     in_flight: VecDeque<HandedOver>,
     /// Files whose batches found no room, to be looked at again; in the order of their batches.
@@ -139,20 +165,29 @@ pub struct Follower {
 impl Follower {
     /// Takes up the cursors in the queue; reads nothing yet.
     pub fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
-        let mut stored = HashMap::new();
+        let mut resting = Resting::default();
         let mut closings = BTreeMap::new();
-        for (path, cursor) in intake.queue().cursors()? {
-            match (sessions::closing_of(&path), cursor.session.ended_through) {
-                (Some(session), Some(at)) => drop(closings.insert(session, at)),
-                _ => drop(stored.insert(path, cursor)),
+        let mut strays = Vec::new();
+        // What an earlier run read may still wait in the queue.
+        let newest = intake.queue().stats().last_sequence;
+        intake.queue().for_each_cursor(|path, cursor| {
+            if let (Some(session), Some(at)) = (sessions::closing_of(&path), cursor.session.ended_through) {
+                closings.insert(session, at);
+            } else if let Some(kind) = kind_of(&config.projects, &path) {
+                let rest = Rest::new(None, newest, cursor.project_path.is_some());
+                resting.insert(Group::of(&kind, &path), CursorId::of(&path), rest);
+            } else if path.starts_with(&config.projects) {
+                strays.push(path);
             }
-        }
+        })?;
         let retention = Retention::new(config.projects.parent().unwrap_or(&config.projects));
         Ok(Follower {
             config,
             intake,
             files: HashMap::new(),
-            stored,
+            resting,
+            adopted: HashMap::new(),
+            strays,
             in_flight: VecDeque::new(),
             again: Vec::new(),
             rewound: Vec::new(),
@@ -204,6 +239,7 @@ impl Follower {
                 wants_rescan = Some(RescanCause::Overflow);
             }
             for path in rung.paths {
+                self.wake_file(&path)?;
                 match self.files.get(path.as_path()) {
                     Some(file) => drop(more.insert(Arc::clone(&file.path))),
                     // In a new folder files may have been born before its watch was set.
@@ -242,21 +278,66 @@ impl Follower {
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
         self.closings.extend(self.intake.take_closings(|| self.doorbell.set_idle(false)));
+        let mut awake = Vec::new();
+        for session in self.closings.keys().copied().collect::<Vec<_>>() {
+            awake.extend(self.wake(Group::of_session(session))?);
+        }
         let open = sessions::open_sessions(&self.config.projects.with_file_name("sessions"));
-        let (mut paths, fresh, is_there) = self.discover();
-        let vanished = if is_there { self.vanished(&paths) } else { Vec::new() };
+        let Walk { met, changed, fresh, is_there } = self.walk();
+        let mut vanished = Vec::new();
+        if is_there {
+            awake.extend(self.wake_vanished()?);
+            vanished = self.vanished(&met);
+        }
         let vanished = self.adopt_moved(&fresh, vanished)?;
-        paths.extend(self.follow_fresh(fresh));
-        self.stored.shrink_to_fit();
-        let unfinished = self.look_at_all(paths)?;
+        let fresh = self.in_order_of_reading(fresh);
+        awake.extend(met);
+        let mut unfinished = self.look_at_all(awake)?;
+        unfinished.extend(self.in_parts(changed, Follower::wake)?);
+        unfinished.extend(self.in_parts(fresh, |follower, (_, path)| follower.follow(&path))?);
         if self.doorbell.is_stopped() {
             return Ok(unfinished);
         }
         self.forget(vanished, begun)?;
         self.end_sessions(&open, &unfinished, begun)?;
+        self.put_to_rest()?;
+        self.seen_open.extend(self.resting.open(&open));
+        for sessions in self.resting.due(begun, &open).chunks(FILES_AT_ONCE_MAX) {
+            if self.doorbell.is_stopped() {
+                return Ok(unfinished);
+            }
+            let mut paths = Vec::new();
+            for session in sessions {
+                self.resting.forget_live(*session);
+                paths.extend(self.wake(Group::of_session(*session))?);
+            }
+            unfinished.extend(self.look_at_all(paths)?);
+            self.end_sessions(&open, &unfinished, begun)?;
+            self.put_to_rest()?;
+        }
         self.report();
         // Also after the whole folder was away.
         self.in_order = !is_there;
+        Ok(unfinished)
+    }
+
+    /// Follows what `take_up` makes of the items, and looks at it, so many at a time that not all are in memory at once.
+    /// Gives those with more to read.
+    fn in_parts<T>(
+        &mut self,
+        items: impl IntoIterator<Item = T>,
+        mut take_up: impl FnMut(&mut Follower, T) -> Result<Vec<Arc<Path>>, QueueError>,
+    ) -> Result<Vec<Arc<Path>>, QueueError> {
+        let mut items = items.into_iter().peekable();
+        let mut unfinished = Vec::new();
+        while items.peek().is_some() && !self.doorbell.is_stopped() {
+            let mut paths = Vec::new();
+            for item in items.by_ref().take(FILES_AT_ONCE_MAX) {
+                paths.extend(take_up(self, item)?);
+            }
+            unfinished.extend(self.look_at_all(paths)?);
+            self.put_to_rest()?;
+        }
         Ok(unfinished)
     }
 
@@ -289,18 +370,24 @@ impl Follower {
         Ok(unfinished)
     }
 
-    /// The known transcripts that are there, the unknown ones, and whether the projects folder is there at all.
-    fn discover(&mut self) -> (Vec<Arc<Path>>, Vec<(PathBuf, TranscriptKind)>, bool) {
-        let mut known = Vec::new();
-        let mut fresh = Vec::new();
+    /// Goes through the folder.
+    fn walk(&mut self) -> Walk {
+        let mut walk = Walk { met: Vec::new(), changed: BTreeSet::new(), fresh: Vec::new(), is_there: false };
         let mut unreadable = BTreeSet::new();
+        self.resting.begin_walk();
         for entry in walkdir::WalkDir::new(&self.config.projects).follow_links(true).max_depth(DEPTH_MAX) {
             match entry {
                 Ok(entry) if entry.file_type().is_file() => {
                     if let Some(file) = self.files.get(entry.path()) {
-                        known.push(Arc::clone(&file.path));
+                        walk.met.push(Arc::clone(&file.path));
                     } else if let Some(kind) = self.kind_of(entry.path()) {
-                        fresh.push((entry.into_path(), kind));
+                        let group = Group::of(&kind, entry.path());
+                        let stamp = || entry.metadata().ok().map(|metadata| Stamp::of(&metadata));
+                        match self.resting.meet(group, entry.path(), stamp) {
+                            Met::Unchanged => {}
+                            Met::Changed => drop(walk.changed.insert(group)),
+                            Met::Unknown => walk.fresh.push(entry.into_path()),
+                        }
                     }
                 }
                 Ok(_) => {}
@@ -309,7 +396,7 @@ impl Follower {
                         warn!(folder = %self.config.projects.display(), error = %error,
                               "the transcripts folder can't be read; looking for it again at every rescan");
                     }
-                    return (known, fresh, false);
+                    return walk;
                 }
                 Err(error) => {
                     let is_denied =
@@ -330,81 +417,216 @@ impl Follower {
         }
         self.unreadable = unreadable;
         // Removed while we looked: then what was not found says nothing.
-        let is_there = self.config.projects.is_dir();
-        if is_there && std::mem::take(&mut self.projects_missing) {
+        walk.is_there = self.config.projects.is_dir();
+        if walk.is_there && std::mem::take(&mut self.projects_missing) {
             info!(folder = %self.config.projects.display(), "the transcripts folder is there");
         }
-        (known, fresh, is_there)
+        walk
     }
 
     fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
-        path.strip_prefix(&self.config.projects).ok().and_then(claude_code::classify)
+        kind_of(&self.config.projects, path)
     }
 
-    /// The transcripts that are gone for certain: not those that merely can't be looked at.
-    fn vanished(&self, present: &[Arc<Path>]) -> Vec<PathBuf> {
-        let present: HashSet<&Path> = present.iter().map(AsRef::as_ref).collect();
-        let followed = self.files.keys().map(AsRef::as_ref);
-        let stored = self.stored.keys().map(PathBuf::as_path);
-        followed
-            .chain(stored.filter(|path| path.starts_with(&self.config.projects)))
-            .filter(|path| !present.contains(path))
-            .filter(|path| {
-                let gone = |kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
-                std::fs::metadata(path).is_err_and(|error| gone(error.kind()))
-            })
-            .map(Path::to_owned)
-            .collect()
+    /// Wakes what rests and was not met, if it is gone for certain: not what merely can't be looked at.
+    fn wake_vanished(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
+        let unmet = self.resting.unmet();
+        let mut awake = Vec::new();
+        for (group, id) in &unmet {
+            if self.intake.queue().cursor(*id)?.is_none_or(|(path, _)| is_gone(&path)) {
+                awake.extend(self.wake(*group)?);
+            }
+        }
+        if !unmet.is_empty() {
+            self.intake.queue().trim_memory()?;
+        }
+        Ok(awake)
+    }
+
+    /// The transcripts that are gone for certain.
+    fn vanished(&mut self, met: &[Arc<Path>]) -> Vec<PathBuf> {
+        let met: HashSet<&Path> = met.iter().map(AsRef::as_ref).collect();
+        let strays = self.strays.iter().map(PathBuf::as_path);
+        let followed = self.files.keys().map(AsRef::as_ref).filter(|path| !met.contains(path));
+        let vanished: Vec<PathBuf> = strays.chain(followed).filter(|path| is_gone(path)).map(Path::to_owned).collect();
+        for path in &vanished {
+            // It stays awake until it is forgotten.
+            if let Some(file) = self.files.get_mut(path.as_path()) {
+                file.seen = None;
+            }
+        }
+        vanished
     }
 
     /// Gives fresh files the cursors of those of the same name that are gone. Gives the others that are gone.
-    fn adopt_moved(
-        &mut self,
-        fresh: &[(PathBuf, TranscriptKind)],
-        mut vanished: Vec<PathBuf>,
-    ) -> Result<Vec<PathBuf>, QueueError> {
-        for (path, _) in fresh {
+    fn adopt_moved(&mut self, fresh: &[PathBuf], mut vanished: Vec<PathBuf>) -> Result<Vec<PathBuf>, QueueError> {
+        for path in fresh {
             let Some(index) = vanished.iter().position(|gone| gone.file_name() == path.file_name()) else { continue };
-            if self.stored.contains_key(path) {
+            if self.adopted.contains_key(path) {
                 continue;
             }
             let gone = vanished.swap_remove(index);
-            let followed = self.files.remove(gone.as_path());
-            let stored = self.stored.remove(&gone);
-            let Some(cursor) = followed.map(|file| file.cursor).or(stored) else { continue };
+            let Some(cursor) = self.take_cursor(&gone)? else { continue };
             info!(from = %gone.display(), to = %path.display(), "a transcript was moved");
             let batch =
                 Batch { cursors: vec![(gone.clone(), None), (path.clone(), Some(cursor.clone()))], ..Batch::default() };
-            self.stored.insert(path.clone(), cursor.clone());
+            self.adopted.insert(path.clone(), cursor.clone());
             // Without room the old cursor stays for another while: the next rescan forgets it.
             self.submit(batch, Undo { remember: vec![(gone, cursor)], ..Undo::default() })?;
         }
         Ok(vanished)
     }
 
-    /// Follows new files, in the order in which they are to be read: those that were read in part, then the others,
-    /// copies after what they were copied from.
-    fn follow_fresh(&mut self, fresh: Vec<(PathBuf, TranscriptKind)>) -> Vec<Arc<Path>> {
-        let mut fresh: Vec<(Option<HeadOrder>, PathBuf, TranscriptKind)> = fresh
+    /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
+    /// they were copied from.
+    fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<HeadOrder>, PathBuf)> {
+        let order = |path: &Path| self.kind_of(path).map(|kind| head_order(path, &kind));
+        let mut fresh: Vec<(Option<HeadOrder>, PathBuf)> = fresh
             .into_iter()
-            .map(|(path, kind)| ((!self.stored.contains_key(&path)).then(|| head_order(&path, &kind)), path, kind))
+            .map(|path| (if self.adopted.contains_key(&path) { None } else { order(&path) }, path))
             .collect();
-        fresh.sort_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
-        self.in_order |= fresh.iter().any(|(order, ..)| order.is_some_and(|order| order.is_copy));
-        let last_sequence = self.intake.queue().stats().last_sequence;
+        fresh.sort_unstable();
+        self.in_order |= fresh.iter().any(|(order, _)| order.is_some_and(|order| order.is_copy));
         fresh
-            .into_iter()
-            .map(|(_, path, kind)| {
-                let stored = self.stored.remove(&path);
-                let is_known = stored.is_some();
-                let path: Arc<Path> = path.into();
-                let mut file = Followed::new(Arc::clone(&path), kind, stored.unwrap_or(lines::START));
-                // What an earlier run read may still wait in the queue.
-                file.newest = last_sequence.filter(|_| is_known);
-                self.files.insert(Arc::clone(&path), Box::new(file));
-                path
+    }
+
+    /// Follows a new file. Gives what is to be looked at: it, and what was woken, as all transcripts of a session are awake or
+    /// none.
+    fn follow(&mut self, path: &Path) -> Result<Vec<Arc<Path>>, QueueError> {
+        let Some(kind) = self.kind_of(path) else { return Ok(Vec::new()) };
+        let mut paths = self.wake(Group::of(&kind, path))?;
+        let adopted = self.adopted.remove(path);
+        let is_known = adopted.is_some();
+        let path: Arc<Path> = path.into();
+        let mut file = Followed::new(Arc::clone(&path), kind, adopted.unwrap_or(lines::START));
+        // What was read at its place before may still wait in the queue.
+        file.newest = self.intake.queue().stats().last_sequence.filter(|_| is_known);
+        self.files.insert(Arc::clone(&path), Box::new(file));
+        paths.push(path);
+        Ok(paths)
+    }
+
+    /// Wakes the file if it rests.
+    fn wake_file(&mut self, path: &Path) -> Result<(), QueueError> {
+        if !self.files.contains_key(path)
+            && let Some(kind) = self.kind_of(path)
+        {
+            self.wake(Group::of(&kind, path))?;
+        }
+        Ok(())
+    }
+
+    /// Follows again what rests. Gives the files, which are to be looked at.
+    fn wake(&mut self, group: Group) -> Result<Vec<Arc<Path>>, QueueError> {
+        let mut paths = Vec::new();
+        for (id, rest) in self.resting.take(group) {
+            // Without a cursor it is a new file.
+            let Some((path, cursor)) = self.intake.queue().cursor(id)? else { continue };
+            let Some(kind) = self.kind_of(&path) else { continue };
+            if let TranscriptKind::Main { session } = kind {
+                self.resting.forget_live(session);
+            }
+            let path: Arc<Path> = path.into();
+            let mut file = Followed::new(Arc::clone(&path), kind, cursor);
+            file.newest = rest.newest;
+            file.seen = rest.seen;
+            file.modified = rest.seen.map(|seen| seen.modified);
+            self.files.insert(Arc::clone(&path), Box::new(file));
+            paths.push(path);
+        }
+        Ok(paths)
+    }
+
+    /// Keeps in mind a file that is gone, and whose cursor could not be removed.
+    fn remember(&mut self, path: &Path, cursor: &Cursor) {
+        match self.kind_of(path) {
+            Some(kind) => {
+                let rest = Rest::new(None, None, cursor.project_path.is_some());
+                self.resting.insert(Group::of(&kind, path), CursorId::of(path), rest);
+            }
+            None => self.strays.push(path.to_owned()),
+        }
+    }
+
+    /// Puts files to rest where too many are awake. Of those that were read to their end nothing is lost with that.
+    fn put_to_rest(&mut self) -> Result<(), QueueError> {
+        if self.files.len() <= self.config.awake_max {
+            return Ok(());
+        }
+        self.flush_moved()?;
+        self.await_tickets(0)?;
+        // What is left there is of files that were forgotten, as none is being read.
+        self.rewound.clear();
+        if !self.again.is_empty() {
+            return Ok(());
+        }
+        let mut groups: BTreeMap<Group, Vec<Arc<Path>>> = BTreeMap::new();
+        for (path, file) in &self.files {
+            groups.entry(file.group()).or_default().push(Arc::clone(path));
+        }
+        let mut quiet: Vec<(Option<Instant>, Vec<Arc<Path>>)> = groups
+            .into_values()
+            .filter(|paths| paths.iter().filter_map(|path| self.files.get(path)).all(|file| self.may_rest(file)))
+            .map(|paths| {
+                let files = paths.iter().filter_map(|path| self.files.get(path));
+                (files.filter_map(|file| file.read_at).max(), paths)
             })
-            .collect()
+            .collect();
+        // Only those count: others are awake however many they are.
+        let mut left: usize = quiet.iter().map(|(_, paths)| paths.len()).sum();
+        if left <= self.config.awake_max {
+            return Ok(());
+        }
+        quiet.sort_unstable_by_key(|(read_at, _)| *read_at);
+        for (_, paths) in quiet {
+            if left <= self.config.awake_max / 2 {
+                break;
+            }
+            left -= paths.len();
+            self.put_group_to_rest(&paths)?;
+        }
+        // Cursors were looked up all over the queue.
+        self.intake.queue().trim_memory()
+    }
+
+    fn may_rest(&self, file: &Followed) -> bool {
+        let is_closing = |session| self.closings.contains_key(&session);
+        file.is_quiet() && !matches!(file.kind, TranscriptKind::Main { session } if is_closing(session))
+    }
+
+    fn put_group_to_rest(&mut self, paths: &[Arc<Path>]) -> Result<(), QueueError> {
+        let mut standing = Standing::default();
+        let mut live = None;
+        for path in paths {
+            let Some(file) = self.files.get(path) else { continue };
+            let stored = self.intake.queue().cursor(CursorId::of(path))?;
+            // One whose batch was refused has an older one. Which file it is shows when it is woken.
+            let is_same = |cursor| Cursor { file: file.cursor.file, ..cursor } == file.cursor;
+            if !stored.is_some_and(|(at, cursor)| *at == **path && is_same(cursor)) {
+                return Ok(());
+            }
+            standing.add(file, false);
+            live = live.or(self.live_session(file));
+        }
+        for path in paths {
+            let Some(file) = self.files.remove(path) else { continue };
+            let rest = Rest::new(file.seen, file.newest, file.cursor.project_path.is_some());
+            self.resting.insert(file.group(), CursorId::of(path), rest);
+        }
+        if let Some(session) = live {
+            let ends_at = standing.state.times_out_at(self.config.inactivity_timeout).map(Timestamp::as_second);
+            self.resting.insert_live(session, Live { ends_at, process: standing.state.process });
+        }
+        Ok(())
+    }
+
+    /// The cursor of a file that is followed no more.
+    fn take_cursor(&mut self, path: &Path) -> Result<Option<Cursor>, QueueError> {
+        self.strays.retain(|stray| stray != path);
+        match self.files.remove(path) {
+            Some(file) => Ok(Some(file.cursor)),
+            None => Ok(self.intake.queue().cursor(CursorId::of(path))?.map(|(_, cursor)| cursor)),
+        }
     }
 
     /// Forgets files that are gone, and their cursors: should one come back it is read anew, which is harmless. A
@@ -414,8 +636,7 @@ impl Follower {
             let mut batch = Batch::default();
             let mut undo = Undo::default();
             for path in paths {
-                let followed = self.files.remove(path.as_path()).map(|file| file.cursor);
-                let Some(cursor) = followed.or_else(|| self.stored.remove(path)) else { continue };
+                let Some(cursor) = self.take_cursor(path)? else { continue };
                 debug!(file = %path.display(), "transcript gone");
                 if let Some(TranscriptKind::Main { session }) = self.kind_of(path)
                     && cursor.project_path.is_some()
@@ -579,21 +800,22 @@ impl Follower {
     /// Tells the metrics how things stand.
     fn report(&mut self) {
         let metrics = self.intake.metrics();
-        metrics.files_watched.set(self.files.len() as u64);
-        let sessions = self.files.values().filter(|file| file.cursor.project_path.is_some()).count();
+        let resting = || self.resting.looked_at();
+        metrics.files_watched.set((self.files.len() + resting().count()) as u64);
+        let sessions = self.files.values().filter(|file| file.cursor.project_path.is_some()).count()
+            + resting().filter(|rest| rest.is_registered).count();
         metrics.sessions_known.set(sessions as u64);
         let now = Timestamp::now();
         let waiting = self.intake.queue().stats().oldest.map(|(sequence, _)| sequence);
-        let is_stored = |file: &Followed| {
-            let is_delivered = waiting.is_none_or(|oldest| file.newest.is_none_or(|newest| newest < oldest));
-            file.seen.is_some() && !file.unreadable && is_delivered
-        };
-        let expires_before = self.retention.expires_before(now);
-        let expiring = self
-            .files
-            .values()
-            .filter(|file| file.modified().is_some_and(|modified| modified < expires_before) && !is_stored(file))
-            .count();
+        let is_delivered =
+            |newest: Option<Sequence>| waiting.is_none_or(|oldest| newest.is_none_or(|newest| newest < oldest));
+        let expires_before = self.retention.expires_before(now).as_second();
+        let expires = |modified: Option<i64>| modified.is_some_and(|modified| modified < expires_before);
+        let is_stored = |file: &Followed| file.seen.is_some() && !file.unreadable && is_delivered(file.newest);
+        let expiring = self.files.values().filter(|file| expires(file.modified) && !is_stored(file)).count()
+            + resting()
+                .filter(|rest| expires(rest.seen.map(|seen| seen.modified)) && !is_delivered(rest.newest))
+                .count();
         metrics.transcripts_expiring.set(expiring as u64);
         metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), now);
     }
@@ -641,7 +863,7 @@ impl Follower {
                             self.rewound.push((path, before));
                         }
                     }
-                    self.stored.extend(undo.remember);
+                    undo.remember.iter().for_each(|(path, cursor)| self.remember(path, cursor));
                     self.closings.extend(undo.closings);
                 }
                 Err(error) => return Err(error),
@@ -687,8 +909,18 @@ impl Standing {
         self.state = self.state.merge(&file.cursor.session);
         self.paths.push(Arc::clone(&file.path));
         self.is_read &= !is_unfinished && (file.seen.is_some() || file.unreadable);
-        self.modified = self.modified.max(file.modified().map_or(0, Timestamp::as_second));
+        self.modified = self.modified.max(file.modified.unwrap_or(0));
     }
+}
+
+fn kind_of(projects: &Path, path: &Path) -> Option<TranscriptKind> {
+    path.strip_prefix(projects).ok().and_then(claude_code::classify)
+}
+
+/// Whether there is no such file for certain.
+fn is_gone(path: &Path) -> bool {
+    let gone = |kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    std::fs::metadata(path).is_err_and(|error| gone(error.kind()))
 }
 
 fn is_of(file: &Followed, session: Uuid) -> bool {

@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::claude_code::{self, TranscriptKind};
 use super::super::lines::{self, Found, HeadTooShort, Source};
+use super::resting::Group;
 use super::{Follower, HEAD_BYTES, Undo, identity};
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{Batch, QueueError};
@@ -50,8 +51,12 @@ pub struct Followed {
     pub cursor: Cursor,
     /// How the file was when it was last read to its end. `None`: there may be more to read.
     pub seen: Option<Stamp>,
-    /// Seconds since 1970.
-    modified: Option<i64>,
+    /// Whether there was more to read when others had their turn.
+    has_more: bool,
+    /// When it was read last in this run.
+    pub read_at: Option<Instant>,
+    /// When it was last modified, as far as is known; seconds since 1970.
+    pub modified: Option<i64>,
     /// No newline stands between the cursor and `scanned_to`, where the bytes before have this hash.
     scanned_to: u64,
     scanned_hash: u64,
@@ -70,16 +75,23 @@ pub struct Followed {
 /// By what a changed file is told from an unchanged one without reading it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stamp {
+    inode: u64,
     size: u64,
     /// Seconds and nanoseconds: unlike the time of modification nobody can set it.
-    changed: (i64, i64),
+    changed: (i64, u32),
     /// Seconds since 1970.
-    modified: i64,
+    pub modified: i64,
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
-        Stamp { size: metadata.len(), changed: (metadata.ctime(), metadata.ctime_nsec()), modified: metadata.mtime() }
+    pub fn of(metadata: &Metadata) -> Stamp {
+        let nanoseconds = u32::try_from(metadata.ctime_nsec()).unwrap_or_default();
+        Stamp {
+            inode: metadata.ino(),
+            size: metadata.len(),
+            changed: (metadata.ctime(), nanoseconds),
+            modified: metadata.mtime(),
+        }
     }
 }
 
@@ -120,6 +132,8 @@ impl Followed {
             scanned_hash: 0,
             cursor,
             seen: None,
+            has_more: false,
+            read_at: None,
             modified: None,
             unterminated: None,
             unreadable: false,
@@ -135,9 +149,14 @@ impl Followed {
         self.seen = None;
     }
 
-    /// When the file was last modified, as far as is known.
-    pub fn modified(&self) -> Option<Timestamp> {
-        self.modified.and_then(|seconds| Timestamp::from_second(seconds).ok())
+    pub fn group(&self) -> Group {
+        Group::of(&self.kind, &self.path)
+    }
+
+    /// Whether it was read to its end, and nothing is to be done before it changes. An empty file has no cursor in the queue.
+    pub fn is_quiet(&self) -> bool {
+        let is_read = self.seen.is_some() && self.cursor.offset > 0;
+        is_read && !self.has_more && !self.unreadable && self.unterminated.is_none()
     }
 
     /// Where the search for the next newline goes on; from the cursor where the file is not as it was.
@@ -238,8 +257,10 @@ pub fn open(path: &Path) -> io::Result<(File, Metadata)> {
 impl Follower {
     /// Reads what is new in one file, if anything.
     pub(super) fn look_at(&mut self, path: &Path) -> Result<Progress, QueueError> {
+        self.wake_file(path)?;
         let Some(mut file) = self.files.remove(path) else { return Ok(Progress::End) };
         let progress = self.read_new(&mut file);
+        file.has_more = !matches!(progress, Ok(Progress::End));
         let key = Arc::clone(&file.path);
         match progress {
             Ok(progress) => {
@@ -275,6 +296,7 @@ impl Follower {
         {
             return Ok(Progress::End);
         }
+        file.read_at = Some(Instant::now());
         let (handle, metadata) = open(&file.path)?;
         if std::mem::take(&mut file.unreadable) {
             info!(file = %file.path.display(), "the transcript can be read again");

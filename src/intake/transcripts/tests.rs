@@ -42,6 +42,7 @@ enum Op {
 struct Scene {
     folder: TempDir,
     chunk_bytes: usize,
+    awake_max: usize,
     queue: Queue,
     /// `None` only while it is being started anew.
     follower: Option<Follower>,
@@ -58,11 +59,11 @@ struct Outcome {
 }
 
 impl Scene {
-    fn new(chunk_bytes: usize) -> Scene {
+    fn new(chunk_bytes: usize, awake_max: usize) -> Scene {
         let folder = TempDir::new().unwrap();
         std::fs::create_dir_all(folder.path().join("projects/-p")).unwrap();
         let queue = open(folder.path());
-        let mut scene = Scene { folder, chunk_bytes, queue, follower: None };
+        let mut scene = Scene { folder, chunk_bytes, awake_max, queue, follower: None };
         scene.start();
         scene
     }
@@ -80,6 +81,7 @@ impl Scene {
             debounce: Duration::ZERO,
             line_bytes_max: LINE_BYTES_MAX,
             inactivity_timeout: Duration::from_secs(100 * 365 * 86_400),
+            awake_max: self.awake_max,
         };
         let mut follower = Follower::new(config, Arc::new(intake)).unwrap();
         follower.chunk_bytes = self.chunk_bytes;
@@ -258,14 +260,16 @@ proptest! {
     fn any_split_into_appends_with_any_stops_and_kills_gives_the_same_events_and_cursors(
         file in file(),
         chunk_bytes in prop_oneof![1usize..200, Just(reading::CHUNK_BYTES)],
+        // With none its file is put to rest whenever it may be.
+        awake_max in prop_oneof![Just(0), Just(AWAKE_MAX)],
         ops in prop::collection::vec(op(), 1..24),
     ) {
-        let at_once = Scene::new(reading::CHUNK_BYTES);
+        let at_once = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
         at_once.append(&file);
         let expected = at_once.outcome();
         prop_assert!(expected.cursors.iter().all(|(offset, ..)| *offset <= file.len() as u64));
 
-        let mut scene = Scene::new(chunk_bytes);
+        let mut scene = Scene::new(chunk_bytes, awake_max);
         let mut rest = file.as_slice();
         for op in ops {
             let length = match op {
@@ -297,17 +301,65 @@ fn every_single_cut_gives_the_same_events_and_cursors() {
         file.extend(line(number, kind, 8));
         file.push(b'\n');
     }
-    let at_once = Scene::new(reading::CHUNK_BYTES);
+    let at_once = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
     at_once.append(&file);
     let expected = at_once.outcome();
     assert_eq!((expected.events.len(), expected.lost.len()), (7, 2), "{expected:?}");
     // One scene for many cuts: each line is looked at with the cut moving through it.
-    for step in [1, 2, 3, 5, 64] {
-        let mut scene = Scene::new(32);
+    for (step, awake_max) in [(1, 0), (2, AWAKE_MAX), (3, 0), (5, AWAKE_MAX), (64, 0)] {
+        let mut scene = Scene::new(32, awake_max);
         for piece in file.chunks(step) {
             scene.append(piece);
             scene.rescan();
         }
         assert_eq!(scene.outcome(), expected, "{step} bytes at a time");
     }
+}
+
+/// Writes a transcript of a session with one more turn.
+fn say(scene: &Scene, project: &str, session: &str, number: usize) -> PathBuf {
+    let folder = scene.folder.path().join("projects").join(project);
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join(session).with_extension("jsonl");
+    let said = String::from_utf8(line(number, 9, 8)).unwrap().replace(SESSION, session);
+    let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&path).unwrap();
+    writeln!(file, "{said}").unwrap();
+    path
+}
+
+/// How many events of a type wait.
+fn waiting(scene: &Scene, event_type: &str) -> usize {
+    let page = scene.queue.page(None, 1000).unwrap();
+    page.iter().filter(|envelope| envelope.event.event_type().as_str() == event_type).count()
+}
+
+#[test]
+fn of_two_transcripts_of_a_session_one_is_read_at_once_though_the_other_is_gone() {
+    let mut scene = Scene::new(reading::CHUNK_BYTES, 0);
+    say(&scene, "-p", SESSION, 1);
+    let gone = say(&scene, "-q", SESSION, 2);
+    scene.rescan();
+    assert_eq!(waiting(&scene, "turn_detected"), 2);
+    assert!(scene.follower.as_ref().unwrap().files.is_empty(), "they rest");
+    say(&scene, "-p", SESSION, 3);
+    std::fs::remove_file(gone).unwrap();
+    scene.rescan();
+    assert_eq!(waiting(&scene, "turn_detected"), 3);
+}
+
+#[test]
+fn a_session_of_which_one_transcript_is_gone_while_others_are_put_to_rest_has_not_ended() {
+    let others = ["00000002-0000-4000-8000-000000000000", "00000003-0000-4000-8000-000000000000"];
+    let mut scene = Scene::new(reading::CHUNK_BYTES, 2);
+    say(&scene, "-p", SESSION, 1);
+    let gone = say(&scene, "-q", SESSION, 2);
+    scene.rescan();
+    assert_eq!(scene.follower.as_ref().unwrap().files.len(), 2, "they are awake");
+    std::fs::remove_file(gone).unwrap();
+    others.iter().for_each(|other| drop(say(&scene, "-p", other, 10)));
+    scene.rescan();
+    let follower = scene.follower.as_ref().unwrap();
+    assert_eq!(follower.files.len() + follower.resting.looked_at().count(), 3);
+    assert_eq!((waiting(&scene, "turn_detected"), waiting(&scene, "session_ended")), (4, 0));
+    assert_eq!(scene.queue.cursors().unwrap().len(), 3);
 }
