@@ -40,7 +40,7 @@ pub use self::reading::UNTERMINATED_QUIET;
 pub use self::watching::Doorbell;
 
 use self::reading::{Followed, Progress, Stamp, open, read_full_at};
-use self::resting::{Group, Live, Met, Rest, Resting};
+use self::resting::{Group, Met, Rest, Resting};
 use self::watching::Watch;
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
@@ -428,21 +428,6 @@ impl Follower {
         kind_of(&self.config.projects, path)
     }
 
-    /// Wakes what rests and was not met, if it is gone for certain: not what merely can't be looked at.
-    fn wake_vanished(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
-        let unmet = self.resting.unmet();
-        let mut awake = Vec::new();
-        for (group, id) in &unmet {
-            if self.intake.queue().cursor(*id)?.is_none_or(|(path, _)| is_gone(&path)) {
-                awake.extend(self.wake(*group)?);
-            }
-        }
-        if !unmet.is_empty() {
-            self.intake.queue().trim_memory()?;
-        }
-        Ok(awake)
-    }
-
     /// The transcripts that are gone for certain.
     fn vanished(&mut self, met: &[Arc<Path>]) -> Vec<PathBuf> {
         let met: HashSet<&Path> = met.iter().map(AsRef::as_ref).collect();
@@ -506,37 +491,6 @@ impl Follower {
         Ok(paths)
     }
 
-    /// Wakes the file if it rests.
-    fn wake_file(&mut self, path: &Path) -> Result<(), QueueError> {
-        if !self.files.contains_key(path)
-            && let Some(kind) = self.kind_of(path)
-        {
-            self.wake(Group::of(&kind, path))?;
-        }
-        Ok(())
-    }
-
-    /// Follows again what rests. Gives the files, which are to be looked at.
-    fn wake(&mut self, group: Group) -> Result<Vec<Arc<Path>>, QueueError> {
-        let mut paths = Vec::new();
-        for (id, rest) in self.resting.take(group) {
-            // Without a cursor it is a new file.
-            let Some((path, cursor)) = self.intake.queue().cursor(id)? else { continue };
-            let Some(kind) = self.kind_of(&path) else { continue };
-            if let TranscriptKind::Main { session } = kind {
-                self.resting.forget_live(session);
-            }
-            let path: Arc<Path> = path.into();
-            let mut file = Followed::new(Arc::clone(&path), kind, cursor);
-            file.newest = rest.newest;
-            file.seen = rest.seen;
-            file.modified = rest.seen.map(|seen| seen.modified);
-            self.files.insert(Arc::clone(&path), Box::new(file));
-            paths.push(path);
-        }
-        Ok(paths)
-    }
-
     /// Keeps in mind a file that is gone, and whose cursor could not be removed.
     fn remember(&mut self, path: &Path, cursor: &Cursor) {
         match self.kind_of(path) {
@@ -546,78 +500,6 @@ impl Follower {
             }
             None => self.strays.push(path.to_owned()),
         }
-    }
-
-    /// Puts files to rest where too many are awake. Of those that were read to their end nothing is lost with that.
-    fn put_to_rest(&mut self) -> Result<(), QueueError> {
-        if self.files.len() <= self.config.awake_max {
-            return Ok(());
-        }
-        self.flush_moved()?;
-        self.await_tickets(0)?;
-        // What is left there is of files that were forgotten, as none is being read.
-        self.rewound.clear();
-        if !self.again.is_empty() {
-            return Ok(());
-        }
-        let mut groups: BTreeMap<Group, Vec<Arc<Path>>> = BTreeMap::new();
-        for (path, file) in &self.files {
-            groups.entry(file.group()).or_default().push(Arc::clone(path));
-        }
-        let mut quiet: Vec<(Option<Instant>, Vec<Arc<Path>>)> = groups
-            .into_values()
-            .filter(|paths| paths.iter().filter_map(|path| self.files.get(path)).all(|file| self.may_rest(file)))
-            .map(|paths| {
-                let files = paths.iter().filter_map(|path| self.files.get(path));
-                (files.filter_map(|file| file.read_at).max(), paths)
-            })
-            .collect();
-        // Only those count: others are awake however many they are.
-        let mut left: usize = quiet.iter().map(|(_, paths)| paths.len()).sum();
-        if left <= self.config.awake_max {
-            return Ok(());
-        }
-        quiet.sort_unstable_by_key(|(read_at, _)| *read_at);
-        for (_, paths) in quiet {
-            if left <= self.config.awake_max / 2 {
-                break;
-            }
-            left -= paths.len();
-            self.put_group_to_rest(&paths)?;
-        }
-        // Cursors were looked up all over the queue.
-        self.intake.queue().trim_memory()
-    }
-
-    fn may_rest(&self, file: &Followed) -> bool {
-        let is_closing = |session| self.closings.contains_key(&session);
-        file.is_quiet() && !matches!(file.kind, TranscriptKind::Main { session } if is_closing(session))
-    }
-
-    fn put_group_to_rest(&mut self, paths: &[Arc<Path>]) -> Result<(), QueueError> {
-        let mut standing = Standing::default();
-        let mut live = None;
-        for path in paths {
-            let Some(file) = self.files.get(path) else { continue };
-            let stored = self.intake.queue().cursor(CursorId::of(path))?;
-            // One whose batch was refused has an older one. Which file it is shows when it is woken.
-            let is_same = |cursor| Cursor { file: file.cursor.file, ..cursor } == file.cursor;
-            if !stored.is_some_and(|(at, cursor)| *at == **path && is_same(cursor)) {
-                return Ok(());
-            }
-            standing.add(file, false);
-            live = live.or(self.live_session(file));
-        }
-        for path in paths {
-            let Some(file) = self.files.remove(path) else { continue };
-            let rest = Rest::new(file.seen, file.newest, file.cursor.project_path.is_some());
-            self.resting.insert(file.group(), CursorId::of(path), rest);
-        }
-        if let Some(session) = live {
-            let ends_at = standing.state.times_out_at(self.config.inactivity_timeout).map(Timestamp::as_second);
-            self.resting.insert_live(session, Live { ends_at, process: standing.state.process });
-        }
-        Ok(())
     }
 
     /// The cursor of a file that is followed no more.
