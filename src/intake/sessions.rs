@@ -141,6 +141,7 @@ impl SessionState {
         self.timed_out(timeout).map(|end| end.at)
     }
 
+    /// Its end if nothing more happens.
     fn timed_out(&self, timeout: Duration) -> Option<End> {
         let last = self.last_activity?;
         let at = last.checked_add(SignedDuration::try_from(timeout).ok()?).ok()?;
