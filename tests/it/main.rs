@@ -41,6 +41,7 @@ mod resting;
 mod scaling;
 mod services;
 mod sessions;
+mod standby;
 mod stopping;
 mod supervisor;
 mod top;

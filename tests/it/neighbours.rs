@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Server, Stage, Writer, wait_until};
+use crate::stage::{Database, SOON, Stage, Writer, wait_until};
 
 /// PgBouncer in front of a database.
 pub struct Pooler {
@@ -154,33 +154,6 @@ fn two_watchers_share_pgbouncer_in_transaction_mode() {
         assert_eq!((odd, stored.len()), (None, expected.len()), "{} {}", watchers[0].log(), watchers[1].log());
     }
     assert_eq!(database.count(), 1002);
-}
-
-#[test]
-fn a_standby_that_must_confirm_is_waited_for() {
-    let server = Server::start();
-    let database = server.database.another();
-    let mut stage = Stage::with(Some(database.clone()));
-    stage.set("database.statement_timeout_ms", "500");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    let mut texts = transcript.say_many("before", 5);
-    stage.run_until_idle();
-    server.database.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
-    server.database.query("SELECT pg_reload_conf()");
-    let watcher = stage.start();
-    wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
-    texts.extend(transcript.say_many("while the standby is away", 5));
-    wait_until("it is noticed", SOON, || watcher.health()["database"]["state"] == "down");
-    // Nothing leaves the queue that the standby has not confirmed, however often it is tried.
-    let failed = watcher.health()["writes"]["failed"].as_u64().unwrap();
-    wait_until("it tries again", SOON, || watcher.health()["writes"]["failed"].as_u64().unwrap() > failed + 1);
-    assert_eq!(watcher.health()["queue"]["pending"], 5);
-    server.database.query("ALTER SYSTEM RESET synchronous_standby_names");
-    server.database.query("SELECT pg_reload_conf()");
-    wait_until("all is delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
-    assert_eq!(database.texts(), texts);
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
-    assert_eq!(database.value(waiting), "0", "backends are left behind");
 }
 
 #[test]

@@ -393,7 +393,7 @@ fn what_somebody_else_stores_while_a_backlog_is_under_way_is_stored_once() {
 }
 
 #[test]
-fn the_last_of_a_window_is_committed_as_the_server_would_also_after_one_that_broke() {
+fn a_durable_window_ends_with_a_commit_that_is_never_weaker_than_on_and_never_weaker_than_the_servers() {
     let database = Database::new();
     let runtime = runtime();
     let at_once = Place { after: None, durable: true };
@@ -401,44 +401,86 @@ fn the_last_of_a_window_is_committed_as_the_server_would_also_after_one_that_bro
     runtime.block_on(inside::sink(&database.url).deliver(&inside::envelopes(&inside::texts("first", 1), 1), at_once));
     database.query(
         "CREATE TABLE committed (place bigserial, how text);
-         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
            IF NEW.payload ->> 'text' LIKE 'bad%' THEN RAISE check_violation; END IF;
-           INSERT INTO committed (how) VALUES (current_setting('synchronous_commit'));
            RETURN NEW; END $$;
-         CREATE TRIGGER note BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION note();
-         DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = remote_write', current_database()); END $$",
+         CREATE TRIGGER refuse BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION refuse();
+         -- What holds when the transaction commits.
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           INSERT INTO committed (how) VALUES (current_setting('synchronous_commit'));
+           RETURN NULL; END $$;
+         CREATE CONSTRAINT TRIGGER note AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW EXECUTE FUNCTION note();
+         CREATE CONSTRAINT TRIGGER note AFTER UPDATE ON event_sources DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW EXECUTE FUNCTION note()",
     );
-    let sink = inside::sink(&database.url);
     let mut sequence = 2;
-    let mut deliver = |texts: &[String], durable: bool| {
-        let envelopes = inside::envelopes(texts, sequence);
-        sequence += texts.len() as u64;
-        let delivery = runtime.block_on(sink.deliver(&envelopes, Place { after: None, durable }));
-        let how = database.value("SELECT string_agg(how, ' ' ORDER BY place) FROM committed");
-        database.query("TRUNCATE committed");
-        let how: Vec<String> = how.split(' ').map(str::to_owned).collect();
-        (delivery, how)
-    };
-    let expected = |count: usize, durable: bool| {
-        let mut how = vec!["off".to_owned(); count];
-        if let Some(last) = how.last_mut().filter(|_| durable) {
-            *last = "remote_write".to_owned();
+    for (servers, expected) in
+        [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")]
+    {
+        database.query(&format!(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = {servers}', current_database()); END $$"
+        ));
+        let sink = inside::sink(&database.url);
+        let mut deliver = |texts: &[String], durable: bool| {
+            let envelopes = inside::envelopes(texts, sequence);
+            sequence += texts.len() as u64;
+            let delivery = runtime.block_on(sink.deliver(&envelopes, Place { after: None, durable }));
+            let how = database.value("SELECT string_agg(how, ' ' ORDER BY place) FROM committed");
+            database.query("TRUNCATE committed");
+            let how: Vec<String> = how.split(' ').map(str::to_owned).collect();
+            (delivery, how)
+        };
+        // Looks its source up, which is a commit of its own.
+        deliver(&[format!("{servers} first")], true);
+        // Whether the last event commits as expected (a statement), or a barrier behind all of them (a CALL).
+        let commits = |events: usize, durable: bool, by_call: bool| {
+            let relaxed = if durable && !by_call { events - 1 } else { events };
+            let mut how = vec!["off".to_owned(); relaxed];
+            how.extend(durable.then(|| expected.to_owned()));
+            how
+        };
+        for (turn, (size, durable)) in
+            [(64, true), (64, false), (64, true), (5, true), (5, false), (64, true)].into_iter().enumerate()
+        {
+            let (delivery, how) = deliver(&inside::texts(&format!("{servers} {turn} line"), size), durable);
+            assert!(delivery.failure.is_none() && delivery.durable == durable, "{delivery:?}");
+            assert_eq!(how, commits(size, durable, size > 5), "{servers}, {size} events, durable {durable}");
         }
-        how
-    };
-    for (round, size) in [64, 5, 64].into_iter().enumerate() {
-        for (turn, durable) in [true, false, true].into_iter().enumerate() {
-            let (delivery, how) = deliver(&inside::texts(&format!("{round} {turn} line"), size), durable);
-            assert!(delivery.failure.is_none(), "{delivery:?}");
-            assert_eq!(how, expected(size, durable), "round {round}, durable {durable}");
-        }
-        let mut texts = inside::texts(&format!("{round} broken"), 64);
-        texts[50] = format!("bad {round}");
+        let mut texts = inside::texts(&format!("{servers} broken"), 64);
+        texts[50] = format!("bad {servers}");
         let (delivery, how) = deliver(&texts, true);
         assert_eq!((delivery.done.len(), delivery.durable), (50, true), "{delivery:?}");
-        assert_eq!(how, expected(50, false), "round {round}, the one that broke");
+        assert_eq!(how, commits(50, true, true), "{servers}, the one that broke");
         // By statements, then.
-        let (_, how) = deliver(&inside::texts(&format!("{round} after"), 5), true);
-        assert_eq!(how, expected(5, true), "round {round}, after the one that broke");
+        let (_, how) = deliver(&inside::texts(&format!("{servers} after"), 5), true);
+        assert_eq!(how, commits(5, true, false), "{servers}, after the one that broke");
+    }
+}
+
+#[test]
+fn a_barrier_proves_nothing_on_a_server_that_does_not_have_what_came_before_it() {
+    let database = Database::new();
+    let runtime = runtime();
+    let sink = inside::sink(&database.url);
+    let mut sequence = 1;
+    for size in SIZES {
+        let envelopes = inside::envelopes(&inside::texts(&format!("line of {size}"), size), sequence);
+        sequence += size as u64;
+        let last = envelopes.last().unwrap();
+        let relaxed = Place { after: None, durable: false };
+        let barrier = Place { after: Some(last.sequence), durable: true };
+        let (sent, proven, lost) = runtime.block_on(async {
+            let sent = sink.deliver(&envelopes, relaxed).await;
+            let proven = sink.deliver(&[], barrier).await;
+            // As behind a pooler that goes on with a promoted standby.
+            let sql = format!("DELETE FROM event_receipts WHERE event_id = '{}'", last.event.id());
+            let elsewhere = database.clone();
+            tokio::task::spawn_blocking(move || elsewhere.query(&sql)).await.unwrap();
+            (sent, proven, sink.deliver(&[], barrier).await)
+        });
+        assert!(sent.failure.is_none() && sent.done.len() == size, "{sent:?}");
+        assert!(proven.failure.is_none() && proven.durable, "{proven:?}");
+        assert!(lost.failure.is_some() && !lost.durable, "{lost:?}");
     }
 }

@@ -148,6 +148,35 @@ impl Server {
         server
     }
 
+    /// A streaming standby of this server, running; `name` is its `application_name`. It keeps trying to reach this
+    /// server, so each may be stopped and started.
+    pub fn standby(&self, name: &str) -> Server {
+        let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let mut standby = Server { folder, database: Database { url: String::new() } };
+        let programs = std::env::var("HEADSPACE_TEST_PG_BIN").expect("run the tests with scripts/test.sh");
+        // The folder may hold links to the programs, and not to all of them.
+        let programs = Path::new(&programs).join("postgres").canonicalize().unwrap();
+        let output = Command::new(programs.with_file_name("pg_basebackup"))
+            .args(["--checkpoint=fast", "--no-sync", "--write-recovery-conf", "--wal-method=stream"])
+            .arg(format!("--dbname={}&application_name={name}", self.database.url))
+            .arg("--pgdata")
+            .arg(standby.data())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&output.stderr));
+        let settings = OpenOptions::new().append(true).open(standby.data().join("postgresql.auto.conf"));
+        settings.unwrap().write_all(b"wal_retrieve_retry_interval = '100ms'\n").unwrap();
+        if let Ok(user) = std::env::var("HEADSPACE_TEST_PG_USER") {
+            let status = Command::new("chown").args(["-R", &user]).arg(standby.folder.path()).status().unwrap();
+            assert!(status.success(), "chown -R {user}");
+        }
+        standby.start_again();
+        standby.database.url = standby.script(&["url"]);
+        standby
+    }
+
     /// Lets it come up again after [`Server::stop`] or [`Server::kill`].
     pub fn start_again(&self) {
         self.script(&["start"]);

@@ -11,7 +11,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::connect::{ConnectSettings, Pooler, connect, find_layout, missing_tables};
+use super::connect::{ConnectSettings, Pooler, connect, find_layout, missing_tables, open};
 use super::layout::Found;
 use super::no_answer;
 use super::verdict::step_error;
@@ -65,7 +65,7 @@ pub struct Auditor {
 
 impl Auditor {
     pub async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
-        let (client, _) = connect(settings, &Pooler::default()).await?;
+        let (client, _) = connect(settings, &Pooler::default(), open).await?;
         let layout = match find_layout(&client, settings).await? {
             Found::Complete(layout) => layout,
             Found::Missing(missing) => return Err(missing_tables(&missing)),

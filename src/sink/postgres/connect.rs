@@ -33,9 +33,10 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::layout::{Found, Layout};
-use super::rows::{MicrosecondsUtc, source_path};
+use super::notices::Notices;
+use super::rows::{Answer, MicrosecondsUtc, sent, source_path};
 use super::verdict::{session_outlives, step_error};
-use super::{layout, no_answer, procedure};
+use super::{Link, layout, no_answer, predecessor_missing, procedure};
 use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode, TableName};
 use crate::event::{Envelope, Timestamp};
 use crate::sink::{DeliverError, Delivered, Verdict};
@@ -45,6 +46,9 @@ pub type TargetSource = Arc<dyn Fn() -> Result<Option<DatabaseTarget>, String> +
 
 /// Ids of `event_sources` that a session remembers.
 const SOURCES_KEPT_MAX: usize = 2048;
+
+/// How long a server that has not answered is given to say, when its statement is cancelled, what it was waiting for.
+const CANCEL_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[derive(Clone)]
 pub struct ConnectSettings {
@@ -196,6 +200,7 @@ impl ManageConnection for Manager {
 /// A connection on which deliveries can be made.
 pub struct Session {
     client: Client,
+    notices: Notices,
     /// `None` behind a pooler.
     prepared: Option<Prepared>,
     layout: Box<Layout>,
@@ -225,7 +230,7 @@ pub struct Prepared {
 
 impl Session {
     async fn open(settings: &ConnectSettings, pooler: &Arc<Pooler>) -> Result<Session, DeliverError> {
-        let (mut client, tls) = connect(settings, pooler).await?;
+        let ((mut client, notices), tls) = connect(settings, pooler, open_watched).await?;
         let layout = match find_layout(&client, settings).await? {
             Found::Complete(layout) => layout,
             Found::Missing(_) if settings.auto_migrate => {
@@ -251,6 +256,7 @@ impl Session {
         };
         Ok(Session {
             client,
+            notices,
             prepared,
             layout,
             call: OnceCell::new(),
@@ -278,10 +284,7 @@ impl Session {
         let making = self.call.get_or_init(|| procedure::make(&self.client, &self.layout.procedure_sql));
         match tokio::time::timeout(limit, making).await {
             Ok(call) => Ok(call.as_ref()),
-            Err(_) => {
-                self.give_up();
-                Err(no_answer(limit))
-            }
+            Err(_) => Err(self.no_answer(limit).await),
         }
     }
 
@@ -289,10 +292,7 @@ impl Session {
     pub async fn check(&self, limit: Duration) -> Result<(), DeliverError> {
         match tokio::time::timeout(limit, self.client.simple_query("")).await {
             Ok(answer) => answer.map(|_| ()).map_err(|error| self.failed(step_error(&error))),
-            Err(_) => {
-                self.give_up();
-                Err(no_answer(limit))
-            }
+            Err(_) => Err(self.no_answer(limit).await),
         }
     }
 
@@ -310,7 +310,7 @@ impl Session {
     }
 
     pub fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed) || self.client.is_closed()
+        self.broken.load(Ordering::Relaxed) || self.notices.has_wait_ended() || self.client.is_closed()
     }
 
     /// Uses the connection no more, and asks the server to end what it is still at, so that backends do not pile up.
@@ -321,6 +321,22 @@ impl Session {
             // If the request does not get through, the server's own statement_timeout ends the statement.
             let _ = tokio::time::timeout(Duration::from_secs(1), token.cancel_query(tls)).await;
         });
+    }
+
+    /// [`Session::give_up`] after an answer has not come within `limit`. The error says whether the server was waiting for a
+    /// synchronous standby: it answers the request to cancel with a warning then.
+    pub async fn no_answer(&self, limit: Duration) -> DeliverError {
+        self.give_up();
+        match self.notices.wait_ends(CANCEL_TIMEOUT).await {
+            true => standby_missing(),
+            false => no_answer(limit),
+        }
+    }
+
+    /// Whether what was committed synchronously on this connection can be relied on: no commit has stopped waiting for
+    /// its synchronous standby. Asked once the answer to the commit is there.
+    pub fn confirmed(&self) -> Result<(), DeliverError> {
+        if self.notices.has_wait_ended() { Err(standby_missing()) } else { Ok(()) }
     }
 
     /// Breaks the session unless [`FinishGuard::finished`] is called: for futures that may be dropped half-way.
@@ -403,10 +419,7 @@ impl Session {
     ) -> Result<Vec<Row>, DeliverError> {
         match tokio::time::timeout(limit, self.client.query_typed(sql, parameters)).await {
             Ok(rows) => rows.map_err(|error| self.failed(step_error(&error))),
-            Err(_) => {
-                self.give_up();
-                Err(no_answer(limit))
-            }
+            Err(_) => Err(self.no_answer(limit).await),
         }
     }
 
@@ -443,19 +456,47 @@ impl Session {
         self.known_sources().clear();
     }
 
-    /// A small transaction of our own that writes and commits synchronously: what came before it on this connection is
-    /// durable when it has answered.
-    pub async fn barrier(&self, host: &str, limit: Duration) -> Result<(), DeliverError> {
-        let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&host, Type::TEXT)];
-        if self.ask(&self.layout.barrier_sql, &parameters, limit).await?.len() == 1 {
-            return Ok(());
-        }
-        self.broken.store(true, Ordering::Relaxed);
-        Err(DeliverError {
-            verdict: Verdict::Again,
-            sqlstate: None,
-            message: "event_sources has lost its rows, so nothing could be made durable".to_owned(),
+    /// Sends a small transaction of our own that writes and commits synchronously. [`Session::proven`] awaits its answer.
+    ///
+    /// It proves that `last` and everything before it on this connection is durable. `last` is looked for, as behind a
+    /// pooler the server may be another one meanwhile.
+    pub fn send_barrier<'a>(&'a self, host: &'a str, last: Link) -> Answer<'a, ()> {
+        sent(async move {
+            let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+                [(&host, Type::TEXT), (&last.event_id, Type::UUID), (&last.window_time, Type::TIMESTAMPTZ)];
+            let rows = self.client.query_typed(&self.layout.barrier_sql, &parameters).await?;
+            Ok(rows.first().map(|_| ()))
         })
+    }
+
+    /// Awaits a barrier. Any error means that what came before it may not be durable.
+    pub async fn proven(&self, barrier: Answer<'_, ()>, limit: Duration) -> Result<(), DeliverError> {
+        let answer = match tokio::time::timeout(limit, barrier).await {
+            Ok(answer) => answer.map_err(|error| self.failed(step_error(&error)))?,
+            Err(_) => return Err(self.no_answer(limit).await),
+        };
+        if answer.is_none() {
+            self.broken.store(true, Ordering::Relaxed);
+            return Err(predecessor_missing());
+        }
+        self.confirmed()
+    }
+
+    /// [`Session::send_barrier`] and [`Session::proven`].
+    pub async fn barrier(&self, host: &str, last: Link, limit: Duration) -> Result<(), DeliverError> {
+        self.proven(self.send_barrier(host, last), limit).await
+    }
+}
+
+/// A commit waits for a standby that does not confirm it, or has stopped waiting. It is tried again without end.
+fn standby_missing() -> DeliverError {
+    DeliverError {
+        verdict: Verdict::Again,
+        sqlstate: None,
+        message:
+            "could not commit durably: the server waits for a synchronous standby that has not confirmed; start the \
+                  standby that synchronous_standby_names requires, or change that setting"
+                .to_owned(),
     }
 }
 
@@ -493,13 +534,13 @@ impl Drop for FinishGuard<'_> {
 
 /// Creates what is missing in the database. Gives the names of what it made.
 pub async fn migrate(settings: &ConnectSettings) -> Result<Vec<String>, DeliverError> {
-    let (mut client, _) = connect(settings, &Pooler::default()).await?;
+    let (mut client, _) = connect(settings, &Pooler::default(), open).await?;
     limited(settings, layout::migrate(&mut client, &settings.events_table)).await
 }
 
 /// What `check` wants to know of the database.
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
-    let (client, _) = connect(settings, &Pooler::default()).await?;
+    let (client, _) = connect(settings, &Pooler::default(), open).await?;
     let (missing, unfit) = match find_layout(&client, settings).await? {
         Found::Complete(layout) => (Vec::new(), limited(settings, layout::try_out(&client, &layout)).await.err()),
         Found::Missing(missing) => (missing, None),
@@ -606,8 +647,26 @@ async fn limited<T>(
     tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(no_answer(limit)))
 }
 
-/// A connection, and the connector it was made with.
-pub async fn connect(settings: &ConnectSettings, pooler: &Pooler) -> Result<(Client, MakeRustlsConnect), DeliverError> {
+/// Opens a connection on which no durable commit is awaited.
+pub async fn open(config: tokio_postgres::Config, tls: MakeRustlsConnect) -> Result<Client, tokio_postgres::Error> {
+    PostgresConnectionManager::new(config, tls).connect().await
+}
+
+/// Opens a connection and watches its notices.
+async fn open_watched(
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+) -> Result<(Client, Notices), tokio_postgres::Error> {
+    let (client, connection) = config.connect(tls).await?;
+    Ok((client, Notices::drive(connection)))
+}
+
+/// A connection as `open` makes it, and the connector it was made with.
+pub async fn connect<T>(
+    settings: &ConnectSettings,
+    pooler: &Pooler,
+    open: impl AsyncFn(tokio_postgres::Config, MakeRustlsConnect) -> Result<T, tokio_postgres::Error>,
+) -> Result<(T, MakeRustlsConnect), DeliverError> {
     let misconfigured = |message| DeliverError { verdict: Verdict::Operator, sqlstate: None, message };
     let target = (settings.target)().map_err(misconfigured)?.ok_or_else(|| {
         misconfigured("no database is configured; set database.url, DATABASE_URL or PGHOST".to_owned())
@@ -617,8 +676,7 @@ pub async fn connect(settings: &ConnectSettings, pooler: &Pooler) -> Result<(Cli
     let connector = MakeRustlsConnect::new(tls.unwrap_or_else(no_tls));
     let attempt = async |statement_timeout: Option<Duration>| {
         let config = connection_config(&target, has_tls, statement_timeout);
-        let manager = PostgresConnectionManager::new(config, connector.clone());
-        manager.connect().await.map_err(|error| step_error(&error))
+        open(config, connector.clone()).await.map_err(|error| step_error(&error))
     };
     let connecting = async {
         let refuses_options = pooler.refuses_options.load(Ordering::Relaxed);

@@ -8,8 +8,8 @@
 //!
 //! * Costs nothing unless a window holds turns that had been stored before. Then one question, by primary keys, tells
 //!   whether any of their rows is to be corrected; mostly none is.
-//! * All rows of a window are corrected in one transaction that commits synchronously, before their events may leave the
-//!   queue. What fails in passing is made again with the window.
+//! * All rows of a window are corrected in one transaction. A barrier behind it makes it durable before their events may
+//!   leave the queue. What fails in passing is made again with the window.
 //! * The events table is other people's. Where it takes no correction (no right to UPDATE, a trigger that refuses it, no
 //!   index on `id`), rows stay as they are, delivery goes on, and it is said once.
 
@@ -24,7 +24,7 @@ use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::connect::Session;
-use super::layout::FLUSH;
+use super::layout::RELAX;
 use super::no_answer;
 use super::rows::StatementRow;
 use super::verdict::step_error;
@@ -71,7 +71,7 @@ pub fn correct_sql(schema: &str, table: &str) -> String {
              FROM corrected WHERE r.event_id = corrected.event_id
            RETURNING r.event_id
          )
-         SELECT count(*), {FLUSH} FROM placed"
+         SELECT count(*), {RELAX} FROM placed"
     )
 }
 
@@ -98,27 +98,24 @@ pub fn repeated_turns(window: &[Envelope], done: &[Delivered]) -> Vec<usize> {
 }
 
 impl Corrections {
-    /// Corrects the rows of these turns, which had been stored before, where they are to be. An error is the moment's:
-    /// the turns are to be delivered again.
+    /// Corrects the rows of these turns, which had been stored before, where they are to be. Returns whether any may have
+    /// been; that is not durable yet. An error is the moment's: the turns are to be delivered again.
     pub async fn make(
         &self,
         session: &Session,
         turns: &[StatementRow<'_>],
         limit: Duration,
-    ) -> Result<(), DeliverError> {
+    ) -> Result<bool, DeliverError> {
         if self.resting().is_some_and(|until| Instant::now() < until) {
-            return Ok(());
+            return Ok(false);
         }
         match correct(session, turns, limit).await {
             Ok(corrected) => {
                 self.timeouts.store(0, Ordering::Relaxed);
-                if corrected > 0 {
-                    debug!(
-                        rows = corrected,
-                        "turns that came from a copy were given to the session where they were said"
-                    );
+                if let Some(rows) = corrected {
+                    debug!(rows, "turns that came from a copy were given to the session where they were said");
                 }
-                Ok(())
+                Ok(corrected.is_some())
             }
             Err(failed) if self.is_to_be_repeated(&failed) => Err(session.failed(failed.error)),
             Err(Failed { error, .. }) => {
@@ -127,7 +124,7 @@ impl Corrections {
                     warn!(%error, "turns that were found in a copy of a session first stay under the copy's session: the \
                                    events table can't be corrected, which takes SELECT and UPDATE on it");
                 }
-                Ok(())
+                Ok(false)
             }
         }
     }
@@ -160,8 +157,8 @@ impl From<DeliverError> for Failed {
     }
 }
 
-/// Gives the number of rows that were corrected.
-async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration) -> Result<i64, Failed> {
+/// Returns the number of rows that were corrected; `None` when none is to be.
+async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration) -> Result<Option<i64>, Failed> {
     let layout = session.layout();
     let ids: Vec<Uuid> = turns.iter().map(|turn| turn.event_id).collect();
     let times: Vec<_> = turns.iter().map(|turn| turn.timestamp).collect();
@@ -172,7 +169,7 @@ async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration)
     let found: Vec<Uuid> = found.iter().map(|row| row.get(0)).collect();
     let turns: Vec<_> = turns.iter().filter(|turn| found.contains(&turn.event_id)).collect();
     if turns.is_empty() {
-        return Ok(0);
+        return Ok(None);
     }
     let ids: Vec<Uuid> = turns.iter().map(|turn| turn.event_id).collect();
     let times: Vec<_> = turns.iter().map(|turn| turn.timestamp).collect();
@@ -187,7 +184,7 @@ async fn correct(session: &Session, turns: &[StatementRow<'_>], limit: Duration)
         (&offsets, Type::INT8_ARRAY),
     ];
     let corrected = ask(session, &layout.correct_copied_sql, &parameters, limit).await?;
-    Ok(corrected.first().map_or(0, |row| row.get(0)))
+    Ok(Some(corrected.first().map_or(0, |row| row.get(0))))
 }
 
 /// As `Session::ask`, but that a refusal leaves the session as good as it was.

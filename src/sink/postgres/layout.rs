@@ -28,7 +28,8 @@ pub struct Layout {
     pub find_copied_sql: String,
     /// Corrects those rows.
     pub correct_copied_sql: String,
-    /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`.
+    /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`. Only where the event
+    /// `$2` was dealt with at the time of the window `$3`; else it returns no row.
     pub barrier_sql: String,
     /// The ids of the sources `($1::text, unnest($2::text[]))`, made where they are new.
     pub sources_sql: String,
@@ -121,7 +122,10 @@ pub async fn inspect(
         correct_copied_sql: correction::correct_sql(&schema, &table),
         barrier_sql: format!(
             "WITH written AS (UPDATE {schema}.event_sources SET path = path
-                               WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1) RETURNING id)
+                               WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1)
+                                 AND EXISTS (SELECT FROM {schema}.event_receipts
+                                              WHERE event_id = $2 AND (delivered_at = $3 OR seen_again_at = $3))
+                               RETURNING id)
              SELECT {FLUSH} FROM written"
         ),
         sources_sql: format!(
@@ -134,10 +138,17 @@ pub async fn inspect(
 }
 
 /// Chooses durability inside the statement, for this transaction alone, so that it also holds behind a pooler that
-/// hands every transaction another server connection. A server or role with synchronous_commit off is overruled: what
-/// is taken out of the queue must be on the server's disk.
-pub const FLUSH: &str = "CASE WHEN current_setting('synchronous_commit') = 'off'
-                          THEN set_config('synchronous_commit', 'local', true) END";
+/// hands every transaction another server connection.
+///
+/// A server or role that asks for less than `on` is overruled: what is taken out of the queue must be on the server's
+/// disk, and on that of each standby the server requires. `remote_apply` asks for more and is kept. Warnings must reach
+/// us: they tell that a commit did not wait ([`notices`](super::notices)).
+pub const FLUSH: &str = "concat(set_config('client_min_messages', 'warning', true),
+                          CASE WHEN current_setting('synchronous_commit') <> 'remote_apply'
+                               THEN set_config('synchronous_commit', 'on', true) END)";
+
+/// Leaves durability to a later transaction on the same connection, for this transaction alone.
+pub const RELAX: &str = "set_config('synchronous_commit', 'off', true)";
 
 /// One event, exactly once, in order, in one statement and so in one transaction.
 ///
@@ -167,7 +178,7 @@ fn deliver_sql(
            SELECT $1, {next_id}, $2, $3, $4, $5 WHERE {condition}
            ON CONFLICT (event_id) DO UPDATE SET seen_again_at = $5
            RETURNING row_id, r.seen_again_at IS NULL AS is_new,
-                     CASE WHEN $8 THEN set_config('synchronous_commit', 'off', true) ELSE {FLUSH} END
+                     CASE WHEN $8 THEN {RELAX} ELSE {FLUSH} END
          ), stored AS (
            INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
            OVERRIDING SYSTEM VALUE
@@ -272,8 +283,12 @@ pub async fn try_out(client: &Client, layout: &Layout) -> Result<(), DeliverErro
 }
 
 /// Creates what is missing, in one transaction; safe when several do it at once. Gives the names of what it made.
+///
+/// Waits for no synchronous standby: every event comes later in the write-ahead log, and its own commit waits.
 pub async fn migrate(client: &mut Client, events: &TableName) -> Result<Vec<String>, DeliverError> {
     let transaction = client.transaction().await.map_err(|error| step_error(&error))?;
+    let locally = "SET LOCAL synchronous_commit = local";
+    transaction.batch_execute(locally).await.map_err(|error| step_error(&error))?;
     transaction
         .query_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])
         .await

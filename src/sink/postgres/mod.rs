@@ -2,13 +2,17 @@
 //!
 //! Every envelope is a transaction of its own: a statement, or in a backlog a turn of the loop in [`procedure`]. The
 //! statements of a window, and those of the window after it, are sent without waiting for one another; Postgres runs them
-//! in order. All commit asynchronously but the last of a window that is to be durable, and as the write-ahead log is one
-//! sequence, its flush makes all before it durable.
+//! in order. All commit asynchronously but the last statement of a window that is to be durable, and as the write-ahead
+//! log is one sequence, its flush makes all before it durable.
 //!
-//! **The barrier must write.** Nothing is reported as durable before a transaction that *wrote*, with synchronous
-//! commit, came after it on its connection. In a whole durable window that is the last event's: also a duplicate
-//! writes (it marks its receipt). In a window that broke in the middle nothing after the break writes, so a small
-//! transaction of our own follows (`Layout::barrier_sql`).
+//! **The last statement must write.** Nothing is reported as durable before a transaction that *wrote*, with synchronous
+//! commit, came after it on its connection. In a complete durable window of statements that is the last event's: also a
+//! duplicate writes (it marks its receipt). A window that went by CALL, one that broke in the middle and a correction are
+//! followed by a small transaction of our own, the barrier (`Layout::barrier_sql`).
+//!
+//! **Success is not proof.** Where the server requires a synchronous standby, a commit can end without it: with success
+//! and a warning. A connection that has seen that warning proves nothing any more ([`notices`]); what was sent on it is
+//! sent again on another.
 //!
 //! **Order.** Each event is stored only when the one before it has been dealt with in this very delivery
 //! (the receipt carries the time of its window); across windows too, so that a window under way behind one that breaks
@@ -26,6 +30,7 @@ mod audit;
 mod connect;
 mod correction;
 mod layout;
+mod notices;
 mod procedure;
 mod rows;
 mod verdict;
@@ -82,6 +87,31 @@ struct Link {
     window_time: MicrosecondsUtc,
 }
 
+/// A window that was sent, its answers to come.
+struct SentWindow<'a> {
+    envelopes: &'a [Envelope],
+    time: MicrosecondsUtc,
+    place: Place,
+    /// What the first envelope follows.
+    before: Option<Link>,
+}
+
+impl SentWindow<'_> {
+    /// The last envelope that was dealt with when the first `done` were. `None` when there is none.
+    fn link(&self, done: usize) -> Option<Link> {
+        match done.checked_sub(1) {
+            Some(last) => self.envelopes.get(last).map(|envelope| Link::new(envelope, self.time)),
+            None => self.before,
+        }
+    }
+}
+
+impl Link {
+    fn new(envelope: &Envelope, window_time: MicrosecondsUtc) -> Link {
+        Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time }
+    }
+}
+
 impl PostgresSink {
     /// Needs a running tokio runtime; connects at the first delivery or probe.
     pub fn new(settings: ConnectSettings, host: String) -> Self {
@@ -133,17 +163,14 @@ impl PostgresSink {
         Ok(session)
     }
 
-    /// Awaits what was sent; then, where the window broke, makes durable what was stored before the break.
-    async fn answers(&self, session: &Session, sent: Vec<Answer<'_, bool>>, place: Place) -> Delivery {
-        let mut done = Vec::with_capacity(sent.len());
+    /// Awaits the answers to a window that was sent as statements.
+    async fn answers(&self, session: &Session, answers: Vec<Answer<'_, bool>>, window: &SentWindow<'_>) -> Delivery {
+        let mut done = Vec::with_capacity(answers.len());
         let mut failure = None;
-        for answer in sent {
+        for answer in answers {
             let answer = match tokio::time::timeout(self.answer_timeout(), answer).await {
                 Ok(answer) => answer,
-                Err(_) => {
-                    session.give_up();
-                    return Delivery::failed(no_answer(self.answer_timeout()));
-                }
+                Err(_) => return Delivery::failed(session.no_answer(self.answer_timeout()).await),
             };
             // After a failure the remaining answers are awaited too, so that the connection is clean again.
             match answer {
@@ -158,22 +185,29 @@ impl PostgresSink {
             }
         }
         if failure.is_some() {
-            return self.broken(session, done, failure, place).await;
+            return self.broken(session, done, failure, window).await;
         }
-        Delivery { done, durable: place.durable, failure: None }
+        // The last of a durable window has committed synchronously.
+        match session.confirmed() {
+            Ok(()) => Delivery { done, durable: window.place.durable, failure: None },
+            Err(error) => Delivery { done, durable: false, failure: Some(error) },
+        }
     }
 
-    /// A window that broke after `done`, which is made durable.
+    /// A window that broke after `done`, which is made durable. Where that fails, its failure is the one to report: what
+    /// is not durable is delivered again before any event is judged.
     async fn broken(
         &self,
         session: &Session,
         done: Vec<Delivered>,
         failure: Option<DeliverError>,
-        place: Place,
+        window: &SentWindow<'_>,
     ) -> Delivery {
-        let stored = place.after.is_some() || !done.is_empty();
-        let durable = !stored || session.barrier(&self.host, self.answer_timeout()).await.is_ok();
-        Delivery { done, durable, failure }
+        let Some(last) = window.link(done.len()) else { return Delivery { done, durable: true, failure } };
+        match session.barrier(&self.host, last, self.answer_timeout()).await {
+            Ok(()) => Delivery { done, durable: true, failure },
+            Err(error) => Delivery { done, durable: false, failure: Some(error) },
+        }
     }
 
     /// Corrects the rows of turns that had been stored as a copy of their session had them. Where that fails the first
@@ -181,45 +215,57 @@ impl PostgresSink {
     async fn corrected(
         &self,
         session: &Session,
-        window: &[Envelope],
         sources: &HashMap<&str, Source>,
-        window_time: MicrosecondsUtc,
+        window: &SentWindow<'_>,
         mut delivery: Delivery,
     ) -> Delivery {
-        let repeated = correction::repeated_turns(window, &delivery.done);
+        if delivery.failure.is_some() && !delivery.durable {
+            // All of it is delivered again, and corrected then.
+            return delivery;
+        }
+        let repeated = correction::repeated_turns(window.envelopes, &delivery.done);
         let Some(first) = repeated.first() else { return delivery };
-        let envelopes = repeated.iter().filter_map(|index| window.get(*index));
-        let turns: Vec<_> = envelopes.map(|envelope| StatementRow::new(envelope, sources, window_time)).collect();
-        if let Err(error) = self.corrections.make(session, &turns, self.answer_timeout()).await {
+        let envelopes = repeated.iter().filter_map(|index| window.envelopes.get(*index));
+        let turns: Vec<_> = envelopes.map(|envelope| StatementRow::new(envelope, sources, window.time)).collect();
+        let correcting = async {
+            let corrected = self.corrections.make(session, &turns, self.answer_timeout()).await?;
+            match window.link(delivery.done.len()).filter(|_| corrected) {
+                Some(last) => session.barrier(&self.host, last, self.answer_timeout()).await,
+                None => Ok(()),
+            }
+        };
+        if let Err(error) = correcting.await {
             delivery.done.truncate(*first);
             delivery.failure = Some(error);
         }
         delivery
     }
 
-    /// Awaits the answer to a window that was sent as one call.
+    /// Awaits the answer to a window that was sent as one call, and the barrier behind it where it is to be durable.
     async fn answer(
         &self,
         session: &Session,
         answer: Answer<'_, Vec<i32>>,
-        window: &[Envelope],
-        window_time: MicrosecondsUtc,
-        place: Place,
+        barrier: Option<Answer<'_, ()>>,
+        window: &SentWindow<'_>,
     ) -> Delivery {
         let Ok(answer) = tokio::time::timeout(self.answer_timeout(), answer).await else {
-            session.give_up();
-            return Delivery::failed(no_answer(self.answer_timeout()));
+            return Delivery::failed(session.no_answer(self.answer_timeout()).await);
         };
         match answer {
             Ok(Some(repeated)) => {
-                let mut done = vec![Delivered::Stored; window.len()];
+                let mut done = vec![Delivered::Stored; window.envelopes.len()];
                 for place in repeated {
                     let index = usize::try_from(place).unwrap_or_default().wrapping_sub(1);
                     if let Some(delivered) = done.get_mut(index) {
                         *delivered = Delivered::AlreadyStored;
                     }
                 }
-                Delivery { done, durable: place.durable, failure: None }
+                let Some(barrier) = barrier else { return Delivery { done, durable: false, failure: None } };
+                match session.proven(barrier, self.answer_timeout()).await {
+                    Ok(()) => Delivery { done, durable: true, failure: None },
+                    Err(error) => Delivery { done, durable: false, failure: Some(error) },
+                }
             }
             Ok(None) => {
                 session.forget_sources();
@@ -240,14 +286,14 @@ impl PostgresSink {
                     return Delivery::failed(error);
                 }
                 if !of_an_event || of_a_copy {
-                    self.calls.avoid(window);
+                    self.calls.avoid(window.envelopes);
                 }
                 if !of_an_event {
                     return Delivery::to_be_repeated();
                 }
                 self.calls.heed(&error);
-                match session.stored(window, window_time, self.answer_timeout()).await {
-                    Ok(done) => self.broken(session, done, (!of_a_copy).then_some(error), place).await,
+                match session.stored(window.envelopes, window.time, self.answer_timeout()).await {
+                    Ok(done) => self.broken(session, done, (!of_a_copy).then_some(error), window).await,
                     Err(error) => Delivery::failed(error),
                 }
             }
@@ -275,9 +321,10 @@ impl Sink for PostgresSink {
         }
         if window.is_empty() {
             drop(line);
-            let barrier = session.barrier(&self.host, self.answer_timeout()).await;
+            let window = SentWindow { envelopes: window, time: self.window_time(), place, before };
+            let delivery = self.broken(&session, Vec::new(), None, &window).await;
             guard.finished();
-            return Delivery { done: Vec::new(), durable: barrier.is_ok(), failure: barrier.err() };
+            return delivery;
         }
         let asked = async {
             let sources = session.sources(&self.host, window, self.answer_timeout()).await?;
@@ -307,22 +354,24 @@ impl Sink for PostgresSink {
             row.relaxed = !(place.durable && index + 1 == window.len());
             row.window_sources = (index == 0).then_some(WindowSources { ids: &ids, paths: &paths });
             rows.push(row);
-            previous = Some(Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time });
+            previous = Some(Link::new(envelope, window_time));
         }
         line.newest = previous;
+        let window = SentWindow { envelopes: window, time: window_time, place, before };
         let delivery = match call {
             Some(call) => {
                 let answer = rows::sent(procedure::deliver(session.client(), call, &rows));
+                let barrier = previous.filter(|_| place.durable).map(|last| session.send_barrier(&self.host, last));
                 drop(line);
-                self.answer(&session, answer, window, window_time, place).await
+                self.answer(&session, answer, barrier, &window).await
             }
             None => {
                 let answers = rows.into_iter().map(|row| rows::sent(rows::request(&session, row))).collect();
                 drop(line);
-                self.answers(&session, answers, place).await
+                self.answers(&session, answers, &window).await
             }
         };
-        let delivery = self.corrected(&session, window, &sources, window_time, delivery).await;
+        let delivery = self.corrected(&session, &sources, &window, delivery).await;
         guard.finished();
         delivery
     }

@@ -9,10 +9,13 @@
 //!   left for others. It takes the right TEMP on the database, which everybody has unless it was revoked, and PL/pgSQL, which is
 //!   always there unless it was dropped. Without it, and behind a pooler, windows go one statement at a time.
 //! * It is made when there is a backlog, not before: who writes a few events a second never needs it.
+//! * **It proves no durability.** A COMMIT inside a procedure runs under the `statement_timeout` of the CALL; once that has
+//!   fired, it stops waiting for a synchronous standby and the CALL succeeds all the same. So all its commits are
+//!   asynchronous, and a statement of its own behind the CALL makes them durable (`Layout::barrier_sql`).
 //! * Which events the ledger has already is looked up for the whole window at its start, and durability is turned off for
-//!   the session until its last event: each would cost a tenth of the time if every event did it for itself, and even asking
-//!   in the loop whether this is the last takes a twentieth, as expressions are made ready anew in each transaction. An event
-//!   that somebody else stores meanwhile is refused by the ledger; the window is sent again one statement at a time.
+//!   the session until its end: each would cost a tenth of the time if every event did it for itself, as expressions are
+//!   prepared again in each transaction. An event that somebody else stores meanwhile is refused by the ledger; the
+//!   window is sent again one statement at a time.
 //! * A failure ends it where it is; what was committed stays, and the ledger says how far it came. One that came before
 //!   the first event (a text that is no JSON for this server) has no event it could be blamed on: the window is sent again
 //!   one statement at a time.
@@ -25,7 +28,6 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Statement};
 use tracing::info;
 
-use super::layout::FLUSH;
 use super::rows::StatementRow;
 use super::verdict::step_error;
 use crate::event::Envelope;
@@ -39,7 +41,7 @@ const REST: Duration = Duration::from_secs(60);
 
 /// Types of the parameters of the call: of [`Layout::NEXT_TYPES`](super::layout::Layout::NEXT_TYPES) what each event has as
 /// an array, and the sources of the window.
-const CALL_TYPES: [Type; 17] = [
+const CALL_TYPES: [Type; 16] = [
     Type::UUID_ARRAY,
     Type::INT4_ARRAY,
     Type::INT8_ARRAY,
@@ -47,7 +49,6 @@ const CALL_TYPES: [Type; 17] = [
     Type::TIMESTAMPTZ,
     Type::UUID,
     Type::TIMESTAMPTZ,
-    Type::BOOL,
     Type::TIMESTAMPTZ_ARRAY,
     Type::TEXT_ARRAY,
     Type::JSONB_ARRAY,
@@ -59,8 +60,8 @@ const CALL_TYPES: [Type; 17] = [
     Type::TEXT_ARRAY,
 ];
 
-const CALL: &str = "CALL pg_temp.headspace_deliver($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, \
-                    $17, NULL)";
+const CALL: &str =
+    "CALL pg_temp.headspace_deliver($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, NULL)";
 
 /// What [`sql`] is made of: names and expressions as the statements have them.
 pub struct Parts<'a> {
@@ -91,14 +92,13 @@ pub fn sql(parts: &Parts<'_>) -> String {
     format!(
         "CREATE OR REPLACE PROCEDURE pg_temp.headspace_deliver(
            _event_ids uuid[], _source_ids integer[], _byte_offsets bigint[], _captured_at timestamptz[],
-           _window_time timestamptz, _predecessor uuid, _predecessor_time timestamptz, _relaxed boolean,
+           _window_time timestamptz, _predecessor uuid, _predecessor_time timestamptz,
            _timestamps timestamptz[], _event_types text[], _payloads jsonb[],
            _project_ids integer[], _agent_ids integer[], _command_ids integer[], _turn_ids integer[],
            _asked_ids integer[], _asked_paths text[], INOUT _repeated integer[])
          LANGUAGE plpgsql AS $headspace$
          DECLARE
            _last CONSTANT integer := cardinality(_event_ids);
-           _first integer := 1;
            _known uuid[];
            _row_id bigint;
            _is_new boolean;
@@ -119,33 +119,26 @@ pub fn sql(parts: &Parts<'_>) -> String {
            _repeated := '{{}}';
            _setting := set_config('synchronous_commit', 'off', false);
            IF _known IS NULL THEN
-             FOR _i IN 1 .. _last - 1 LOOP
+             FOR _i IN 1 .. _last LOOP
                {store}
                COMMIT;
              END LOOP;
-             _first := _last;
+           ELSE
+             FOR _i IN 1 .. _last LOOP
+               _is_new := _event_ids[_i] <> ALL (_known);
+               IF NOT _is_new THEN
+                 UPDATE {schema}.event_receipts AS r SET seen_again_at = _window_time WHERE r.event_id = _event_ids[_i];
+                 _is_new := NOT FOUND;
+               END IF;
+               IF _is_new THEN
+                 {store}
+               ELSE
+                 _repeated := _repeated || _i;
+               END IF;
+               COMMIT;
+             END LOOP;
            END IF;
-           -- The last, or all of a window of which something is known.
-           FOR _i IN _first .. _last LOOP
-             IF _i = _last AND NOT _relaxed THEN
-               RESET synchronous_commit;
-               _setting := {FLUSH};
-             END IF;
-             _is_new := _known IS NULL OR _event_ids[_i] <> ALL (_known);
-             IF NOT _is_new THEN
-               UPDATE {schema}.event_receipts AS r SET seen_again_at = _window_time WHERE r.event_id = _event_ids[_i];
-               _is_new := NOT FOUND;
-             END IF;
-             IF _is_new THEN
-               {store}
-             ELSE
-               _repeated := _repeated || _i;
-             END IF;
-             COMMIT;
-           END LOOP;
-           IF _relaxed THEN
-             RESET synchronous_commit;
-           END IF;
+           RESET synchronous_commit;
          END
          $headspace$"
     )
@@ -247,10 +240,10 @@ pub async fn deliver(
     fn column<'a, T>(rows: &'a [StatementRow<'a>], of: impl Fn(&'a StatementRow<'a>) -> T) -> Vec<T> {
         rows.iter().map(of).collect()
     }
-    let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Some(Vec::new())) };
+    let Some(first) = rows.first() else { return Ok(Some(Vec::new())) };
     let sources = first.window_sources;
     let (asked_ids, asked_paths) = (sources.map(|sources| sources.ids), sources.map(|sources| sources.paths));
-    let parameters: [&(dyn ToSql + Sync); 17] = [
+    let parameters: [&(dyn ToSql + Sync); 16] = [
         &column(rows, |row| row.event_id),
         &column(rows, |row| row.source_id),
         &column(rows, |row| row.byte_offset),
@@ -258,7 +251,6 @@ pub async fn deliver(
         &first.window_time,
         &first.predecessor,
         &first.predecessor_time,
-        &last.relaxed,
         &column(rows, |row| row.timestamp),
         &column(rows, |row| row.event_type),
         &column(rows, |row| row.payload),
