@@ -10,7 +10,8 @@ mod metrics;
 pub use activity::{Activity, BatchActivity, Noted, SessionActivity};
 pub use logs::{LogFormat, report_held_back, start_logging};
 pub use metrics::{
-    Beat, Counter, CounterFamily, Database, DatabaseState, Gauge, Histogram, HistogramSnapshot, Metrics, RescanCause,
+    Beat, Counter, CounterFamily, Database, DatabaseState, Gauge, Histogram, HistogramSnapshot, Metrics, OTHER,
+    RescanCause,
 };
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

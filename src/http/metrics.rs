@@ -1,4 +1,4 @@
-//! `GET /metrics`: the numbers in Prometheus' text format.
+//! `GET /metrics`: the numbers in Prometheus' text format. Open to every user of the machine: labels are names, never text.
 
 use std::fmt::{Display, Write};
 
@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::Api;
 use crate::health::{HealthSource, Moment, Status};
-use crate::telemetry::{CounterFamily, Database, HistogramSnapshot};
+use crate::telemetry::{CounterFamily, Database, HistogramSnapshot, OTHER};
 
 const PREFIX: &str = "headspace_watcher_";
 
@@ -112,8 +112,16 @@ impl Page {
 
     fn family(&mut self, name: &str, help: &str, label: &str, family: &CounterFamily) {
         self.head(name, help, "counter");
+        let mut unnamed = 0;
         for (value, count) in family.labels() {
-            self.sample(name, &[(label, value)], count);
+            if is_name(value) {
+                self.sample(name, &[(label, value)], count);
+            } else {
+                unnamed += count;
+            }
+        }
+        if unnamed > 0 {
+            self.sample(name, &[(label, OTHER)], unnamed);
         }
     }
 
@@ -134,25 +142,16 @@ impl Page {
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
         let _ = write!(self.text, "{PREFIX}{name}");
         for (index, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"{}\"", if index == 0 { '{' } else { ',' }, escaped(text));
+            let _ = write!(self.text, "{}{label}=\"{}\"", if index == 0 { '{' } else { ',' }, text);
         }
         let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
     }
 }
 
-/// A label's value may hold anything; control characters have no place in it.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '\\' => escaped.push_str("\\\\"),
-            '"' => escaped.push_str("\\\""),
-            '\n' => escaped.push_str("\\n"),
-            other if other.is_control() => escaped.push('\u{fffd}'),
-            other => escaped.push(other),
-        }
-    }
-    escaped
+/// Whether a label's value is a name. Some come from what was read, such as a line's type; anything else in their place
+/// may be text, and is counted as [`OTHER`].
+fn is_name(value: &str) -> bool {
+    value != OTHER && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 
 #[cfg(test)]
@@ -160,13 +159,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_label_can_not_break_out_of_its_quotes() {
+    fn what_is_no_name_is_no_label() {
         let family = CounterFamily::default();
-        family.add("a\"} 1\nb\\\r", 7);
+        for (label, count) in [("file-history", 1), ("a\"} 1\nb\\\r", 2), ("my secret", 4), ("geh\u{e4}ssig", 8)] {
+            family.add(label, count);
+        }
+        // More than are kept apart, so that the family has a remainder of its own.
+        (0..70).for_each(|number| family.add(&format!("type_{number}"), 16));
         let mut page = Page::default();
         page.family("x_total", "Help.", "type", &family);
-        let last = page.text.lines().last().unwrap();
-        assert_eq!(last, "headspace_watcher_x_total{type=\"a\\\"} 1\\nb\\\\\u{fffd}\"} 7");
-        assert_eq!(page.text.lines().count(), 3);
+        let samples: Vec<&str> = page.text.lines().skip(2).collect();
+        assert_eq!(samples.first(), Some(&"headspace_watcher_x_total{type=\"file-history\"} 1"));
+        let others: Vec<&&str> = samples.iter().filter(|sample| !sample.contains("type_")).skip(1).collect();
+        assert_eq!(others, [&format!("headspace_watcher_x_total{{type=\"other\"}} {}", 2 + 4 + 8 + 10 * 16)]);
     }
 }
