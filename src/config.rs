@@ -109,11 +109,19 @@ pub struct QueueConfig {
 /// Section `http`: the watcher's own door.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HttpConfig {
-    /// `None` turns TCP off. An address that is not loopback comes with a token only.
+    /// `None` turns TCP off. An address that is not loopback comes with a configured token only.
     pub listen: Option<SocketAddr>,
     /// The Unix socket, short enough to be bound.
     pub socket: PathBuf,
+    /// What callers on TCP show; `None`: the one in [`HttpConfig::token_file`].
     pub token: Option<Secret>,
+}
+
+impl HttpConfig {
+    /// The file in which a token is made where none is configured: `http.token` beside the socket.
+    pub fn token_file(&self) -> PathBuf {
+        self.socket.with_file_name("http.token")
+    }
 }
 
 /// Section `schemas`: additions to the built-in event types.
@@ -180,6 +188,15 @@ impl Config {
 pub struct Secret(String);
 
 impl Secret {
+    /// What a token for HTTP is made of.
+    pub const TOKEN_RULE: &str = "8 to 256 visible ASCII characters without spaces";
+
+    /// `text` as a token for HTTP, where it keeps to [`Secret::TOKEN_RULE`].
+    pub fn token(text: &str) -> Option<Secret> {
+        let is_token = (8..=256).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+        is_token.then(|| Secret::new(text))
+    }
+
     pub fn new(text: impl Into<String>) -> Self {
         Secret(text.into())
     }

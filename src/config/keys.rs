@@ -401,7 +401,10 @@ pub(super) const KEYS: &[Key] = &[
         section: "http",
         name: "listen",
         default: "127.0.0.1:5056",
-        about: &["Address and port for HTTP; null turns TCP off, the socket stays. Beyond loopback only with a token."],
+        about: &[
+            "Address and port for HTTP; null turns TCP off, the socket stays.",
+            "Beyond loopback only where token is set below.",
+        ],
         kind: Kind::Text {
             expected: "an address with a port, like 127.0.0.1:5056",
             nullable: true,
@@ -416,7 +419,9 @@ pub(super) const KEYS: &[Key] = &[
         section: "http",
         name: "socket",
         default: "data/watcher.sock",
-        about: &["Unix socket of the running watcher, for its owner only. Commands find the watcher by it."],
+        about: &[
+            "Unix socket of the running watcher, for its owner only (mode 0600). Commands find the watcher by it.",
+        ],
         kind: Kind::Path { set: |config, path| config.http.socket = path },
     },
     Key {
@@ -424,17 +429,17 @@ pub(super) const KEYS: &[Key] = &[
         name: "token",
         default: "null",
         about: &[
-            "When set, callers must show it. Needed when listen is not loopback.",
-            "Better in HEADSPACE_HTTP__TOKEN than in this file.",
+            "Callers over TCP send it as \"Authorization: Bearer TOKEN\". Without it they read health, metrics and the page,",
+            "without any text, and change nothing. null: one is made at the first start, in the file http.token beside",
+            "the socket (data/http.token, mode 0600), and kept there.",
+            "A token of your own is better in HEADSPACE_HTTP__TOKEN than in this file.",
         ],
         kind: Kind::Text {
-            expected: "8 to 256 visible ASCII characters without spaces",
+            expected: Secret::TOKEN_RULE,
             nullable: true,
             secret: true,
             set: |config, text, _| {
-                let is_token =
-                    |text: &&str| (8..=256).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
-                config.http.token = read(text, |text| Some(text).filter(is_token).map(Secret::new))?;
+                config.http.token = read(text, Secret::token)?;
                 Ok(())
             },
         },

@@ -386,8 +386,8 @@ impl Reading<'_> {
             http.listen.is_none_or(|address| address.ip().to_canonical().is_loopback()) || http.token.is_some(),
             ["http.listen", "http.token"],
             |_, _| {
-                "expected a loopback address such as 127.0.0.1:5056 while http.token is null: others could read and \
-                 post; set http.token (HEADSPACE_HTTP__TOKEN) to listen beyond this machine"
+                "expected a loopback address such as 127.0.0.1:5056 while http.token is null: to listen beyond this \
+                 machine, set http.token (HEADSPACE_HTTP__TOKEN); the generated token serves on loopback only"
                     .to_owned()
             },
         );

@@ -699,8 +699,8 @@ fn listening_beyond_loopback_needs_a_token() {
         refuses(
             &format!("http:\n  listen: {address}\n"),
             &["config.yaml:2: http.listen: expected a loopback address such as 127.0.0.1:5056 while http.token \
-               is null: others could read and post; set http.token (HEADSPACE_HTTP__TOKEN) to listen beyond \
-               this machine"],
+               is null: to listen beyond this machine, set http.token (HEADSPACE_HTTP__TOKEN); the generated \
+               token serves on loopback only"],
         );
         Desk::with(format!("http: {{listen: {address}, token: 12345678}}\n")).config();
     }

@@ -11,6 +11,7 @@ mod listings;
 mod metrics;
 mod page;
 mod server;
+pub mod token;
 mod transcripts;
 
 use std::sync::Arc;

@@ -93,6 +93,7 @@ fn an_outside_crate_is_known_in_one_place() {
         ("rustls::", "sink/postgres"),
         ("axum::", "http"),
         ("serde_saphyr::", "config"),
+        ("getrandom::", "http/token.rs"),
     ] {
         let found = mentions(name);
         // `http.rs` serves, and the service starts the serving.
