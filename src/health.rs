@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use crate::event::Timestamp;
 use crate::intake::retention::WARN_DAYS;
@@ -42,6 +43,9 @@ pub struct Health {
     pub database: DatabaseHealth,
     pub writes: WritesHealth,
     pub watcher: WatcherHealth,
+    /// The listener on TCP; null where it is off, and for callers without the token.
+    #[serde(default)]
+    pub http: Option<HttpHealth>,
 }
 
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -101,6 +105,18 @@ pub struct WatcherHealth {
     pub last_rescan: Option<String>,
 }
 
+#[derive(Serialize, Deserialize, Clone, Debug)]
+pub struct HttpHealth {
+    /// Address and port: the configured ones until it listens, then those it listens on.
+    pub address: String,
+    /// False while another process holds the port.
+    pub listening: bool,
+    /// The file with the generated token; null where `http.token` is configured, or the file is not used.
+    pub token_file: Option<String>,
+    /// Why there is no token, so that nobody is let in by one.
+    pub token_error: Option<String>,
+}
+
 /// A moment on both clocks: the one of the world, and the one that never jumps.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
@@ -125,6 +141,8 @@ pub struct HealthSource {
     pub polling_interval: Duration,
     /// The longest that a delivery and the pause after it may take.
     pub delivery_max: Duration,
+    /// The listener on TCP; `None`: off.
+    pub http: watch::Receiver<Option<HttpHealth>>,
 }
 
 impl HealthSource {
@@ -168,6 +186,7 @@ impl HealthSource {
                 transcripts_expiring: self.metrics.transcripts_expiring.get(),
                 last_rescan: self.metrics.last_rescan().map(|at| at.to_string()),
             },
+            http: self.http.borrow().clone(),
         }
     }
 

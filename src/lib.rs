@@ -29,6 +29,7 @@
 //! 7. Only the database's verdict on *this event* sets it aside; never a clock, never an unknown code.
 //! 8. A storage error ends the process (fail-stop); the supervisor starts it again.
 //! 9. Everything has a limit, and every wait ends on `stop`.
+//! 10. Nobody but the owner reads or changes anything without the token.
 //!
 //! # Layers
 //!

@@ -29,7 +29,7 @@ use self::pulse::Pulse;
 use self::systemd::{Notice, Systemd};
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
-use crate::health::{HealthSource, Moment};
+use crate::health::{HealthSource, HttpHealth, Moment};
 use crate::history::History;
 use crate::http::{self, Access, Api, Door};
 use crate::intake::Intake;
@@ -115,6 +115,7 @@ impl Service {
         let queue = self.open_queue().await?;
         let intake = Arc::new(Intake::new(schemas, queue.clone(), redactor, self.metrics.clone()));
         let spool = Spool::new(&config.queue.spool_path);
+        let http_health = watch::Sender::new(None);
         let health = Arc::new(HealthSource {
             queue: queue.clone(),
             metrics: self.metrics.clone(),
@@ -124,6 +125,7 @@ impl Service {
             delivery_max: config.database.connect_timeout
                 + config.database.statement_timeout
                 + config.event_system.write_retry_max_delay,
+            http: http_health.subscribe(),
         });
         let history = Arc::new(History::default());
         let systemd = Systemd::of_process();
@@ -132,7 +134,7 @@ impl Service {
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
         let mut parts =
             Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None, spool: None };
-        let started = self.start(&mut parts, api, intake, spool);
+        let started = self.start(&mut parts, api, http_health, intake, spool);
         let result = match started {
             Ok(running) => {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
@@ -164,12 +166,19 @@ impl Service {
     }
 
     /// Starts the parts.
-    fn start(&self, parts: &mut Parts, api: Api, intake: Arc<Intake>, spool: Spool) -> Result<Running, ServiceError> {
+    fn start(
+        &self,
+        parts: &mut Parts,
+        api: Api,
+        http_health: watch::Sender<Option<HttpHealth>>,
+        intake: Arc<Intake>,
+        spool: Spool,
+    ) -> Result<Running, ServiceError> {
         let config = &self.config;
         let socket = bind_socket(&config.http.socket)?;
         parts.tasks.push(("socket", tokio::spawn(http::serve(socket, http::router(api.clone(), Door::Socket)))));
         if let Some(address) = config.http.listen {
-            parts.tasks.push(("http", serve_tcp(address, api, &config.http)));
+            parts.tasks.push(("http", serve_tcp(address, api, &config.http, http_health)));
         }
         let (drained, drainer) = oneshot::channel();
         if self.has_database {
@@ -471,9 +480,36 @@ fn bind_socket(path: &Path) -> Result<UnixListener, ServiceError> {
     Ok(listener)
 }
 
+/// The token for TCP; where none is configured, the generated one. What captures must not fail for want of a token:
+/// without one, nobody is let in by it.
+fn http_access(address: SocketAddr, config: &HttpConfig) -> (Access, HttpHealth) {
+    let mut health = HttpHealth { address: address.to_string(), listening: false, token_file: None, token_error: None };
+    let token = config.token.clone().or_else(|| {
+        let file = config.token_file();
+        match http::token::load_or_create(&file) {
+            Ok(token) => {
+                health.token_file = Some(file.display().to_string());
+                Some(token)
+            }
+            Err(error) => {
+                warn!(error = %error, "the HTTP token can't be used; over TCP only health, metrics and the page are served");
+                health.token_error = Some(error.to_string());
+                None
+            }
+        }
+    });
+    (Access { token }, health)
+}
+
 /// Serves on TCP, trying again where the port is taken: what captures must not fail for want of a port.
-fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<()> {
-    let access = Access { token: config.token.clone(), listen: address.ip() };
+fn serve_tcp(
+    address: SocketAddr,
+    api: Api,
+    config: &HttpConfig,
+    health: watch::Sender<Option<HttpHealth>>,
+) -> JoinHandle<()> {
+    let (access, own_health) = http_access(address, config);
+    health.send_replace(Some(own_health));
     let router = http::router(api, Door::Tcp(access));
     tokio::spawn(async move {
         let mut said = false;
@@ -483,6 +519,11 @@ fn serve_tcp(address: SocketAddr, api: Api, config: &HttpConfig) -> JoinHandle<(
                     if said {
                         info!(%address, "the HTTP port is free now");
                     }
+                    health.send_modify(|health| {
+                        if let (Some(health), Ok(address)) = (health, listener.local_addr()) {
+                            *health = HttpHealth { address: address.to_string(), listening: true, ..health.clone() };
+                        }
+                    });
                     return http::serve(listener, router).await;
                 }
                 Err(error) if !said => {

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use headspace_watcher::config::Config;
+use headspace_watcher::config::{Config, HttpConfig};
+use headspace_watcher::http::token;
 use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::retention::{Retention, WARN_DAYS};
 use headspace_watcher::intake::schema::Schemas;
@@ -48,6 +49,7 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
         ("spool", writable(&config.queue.spool_path, "queue.spool_path")),
         ("socket", socket(&config.http.socket)),
+        ("token", token(&config.http)),
     ];
     if !arguments.no_database {
         findings.extend(database(context)?.into_iter().map(|finding| ("database", finding)));
@@ -156,6 +158,21 @@ fn socket(path: &Path) -> Finding {
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => Finding::Fine(format!("{}: a watcher is running", path.display())),
         Err(_) => Finding::Fine(format!("{}: no watcher is running", path.display())),
+    }
+}
+
+/// What callers over TCP have to show.
+fn token(http: &HttpConfig) -> Finding {
+    let file = http.token_file();
+    let shown = file.display();
+    match (http.listen, &http.token) {
+        (None, _) => Finding::Fine("none is needed: http.listen is null".to_owned()),
+        (Some(_), Some(_)) => Finding::Fine("http.token".to_owned()),
+        (Some(_), None) => match token::load(&file) {
+            Ok(Some(_)) => Finding::Fine(shown.to_string()),
+            Ok(None) => Finding::Fine(format!("{shown}: made at the first start")),
+            Err(error) => Finding::Wrong(error.to_string()),
+        },
     }
 }
 

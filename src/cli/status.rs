@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use headspace_watcher::event::Timestamp;
-use headspace_watcher::health::{Health, Status};
+use headspace_watcher::health::{Health, HttpHealth, Status};
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError, QueueStats};
 use serde_json::json;
 
@@ -209,7 +210,28 @@ fn describe(health: &Health) -> String {
         "writes    {} stored, {} already there, {} failed; last {last_write}",
         health.writes.succeeded, health.writes.duplicates, health.writes.failed
     );
+    let _ = writeln!(text, "page      {}", page_line(health.http.as_ref()));
     text
+}
+
+/// Where the status page is, and the token that it asks for. Not while another process holds the port, which would be
+/// given the token.
+fn page_line(http: Option<&HttpHealth>) -> String {
+    let Some(http) = http else { return "none: http.listen is null".to_owned() };
+    if !http.listening {
+        return format!("none: {} is taken by another process; set http.listen to a free port", http.address);
+    }
+    let mut url = format!("http://{}/", http.address);
+    if let Ok(address) = http.address.parse::<SocketAddr>()
+        && address.ip().is_unspecified()
+    {
+        url = format!("http://localhost:{}/", address.port());
+    }
+    match (&http.token_error, &http.token_file) {
+        (Some(error), _) => format!("{url} (numbers only: {error})"),
+        (None, Some(file)) => format!("{url} (its token: {file})"),
+        (None, None) => format!("{url} (its token: http.token of the configuration)"),
+    }
 }
 
 fn queue_line(pending: u64, pending_bytes: u64, oldest_age: Option<f64>, dead_letters: u64, disk_bytes: u64) -> String {

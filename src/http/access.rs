@@ -1,93 +1,251 @@
-//! Who may ask over TCP: programs on this machine, and with the token where one is set.
+//! Who may do what over TCP.
 //!
-//! A caller must name one of our own hosts, which keeps out a browser's page whose name was made to lead here (DNS
-//! rebinding), must not come from a page of another origin, and must bear the token.
+//! ```text
+//!                  GET of OPEN_PATHS                        everything else
+//! without a token  without texts, payloads and paths        401
+//! the token        everything                               everything
+//! a wrong token    401                                      401
+//! ```
+//!
+//! Loopback is open to every user of the machine, so being able to connect says nothing; the token does. The Unix socket
+//! (mode 0600) is its owner's alone and asks for none of this.
+//!
+//! Whoever asks, a request must name the address that it has reached (`Host`, and the target where it is absolute), which
+//! keeps out a page whose own name was made to lead here (DNS rebinding); and where it says which page it comes from
+//! (`Origin`), that page must be ours: same scheme, host and port. No answer carries CORS headers, so a page of another
+//! origin can't read what it asks for without an `Origin`.
 
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::header::{AUTHORIZATION, HOST, HeaderName, HeaderValue, ORIGIN, WWW_AUTHENTICATE};
+use axum::http::uri::Scheme;
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 
 use super::error;
+use super::server::LocalAddress;
 use crate::config::Secret;
 
-/// Who may ask over TCP.
-#[derive(Clone)]
-pub struct Access {
-    pub token: Option<Secret>,
-    /// The address we listen on, which a caller may name as host.
-    pub listen: IpAddr,
+/// What may be read without the token, by `GET` or `HEAD`. Every other route is closed without it, a new one too.
+const OPEN_PATHS: [&str; 7] = ["/", "/health", "/livez", "/readyz", "/metrics", "/overview", "/live"];
+
+/// Port of `http` where none is named.
+const DEFAULT_PORT: u16 = 80;
+
+/// Who asks. Routes read it from the request's extensions; where it is missing they fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Caller {
+    /// Came by the socket, or has the token: may do everything.
+    Owner,
+    /// Anybody else: sees no text, no payload and no path.
+    Stranger,
 }
 
-/// Lets through who may ask over TCP.
-pub async fn admit_caller(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    let headers = request.headers();
-    if !host_is_ours(headers, access.listen) {
-        return error(StatusCode::FORBIDDEN, "the Host header names another host");
+/// What the owner is recognised by on TCP.
+#[derive(Clone)]
+pub struct Access {
+    /// Without one nobody is.
+    pub token: Option<Secret>,
+}
+
+/// Turns away who may not ask, and tells the routes who does.
+pub async fn admit_caller(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
+    let Some(LocalAddress(reached)) = request.extensions().get().copied() else {
+        return error(StatusCode::FORBIDDEN, "the connection has been closed");
+    };
+    if let Err(refusal) = check_origin(&request, reached) {
+        return error(StatusCode::FORBIDDEN, refusal);
     }
-    if !origin_is_ours(headers, access.listen) {
-        return error(StatusCode::FORBIDDEN, "pages of other origins may not ask");
+    let caller = match request.headers().get(AUTHORIZATION) {
+        None => Caller::Stranger,
+        Some(value) if is_token(value, &access) => Caller::Owner,
+        Some(_) => return unauthorized(),
+    };
+    if caller == Caller::Stranger && !is_open(request.method(), request.uri().path()) {
+        return unauthorized();
     }
-    // The page itself holds nothing; it asks for the token and sends it with what it asks for.
-    if request.uri().path() != "/" && !bears_token(headers, access.token.as_ref()) {
-        let problem = "the token is missing or wrong: send Authorization: Bearer <http.token>";
-        return error(StatusCode::UNAUTHORIZED, problem);
-    }
+    request.extensions_mut().insert(caller);
     next.run(request).await
 }
 
-fn host_is_ours(headers: &HeaderMap, listen: IpAddr) -> bool {
-    headers.get(HOST).and_then(|host| host.to_str().ok()).is_some_and(|host| is_our_host(host, listen))
+fn is_open(method: &Method, path: &str) -> bool {
+    matches!(*method, Method::GET | Method::HEAD) && OPEN_PATHS.contains(&path)
 }
 
-fn origin_is_ours(headers: &HeaderMap, listen: IpAddr) -> bool {
-    match headers.get(ORIGIN) {
-        None => true,
-        Some(origin) => origin
-            .to_str()
-            .ok()
-            .and_then(|origin| origin.strip_prefix("http://"))
-            .is_some_and(|host| is_our_host(host, listen)),
+fn is_token(value: &HeaderValue, access: &Access) -> bool {
+    let presented = value.to_str().ok().and_then(|value| value.strip_prefix("Bearer "));
+    presented.zip(access.token.as_ref()).is_some_and(|(presented, token)| token.matches(presented))
+}
+
+/// Says where the token is, but no path: whoever asks may be another user.
+fn unauthorized() -> Response {
+    let problem = "this needs the token: send \"Authorization: Bearer TOKEN\". It is http.token of the configuration, or \
+                   in the file http.token beside the socket; \"headspace-watcher status\" shows where";
+    let bearer = HeaderValue::from_static("Bearer");
+    ([(WWW_AUTHENTICATE, bearer)], error(StatusCode::UNAUTHORIZED, problem)).into_response()
+}
+
+/// Why a request is turned away whoever sends it.
+#[derive(Debug, PartialEq)]
+enum Refusal {
+    Host { reached: SocketAddr },
+    Origin,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Host { reached } => {
+                let address = SocketAddr::new(reached.ip().to_canonical(), reached.port());
+                let port = reached.port();
+                write!(f, "the request names another host: ask for http://{address} or http://localhost:{port}")
+            }
+            Refusal::Origin => f.write_str("a page of another origin may not ask"),
+        }
     }
 }
 
-/// `localhost`, a loopback address or the address we listen on, with or without a port.
-fn is_our_host(host: &str, listen: IpAddr) -> bool {
-    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _)) => address,
-        None => host.split_once(':').map_or(host, |(name, _)| name),
-    };
-    if name.eq_ignore_ascii_case("localhost") {
-        return true;
+fn check_origin(request: &Request, reached: SocketAddr) -> Result<(), Refusal> {
+    let (headers, target) = (request.headers(), request.uri());
+    let foreign_host = || Refusal::Host { reached };
+    let host = only_value(headers, &HOST).and_then(Authority::parse).filter(|host| host.is_reached_at(reached));
+    let host = host.ok_or_else(foreign_host)?;
+    if let Some(authority) = target.authority()
+        && !(target.scheme() == Some(&Scheme::HTTP) && Authority::parse(authority.as_str()) == Some(host))
+    {
+        return Err(foreign_host());
     }
-    name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback() || address == listen || listen.is_unspecified())
+    if headers.contains_key(ORIGIN) {
+        let origin = only_value(headers, &ORIGIN).and_then(|origin| origin.strip_prefix("http://"));
+        // A browser asks the page's own server by the very name that the page has.
+        if origin.and_then(Authority::parse) != Some(host) {
+            return Err(Refusal::Origin);
+        }
+    }
+    Ok(())
 }
 
-fn bears_token(headers: &HeaderMap, token: Option<&Secret>) -> bool {
-    let Some(token) = token else { return true };
-    headers
-        .get(AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Bearer "))
-        .is_some_and(|presented| token.matches(presented))
+/// The value of a header line that is there once.
+fn only_value<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next()?.to_str().ok()?;
+    values.next().is_none().then_some(value)
+}
+
+/// Host and port as a URL names them: `localhost:5056`, `127.0.0.1:5056`, `[::1]:5056`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Authority {
+    host: Host,
+    port: u16,
+}
+
+/// Any other name is foreign: where it leads is not ours to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Host {
+    Localhost,
+    Address(IpAddr),
+}
+
+impl Authority {
+    fn parse(text: &str) -> Option<Authority> {
+        let (host, port) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (address, port) = rest.split_once(']')?;
+                (Host::Address(address.parse::<Ipv6Addr>().ok()?.to_canonical()), port)
+            }
+            None => {
+                let (name, port) = text.split_at(text.find(':').unwrap_or(text.len()));
+                let is_localhost = name.eq_ignore_ascii_case("localhost");
+                let address = || name.parse::<Ipv4Addr>().ok().map(|address| Host::Address(address.into()));
+                (if is_localhost { Host::Localhost } else { address()? }, port)
+            }
+        };
+        let port = match port {
+            "" => DEFAULT_PORT,
+            port => {
+                let digits = port.strip_prefix(':')?;
+                digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()?
+            }
+        };
+        Some(Authority { host, port })
+    }
+
+    /// Whether it names where the request has arrived.
+    fn is_reached_at(self, reached: SocketAddr) -> bool {
+        let is_host = match self.host {
+            Host::Localhost => true,
+            Host::Address(address) => address == reached.ip().to_canonical(),
+        };
+        is_host && self.port == reached.port()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn is_ours(host: &str, reached: &str) -> bool {
+        Authority::parse(host).is_some_and(|host| host.is_reached_at(reached.parse().unwrap()))
+    }
+
     #[test]
-    fn only_our_own_hosts_are_let_through() {
-        let listen: IpAddr = "127.0.0.1".parse().unwrap();
-        for host in ["localhost", "localhost:5056", "127.0.0.1:5056", "[::1]:5056", "LOCALHOST:1"] {
-            assert!(is_our_host(host, listen), "{host}");
+    fn a_host_is_ours_by_the_address_that_was_reached_or_as_localhost() {
+        for (reached, host) in [
+            ("127.0.0.1:5056", "127.0.0.1:5056"),
+            ("127.0.0.1:5056", "localhost:5056"),
+            ("127.0.0.1:5056", "LOCALHOST:5056"),
+            ("127.0.0.1:80", "127.0.0.1"),
+            ("127.0.0.1:80", "localhost"),
+            ("127.0.0.1:80", "localhost:80"),
+            ("[::1]:5056", "[::1]:5056"),
+            ("[::1]:5056", "[0:0:0:0:0:0:0:1]:5056"),
+            ("[::1]:80", "[::1]"),
+            // An IPv4 caller of a listener on `::`.
+            ("[::ffff:127.0.0.1]:5056", "127.0.0.1:5056"),
+            ("[::ffff:127.0.0.1]:5056", "[::ffff:7f00:1]:5056"),
+            ("192.168.1.2:5056", "192.168.1.2:5056"),
+            // A port that a container's host passes on.
+            ("172.17.0.2:5056", "localhost:5056"),
+        ] {
+            assert!(is_ours(host, reached), "{host} at {reached}");
         }
-        for host in ["evil.example", "evil.example:5056", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil"] {
-            assert!(!is_our_host(host, listen), "{host}");
+        for host in [
+            "evil.example",
+            "evil.example:5056",
+            "localhost.evil.example:5056",
+            "127.0.0.1.evil:5056",
+            "localhost.:5056",
+            "127.0.0.1.:5056",
+            "10.0.0.1:5056",
+            "127.0.0.2:5056",
+            "[::1]:5056",
+            "::1:5056",
+            "0.0.0.0:5056",
+            "[::]:5056",
+            "localhost",
+            "127.0.0.1",
+            "127.0.0.1:",
+            "127.0.0.1:5057",
+            "127.0.0.1:+5056",
+            "127.0.0.1:65592",
+            "127.0.0.1:5056/",
+            "127.0.0.1:5056@evil.example",
+            "evil@127.0.0.1:5056",
+            "127.0.0.1:5056:5056",
+            "127.1:5056",
+            "0x7f.0.0.1:5056",
+            "[127.0.0.1]:5056",
+            "[::1",
+            "[::1]5056",
+            " 127.0.0.1:5056",
+            "",
+            ":5056",
+        ] {
+            assert!(!is_ours(host, "127.0.0.1:5056"), "{host}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The HTTP interface, on the Unix socket and on loopback: health, the queue, and other programs' events.
 //!
-//! The socket is for the commands on this machine (mode 0600: its owner). On TCP [`access`] says who may ask. [`server`]
-//! bounds what connections cost, `events` and `hooks` what their bodies do. The only user of axum.
+//! The socket is for the commands on this machine (mode 0600: its owner). On TCP [`access`] says who may do what, by the
+//! [`token`]. [`server`] bounds what connections cost, `events` and `hooks` what their bodies do. The only user of axum.
 
 mod access;
 mod dead_letters;
@@ -17,22 +17,22 @@ mod transcripts;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
+use axum::{Extension, Router};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
-pub use self::access::Access;
+pub use self::access::{Access, Caller};
 pub use self::page::{Overview, RecentEvent, RecentSession};
 pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
-use crate::health::{HealthSource, Moment, Status};
+use crate::health::{DatabaseHealth, Health, HealthSource, Moment, Status};
 use crate::history::History;
 use crate::intake::Intake;
 use crate::intake::spool::Spool;
@@ -136,11 +136,11 @@ pub fn router(api: Api, door: Door) -> Router {
         .route("/live", get(page::live))
         .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
-        .layer(axum::Extension(Pace::of(&door)))
-        .layer(axum::Extension(origin_of(&door)))
+        .layer(Extension(Pace::of(&door)))
+        .layer(Extension(origin_of(&door)))
         .with_state(api);
     match door {
-        Door::Socket => routes,
+        Door::Socket => routes.layer(Extension(Caller::Owner)),
         Door::Tcp(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller)),
     }
 }
@@ -153,13 +153,63 @@ fn origin_of(door: &Door) -> MayBeCommand {
     MayBeCommand(matches!(door, Door::Socket))
 }
 
-async fn health(State(api): State<Api>) -> Response {
-    let health = api.health.health(Moment::now());
+async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {
+    let health = health_for(caller, api.health.health(Moment::now()));
     let code = match health.status {
         Status::Pass | Status::Warn => StatusCode::OK,
         Status::Fail => StatusCode::SERVICE_UNAVAILABLE,
     };
     answer(code, &health)
+}
+
+/// What `caller` may see of the health. What Postgres says can quote a payload, and the cause of an error can name a path:
+/// a stranger learns that there is an error and where its text is.
+fn health_for(caller: Caller, health: Health) -> Health {
+    if caller == Caller::Owner {
+        return health;
+    }
+    // Each field by name: whether a new one is for strangers is to be decided here.
+    let Health {
+        status,
+        running,
+        pid,
+        version,
+        started_at,
+        uptime_seconds,
+        ready,
+        reasons,
+        queue,
+        database: DatabaseHealth { state, since, last_error },
+        writes,
+        watcher,
+        http: _,
+    } = health;
+    let reasons = reasons.iter().map(|reason| without_cause(reason).to_owned()).collect();
+    let last_error = last_error.map(|_| ERROR_WITHHELD.to_owned());
+    let database = DatabaseHealth { state, since, last_error };
+    Health {
+        status,
+        running,
+        pid,
+        version,
+        started_at,
+        uptime_seconds,
+        ready,
+        reasons,
+        queue,
+        database,
+        writes,
+        watcher,
+        http: None,
+    }
+}
+
+/// What a stranger reads where the owner reads an error's text.
+const ERROR_WITHHELD: &str = "shown with the token, and by \"headspace-watcher status\"";
+
+/// A message without its cause, which follows the first colon.
+fn without_cause(message: &str) -> &str {
+    message.split_once(": ").map_or(message, |(what, _)| what)
 }
 
 async fn livez() -> Response {
@@ -185,4 +235,16 @@ fn answer(code: StatusCode, value: &impl serde::Serialize) -> Response {
 
 fn error(code: StatusCode, problem: impl std::fmt::Display) -> Response {
     answer(code, &json!({"error": problem.to_string()}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_reads_what_is_wrong_without_its_cause() {
+        let failed = "the queue can't be written: could not sync /home/me/data/queue: No space left on device";
+        assert_eq!(without_cause(failed), "the queue can't be written");
+        assert_eq!(without_cause("1 dead letter; see \"queue-dump\""), "1 dead letter; see \"queue-dump\"");
+    }
 }

@@ -1,10 +1,12 @@
 //! The status page at `/`, and what it and `top` are made of: `GET /overview`, and `GET /live` as server-sent events.
 //!
-//! The page itself holds no data, so it needs no token; what it shows it asks for with the token that its reader gives.
+//! The page itself holds no data, so it needs no token. With the token that its reader gives it shows everything, without
+//! it numbers: no texts, sessions, projects or dead letters.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use axum::Extension;
 use axum::extract::{Query, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
@@ -15,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Api, answer};
+use super::{Api, Caller, answer, health_for};
 use crate::event::{Origin, Payload};
 use crate::health::{Health, Moment};
 use crate::history::{Lag, SAMPLES_MAX, Sample};
@@ -60,7 +62,7 @@ pub struct Overview {
     pub totals: Totals,
     /// The last events that were taken in, newest first.
     pub events: Vec<RecentEvent>,
-    /// Sessions that were active since the start, the most recent first.
+    /// Sessions that were active since the start, the most recent first; none for callers without the token.
     pub sessions: Vec<RecentSession>,
 }
 
@@ -73,7 +75,8 @@ pub struct Totals {
 
 #[derive(Serialize, Deserialize, Debug)]
 pub struct RecentEvent {
-    pub event_id: String,
+    /// This, `session` and `detail` come from the payload: null for callers without the token.
+    pub event_id: Option<String>,
     pub event_type: String,
     pub timestamp: String,
     pub captured_at: String,
@@ -81,7 +84,7 @@ pub struct RecentEvent {
     pub session: Option<String>,
     /// Who, what or how, in a word: a turn's actor, a hook's type, an end's reason.
     pub detail: Option<String>,
-    /// The beginning of its text, only where it was asked for.
+    /// The beginning of its text, only where it was asked for with the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
@@ -103,15 +106,20 @@ pub struct OverviewParameters {
 }
 
 /// `GET /overview?samples=600&text=false`
-pub async fn overview(State(api): State<Api>, Query(parameters): Query<OverviewParameters>) -> Response {
-    answer(StatusCode::OK, &look(&api, parameters.samples.unwrap_or(SAMPLES_MAX), parameters.text))
+pub async fn overview(
+    State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
+    Query(parameters): Query<OverviewParameters>,
+) -> Response {
+    let samples = parameters.samples.unwrap_or(SAMPLES_MAX);
+    answer(StatusCode::OK, &look(&api, caller, samples, parameters.text))
 }
 
-fn look(api: &Api, samples: usize, text: bool) -> Overview {
+fn look(api: &Api, caller: Caller, samples: usize, text: bool) -> Overview {
     let metrics = &api.health.metrics;
     let activity = &metrics.activity;
     Overview {
-        health: api.health.health(Moment::now()),
+        health: health_for(caller, api.health.health(Moment::now())),
         samples: api.history.last(samples),
         lag: api.history.lag(),
         totals: Totals {
@@ -119,13 +127,20 @@ fn look(api: &Api, samples: usize, text: bool) -> Overview {
             delivered: metrics.events_delivered.get(),
             rejected: metrics.events_rejected.get(),
         },
-        events: activity.events().iter().map(|noted| recent_event(noted, text)).collect(),
-        sessions: activity.sessions().iter().map(recent_session).collect(),
+        events: activity.events().iter().map(|noted| recent_event(noted, caller, text)).collect(),
+        sessions: match caller {
+            Caller::Owner => activity.sessions().iter().map(recent_session).collect(),
+            Caller::Stranger => Vec::new(),
+        },
     }
 }
 
 /// `GET /live`: an overview with all samples at first, then one with the newest sample every second.
-pub async fn live(State(api): State<Api>, Query(parameters): Query<OverviewParameters>) -> Response {
+pub async fn live(
+    State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
+    Query(parameters): Query<OverviewParameters>,
+) -> Response {
     let Some(viewer) = Viewer::admit() else {
         let error = serde_json::json!({"error": format!("{VIEWERS_MAX} pages are open already; close one")});
         return answer(StatusCode::SERVICE_UNAVAILABLE, &error);
@@ -138,7 +153,7 @@ pub async fn live(State(api): State<Api>, Query(parameters): Query<OverviewParam
                 return None;
             }
             newest.mark_unchanged();
-            let overview = look(&api, if first { SAMPLES_MAX } else { 1 }, text);
+            let overview = look(&api, caller, if first { SAMPLES_MAX } else { 1 }, text);
             let data = serde_json::to_string(&overview).unwrap_or_default();
             Some((Ok::<_, Infallible>(ServerEvent::default().data(data)), (api, newest, viewer, false)))
         });
@@ -164,20 +179,30 @@ impl Drop for Viewer {
     }
 }
 
-fn recent_event(noted: &Noted, text: bool) -> RecentEvent {
+fn recent_event(noted: &Noted, caller: Caller, text: bool) -> RecentEvent {
+    let event = RecentEvent {
+        event_id: None,
+        event_type: noted.event_type.to_string(),
+        timestamp: noted.timestamp.to_string(),
+        captured_at: noted.captured_at.to_string(),
+        origin: noted.origin.kind().to_owned(),
+        session: None,
+        detail: None,
+        text: None,
+    };
+    if caller == Caller::Stranger {
+        return event;
+    }
     let payload = noted.payload.as_ref().map(Payload::as_json).unwrap_or_default();
     let payload: Value = serde_json::from_str(payload).unwrap_or_default();
     let field =
         |names: &[&str]| names.iter().find_map(|name| payload.get(name).and_then(Value::as_str)).map(str::to_owned);
     RecentEvent {
-        event_id: noted.id.to_string(),
-        event_type: noted.event_type.to_string(),
-        timestamp: noted.timestamp.to_string(),
-        captured_at: noted.captured_at.to_string(),
-        origin: noted.origin.kind().to_owned(),
+        event_id: Some(noted.id.to_string()),
         session: field(&["session_uuid", "claude_session_id"]).or_else(|| session_of(&noted.origin)),
         detail: field(&["actor", "hook_type", "to_state", "reason"]),
         text: text.then(|| field(&["text", "message"])).flatten().map(|text| beginning(&text)),
+        ..event
     }
 }
 

@@ -25,7 +25,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixStream};
 use tokio::task::AbortHandle;
 
 /// Connections at once on one listener. `cli::run` sees to it that there are files enough beside them.
@@ -58,10 +58,32 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
+/// Which of our addresses a request has reached; among the extensions of each that came over TCP.
+#[derive(Clone, Copy)]
+pub struct LocalAddress(pub SocketAddr);
+
+/// A connection that can say which of our addresses it has reached.
+pub trait Reached {
+    fn local_address(&self) -> Option<LocalAddress>;
+}
+
+impl Reached for TcpStream {
+    fn local_address(&self) -> Option<LocalAddress> {
+        self.local_addr().ok().map(LocalAddress)
+    }
+}
+
+impl Reached for UnixStream {
+    fn local_address(&self) -> Option<LocalAddress> {
+        None
+    }
+}
+
 /// Serves `router` on `listener` for ever.
 pub async fn serve<L>(mut listener: L, router: Router)
 where
     L: Listener,
+    L::Io: Reached,
 {
     let mut connections: VecDeque<Connection> = VecDeque::new();
     loop {
@@ -140,11 +162,12 @@ impl Drop for UnderWay {
 
 async fn connection<I>(io: I, router: Router, activity: Arc<Activity>)
 where
-    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    I: Reached + tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     activity.has_turn(false);
+    let reached = io.local_address();
     let routes = TowerToHyperService::new(router);
-    let service = service_fn(move |request: hyper::Request<Incoming>| answer(&routes, request, &activity));
+    let service = service_fn(move |request: hyper::Request<Incoming>| answer(&routes, request, reached, &activity));
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -160,11 +183,15 @@ where
 fn answer(
     routes: &TowerToHyperService<Router>,
     request: hyper::Request<Incoming>,
+    reached: Option<LocalAddress>,
     activity: &Arc<Activity>,
 ) -> impl Future<Output = Result<Response, Infallible>> + use<> {
     let under_way = UnderWay::new(activity);
     let moving = activity.clone();
-    let request: Request = request.map(|body| Body::new(Watched { body, note: move || moving.moves() }));
+    let mut request: Request = request.map(|body| Body::new(Watched { body, note: move || moving.moves() }));
+    if let Some(reached) = reached {
+        request.extensions_mut().insert(reached);
+    }
     let answering = routes.call(request);
     async move {
         let response = answering.await?;

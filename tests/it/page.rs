@@ -69,19 +69,41 @@ fn the_page_needs_nothing_from_outside_and_lets_nothing_else_run() {
 }
 
 #[test]
-fn only_who_has_the_token_sees_what_happens_and_no_page_of_another_origin() {
+fn without_the_token_the_page_gets_numbers_and_with_it_everything_and_no_page_of_another_origin_gets_anything() {
     let (mut stage, port) = with_port(Stage::with(None));
     stage.set("http.token", "a-secret-token");
-    let _watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("a secret text");
+    let watcher = stage.start();
+    wait_until("it is queued", SOON, || watcher.health()["queue"]["pending"] == 2);
     wait_until("it listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
-    assert_eq!(code(&get(port, "/", "")), 200, "the page itself holds nothing and asks for the token");
-    for target in ["/overview", "/live", "/metrics", "/health"] {
-        assert_eq!(code(&get(port, target, "")), 401, "{target}");
-        assert_eq!(code(&get(port, target, "Authorization: Bearer another-token\r\n")), 401, "{target}");
-        let foreign = "Origin: http://evil.example\r\nAuthorization: Bearer a-secret-token\r\n";
-        assert_eq!(code(&get(port, target, foreign)), 403, "{target}");
+    let token = "Authorization: Bearer a-secret-token\r\n";
+    for target in ["/overview", "/live", "/metrics", "/health", "/"] {
+        let code = |headers: &str| {
+            let mut line = String::new();
+            ask(port, target, headers).read_line(&mut line).unwrap();
+            code(&line)
+        };
+        assert_eq!((code(""), code(token)), (200, 200), "{target}");
+        assert_eq!(code("Authorization: Bearer another-token\r\n"), 401, "{target}");
+        assert_eq!(code(&format!("Origin: http://evil.example\r\n{token}")), 403, "{target}");
+        assert_eq!(code("Origin: http://evil.example\r\n"), 403, "{target}");
     }
-    assert_eq!(code(&get(port, "/overview", "Authorization: Bearer a-secret-token\r\n")), 200);
+    let open = next_event(&mut ask(port, "/live?text=true", ""));
+    let event = &open["events"][0];
+    assert_eq!((&event["event_type"], &event["origin"]), (&"turn_detected".into(), &"transcript".into()));
+    for name in ["event_id", "session", "detail", "text"] {
+        assert_eq!(event[name], Value::Null, "{name}: {open}");
+    }
+    assert_eq!((&open["sessions"], &open["totals"]["captured"]), (&json!([]), &2.into()));
+    for private in ["secret", "-home-me-app", &transcript.session] {
+        assert!(!open.to_string().contains(private), "{private}: {open}");
+    }
+    let whole = next_event(&mut ask(port, "/live?text=true", token));
+    assert_eq!((&whole["events"][0]["detail"], &whole["events"][0]["text"]), (&"user".into(), &"a secret text".into()));
+    assert_eq!(whole["sessions"][0]["project"], "-home-me-app");
+    let untold = next_event(&mut ask(port, "/live", token));
+    assert_eq!(untold["events"][0]["text"], Value::Null, "texts are sent where they are asked for");
 }
 
 #[test]
@@ -93,7 +115,8 @@ fn whoever_looks_on_gets_the_last_ten_minutes_and_then_every_second() {
     stage.wait_for_rows(6);
     let overview = || -> Value { serde_json::from_str(&watcher.get("/overview").unwrap().1).unwrap() };
     wait_until("three samples", SOON, || overview()["samples"].as_array().unwrap().len() >= 3);
-    let mut live = ask(port, "/live", "");
+    let bearer = format!("Authorization: Bearer {}\r\n", stage.token());
+    let mut live = ask(port, "/live", &bearer);
     let first = next_event(&mut live);
     assert!(first["samples"].as_array().unwrap().len() >= 3, "{first}");
     let captured: u64 = first["samples"].as_array().unwrap().iter().map(|one| one["captured"].as_u64().unwrap()).sum();
@@ -153,7 +176,7 @@ fn rendered(stage: &Stage, port: u16) -> Option<(String, String)> {
 }
 
 #[test]
-fn a_browser_shows_the_page_alive() {
+fn a_browser_shows_numbers_without_the_token_and_says_where_it_is() {
     let (stage, port) = with_port(Stage::new());
     let mut transcript = stage.transcript("-home-me-app", 1);
     transcript.say("a secret text");
@@ -169,10 +192,9 @@ fn a_browser_shows_the_page_alive() {
         ">live<",
         "2 since start, 0 known already",
         "session_registered",
-        "aria-label=\"Retry dead letter ",
-        ">never was an event<",
+        ">2, shown with the token.<",
+        "<code>headspace-watcher status</code> tells where it is",
         "aria-label=\"Events a second over the last 10 minutes: at most ",
-        "-home-me-app",
     ];
     // How far the page is when Chromium takes its picture is Chromium's to say.
     let deadline = Instant::now() + SOON;
@@ -184,7 +206,9 @@ fn a_browser_shows_the_page_alive() {
         let Some(missing) = expected.iter().find(|part| !page.contains(**part)) else { break page };
         assert!(Instant::now() < deadline, "{missing}: {page}");
     };
-    assert!(!page.contains("secret text"), "{page}");
+    for private in ["secret text", "-home-me-app", "aria-label=\"Retry", &transcript.session[..8]] {
+        assert!(!page.contains(private), "{private}: {page}");
+    }
 }
 
 /// Chromium in the hands of chromedriver, which speaks WebDriver.
@@ -251,12 +275,22 @@ impl Browser {
         self.tell("/execute/sync", &json!({"script": format!("return {expression}"), "args": []}))
     }
 
+    /// Types into a field that has the focus or gets it.
+    fn enter(&self, selector: &str, text: &str) {
+        let element = self.element(selector);
+        assert_eq!(self.tell(&format!("/element/{element}/value"), &json!({"text": text})), Value::Null);
+    }
+
     /// Clicks as a person does: what is hidden or covered can't be.
     fn press(&self, selector: &str) {
+        let element = self.element(selector);
+        assert_eq!(self.tell(&format!("/element/{element}/click"), &json!({})), Value::Null);
+    }
+
+    fn element(&self, selector: &str) -> String {
         let found = self.tell("/element", &json!({"using": "css selector", "value": selector}));
         let id = found.as_object().and_then(|found| found.values().next()).and_then(Value::as_str);
-        let id = id.unwrap_or_else(|| panic!("{selector}: {found}"));
-        assert_eq!(self.tell(&format!("/element/{id}/click"), &json!({})), Value::Null);
+        id.unwrap_or_else(|| panic!("{selector}: {found}")).to_owned()
     }
 }
 
@@ -271,7 +305,7 @@ impl Drop for Browser {
 }
 
 #[test]
-fn who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place() {
+fn with_the_token_the_page_shows_texts_and_who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place() {
     let (stage, port) = with_port(Stage::new());
     stage.refuse_curses();
     let mut transcript = stage.transcript("-home-me-app", 1);
@@ -279,6 +313,21 @@ fn who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place() {
     let watcher = stage.start();
     wait_until("the dead letter", SOON, || watcher.health()["queue"]["dead_letters"] == 1);
     let Some(browser) = Browser::open(&stage, &format!("http://127.0.0.1:{port}/")) else { return };
+    let text = |id: &str| browser.value(&format!("document.getElementById('{id}').textContent"));
+    let shows = |text: &str| browser.value("document.body.innerText").as_str().unwrap().contains(text);
+    wait_until("it asks for the token", SOON, || {
+        shows("headspace-watcher status") && text("letters-more") == "1, shown with the token."
+    });
+    assert!(!shows("a curse") && !shows("-home-me-app"));
+    browser.enter("#token", "another-token\u{e007}");
+    wait_until("it refuses another one", SOON, || text("ask-message") == "This is not the watcher's token.");
+    assert_eq!(browser.value("sessionStorage.length"), 0);
+    browser.enter("#token", &format!("{}\u{e007}", stage.token()));
+    wait_until("texts, sessions", SOON, || shows("user: a curse") && shows("-home-me-app"));
+    assert_eq!(browser.value("document.getElementById('ask').checkVisibility()"), false);
+    assert!(!browser.value("location.href").as_str().unwrap().contains(&stage.token()));
+    browser.tell("/refresh", &json!({}));
+    wait_until("it is kept in this tab", SOON, || shows("user: a curse"));
     let letter = || browser.value("document.querySelector('#letters button')?.id ?? ''");
     wait_until("its button", SOON, || letter() != "");
     let first = letter();

@@ -312,6 +312,14 @@ impl Stage {
         self.folder.path()
     }
 
+    /// The token that the watcher has made.
+    #[track_caller]
+    pub fn token(&self) -> String {
+        let file = self.folder().join("data/http.token");
+        let token = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        token.trim_end().to_owned()
+    }
+
     pub fn projects(&self) -> PathBuf {
         self.folder().join("projects")
     }
