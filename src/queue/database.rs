@@ -6,7 +6,6 @@
 
 use std::fs;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -122,7 +121,7 @@ impl Drop for Database {
         self.filler = None;
         let db = self.db.take();
         // sled flushes when it is dropped, and panics when that fails. Whatever was acknowledged is already synced.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+        let _ = guard::caught(|| drop(db));
         if self.retired.load(Ordering::Acquire) {
             // What stays is removed at the next opening.
             let _ = fs::remove_dir_all(&self.folder);
@@ -248,7 +247,7 @@ pub fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, Sto
 }
 
 fn guarded_for<T>(max: Duration, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    catch_unwind(AssertUnwindSafe(|| guard::limited(max, work))).unwrap_or_else(|panic| {
+    guard::caught(|| guard::limited(max, work)).unwrap_or_else(|panic| {
         let message = panic
             .downcast_ref::<String>()
             .map(String::as_str)

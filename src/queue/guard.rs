@@ -1,4 +1,5 @@
-//! Ends the process when sled does not come back.
+//! Keeps sled's faults away from the rest: catches its panics without a word ([`caught`]), and ends the process when it does
+//! not come back.
 //!
 //! On pages that contradict one another sled can look for a key for ever, on one processor and with ever more memory; nobody
 //! can call it back. Each call notes that it is under way, and a thread of its own looks once a second how much of a
@@ -8,7 +9,9 @@
 //!
 //! Only where `/proc` says what a thread has used (Linux).
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
@@ -35,7 +38,13 @@ struct Slot {
 
 static SLOTS: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
 
+/// How the threads are called that sled starts. It catches their panics itself, and refuses all work from then on.
+const SLED_THREADS: &str = "sled-io-";
+
 thread_local! {
+    /// Calls under way on this thread whose panics are caught.
+    static CAUGHT: Cell<u32> = const { Cell::new(0) };
+
     static SLOT: Arc<Slot> = {
         let thread = thread_id();
         let slot = Arc::new(Slot { thread, calls: AtomicU64::new(0), max: AtomicU64::new(0) });
@@ -63,6 +72,32 @@ pub fn limited<T>(max: Duration, call: impl FnOnce() -> T) -> T {
     let answer = call();
     drop(leave);
     answer
+}
+
+/// Runs a call of sled and catches its panic, of which nothing is printed: who called gets it, and says it in an error.
+pub fn caught<T>(call: impl FnOnce() -> T) -> std::thread::Result<T> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(print_no_caught_panic);
+    // A thread that is just ending has no counter any more: then it is printed.
+    let count = |change: fn(u32) -> u32| {
+        let _ = CAUGHT.try_with(|caught| caught.set(change(caught.get())));
+    };
+    count(|caught| caught + 1);
+    let answer = catch_unwind(AssertUnwindSafe(call));
+    count(|caught| caught.saturating_sub(1));
+    answer
+}
+
+/// All other panics are printed as before.
+fn print_no_caught_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let is_sleds = std::thread::current().name().is_some_and(|name| name.starts_with(SLED_THREADS));
+        let is_caught = CAUGHT.try_with(|caught| caught.get() > 0).unwrap_or(false);
+        if !is_sleds && !is_caught {
+            print(panic);
+        }
+    }));
 }
 
 /// Looks after all calls from now on, on behalf of the queue at `path`: of the first one, where a process has several.
@@ -136,6 +171,26 @@ fn processor_time(thread: u64) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[ignore = "the child of the test below"]
+    fn child() {
+        assert!(caught(|| panic!("inside")).is_err());
+        assert_eq!(caught(|| caught(|| panic!("deep inside")).is_err()).ok(), Some(true));
+        let sleds = std::thread::Builder::new().name(format!("{SLED_THREADS}7"));
+        assert!(sleds.spawn(|| panic!("on its own thread")).unwrap().join().is_err());
+        panic!("outside");
+    }
+
+    #[test]
+    fn a_panic_that_is_caught_prints_nothing_and_every_other_is_printed() {
+        let program = std::env::current_exe().unwrap();
+        let child = ["--exact", "queue::guard::tests::child", "--ignored", "--nocapture"];
+        let ran = std::process::Command::new(program).args(child).output().unwrap();
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert_eq!(said.matches("panicked at").count(), 1, "{said}");
+        assert!(said.contains("outside") && !said.contains("inside"), "{said}");
+    }
 
     #[test]
     fn the_processor_time_of_a_thread_grows_with_its_work() {
