@@ -17,7 +17,7 @@
 //! letters.
 
 use std::collections::HashSet;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,9 +40,9 @@ const WINDOW_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// How often the connection is looked after while nothing is to be delivered.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the answers in flight are waited for when the drainer is told to stop: half of what the whole stop is to take
-/// though the database hangs. What has not come by then is sent again at the next start, and refused by its receipt.
-const STOP_GRACE: Duration = Duration::from_millis(150);
+/// How long the answers in flight are waited for, all in all, when the drainer is told to stop. What has not come by then is
+/// sent again at the next start, and refused by its receipt.
+pub const STOP_GRACE: Duration = Duration::from_millis(150);
 
 /// Windows under way at once: one is answered while the next is sent.
 const WINDOWS_UNDER_WAY: usize = 2;
@@ -148,7 +148,8 @@ impl<S: Sink> Drainer<S> {
             let clean = async { while under_way.next().await.is_some() {} };
             tokio::select! {
                 () = clean => {}
-                () = stopped_for(stop.clone(), STOP_GRACE) => break,
+                // The time is used up.
+                () = stopped_for(stop.clone(), STOP_GRACE) => return self.await_settlement().await,
             }
             self.start_over();
             let pause = pause.saturating_sub(begun.elapsed()).max(pause.min(self.config.delay_first / 2));
@@ -199,12 +200,13 @@ impl<S: Sink> Drainer<S> {
         self.sent = Some(last);
         let sink = self.sink.clone();
         let metrics = self.metrics.clone();
-        Ok(Some(Box::pin(async move {
+        let delivery = async move {
             let begun = Instant::now();
             let delivery = sink.deliver(&window, Place { after, durable }).await;
             metrics.delivery_seconds.observe(begun.elapsed(), delivery.done.len() as u64);
             (window, delivery)
-        })))
+        };
+        Ok(Some(Box::pin(beating(self.metrics.clone(), delivery))))
     }
 
     /// After a failure everything that is not settled is sent again.
@@ -226,7 +228,7 @@ impl<S: Sink> Drainer<S> {
         }
         let begun = Instant::now();
         let probed = tokio::select! {
-            probed = self.sink.probe() => probed,
+            probed = beating(self.metrics.clone(), self.sink.probe()) => probed,
             () = stopped_for(stop.clone(), Duration::ZERO) => return,
         };
         self.metrics.draining.beat();
@@ -421,6 +423,17 @@ fn end_before_repeat(window: &mut Vec<Envelope>) {
     }
 }
 
+/// `work`, with a beat of `metrics.draining` each time it is looked at: when an answer has come, or a limit was reached. Each
+/// single wait in it has a limit, so that what is slow, for locks that others hold or many events, is told from what hangs.
+async fn beating<T>(metrics: Arc<Metrics>, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    std::future::poll_fn(|context| {
+        metrics.draining.beat();
+        work.as_mut().poll(context)
+    })
+    .await
+}
+
 /// Ends `grace` after the stop.
 async fn stopped_for(mut stop: watch::Receiver<bool>, grace: Duration) {
     // An error means that the sender is gone: nobody can stop us any more, and nobody needs us.
@@ -456,4 +469,30 @@ impl Backoff {
 fn random_fraction() -> f64 {
     let random = uuid::Uuid::now_v7().as_u128() as u32;
     f64::from(random) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_delivery_that_is_slow_but_moves_is_no_silence() {
+        let metrics = Arc::new(Metrics::default());
+        let (answers, mut answered) = tokio::sync::mpsc::channel::<()>(1);
+        let delivery = async move { while answered.recv().await.is_some() {} };
+        let delivering = tokio::spawn(beating(metrics.clone(), delivery));
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(5));
+            let sent = Instant::now();
+            answers.send(()).await.unwrap();
+            let deadline = sent + Duration::from_secs(10);
+            // Times of beats are whole milliseconds.
+            while metrics.draining.age(Instant::now()) > sent.elapsed() + Duration::from_millis(1) {
+                assert!(Instant::now() < deadline, "an answer came, and no beat");
+                tokio::task::yield_now().await;
+            }
+        }
+        drop(answers);
+        delivering.await.unwrap();
+    }
 }
