@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::event::Timestamp;
 use crate::intake::retention::WARN_DAYS;
-use crate::queue::{Queue, QueueStats};
+use crate::queue::{Queue, QueueError, QueueStats};
 use crate::telemetry::{Database, DatabaseState, Metrics};
 
 /// With the database up and something waiting, so much time without anything leaving the queue is a stall.
@@ -195,7 +195,8 @@ impl HealthSource {
         self.queue.failed().borrow().is_none() && !self.queue.stats().full
     }
 
-    /// Whether every part goes on. A full queue or a database that is away is no hang: a restart would not help.
+    /// Whether every part of this program makes progress: what systemd's watchdog and `GET /livez` ask. A full queue, a
+    /// database that is unavailable or one in which somebody else holds a lock is no hang: a restart would not help.
     pub fn goes_on(&self, now: Moment) -> bool {
         !self.facts(now).troubles().iter().any(Trouble::is_hang)
     }
@@ -204,7 +205,7 @@ impl HealthSource {
         let stats = self.queue.stats();
         let database = self.metrics.database();
         Facts {
-            queue_error: self.queue.failed().borrow().clone(),
+            queue_error: self.queue.failed().borrow().as_ref().map(QueueError::to_string),
             pending_bytes_max: self.pending_bytes_max,
             oldest_age: stats.oldest.map(|(_, captured_at)| age(captured_at, now.time)),
             database_age: age(database.since, now.time),
@@ -317,11 +318,13 @@ impl Trouble {
         }
     }
 
-    /// Whether a part has come to a halt that nothing but a restart ends.
+    /// Whether a part of this program has come to a halt that only a restart ends.
     fn is_hang(&self) -> bool {
         match self {
-            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) | Trouble::Stalled(_) => true,
-            Trouble::QueueFailed(_)
+            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => true,
+            // The drainer moves, or it would hang as well: the database holds it up.
+            Trouble::Stalled(_)
+            | Trouble::QueueFailed(_)
             | Trouble::QueueFull
             | Trouble::QueueFilling { .. }
             | Trouble::DatabaseAway
@@ -402,7 +405,7 @@ mod tests {
                 },
                 Trouble::Stalled(long),
                 Status::Fail,
-                true,
+                false,
             ),
             (|facts| facts.database.state = Database::Down, Trouble::DatabaseAway, Status::Warn, false),
             (

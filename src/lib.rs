@@ -30,6 +30,8 @@
 //! 8. A storage error ends the process (fail-stop); the supervisor starts it again.
 //! 9. Everything has a limit, and every wait ends on `stop`.
 //! 10. Nobody but the owner reads or changes anything without the token.
+//! 11. A start that fails removes and overwrites nothing of anybody ([`service::socket`]).
+//! 12. A hang of the program is told from whatever a restart would not change ([`health::HealthSource::goes_on`]).
 //!
 //! # Layers
 //!

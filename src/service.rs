@@ -6,27 +6,37 @@
 //! tasks  HTTP, socket    router      ─┘
 //! ```
 //!
+//! A start that fails leaves everything as it was: it removes a socket only if it has bound it ([`socket`]).
+//!
+//! The queue is opened on a thread of its own, since recovering a damaged one can take minutes. A stop does not wait for
+//! it: opening can be interrupted anywhere, as by a crash, and the next start goes on.
+//!
+//! Every task is watched ([`tasks`]): one that ends before the service is told to stop ends the process with an error.
+//!
 //! Stopping takes `shutdown_timeout` at most, whatever hangs: the follower ends after its chunk, the drainer after the
-//! answers in flight or 150 ms; who has not ended after three fifths of the time is named once and left behind, which
-//! is harmless as every step can be repeated; then the queue is flushed and synced.
+//! answers in flight or [`STOP_GRACE`](crate::sink::drain::STOP_GRACE). Tasks that still run after three fifths of the time
+//! are logged and left behind; delivery is idempotent, so nothing is lost. Then the queue is flushed and synced.
 
+pub mod limits;
 mod pulse;
+pub mod socket;
 mod systemd;
+mod tasks;
 
+use std::fmt;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tokio::net::UnixListener;
-use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
-use tracing::{error, info, warn};
+use tokio::sync::watch;
+use tracing::{debug, error, info, warn};
 
 use self::pulse::Pulse;
+use self::socket::{BoundSocket, SocketState};
 use self::systemd::{Notice, Systemd};
+use self::tasks::Tasks;
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
 use crate::health::{HealthSource, HttpHealth, Moment};
@@ -36,8 +46,8 @@ use crate::intake::Intake;
 use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
 use crate::intake::spool::Spool;
-use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
-use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower};
+use crate::intake::spool_reader::{SpoolHandle, SpoolReader, UnreadSpool};
+use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
 use crate::queue::{Queue, QueueConfig, QueueError, faults};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
@@ -57,12 +67,10 @@ const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 const HELD_QUEUE_PATIENCE: Duration = Duration::from_secs(2);
 const HELD_QUEUE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The threads, as they are called in messages.
-const TRANSCRIPTS: &str = "transcripts";
-const SPOOL: &str = "spool";
-
-/// Longest path of a Unix socket, on Linux; macOS has 103.
-const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
+/// While the queue is being opened systemd is told so often that it takes longer, and each time asked for so much more
+/// time.
+const OPENING_NOTICE_INTERVAL: Duration = Duration::from_secs(1);
+const OPENING_EXTENSION: Duration = Duration::from_secs(30);
 
 /// Why the pipeline could not start or had to end.
 #[derive(Debug, Error)]
@@ -77,8 +85,35 @@ pub enum ServiceError {
     Socket { path: PathBuf, problem: String },
     #[error("no database is configured, so nothing can be drained; set database.url, DATABASE_URL or PGHOST")]
     Unconfigured,
+    /// All the rest is delivered.
+    #[error("could not read {0}; the log names them: correct their owner or mode, then run again")]
+    Unread(UnreadInput),
+    #[error("could not start thread {name}: {problem}; raise the limit of processes (ulimit -u, TasksMax)")]
+    Thread { name: &'static str, problem: String },
     #[error("{0} ended unexpectedly; this is a fault of the program, please report it")]
     Ended(&'static str),
+}
+
+/// Input that could not be read at the end of a run with [`Until::Idle`].
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct UnreadInput {
+    pub transcripts: Unread,
+    pub spool: UnreadSpool,
+}
+
+impl fmt::Display for UnreadInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = |count: usize| if count == 1 { "" } else { "s" };
+        let Unread { files, folders } = self.transcripts;
+        let spool_files = self.spool.files;
+        let parts = [
+            (files > 0).then(|| format!("{files} transcript{}", plural(files))),
+            (folders > 0).then(|| format!("{folders} folder{} of transcripts", plural(folders))),
+            (spool_files > 0).then(|| format!("{spool_files} spool file{}", plural(spool_files))),
+            self.spool.folder.then(|| "the spool".to_owned()),
+        ];
+        f.write_str(&parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
 }
 
 /// When the pipeline ends by itself.
@@ -112,7 +147,14 @@ impl Service {
         let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
         declare_labels(&self.metrics, &schemas);
         let redactor = Redactor::new(&config.redact)?;
-        let queue = self.open_queue().await?;
+        // Before anything is made: it is bound when the queue is ours.
+        socket::inspect(&config.http.socket).await.map_err(|problem| self.socket_error(problem))?;
+        let systemd = Systemd::of_process();
+        let Some(queue) = self.open_queue(&systemd).await? else {
+            systemd.tell(Notice::Stopping);
+            info!("stopped while the queue was being opened; the next start goes on with it");
+            return Ok(());
+        };
         let intake = Arc::new(Intake::new(schemas, queue.clone(), redactor, self.metrics.clone()));
         let spool = Spool::new(&config.queue.spool_path);
         let http_health = watch::Sender::new(None);
@@ -128,66 +170,97 @@ impl Service {
             http: http_health.subscribe(),
         });
         let history = Arc::new(History::default());
-        let systemd = Systemd::of_process();
+        let mut parts = Parts::new(queue.clone());
         let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
-        let pulse = tokio::spawn(pulse.run());
+        parts.tasks.spawn_server("pulse", pulse.run());
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
-        let mut parts =
-            Parts { queue: queue.clone(), stop: watch::channel(false).0, tasks: Vec::new(), bell: None, spool: None };
-        let started = self.start(&mut parts, api, http_health, intake, spool);
+        let started = self.start(&mut parts, api, http_health, intake, spool).await;
         let result = match started {
-            Ok(running) => {
+            Ok(input) => {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
                       projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
                       pending = queue.stats().pending, "ready");
                 systemd.tell(Notice::Ready);
-                self.wait(running, &parts).await
+                self.wait(&input, &mut parts).await
             }
             Err(error) => Err(error),
         };
-        pulse.abort();
         systemd.tell(Notice::Stopping);
-        parts.end(config.event_system.shutdown_timeout, &config.http.socket, result).await
+        parts.end(config.event_system.shutdown_timeout, result).await
     }
 
-    /// Opens the queue. Commands that look into it hold it for a moment, and so does a watcher that is ending: they are
-    /// waited for. One that listens is not.
-    async fn open_queue(&self) -> Result<Queue, QueueError> {
+    fn socket_error(&self, problem: String) -> ServiceError {
+        ServiceError::Socket { path: self.config.http.socket.clone(), problem }
+    }
+
+    /// Opens the queue on a thread of its own. `None`: told to stop before it was open. The thread is left behind then, and
+    /// ends with the process: opening survives that as it survives a crash.
+    ///
+    /// Commands that look into the queue hold it for a moment, and so does a watcher that is ending: they are waited for.
+    /// One that listens is not.
+    async fn open_queue(&self, systemd: &Systemd) -> Result<Option<Queue>, ServiceError> {
+        let config = &self.config;
+        debug!(queue = %config.queue.path.display(), "opening the queue");
+        let mut stop = self.stop.clone();
+        let mut is_logged = false;
         let deadline = Instant::now() + HELD_QUEUE_PATIENCE;
         loop {
-            let is_watched = || std::os::unix::net::UnixStream::connect(&self.config.http.socket).is_ok();
-            match open_queue(&self.config) {
-                Err(QueueError::InUse { .. }) if Instant::now() < deadline && !*self.stop.borrow() && !is_watched() => {
-                    tokio::time::sleep(HELD_QUEUE_INTERVAL).await;
+            let config = config.clone();
+            let mut opening = tokio::task::spawn_blocking(move || open_queue(&config));
+            let mut notice = tokio::time::interval(OPENING_NOTICE_INTERVAL);
+            notice.reset();
+            let opened = loop {
+                tokio::select! {
+                    biased;
+                    // An error means that the sender is gone, and nobody could stop us any more.
+                    _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
+                    opened = &mut opening => break opened.map_err(|_| ServiceError::Ended("opening the queue"))?,
+                    _ = notice.tick() => {
+                        if !std::mem::replace(&mut is_logged, true) {
+                            info!(queue = %self.config.queue.path.display(), "opening the queue takes long: it is being recovered");
+                            systemd.tell(Notice::Status("opening the queue: it is being recovered".to_owned()));
+                        }
+                        systemd.tell(Notice::ExtendTimeout(OPENING_EXTENSION));
+                    }
                 }
-                opened => return opened,
+            };
+            match opened {
+                Err(QueueError::InUse { .. }) if Instant::now() < deadline && !self.is_watched().await => {
+                    tokio::select! {
+                        _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
+                        () = tokio::time::sleep(HELD_QUEUE_INTERVAL) => {}
+                    }
+                }
+                opened => return Ok(Some(opened?)),
             }
         }
     }
 
+    /// Whether somebody listens on our socket.
+    async fn is_watched(&self) -> bool {
+        socket::inspect(&self.config.http.socket).await == Ok(SocketState::Listening)
+    }
+
     /// Starts the parts.
-    fn start(
+    async fn start(
         &self,
         parts: &mut Parts,
         api: Api,
         http_health: watch::Sender<Option<HttpHealth>>,
         intake: Arc<Intake>,
         spool: Spool,
-    ) -> Result<Running, ServiceError> {
+    ) -> Result<Input, ServiceError> {
         let config = &self.config;
-        let socket = bind_socket(&config.http.socket)?;
-        parts.tasks.push(("socket", tokio::spawn(http::serve(socket, http::router(api.clone(), Door::Socket)))));
+        let socket = BoundSocket::bind(&config.http.socket).await.map_err(|problem| self.socket_error(problem))?;
+        let listener = socket.listener();
+        parts.socket = Some(socket);
+        let listener = listener.map_err(|error| self.socket_error(error.to_string()))?;
+        parts.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Door::Socket)));
         if let Some(address) = config.http.listen {
-            parts.tasks.push(("http", serve_tcp(address, api, &config.http, http_health)));
+            parts.tasks.spawn_server("http", serve_tcp(address, api, &config.http, http_health));
         }
-        let (drained, drainer) = oneshot::channel();
         if self.has_database {
-            let task = self.drainer(&api_queue(&intake)).run(parts.stop.subscribe());
-            let task = tokio::spawn(async move {
-                // The receiver is gone when we are stopping already.
-                let _ = drained.send(task.await);
-            });
-            parts.tasks.push(("drainer", task));
+            parts.tasks.spawn_worker("drainer", self.drainer(intake.queue()).run(parts.stop.subscribe()));
         } else {
             self.metrics.set_database(DatabaseState {
                 state: Database::Unconfigured,
@@ -195,14 +268,6 @@ impl Service {
                 last_error: None,
             });
             warn!("no database is configured; events are kept in the queue. Set database.url, DATABASE_URL or PGHOST");
-            // Keeps the channel open: nothing ends that never began.
-            parts.tasks.push((
-                "drainer",
-                tokio::spawn(async move {
-                    let _keep = drained;
-                    std::future::pending::<()>().await;
-                }),
-            ));
         }
         let follower = Follower::new(
             FollowConfig {
@@ -216,13 +281,12 @@ impl Service {
             intake.clone(),
         )?;
         let bell = follower.doorbell();
-        let idle = bell.idle();
-        parts.bell = Some(bell);
-        let reader = parts.start_thread(TRANSCRIPTS, move || follower.run())?;
+        parts.bell = Some(bell.clone());
+        parts.start_thread("transcripts", move || follower.run())?;
         let (spool_reader, handle) = SpoolReader::new(spool, intake.clone(), config.file_watcher.polling_interval);
         parts.spool = Some(handle.clone());
-        let spool_reader = parts.start_thread(SPOOL, move || spool_reader.run())?;
-        Ok(Running { drainer, reader, spool_reader, intake, idle, spool: handle })
+        parts.start_thread("spool", move || spool_reader.run())?;
+        Ok(Input { intake, transcripts: bell, spool: handle })
     }
 
     fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
@@ -238,8 +302,7 @@ impl Service {
     }
 
     /// Waits for whatever ends the run.
-    async fn wait(&self, running: Running, parts: &Parts) -> Result<(), ServiceError> {
-        let Running { mut drainer, mut reader, mut spool_reader, intake, idle, spool } = running;
+    async fn wait(&self, input: &Input, parts: &mut Parts) -> Result<(), ServiceError> {
         let mut stop = self.stop.clone();
         let mut failed = parts.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
@@ -248,24 +311,23 @@ impl Service {
         let mut summed_up = 0;
         loop {
             tokio::select! {
+                // A queue that has failed also ends the tasks that use it.
+                biased;
                 // An error means that the sender is gone, and nobody could stop us any more.
                 _ = stop.wait_for(|stopped| *stopped) => {
                     info!(pending = parts.queue.stats().pending, "stopping");
                     return Ok(());
                 }
-                ended = &mut drainer => return Err(ended_early(ended, "the drainer")),
-                ended = &mut reader => return Err(ended_early(ended, TRANSCRIPTS)),
-                ended = &mut spool_reader => return Err(ended_early(ended, SPOOL)),
-                Ok(problem) = changed_to_some(&mut failed) => {
-                    error!(error = problem, "the queue can't be written; ending, so that the supervisor starts anew");
-                    return parts.queue.append(Default::default()).map(|_| ()).map_err(ServiceError::from);
+                Ok(failure) = failed.wait_for(Option::is_some) => {
+                    return match failure.clone() {
+                        Some(failure) => Err(ServiceError::Queue(failure)),
+                        None => Err(ServiceError::Ended("the queue")),
+                    };
                 }
+                error = parts.tasks.first_end() => return Err(error),
                 _ = idle_check.tick(), if self.until == Until::Idle => {
-                    // In the order in which an event goes on, so that none is between two of them.
-                    let all_is_read = spool.is_idle() && !intake.has_closings() && *idle.borrow();
-                    if all_is_read && parts.queue.stats().pending == 0 {
-                        info!("everything is read and delivered");
-                        return Ok(());
+                    if input.is_read() && parts.queue.stats().pending == 0 {
+                        return input.outcome();
                     }
                 }
                 _ = summary.tick() => {
@@ -318,25 +380,28 @@ pub fn connect_settings(config: &Config, target: TargetSource) -> ConnectSetting
     }
 }
 
-async fn changed_to_some(failed: &mut watch::Receiver<Option<String>>) -> Result<String, watch::error::RecvError> {
-    failed.wait_for(Option::is_some).await.map(|problem| problem.clone().unwrap_or_default())
-}
-
-/// The ends of the parts that are watched.
-struct Running {
-    drainer: oneshot::Receiver<Result<(), QueueError>>,
-    reader: oneshot::Receiver<Result<(), QueueError>>,
-    spool_reader: oneshot::Receiver<Result<(), QueueError>>,
+/// Where events come from, as far as [`Until::Idle`] asks.
+struct Input {
     intake: Arc<Intake>,
-    idle: watch::Receiver<bool>,
+    transcripts: Doorbell,
     spool: SpoolHandle,
 }
 
-fn ended_early(ended: Result<Result<(), QueueError>, oneshot::error::RecvError>, part: &'static str) -> ServiceError {
-    match ended {
-        Ok(Err(error)) => ServiceError::Queue(error),
-        // It ended though nobody had stopped it, or it panicked.
-        Ok(Ok(())) | Err(_) => ServiceError::Ended(part),
+impl Input {
+    /// Whether everything on disk was read that can be. Asked in the order in which an event goes on, so that none is
+    /// between two of them.
+    fn is_read(&self) -> bool {
+        self.spool.is_idle() && !self.intake.has_closings() && self.transcripts.is_idle()
+    }
+
+    /// How the run ends once everything is read and delivered.
+    fn outcome(&self) -> Result<(), ServiceError> {
+        let unread = UnreadInput { transcripts: self.transcripts.unread(), spool: self.spool.unread() };
+        if unread != UnreadInput::default() {
+            return Err(ServiceError::Unread(unread));
+        }
+        info!("everything is read and delivered");
+        Ok(())
     }
 }
 
@@ -344,40 +409,31 @@ fn ended_early(ended: Result<Result<(), QueueError>, oneshot::error::RecvError>,
 struct Parts {
     queue: Queue,
     stop: watch::Sender<bool>,
-    tasks: Vec<(&'static str, JoinHandle<()>)>,
+    tasks: Tasks,
+    socket: Option<BoundSocket>,
     bell: Option<Doorbell>,
     spool: Option<SpoolHandle>,
 }
 
 impl Parts {
-    /// Starts a thread of this name; the receiver tells how it ended.
+    fn new(queue: Queue) -> Parts {
+        let (stop, _) = watch::channel(false);
+        Parts { queue, stop, tasks: Tasks::default(), socket: None, bell: None, spool: None }
+    }
+
     fn start_thread(
         &mut self,
         name: &'static str,
         run: impl FnOnce() -> Result<(), QueueError> + Send + 'static,
-    ) -> Result<oneshot::Receiver<Result<(), QueueError>>, ServiceError> {
-        let (sender, result) = oneshot::channel();
-        let (ended, end) = oneshot::channel();
-        std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                let result = run();
-                // The receivers are gone when we are stopping already.
-                let _ = sender.send(result);
-                let _ = ended.send(());
-            })
-            .map_err(|_| ServiceError::Ended(name))?;
-        self.tasks.push((
-            name,
-            tokio::spawn(async move {
-                let _ = end.await;
-            }),
-        ));
-        Ok(result)
+    ) -> Result<(), ServiceError> {
+        let started = self.tasks.spawn_thread(name, run);
+        started.map_err(|error| ServiceError::Thread { name, problem: error.to_string() })
     }
 
-    async fn end(self, timeout: Duration, socket: &Path, result: Result<(), ServiceError>) -> Result<(), ServiceError> {
+    async fn end(self, timeout: Duration, result: Result<(), ServiceError>) -> Result<(), ServiceError> {
         let begun = Instant::now();
+        // Before the listener goes: while it is there nobody else takes the path over.
+        drop(self.socket);
         self.stop.send_replace(true);
         if let Some(bell) = &self.bell {
             bell.stop();
@@ -385,22 +441,10 @@ impl Parts {
         if let Some(spool) = &self.spool {
             spool.stop();
         }
-        let mut late = Vec::new();
-        for (name, mut task) in self.tasks {
-            if matches!(name, "socket" | "http") {
-                task.abort();
-                continue;
-            }
-            let left = (timeout * 3 / 5).saturating_sub(begun.elapsed());
-            if tokio::time::timeout(left, &mut task).await.is_err() {
-                task.abort();
-                late.push(name);
-            }
-        }
+        let (late, ended) = self.tasks.end((begun + timeout * 3 / 5).into()).await;
         if !late.is_empty() {
             warn!(parts = late.join(", "), "did not end in time and are left behind; nothing is lost by that");
         }
-        let _ = std::fs::remove_file(socket);
         let pending = self.queue.stats().pending;
         let queue = self.queue;
         let closing = tokio::task::spawn_blocking(move || queue.close());
@@ -414,7 +458,7 @@ impl Parts {
             }
         };
         telemetry::report_held_back();
-        let result = result.and(closed);
+        let result = result.and(ended).and(closed);
         if result.is_ok() {
             info!(pending, stop_milliseconds = begun.elapsed().as_millis() as u64, "stopped");
         }
@@ -440,10 +484,6 @@ fn declare_labels(metrics: &Metrics, schemas: &Schemas) {
     }
 }
 
-fn api_queue(intake: &Intake) -> Queue {
-    intake.queue().clone()
-}
-
 fn open_queue(config: &Config) -> Result<Queue, QueueError> {
     let queue_config =
         QueueConfig { path: config.queue.path.clone(), max_pending_bytes: config.queue.max_pending_bytes };
@@ -456,28 +496,6 @@ fn open_queue(config: &Config) -> Result<Queue, QueueError> {
         }
     }
     Ok(queue)
-}
-
-/// Binds the socket for the commands. Whoever holds the queue owns the socket: one that is left over is removed.
-fn bind_socket(path: &Path) -> Result<UnixListener, ServiceError> {
-    let failed = |problem: String| ServiceError::Socket { path: path.to_owned(), problem };
-    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        return Err(failed(format!(
-            "the path is longer than {SOCKET_PATH_BYTES_MAX} bytes; set http.socket to a shorter one"
-        )));
-    }
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(|error| failed(format!("{error}; set http.socket to another path")))?;
-    }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(failed("another process listens there; set http.socket to another path".to_owned()));
-    }
-    let _ = std::fs::remove_file(path);
-    // The process's umask makes it private from birth; this also covers a socket folder with default ACLs.
-    let listener = UnixListener::bind(path).map_err(|error| failed(error.to_string()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .map_err(|error| failed(error.to_string()))?;
-    Ok(listener)
 }
 
 /// The token for TCP; where none is configured, the generated one. What captures must not fail for want of a token:
@@ -507,11 +525,11 @@ fn serve_tcp(
     api: Api,
     config: &HttpConfig,
     health: watch::Sender<Option<HttpHealth>>,
-) -> JoinHandle<()> {
+) -> impl Future<Output = ()> + Send + use<> {
     let (access, own_health) = http_access(address, config);
     health.send_replace(Some(own_health));
     let router = http::router(api, Door::Tcp(access));
-    tokio::spawn(async move {
+    async move {
         let mut said = false;
         loop {
             match http::listen(address) {
@@ -535,5 +553,5 @@ fn serve_tcp(
             }
             tokio::time::sleep(BIND_RETRY_INTERVAL).await;
         }
-    })
+    }
 }

@@ -11,6 +11,7 @@ use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::connect_settings;
+use headspace_watcher::service::socket::{self, SocketState};
 use headspace_watcher::sink::Verdict;
 use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
 
@@ -48,7 +49,7 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("queue", file_system(&config.queue.path)),
         ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
         ("spool", writable(&config.queue.spool_path, "queue.spool_path")),
-        ("socket", socket(&config.http.socket)),
+        ("socket", socket(&config.http.socket)?),
         ("token", token(&config.http)),
     ];
     if !arguments.no_database {
@@ -154,11 +155,14 @@ fn writable(folder: &Path, key: &str) -> Finding {
     }
 }
 
-fn socket(path: &Path) -> Finding {
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => Finding::Fine(format!("{}: a watcher is running", path.display())),
-        Err(_) => Finding::Fine(format!("{}: no watcher is running", path.display())),
-    }
+/// Whether a watcher can listen at `path`.
+fn socket(path: &Path) -> Result<Finding, Failure> {
+    let shown = path.display();
+    Ok(match block_on(socket::inspect(path))? {
+        Ok(SocketState::Listening) => Finding::Fine(format!("{shown}: a watcher is running")),
+        Ok(SocketState::Free | SocketState::LeftOver) => Finding::Fine(format!("{shown}: no watcher is running")),
+        Err(problem) => Finding::Wrong(format!("could not listen on {shown}: {problem}")),
+    })
 }
 
 /// What callers over TCP have to show.

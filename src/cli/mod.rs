@@ -208,7 +208,7 @@ struct CompletionsArguments {
 
 #[derive(Args)]
 struct RunArguments {
-    /// Read all that is there, drain the queue empty, then end
+    /// Read all that is there, drain the queue empty, then end; exit code 1 when something could not be read
     #[arg(long)]
     until_idle: bool,
 }
@@ -400,7 +400,8 @@ impl From<ServiceError> for Failure {
                 Failure::new(Exit::Configuration, error)
             }
             ServiceError::Unconfigured => Failure::new(Exit::Unavailable, error),
-            ServiceError::Ended(_) => Failure::new(Exit::Internal, error),
+            ServiceError::Unread(_) => Failure::new(Exit::CheckFailed, error),
+            ServiceError::Thread { .. } | ServiceError::Ended(_) => Failure::new(Exit::Internal, error),
         }
     }
 }

@@ -212,14 +212,18 @@ fn without_cause(message: &str) -> &str {
     message.split_once(": ").map_or(message, |(what, _)| what)
 }
 
-async fn livez() -> Response {
-    answer(StatusCode::OK, &json!({"ok": true}))
+/// Whether the program makes progress; what systemd's watchdog asks, too.
+async fn livez(State(api): State<Api>) -> Response {
+    yes_or_no(api.health.goes_on(Moment::now()))
 }
 
 async fn readyz(State(api): State<Api>) -> Response {
-    let ready = api.health.ready();
-    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    answer(code, &json!({"ok": ready}))
+    yes_or_no(api.health.ready())
+}
+
+fn yes_or_no(is_ok: bool) -> Response {
+    let code = if is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    answer(code, &json!({"ok": is_ok}))
 }
 
 /// A hook has left something in the spool.

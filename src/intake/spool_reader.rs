@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -46,6 +46,23 @@ pub struct SpoolReader {
     /// Files that can't be removed, or not read: passed over, so that they are neither taken in again and again nor
     /// complained of at every look.
     passed_over: HashSet<PathBuf>,
+    unread: Arc<Unread>,
+}
+
+/// What could not be read, as the reader counts it.
+#[derive(Default)]
+struct Unread {
+    files: AtomicUsize,
+    folder: AtomicBool,
+}
+
+/// What the spool's reader could not read.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct UnreadSpool {
+    /// Files in it.
+    pub files: usize,
+    /// The folder itself, at the last look.
+    pub folder: bool,
 }
 
 /// Ends a [`SpoolReader`] and tells whether it has work. Cheap to clone.
@@ -54,6 +71,7 @@ pub struct SpoolHandle {
     spool: Spool,
     stop: Arc<AtomicBool>,
     idle: watch::Receiver<bool>,
+    unread: Arc<Unread>,
 }
 
 impl SpoolHandle {
@@ -66,23 +84,31 @@ impl SpoolHandle {
     pub fn is_idle(&self) -> bool {
         *self.idle.borrow()
     }
+
+    /// What could not be read so far.
+    pub fn unread(&self) -> UnreadSpool {
+        UnreadSpool {
+            files: self.unread.files.load(Ordering::Acquire),
+            folder: self.unread.folder.load(Ordering::Acquire),
+        }
+    }
 }
 
 impl SpoolReader {
     pub fn new(spool: Spool, intake: Arc<Intake>, polling_interval: Duration) -> (SpoolReader, SpoolHandle) {
         let stop = Arc::new(AtomicBool::new(false));
         let (idle, is_idle) = watch::channel(false);
-        let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle };
-        (SpoolReader { spool, intake, polling_interval, stop, idle, passed_over: HashSet::new() }, handle)
+        let unread = Arc::<Unread>::default();
+        let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle, unread: unread.clone() };
+        (SpoolReader { spool, intake, polling_interval, stop, idle, passed_over: HashSet::new(), unread }, handle)
     }
 
     /// Takes in what waits, again and again. Blocks until stopped; an error is the queue's.
     pub fn run(mut self) -> Result<(), QueueError> {
-        let mut unreadable = false;
         while !self.stopped() {
             match self.spool.remove_old_drafts().and_then(|()| self.spool.waiting()) {
                 Ok(paths) => {
-                    if std::mem::take(&mut unreadable) {
+                    if self.unread.folder.swap(false, Ordering::AcqRel) {
                         info!(spool = %self.spool.folder().display(), "the spool can be read again");
                     }
                     match self.take_in(paths) {
@@ -92,7 +118,7 @@ impl SpoolReader {
                     };
                 }
                 Err(error) => {
-                    if !std::mem::replace(&mut unreadable, true) {
+                    if !self.unread.folder.swap(true, Ordering::AcqRel) {
                         warn!(spool = %self.spool.folder().display(), error = %error,
                               "the spool can't be read, trying on; mend its mode or set queue.spool_path");
                     }
@@ -129,7 +155,7 @@ impl SpoolReader {
             self.idle.send_replace(false);
             match Frames::open(&path) {
                 Ok(frames) => self.take_file(path, frames, &mut gathered)?,
-                Err(error) => self.pass_over(path, &error, "a file in the spool can't be read and stays there"),
+                Err(error) => self.pass_over_unread(path, &error),
             }
         }
         self.hand_over(&mut gathered)
@@ -149,7 +175,7 @@ impl SpoolReader {
                 }
                 Ok(None) => break,
                 Err(ReadError::Io(error)) => {
-                    self.pass_over(path, &error, "a file in the spool can't be read and stays there");
+                    self.pass_over_unread(path, &error);
                     return Ok(());
                 }
                 Err(ReadError::Damaged(problem)) => {
@@ -216,6 +242,13 @@ impl SpoolReader {
             }
         }
         Ok(())
+    }
+
+    fn pass_over_unread(&mut self, path: PathBuf, error: &io::Error) {
+        if error.kind() != io::ErrorKind::NotFound {
+            self.unread.files.fetch_add(1, Ordering::AcqRel);
+        }
+        self.pass_over(path, error, "a file in the spool can't be read and stays there");
     }
 
     fn pass_over(&mut self, path: PathBuf, error: &io::Error, what: &str) {

@@ -56,6 +56,16 @@ pub(super) fn reach(point: &'static str) {
     let _ = point;
 }
 
+/// Panics in a debug build where `HEADSPACE_FAULT_POINT` is `task-<name>`: a task of the service calls it as it begins.
+pub fn reach_task(name: &str) {
+    #[cfg(debug_assertions)]
+    if std::env::var("HEADSPACE_FAULT_POINT").is_ok_and(|point| point.strip_prefix("task-") == Some(name)) {
+        panic!("the environment asks for it");
+    }
+    #[cfg(not(debug_assertions))]
+    let _ = name;
+}
+
 /// Size of the files above which a queue moves on to fresh ones: `bytes`, or in a debug build what
 /// `HEADSPACE_COMPACT_ABOVE_BYTES` says, so that a test need not fill tens of megabytes.
 pub(super) fn compact_above(bytes: u64) -> u64 {

@@ -216,7 +216,7 @@ struct Shared {
     /// Signalled when room appears, and at the end.
     room: Condvar,
     newest: watch::Sender<Option<Sequence>>,
-    failed: watch::Sender<Option<String>>,
+    failed: watch::Sender<Option<QueueError>>,
 }
 
 #[derive(Default)]
@@ -451,8 +451,8 @@ impl Queue {
         }
     }
 
-    /// Becomes `Some(cause)` when a storage error has killed the queue: the process must end (exit 74).
-    pub fn failed(&self) -> watch::Receiver<Option<String>> {
+    /// Becomes the error with which the queue has failed, for good: the process must end (exit 74).
+    pub fn failed(&self) -> watch::Receiver<Option<QueueError>> {
         self.handle.shared.failed.subscribe()
     }
 
@@ -539,7 +539,7 @@ impl Shared {
         let first = state.failure.get_or_insert_with(|| folder::storage(&self.path, error)).clone();
         drop(state);
         self.inbox.end(first.clone());
-        self.failed.send_replace(Some(first.to_string()));
+        self.failed.send_replace(Some(first.clone()));
         self.room.notify_all();
         first
     }

@@ -1,7 +1,7 @@
 //! Once a second: takes a sample for the plots, logs when health begins or ceases to fail, and tells systemd how it stands.
 //!
-//! systemd's watchdog is fed only while every part goes on ([`HealthSource::goes_on`]). A database that is away or a
-//! queue that is full is no reason to starve it: a restart would not help.
+//! systemd's watchdog is fed only while every part of this program goes on ([`HealthSource::goes_on`]). A database that is
+//! unavailable, a lock that somebody else holds in it, a full queue: none of them starves it, as a restart would not help.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Goes on until it is dropped.
+    /// Runs until the task is aborted.
     pub async fn run(self) {
         // Within half of what systemd asks for, as its manual says.
         let watchdog = sd_notify::watchdog_enabled();

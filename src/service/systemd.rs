@@ -3,6 +3,7 @@
 //! Sending blocks while its socket is full. A thread of its own waits for that, so that nothing else does.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tracing::warn;
@@ -15,6 +16,8 @@ pub enum Notice {
     Status(String),
     /// Feeds the watchdog.
     GoesOn,
+    /// Starting takes longer: so much time from now on, whatever `TimeoutStartSec=` says.
+    ExtendTimeout(Duration),
     Stopping,
 }
 
@@ -58,6 +61,10 @@ fn pass_on(notices: &Receiver<Notice>) {
             Notice::Ready => sd_notify::notify(&[NotifyState::Ready]),
             Notice::Status(status) => sd_notify::notify(&[NotifyState::Status(status)]),
             Notice::GoesOn => sd_notify::notify(&[NotifyState::Watchdog]),
+            Notice::ExtendTimeout(time) => {
+                let microseconds = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+                sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(microseconds)])
+            }
             Notice::Stopping => sd_notify::notify(&[NotifyState::Stopping]),
         };
         match told {

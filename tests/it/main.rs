@@ -42,6 +42,7 @@ mod scaling;
 mod services;
 mod sessions;
 mod standby;
+mod starting;
 mod stopping;
 mod supervisor;
 mod top;

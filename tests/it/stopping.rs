@@ -23,6 +23,19 @@ fn it_stops_at_once_when_nothing_is_to_be_done() {
 }
 
 #[test]
+fn without_a_database_it_stops_at_once_and_warns_of_nothing() {
+    let mut stage = Stage::with(None);
+    // A part that is waited for in vain would take three fifths of it.
+    stage.set("event_system.shutdown_timeout_seconds", "60");
+    let mut watcher = stage.start();
+    signal(watcher.pid(), "TERM");
+    assert_eq!(watcher.wait().code(), Some(0));
+    assert_eq!(watcher.logged("did not end in time"), Vec::<serde_json::Value>::new());
+    let stopped = watcher.logged("stopped").pop().expect("the end is logged");
+    assert!(stopped["stop_milliseconds"].as_u64().unwrap() < 10_000, "{stopped}");
+}
+
+#[test]
 fn it_stops_in_time_with_postgres_down_and_much_pending_and_keeps_it_all() {
     let server = Server::start();
     let stage = Stage::with(Some(server.database.another()));

@@ -37,7 +37,7 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 pub use self::reading::UNTERMINATED_QUIET;
-pub use self::watching::Doorbell;
+pub use self::watching::{Doorbell, Unread};
 
 use self::reading::{Followed, Progress, Stamp, open, read_full_at};
 use self::resting::{Group, Met, Rest, Resting};
@@ -376,6 +376,8 @@ impl Follower {
         let mut unreadable = BTreeSet::new();
         self.resting.begin_walk();
         for entry in walkdir::WalkDir::new(&self.config.projects).follow_links(true).max_depth(DEPTH_MAX) {
+            // Many entries on a slow file system are no hang.
+            self.intake.metrics().reading.beat();
             match entry {
                 Ok(entry) if entry.file_type().is_file() => {
                     if let Some(file) = self.files.get(entry.path()) {
@@ -465,7 +467,10 @@ impl Follower {
     /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
     /// they were copied from.
     fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<HeadOrder>, PathBuf)> {
-        let order = |path: &Path| self.kind_of(path).map(|kind| head_order(path, &kind));
+        let order = |path: &Path| {
+            self.intake.metrics().reading.beat();
+            self.kind_of(path).map(|kind| head_order(path, &kind))
+        };
         let mut fresh: Vec<(Option<HeadOrder>, PathBuf)> = fresh
             .into_iter()
             .map(|path| (if self.adopted.contains_key(&path) { None } else { order(&path) }, path))
@@ -699,6 +704,12 @@ impl Follower {
                 .filter(|rest| expires(rest.seen.map(|seen| seen.modified)) && !is_delivered(rest.newest))
                 .count();
         metrics.transcripts_expiring.set(expiring as u64);
+        // What does not exist has nothing to be read.
+        let is_hidden = self.projects_missing && !is_gone(&self.config.projects);
+        self.doorbell.set_unread(Unread {
+            files: self.files.values().filter(|file| file.unreadable).count(),
+            folders: self.unreadable.len() + usize::from(is_hidden),
+        });
         metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), now);
     }
 

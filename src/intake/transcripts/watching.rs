@@ -27,7 +27,17 @@ struct Bell {
     rung: Mutex<Rung>,
     rang: Condvar,
     stop: AtomicBool,
-    idle: tokio::sync::watch::Sender<bool>,
+    idle: AtomicBool,
+    unread: Mutex<Unread>,
+}
+
+/// What a whole pass over the files could not read.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Unread {
+    /// Transcripts that are known of.
+    pub files: usize,
+    /// Folders, in each of which there may be any number of transcripts.
+    pub folders: usize,
 }
 
 /// What rang since the last time somebody asked.
@@ -48,8 +58,13 @@ impl Rung {
 
 impl Doorbell {
     pub(super) fn new() -> Doorbell {
-        let (idle, _) = tokio::sync::watch::channel(false);
-        let bell = Bell { rung: Mutex::default(), rang: Condvar::new(), stop: AtomicBool::new(false), idle };
+        let bell = Bell {
+            rung: Mutex::default(),
+            rang: Condvar::new(),
+            stop: AtomicBool::new(false),
+            idle: AtomicBool::new(false),
+            unread: Mutex::default(),
+        };
         Doorbell { bell: Arc::new(bell) }
     }
 
@@ -61,9 +76,14 @@ impl Doorbell {
         self.bell.rang.notify_all();
     }
 
-    /// Turns true when a whole pass over the files has found nothing more to read.
-    pub fn idle(&self) -> tokio::sync::watch::Receiver<bool> {
-        self.bell.idle.subscribe()
+    /// Whether a whole pass over the files has found nothing more that can be read.
+    pub fn is_idle(&self) -> bool {
+        self.bell.idle.load(Ordering::Acquire)
+    }
+
+    /// What the last whole pass over the files could not read.
+    pub fn unread(&self) -> Unread {
+        *self.bell.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -71,7 +91,11 @@ impl Doorbell {
     }
 
     pub(super) fn set_idle(&self, idle: bool) {
-        self.bell.idle.send_if_modified(|was| std::mem::replace(was, idle) != idle);
+        self.bell.idle.store(idle, Ordering::Release);
+    }
+
+    pub(super) fn set_unread(&self, unread: Unread) {
+        *self.bell.unread.lock().unwrap_or_else(PoisonError::into_inner) = unread;
     }
 
     /// What rang, after waiting at most `patience` for it and then `debounce` for more; at once when stopped.
