@@ -9,6 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use headspace_watcher::config::Config;
+use headspace_watcher::service::limits;
+
 use super::{Context, Exit, Failure, ServiceAction, ServiceArguments, ServiceKind};
 
 const UNIT: &str = include_str!("../../scripts/headspace-watcher.service");
@@ -52,6 +55,7 @@ impl Service {
             config: context.loaded.file.as_deref().map(text_of).transpose()?,
             folder: text_of(&folder.unwrap_or_else(|| PathBuf::from("/")))?,
             home: text_of(&home)?,
+            limits: Limits::of(context.config()),
         };
         Ok(match kind {
             ServiceKind::Systemd => {
@@ -110,7 +114,9 @@ impl Service {
         let shown = self.file.display();
         match std::fs::read_to_string(&self.file) {
             Ok(text) if text == self.text => println!("file      {shown}"),
-            Ok(_) => println!("file      {shown}, not as this program would write it: \"service install\" renews it"),
+            Ok(_) => println!(
+                "file      {shown}, does not fit the configuration or this program: \"service install\" writes it again"
+            ),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 println!("file      not installed: there is no {shown}");
                 return Ok(Exit::NotRunning);
@@ -214,6 +220,25 @@ struct Start {
     config: Option<String>,
     folder: String,
     home: String,
+    limits: Limits,
+}
+
+/// What the supervisor holds the watcher to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Limits {
+    kill_after_seconds: u64,
+    memory_mebibytes: u64,
+}
+
+impl Limits {
+    fn of(config: &Config) -> Limits {
+        let memory_bytes =
+            limits::memory_bytes_max(config.file_watcher.max_line_bytes, config.event_system.max_event_bytes);
+        Limits {
+            kill_after_seconds: limits::kill_after_seconds(config.event_system.shutdown_timeout),
+            memory_mebibytes: memory_bytes.div_ceil(1 << 20),
+        }
+    }
 }
 
 impl Start {
@@ -223,7 +248,9 @@ impl Start {
             None => String::new(),
         };
         // WorkingDirectory= takes its value as it is, spaces too, but for specifiers.
-        UNIT.replace("@PROGRAM@", &unit_word(&self.program))
+        let unit = with_value(UNIT, "\nTimeoutStopSec=", &self.limits.kill_after_seconds.to_string(), '\n');
+        let unit = with_value(&unit, "\nMemoryMax=", &format!("{}M", self.limits.memory_mebibytes), '\n');
+        unit.replace("@PROGRAM@", &unit_word(&self.program))
             .replace("@ARGUMENTS@ ", &if arguments.is_empty() { arguments } else { arguments + " " })
             .replace("@FOLDER@", &self.folder.replace('%', "%%"))
     }
@@ -236,11 +263,22 @@ impl Start {
         }
         let text = AGENT.replace("@PROGRAM@", &xml(&self.program)).replace("@HOME@", &xml(&self.home));
         let text = text.replace("@FOLDER@", &xml(&self.folder));
+        // launchd has no limit of memory that would be of use.
+        let entry = "<key>ExitTimeOut</key>\n  <integer>";
+        let text = with_value(&text, entry, &self.limits.kill_after_seconds.to_string(), '<');
         match arguments.is_empty() {
             true => text.replace("    @ARGUMENTS@\n", ""),
             false => text.replace("@ARGUMENTS@", &arguments),
         }
     }
+}
+
+/// `text` with `value` in the place of what stands between `before` and the next `end`. A text without `before` stays as it
+/// is, which the tests of the templates find.
+fn with_value(text: &str, before: &str, value: &str, end: char) -> String {
+    let Some((head, rest)) = text.split_once(before) else { return text.to_owned() };
+    let (_, tail) = rest.split_at(rest.find(end).unwrap_or(rest.len()));
+    format!("{head}{before}{value}{tail}")
 }
 
 /// A word of ExecStart=, whatever is in it.
@@ -318,7 +356,18 @@ mod tests {
             config: config.map(str::to_owned),
             folder: "/home/100%/a b".to_owned(),
             home: "/home/me".to_owned(),
+            limits: Limits { kill_after_seconds: 3, memory_mebibytes: 352 },
         }
+    }
+
+    #[test]
+    fn other_limits_take_the_place_of_the_templates_own() {
+        let limits = Limits { kill_after_seconds: 61, memory_mebibytes: 4711 };
+        let start = Start { limits, ..start(None) };
+        let lines = start.unit();
+        let of = |name: &str| lines.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
+        assert_eq!((of("TimeoutStopSec="), of("MemoryMax=")), (vec!["TimeoutStopSec=61"], vec!["MemoryMax=4711M"]));
+        assert!(start.agent().contains("<key>ExitTimeOut</key>\n  <integer>61</integer>"));
     }
 
     #[test]

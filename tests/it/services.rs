@@ -4,7 +4,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, pause, resume, wait_until};
+use crate::stage::{SOON, Stage, pause, project, resume, wait_until};
 
 /// systemd's end of the conversation.
 struct Manager {
@@ -119,6 +119,12 @@ fn the_unit_is_written_where_systemd_looks_and_systemd_finds_nothing_wrong() {
         let wrong: Vec<&str> = ours.filter(|line| !line.contains("Restart")).collect();
         assert!(wrong.is_empty(), "{said}");
     }
+    // With the default configuration the template's own limits.
+    let template = std::fs::read_to_string(project().join("scripts/headspace-watcher.service")).unwrap();
+    for limit in ["TimeoutStopSec=", "MemoryMax="] {
+        let of = |text: &str| text.lines().find(|line| line.starts_with(limit)).map(str::to_owned);
+        assert_eq!(of(&unit), of(&template));
+    }
     let again = stage.run(&["service", "--for", "systemd", "install", "--no-enable"]);
     assert_eq!((again.code(), std::fs::read_to_string(&file).unwrap()), (0, unit), "once more changes nothing");
     let removed = stage.run(&["service", "--for", "systemd", "uninstall", "--no-enable"]);
@@ -168,6 +174,33 @@ fn the_service_is_enabled_and_disabled_through_systemctl_and_nothing_is_written_
 }
 
 #[test]
+fn the_limits_of_the_unit_and_the_agent_follow_the_configuration() {
+    let mut stage = Stage::with(None);
+    let unit = stage.folder().join("home/.config/systemd/user/headspace-watcher.service");
+    let agent = stage.folder().join("home/Library/LaunchAgents/com.headspace.watcher.plist");
+    assert_eq!(stage.run(&["service", "--for", "systemd", "install", "--no-enable"]).code(), 0);
+    stage
+        .set("event_system.shutdown_timeout_seconds", "20.5")
+        .set("file_watcher.max_line_bytes", "1073741824")
+        .set("event_system.max_event_bytes", "268435456");
+    let status = stage.run(&["service", "--for", "systemd", "status"]);
+    assert!(status.output().contains("does not fit the configuration"), "{}", status.output());
+    for kind in ["systemd", "launchd"] {
+        let ran = stage.run(&["service", "--for", kind, "install", "--no-enable"]);
+        assert_eq!(ran.code(), 0, "{}", ran.error());
+    }
+    let unit = std::fs::read_to_string(unit).unwrap();
+    // 20.5 s and one more, as whole seconds.
+    assert!(unit.contains("\nTimeoutStopSec=22\n"), "{unit}");
+    // 128 MiB, twice 1 GiB, six times 256 MiB.
+    assert!(unit.contains("\nMemoryMax=3712M\n"), "{unit}");
+    let agent = std::fs::read_to_string(agent).unwrap();
+    assert!(agent.contains("<key>ExitTimeOut</key>\n  <integer>22</integer>"), "{agent}");
+    let status = stage.run(&["service", "--for", "systemd", "status"]);
+    assert!(!status.output().contains("does not fit"), "{}", status.output());
+}
+
+#[test]
 fn the_agent_of_launchd_is_a_whole_property_list() {
     let stage = Stage::with(None);
     let ran = stage.run(&["service", "--for", "launchd", "install", "--no-enable"]);
@@ -188,45 +221,82 @@ fn the_agent_of_launchd_is_a_whole_property_list() {
     assert!(body.contains("<string>com.headspace.watcher</string>") && body.contains("<string>run</string>"));
 }
 
-mod torture {
-    use super::*;
-    use crate::stage::rounds;
+#[test]
+fn a_lock_of_somebody_else_on_events_fails_health_but_never_starves_the_watchdog() {
+    let mut stage = Stage::new();
+    stage.set("database.statement_timeout_ms", "3600000");
+    let mut manager = Manager::listen(&mut stage, Duration::from_millis(400));
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    let database = stage.database().clone();
+    let locker =
+        std::thread::spawn(move || database.try_query("BEGIN; LOCK TABLE events; SELECT pg_sleep(600); COMMIT"));
+    wait_until("the table is locked", SOON, || {
+        stage.database().value("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND granted") != "0"
+    });
+    transcript.say("two");
+    wait_until("health fails", Duration::from_secs(90), || {
+        manager.heard();
+        watcher.health()["status"] == "fail"
+    });
+    let health = watcher.health();
+    assert_eq!(health["database"]["state"], "up", "{health}");
+    assert!(health["reasons"][0].as_str().unwrap().contains("stalled"), "{health}");
+    // A restart would wait for the same lock.
+    let before = manager.feedings();
+    wait_until("it is fed on", SOON, || manager.feedings() >= before + 5);
+    assert_eq!(watcher.health()["status"], "fail");
+    assert_eq!(watcher.get("/livez").unwrap().0, 200);
+    stage.database().query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()");
+    let _ = locker.join().unwrap();
+    stage.wait_for_rows(3);
+    wait_until("it passes again", SOON, || watcher.health()["status"] == "pass");
+}
 
-    /// Takes a minute a round, so that a default run leaves it to the tests of `health` that need no waiting.
-    #[test]
-    fn the_watchdog_starves_when_nothing_moves_though_the_database_is_up() {
-        for _ in 0..rounds(0) {
-            let mut stage = Stage::new();
-            stage.set("database.statement_timeout_ms", "3600000");
-            let mut manager = Manager::listen(&mut stage, Duration::from_millis(400));
-            let mut transcript = stage.transcript("-home-me-app", 1);
-            transcript.say("one");
-            let watcher = stage.start();
-            stage.wait_for_rows(2);
-            let database = stage.database().clone();
-            let locker = std::thread::spawn(move || {
-                database.query("BEGIN; LOCK TABLE events; SELECT pg_sleep(45); COMMIT");
-            });
-            wait_until("the table is locked", SOON, || {
-                stage.database().value("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock'") != "0"
-            });
-            transcript.say("two");
-            wait_until("health fails", Duration::from_secs(60), || {
-                manager.heard();
-                watcher.health()["status"] == "fail"
-            });
-            let health = watcher.health();
-            assert_eq!(health["database"]["state"], "up", "{health}");
-            assert!(health["reasons"][0].as_str().unwrap().contains("stalled"), "{health}");
-            std::thread::sleep(Duration::from_secs(1));
-            manager.heard();
-            let before = manager.feedings();
-            std::thread::sleep(Duration::from_secs(3));
-            assert_eq!(manager.feedings(), before, "the watchdog starves");
-            locker.join().unwrap();
-            stage.wait_for_rows(3);
-            wait_until("it passes again", SOON, || watcher.health()["status"] == "pass");
-            wait_until("it is fed again", SOON, || manager.feedings() > before);
+#[test]
+fn a_hang_of_its_own_starves_the_watchdog_and_shows_on_livez() {
+    let mut stage = Stage::with(None);
+    stage.set("file_watcher.polling_interval", "0.2");
+    // The thread that writes the queue stays at work for ever, and so whoever waits for it.
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-before-apply".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
+    let mut manager = Manager::listen(&mut stage, Duration::from_millis(400));
+    let watcher = stage.start();
+    assert_eq!(watcher.get("/livez").unwrap(), (200, "{\"ok\":true}".to_owned()));
+    stage.transcript("-home-me-app", 1).say("one");
+    wait_until("it is not alive", Duration::from_secs(90), || {
+        manager.heard();
+        watcher.get("/livez").unwrap() == (503, "{\"ok\":false}".to_owned())
+    });
+    let mut fed = manager.feedings();
+    let mut since = Instant::now();
+    wait_until("the watchdog starves", SOON, || {
+        let now = manager.feedings();
+        if now != std::mem::replace(&mut fed, now) {
+            since = Instant::now();
         }
-    }
+        // Five times the patience it has.
+        since.elapsed() > Duration::from_secs(2)
+    });
+    assert_eq!(watcher.health()["status"], "fail");
+}
+
+#[test]
+fn systemd_is_asked_for_patience_while_the_queue_is_being_opened() {
+    let mut stage = Stage::with(None);
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "open-locked".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
+    let mut manager = Manager::listen(&mut stage, Duration::from_secs(60));
+    let watcher = stage.start_with(&[]);
+    manager.wait_for("the status", "STATUS=opening the queue");
+    wait_until("it asks again and again", SOON, || {
+        let asked = manager.heard().iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
+        asked >= 2
+    });
+    assert!(!manager.heard().contains(&"READY=1".to_owned()));
+    assert_eq!(watcher.logged("opening the queue takes long").len(), 1, "said once: {}", watcher.log());
+    assert_eq!(watcher.stop().0.code(), Some(0));
+    manager.wait_for("stopping", "STOPPING=1");
 }
