@@ -319,10 +319,9 @@ impl Service {
                     return Ok(());
                 }
                 Ok(failure) = failed.wait_for(Option::is_some) => {
-                    return match failure.clone() {
-                        Some(failure) => Err(ServiceError::Queue(failure)),
-                        None => Err(ServiceError::Ended("the queue")),
-                    };
+                    let failure = failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue);
+                    error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
+                    return Err(failure);
                 }
                 error = parts.tasks.first_end() => return Err(error),
                 _ = idle_check.tick(), if self.until == Until::Idle => {
