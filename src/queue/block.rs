@@ -14,7 +14,7 @@
 //! A block is no longer than a chunk. Its key is the sequence of its first entry when it was written; settling takes
 //! entries out and leaves the key.
 
-use super::codec::CodecError;
+use super::codec::{CodecError, NUMBER_MAX};
 use super::store::CHUNK_BYTES;
 use crate::event::Sequence;
 
@@ -108,7 +108,7 @@ pub fn entries(value: &[u8]) -> Result<Vec<(Sequence, &[u8])>, CodecError> {
         let number = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
         let (part, rest) = parts.split_at_checked(usize::from(u16::from_be_bytes([high, low]))).ok_or_else(broken)?;
         parts = rest;
-        let sequence = Sequence::new(number).filter(|_| number > before).ok_or_else(broken)?;
+        let sequence = Sequence::new(number).filter(|_| number > before && number <= NUMBER_MAX).ok_or_else(broken)?;
         before = number;
         entries.push((sequence, part));
     }

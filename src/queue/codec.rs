@@ -38,6 +38,11 @@ pub const HEADER_BYTES: usize = 10;
 /// Longest record. Above every limit of the intake; a longer length in a header is damage.
 pub const RECORD_BYTES_MAX: usize = 96 << 20;
 
+/// Greatest number that is believed when it is read from disk: of sequences, records, generations and counters.
+///
+/// Counting by ones never gets there, so a greater one is damage; and adding to one that is believed cannot overflow.
+pub const NUMBER_MAX: u64 = u64::MAX / 2;
+
 /// Longest message of a failure that is kept; with it a letter always fits into one chunk.
 const MESSAGE_BYTES_MAX: usize = 2048;
 const SQLSTATE_BYTES_MAX: usize = 16;
@@ -66,6 +71,8 @@ pub enum CodecError {
     Body(String),
     #[error("record of {0} bytes is longer than {RECORD_BYTES_MAX}")]
     TooLarge(usize),
+    #[error("number {0} is out of range")]
+    Number(u64),
 }
 
 /// What a record holds; the number is on disk.
@@ -415,12 +422,21 @@ pub fn encode_counters(counters: &Counters) -> Result<Vec<u8>, CodecError> {
 
 /// In layout 1 the checksum is not known.
 pub fn decode_counters(record: &[u8]) -> Result<Counters, CodecError> {
-    if record.first() != Some(&1) {
-        return decode(Kind::Counters, record);
+    let counters: Counters = if record.first() == Some(&1) {
+        let CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes } =
+            decode(Kind::Counters, record)?;
+        Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum: None }
+    } else {
+        decode(Kind::Counters, record)?
+    };
+    let Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, .. } = counters;
+    if next_sequence == 0 {
+        return Err(CodecError::Number(0));
     }
-    let CountersBody { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes } =
-        decode(Kind::Counters, record)?;
-    Ok(Counters { next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes, pending_checksum: None })
+    match [next_sequence, pending, pending_bytes, dead_letters, dead_letter_bytes].into_iter().max() {
+        Some(greatest) if greatest > NUMBER_MAX => Err(CodecError::Number(greatest)),
+        _ => Ok(counters),
+    }
 }
 
 /// Length of the whole record, header included, that begins with `head`.

@@ -185,8 +185,9 @@ impl Mark {
             .open(path.join("HIGHEST"))?;
         let mut text = Vec::new();
         (&mut file).take(64).read_to_end(&mut text)?;
-        // What can't be read says nothing: it is a safeguard, not a record.
-        let written = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        // What can't be read says nothing: it is a safeguard, not a record. Nor does a number that no queue can have reached.
+        let written = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
+        let written = written.filter(|written| *written < codec::NUMBER_MAX).unwrap_or(0);
         Ok(Mark { file, written })
     }
 
@@ -810,7 +811,7 @@ fn generation_folders(path: &Path) -> Vec<PathBuf> {
 }
 
 fn generation_number(name: &str) -> Option<u64> {
-    name.strip_prefix("sled-")?.parse().ok()
+    name.strip_prefix("sled-")?.parse().ok().filter(|number| *number < codec::NUMBER_MAX)
 }
 
 /// Salvages the queue at `path` into a fresh one and lets that take its place. Gives the fresh one's lock, where the

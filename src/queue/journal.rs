@@ -32,6 +32,8 @@ use std::path::{Path, PathBuf};
 use sled::IVec;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::codec::NUMBER_MAX;
+use super::database::StoreError;
 use super::memtable::Change;
 use super::{faults, folder};
 
@@ -82,7 +84,10 @@ pub struct Replay {
 
 impl Journal {
     /// Reads the journal in `folder` of which sled has all up to the number `applied`.
-    pub fn open(folder: &Path, applied: u64) -> io::Result<Replay> {
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] where a number, be it `applied`, is greater than any journal can have reached.
+    pub fn open(folder: &Path, applied: u64) -> Result<Replay, StoreError> {
         let path = folder.join(FILE);
         let mut bytes = Vec::new();
         match File::open(&path) {
@@ -90,6 +95,10 @@ impl Journal {
             other => drop(other?.take(READ_BYTES_MAX).read_to_end(&mut bytes)?),
         }
         let found = Found::search(&bytes, applied);
+        if found.last > NUMBER_MAX {
+            let cause = format!("the number {} of a record in {} is out of range", found.last, path.display());
+            return Err(StoreError::Corrupt(cause));
+        }
         let journal = Journal {
             path,
             file: None,
@@ -226,7 +235,7 @@ impl Found {
         let mut at = 0;
         let mut before = None;
         while let Some(record) = decode(bytes.get(at..).unwrap_or_default())
-            && before.is_none_or(|before| record.number == before + 1)
+            && before.is_none_or(|before: u64| before.checked_add(1) == Some(record.number))
         {
             before = Some(record.number);
             at = found.take(at, record);
@@ -247,7 +256,7 @@ impl Found {
         if record.number <= self.last {
             return end;
         }
-        if record.number > self.last + 1 {
+        if record.number - self.last > 1 {
             self.gaps.push(self.end as u64..at as u64);
         }
         self.last = record.number;

@@ -264,7 +264,7 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError>
             unreadable = true;
             counters.pending += 1;
             counters.pending_bytes += value.len() as u64;
-            counters.next_sequence = counters.next_sequence.max(key_sequence(&key).map_or(0, Sequence::get) + 1);
+            counters.next_sequence = counters.next_sequence.max(after(key_sequence(&key).map_or(0, Sequence::get))?);
             continue;
         };
         if let Some(&(last, _)) = entries.last()
@@ -274,7 +274,7 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError>
         }
         for (sequence, part) in entries {
             counters.add_event(sequence, codec::record_bytes(part).unwrap_or(part.len()) as u64);
-            counters.next_sequence = counters.next_sequence.max(sequence.get() + 1);
+            counters.next_sequence = counters.next_sequence.max(after(sequence.get())?);
         }
     }
     for pair in store.range(store::prefix_range(b'd'))? {
@@ -284,7 +284,16 @@ pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError>
         if let Some(head) = store.get(&content_key(sequence))? {
             counters.dead_letter_bytes += codec::record_bytes(&head).unwrap_or(head.len()) as u64;
         }
-        counters.next_sequence = counters.next_sequence.max(sequence + 1);
+        counters.next_sequence = counters.next_sequence.max(after(sequence)?);
     }
     Ok(Counted { counters, unreadable })
+}
+
+/// The number after `sequence`, which stands in a key: damage where no queue can have reached it.
+fn after(sequence: u64) -> Result<u64, StoreError> {
+    if sequence < codec::NUMBER_MAX {
+        Ok(sequence + 1)
+    } else {
+        Err(StoreError::Corrupt(format!("the number {sequence} of a record is out of range")))
+    }
 }

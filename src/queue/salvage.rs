@@ -99,7 +99,7 @@ impl<'a> Salvage<'a> {
         self.copy_events(old, old.sealed_end().max(1), end)?;
         let mut from = 1;
         while let Found::Pair(sequence, letter) = next_readable(old, b'd', from, end) {
-            from = sequence + 1;
+            from = sequence.saturating_add(1);
             let Ok(Some(head)) = old.get(&store::content_key(sequence)) else { continue };
             if let Ok(content) = old.record(&head, |index| store::chunk_key(sequence, index)) {
                 self.add_letter(&letter, &content)?;
@@ -116,7 +116,7 @@ impl<'a> Salvage<'a> {
                 Found::None => return Ok(true),
                 Found::Unreadable => return Ok(false),
                 Found::Pair(number, value) => {
-                    from = number + 1;
+                    from = number.saturating_add(1);
                     for (sequence, part) in block::entries(&value).unwrap_or_default() {
                         if let Ok(Ok(stored)) = reader::event_record(old, sequence, part) {
                             self.add(&stored)?;

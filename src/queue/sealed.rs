@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use sled::IVec;
 
+use super::codec::NUMBER_MAX;
 use super::database::{Database, StoreError, Turnover, guarded};
 use super::store;
 
@@ -125,7 +126,10 @@ impl Sealed {
             let (numbers, _) = entry.as_chunks::<8>();
             let &[number, first, end] = numbers else { return Err(broken()) };
             let [number, first, end] = [number, first, end].map(u64::from_be_bytes);
-            if first >= end || generations.last().is_some_and(|before| before.sequences.end != first) {
+            if first >= end
+                || number.max(end) > NUMBER_MAX
+                || generations.last().is_some_and(|before| before.sequences.end != first)
+            {
                 return Err(broken());
             }
             let folder = super::folder::generation_folder(beside, number);
@@ -135,7 +139,7 @@ impl Sealed {
             None => 0,
             Some(settled) => u64::from_be_bytes(settled.try_into().map_err(|_| broken())?),
         };
-        if !rest.is_empty() {
+        if !rest.is_empty() || settled > NUMBER_MAX {
             return Err(broken());
         }
         Ok(Sealed { list: RwLock::new(generations), settled: AtomicU64::new(settled), open: Mutex::default() })

@@ -309,6 +309,94 @@ fn a_queue_of_the_first_version_is_counted_once() {
     assert!(folder::read_counters(&store).unwrap().unwrap().pending_checksum.is_some());
 }
 
+/// A whole record of the journal with no changes in it.
+fn journal_record(number: u64) -> Vec<u8> {
+    let mut record = b"hwj\x01\0\0\0\0".to_vec();
+    record.extend(number.to_le_bytes());
+    let checksum = xxhash_rust::xxh3::xxh3_64(&record);
+    record.extend(checksum.to_le_bytes());
+    record
+}
+
+/// Changes a key of sled itself, past the journal.
+fn tamper_in_sled(fixture: &Fixture, key: &[u8], value: &[u8]) {
+    let db = sled::Config::new().path(fixture.generation()).flush_every_ms(None).open().unwrap();
+    db.insert(key, value).unwrap();
+    db.flush().unwrap();
+}
+
+fn tamper_counters(fixture: &Fixture, change: impl FnOnce(&mut Counters)) {
+    tamper(fixture, |store, changes| {
+        let mut counters = folder::read_counters(store).unwrap().unwrap();
+        change(&mut counters);
+        changes.insert(&store::counters_key(), &codec::encode_counters(&counters).unwrap());
+    });
+}
+
+#[test]
+fn numbers_that_no_queue_can_have_reached_are_damage_and_no_panic() {
+    type Harm = (&'static str, &'static str, fn(&Fixture));
+    let harms: [Harm; 9] = [
+        ("the next sequence", "CountersRebuilt", |fixture| {
+            tamper_counters(fixture, |all| all.next_sequence = u64::MAX)
+        }),
+        ("no next sequence", "CountersRebuilt", |fixture| tamper_counters(fixture, |all| all.next_sequence = 0)),
+        ("the pending bytes", "CountersRebuilt", |fixture| {
+            tamper_counters(fixture, |all| all.pending_bytes = u64::MAX)
+        }),
+        ("HIGHEST", "", |fixture| fs::write(fixture.config.path.join("HIGHEST"), format!("{}\n", u64::MAX)).unwrap()),
+        ("what sled has of the journal", "QueueSetAside", |fixture| {
+            tamper_in_sled(fixture, b"j", &u64::MAX.to_be_bytes());
+        }),
+        ("a record of the journal", "QueueSetAside", |fixture| {
+            let file = fixture.generation().join(crate::queue::journal::FILE);
+            let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(file).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &journal_record(u64::MAX), 512 << 10).unwrap();
+        }),
+        ("the end of a sealed generation", "QueueSetAside", |fixture| {
+            tamper_in_sled(fixture, b"g", &[7, 1, u64::MAX].map(u64::to_be_bytes).concat());
+        }),
+        ("what is settled of sealed ones", "QueueSetAside", |fixture| {
+            tamper_in_sled(fixture, b"w", &u64::MAX.to_be_bytes());
+        }),
+        ("the number of a block", "QueueSetAside", |fixture| {
+            tamper(fixture, |_, changes| {
+                changes.remove(&store::counters_key());
+                changes.insert(&store::block_key(u64::MAX), b"no block");
+            });
+        }),
+    ];
+    for (what, repair, harm) in harms {
+        let fixture = Fixture::new();
+        filled(&fixture);
+        harm(&fixture);
+        if let Ok(inspector) = Queue::inspect(&fixture.config) {
+            assert_eq!(inspector.page(None, 100).map(|page| page.len()).unwrap(), 10, "{what}");
+        }
+        let (queue, recovery) = Queue::open(&fixture.config).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let repairs = format!("{:?}", recovery.repairs);
+        assert!(repairs.contains(repair) && (repairs == "[]") == repair.is_empty(), "{what}: {repairs}");
+        assert_eq!(everything(&queue).len(), 10, "{what}");
+        queue.append(batch(10..11)).unwrap();
+        queue.close().unwrap();
+        assert_eq!(everything(&fixture.open()).len(), 11, "{what}");
+    }
+}
+
+#[test]
+fn a_generation_with_a_number_that_none_can_have_is_none() {
+    let fixture = Fixture::new();
+    filled(&fixture);
+    let name = format!("sled-{}", u64::MAX);
+    fs::rename(fixture.generation(), fixture.config.path.join(&name)).unwrap();
+    fs::write(fixture.config.path.join("CURRENT"), format!("format 2\n{name}\n")).unwrap();
+    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
+    let [Repair::QueueSetAside { to, .. }] = &*recovery.repairs else { panic!("{:?}", recovery.repairs) };
+    assert!(to.join(&name).join("db").is_file(), "what was there is kept");
+    queue.append(batch(0..1)).unwrap();
+    queue.compact().unwrap();
+}
+
 #[test]
 fn a_newer_queue_is_refused_and_left_alone() {
     let fixture = Fixture::new();
