@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use headspace_watcher::config::Config;
 use headspace_watcher::event::Origin;
-use headspace_watcher::intake::Intake;
 use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::request::{AcceptedRequest, EventRequest, Layout, RequestError};
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::spool::Spool;
 use headspace_watcher::intake::spool_reader::SpoolReader;
+use headspace_watcher::intake::{Intake, without_byte_order_mark};
 use headspace_watcher::queue::QueueConfig;
 use headspace_watcher::telemetry::Metrics;
 use http_body_util::{BodyExt, StreamBody};
@@ -67,7 +67,7 @@ fn event(arguments: &EmitArguments) -> Result<Vec<u8>, Failure> {
         }
         Some(text) => text.to_owned(),
     };
-    let payload: &RawValue = serde_json::from_str(&payload)
+    let payload: &RawValue = serde_json::from_slice(without_byte_order_mark(payload.as_bytes()))
         .map_err(|error| Failure::new(Exit::Data, format!("payload: not valid JSON: {error}")))?;
     // Between tokens a line break is a blank, and within a string there is none.
     let payload = payload.get().replace(['\n', '\r'], " ");

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use headspace_watcher::config::{Config, Environment, HookCapture};
 use headspace_watcher::event::{EventId, Timestamp};
-use headspace_watcher::intake::Scan;
 use headspace_watcher::intake::hook::{self, Arrival};
 use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::spool::Spool;
+use headspace_watcher::intake::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -76,7 +76,7 @@ impl Invocation {
     fn receive(self, received_at: Timestamp) {
         let id = EventId::new();
         let input = read_input();
-        if matches!(&input, Input::Bytes(bytes) if bytes.trim_ascii().is_empty()) {
+        if matches!(&input, Input::Bytes(bytes) if without_byte_order_mark(bytes).trim_ascii().is_empty()) {
             return;
         }
         // A working directory that is gone leaves relative paths without a meaning; those of the file are not.

@@ -301,7 +301,7 @@ struct MendedLine<'a> {
 
 impl<'a> MendedLine<'a> {
     fn new(line: &'a [u8]) -> Self {
-        let line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
+        let line = json::without_byte_order_mark(line);
         if memchr::memchr(0, line).is_some() {
             let stripped = line.iter().copied().filter(|byte| *byte != 0).collect::<Vec<_>>();
             let text = String::from_utf8(stripped)

@@ -61,6 +61,7 @@ pub struct Arrival {
 ///
 /// The input of a rejection is kept under `full` only: it may hold anything.
 pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture) -> Record {
+    let input = json::without_byte_order_mark(input);
     let lossy = String::from_utf8_lossy(input);
     let text = lossy.trim_ascii();
     let mut is_mended = matches!(lossy, std::borrow::Cow::Owned(_));

@@ -17,6 +17,14 @@ use serde::de::{Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+/// What some programs write before UTF-8 text. RFC 8259 lets a reader of JSON ignore it.
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+
+/// `bytes` without a byte order mark at their beginning: input that others write may have one, serde_json refuses it.
+pub fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(bytes)
+}
+
 /// What stands in for text that can't be kept.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 

@@ -32,7 +32,7 @@ use std::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
-pub use self::json::Scan;
+pub use self::json::{Scan, without_byte_order_mark};
 use self::redact::Redactor;
 use self::schema::{Candidate, Invalid, Refused, Schemas};
 use self::spool::Record;

@@ -249,6 +249,7 @@ impl EventRequest {
 
     /// Takes a line that ended with a newline.
     fn take_line(&mut self, line: &[u8]) -> Result<(), RequestError> {
+        let line = json::without_byte_order_mark(line);
         let is_first = self.accepted == 0 && self.layout == Layout::Either;
         let text = line.trim_ascii();
         // The beginning of an object that is no whole one, and not the end of one either.
@@ -263,6 +264,7 @@ impl EventRequest {
     }
 
     fn take_line_whole(&mut self, line: &[u8]) -> Result<(), RequestError> {
+        let line = json::without_byte_order_mark(line);
         if line.trim_ascii().is_empty() {
             return Ok(());
         }

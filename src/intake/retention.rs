@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use jiff::SignedDuration;
 use serde_json::Value;
 
+use super::without_byte_order_mark;
 use crate::event::Timestamp;
 
 /// Claude Code's own default.
@@ -51,7 +52,8 @@ impl Retention {
 
 /// What the settings say; the default where they can't be read.
 fn cleanup_period_days(settings: &Path) -> u64 {
-    let settings = std::fs::read(settings).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let settings = std::fs::read(settings).ok();
+    let settings = settings.and_then(|bytes| serde_json::from_slice::<Value>(without_byte_order_mark(&bytes)).ok());
     settings.and_then(|settings| settings.get("cleanupPeriodDays")?.as_u64()).unwrap_or(CLEANUP_PERIOD_DAYS)
 }
 
@@ -76,6 +78,7 @@ mod tests {
         assert_eq!(days_until_warned(Some("garbage")), 27);
         assert_eq!(days_until_warned(Some(r#"{"cleanupPeriodDays": 10}"#)), 7);
         assert_eq!(days_until_warned(Some(r#"{"cleanupPeriodDays": 1}"#)), 0);
+        assert_eq!(days_until_warned(Some("\u{feff}{\"cleanupPeriodDays\": 10}")), 7, "as an editor may write it");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use jsonschema::error::ValidationErrorKind;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use super::without_byte_order_mark;
 use crate::event::{Event, EventId, EventParts, EventType, ForeignKeys, Origin, Payload, Timestamp};
 
 /// The schemas that come with the program.
@@ -196,8 +197,8 @@ impl Schemas {
         if !well_formed {
             return Err(SchemaError::Name { name: name.to_owned() });
         }
-        let json: Value =
-            serde_json::from_str(text).map_err(|source| SchemaError::Json { name: name.to_owned(), source })?;
+        let json: Value = serde_json::from_slice(without_byte_order_mark(text.as_bytes()))
+            .map_err(|source| SchemaError::Json { name: name.to_owned(), source })?;
         let validator = jsonschema::options()
             .should_validate_formats(true)
             .build(&json)
@@ -347,6 +348,12 @@ mod tests {
         assert!(schemas.check(candidate("build_finished", json!({"id": 1}))).is_ok());
         assert!(schemas.check(candidate("build_finished", json!({}))).is_err());
         assert_eq!(schemas.types().count(), 6);
+        std::fs::write(folder.path().join("build_finished.json"), format!("\u{feff}{schema}")).unwrap();
+        assert_eq!(
+            Schemas::load(Some(folder.path()), 1 << 20).unwrap().types().count(),
+            6,
+            "as an editor may write it"
+        );
     }
 
     #[test]

@@ -119,6 +119,31 @@ fn what_does_not_fit_is_65_with_line_and_field_and_nothing_of_it_is_accepted() {
 }
 
 #[test]
+fn a_byte_order_mark_before_events_is_accepted_by_every_way_in() {
+    let stage = Stage::new();
+    let payload = "\u{feff}{\"session_uuid\": \"s\", \"reason\": \"closed\", \"metadata\": {\"number\": 1}}";
+    let spread = format!("\u{feff}{}", numbered(2).replace(',', ",\n"));
+    // Two files, one after the other.
+    let lines = format!("\u{feff}{}\n{}\n\u{feff}{}\n", numbered(3), numbered(4), numbered(5));
+    let emit = |arguments: &[&str], input: &str| {
+        let ran = stage.run_with_input(&[&["emit"], arguments].concat(), input);
+        assert_eq!(ran.code(), 0, "{arguments:?}: {}", ran.error());
+    };
+    let watcher = stage.start();
+    emit(&["--type", "session_ended", "--payload", "-"], payload);
+    let answer = watcher.ask("POST", "/events", &["Content-Type: application/json"], &spread);
+    assert_eq!(answer.code, 202, "{answer:?}");
+    emit(&["--ndjson"], &lines);
+    stage.wait_for_rows(5);
+    watcher.stop();
+    emit(&["--ndjson"], &lines);
+    stage.run_until_idle();
+    let mut found = numbers(&stage);
+    found.sort_unstable();
+    assert_eq!(found, [1, 2, 3, 3, 4, 4, 5, 5]);
+}
+
+#[test]
 fn the_same_event_again_is_stored_once() {
     let stage = Stage::new();
     let watcher = stage.start();

@@ -130,6 +130,34 @@ fn every_kind_of_input_becomes_the_right_row() {
 }
 
 #[test]
+fn a_byte_order_mark_before_a_hooks_input_is_accepted() {
+    for capture in ["summary", "full"] {
+        let mut stage = Stage::new();
+        stage.set("hooks.capture", capture);
+        let text = input("Stop", json!({}));
+        hook(&stage, format!("\u{feff}{text}"));
+        // As empty as no input: nothing to keep.
+        hook(&stage, "\u{feff} ");
+        let watcher = stage.start();
+        let answer = watcher.ask("POST", "/hook/stop", &[], &format!("\u{feff}{text}\n"));
+        assert_eq!((answer.code, answer.body.as_str()), (200, ""));
+        stage.wait_for_rows(2);
+        let payloads = payloads(&stage);
+        assert_eq!(payloads.len(), 2);
+        for mut payload in payloads {
+            payload.as_object_mut().unwrap().remove("hook_id");
+            let input: Value = serde_json::from_str(&text).unwrap();
+            let mut expected = summary_of(&input);
+            if capture == "full" {
+                expected["data"] = input;
+            }
+            assert_eq!(payload, expected);
+        }
+        assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
+    }
+}
+
+#[test]
 fn the_inputs_that_claude_code_documents_become_the_right_rows() {
     let file = project().join("../shared/hook-payloads.jsonl");
     let Ok(inputs) = std::fs::read_to_string(&file) else {
