@@ -15,6 +15,7 @@ use headspace_watcher::service::socket::{self, SocketState};
 use headspace_watcher::sink::Verdict;
 use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
 
+use super::hooks::own_command;
 use super::{CheckArguments, Context, Exit, Failure, block_on};
 
 /// The oldest PostgreSQL that is tested.
@@ -43,7 +44,7 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("transcripts", transcripts(&config.claude.projects_path)),
         ("retention", retention(&config.claude.projects_path)),
         ("notifications", notifications(&config.claude.projects_path)),
-        ("hooks", hooks(&context.settings_file())),
+        ("hooks", hooks(context)),
         ("queue", writable(&config.queue.path, "queue.path")),
         ("queue", held(config)),
         ("queue", file_system(&config.queue.path)),
@@ -280,10 +281,14 @@ fn judge_watches(folders: u64, limit: u64) -> Finding {
 }
 
 /// Whether Claude Code's settings call this program.
-fn hooks(file: &Path) -> Finding {
+fn hooks(context: &Context) -> Finding {
+    let (file, own) = match (context.settings_file(), own_command(context)) {
+        (Ok(file), Ok(own)) => (file, own),
+        (Err(failure), _) | (_, Err(failure)) => return Finding::Note(failure.message),
+    };
     let shown = file.display();
     let install = "run \"headspace-watcher hooks install\"";
-    let text = match std::fs::read_to_string(file) {
+    let text = match std::fs::read_to_string(&file) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Finding::Note(format!(
@@ -292,11 +297,11 @@ fn hooks(file: &Path) -> Finding {
         }
         Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; mend its owner or mode")),
     };
-    let found = match settings::find(&text) {
+    let found = match settings::find(&text, &own) {
         Ok(found) => found,
         Err(error) => return Finding::Wrong(format!("{shown}: {error}; Claude Code can't read it either")),
     };
-    let Some(first) = found.first() else {
+    let Some(first) = found.iter().find(|found| found.is_own).or_else(|| found.first()) else {
         return Finding::Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
     };
     if settings::are_off(&text) {

@@ -26,13 +26,16 @@ const COPY_INFIX: &str = ".before-headspace-watcher-";
 const EMPTY: &str = "{}\n";
 
 pub fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
-    let path = arguments.settings.clone().unwrap_or_else(|| context.settings_file());
+    let path = match &arguments.settings {
+        Some(named) => context.environment.folder().join(named),
+        None => context.settings_file()?,
+    };
     match &arguments.action {
         HooksAction::Install { events } => {
             let events = events_of(events)?;
             install(context, &SettingsFile::read(path)?, &events)
         }
-        HooksAction::Uninstall => uninstall(&SettingsFile::read(path)?),
+        HooksAction::Uninstall => uninstall(context, &SettingsFile::read(path)?),
         HooksAction::Show => show(context, &SettingsFile::read(path)?),
     }
 }
@@ -64,28 +67,29 @@ fn install(context: &Context, file: &SettingsFile, events: &[String]) -> Result<
         println!("nothing to do: {shown} has the hooks already");
     } else {
         file.replace(&after)?;
-        println!("{} hooks in {shown} call {command}", find(file, &after)?.len());
+        println!("{} hooks in {shown} call {command}", find(file, &after, &command)?.len());
         println!("sessions that run take them up by themselves or at their next start");
     }
-    for found in find(file, &after)?.iter().filter(|found| found.command != command) {
+    for found in find(file, &after, &command)?.iter().filter(|found| found.command != command) {
         println!("note: left as it is, {found}");
     }
     say_what_else(context, file, &after);
     Ok(Exit::Fine)
 }
 
-fn uninstall(file: &SettingsFile) -> Result<Exit, Failure> {
+fn uninstall(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
+    let own = own_command(context)?;
     let shown = file.path.display();
     let Some(text) = &file.text else {
         println!("nothing to do: there is no {shown}");
         return Ok(Exit::Fine);
     };
-    let after = settings::uninstall(text).map_err(|error| file.refused(&error))?;
+    let after = settings::uninstall(text, &own).map_err(|error| file.refused(&error))?;
     if after == *text {
         println!("nothing to do: none of the hooks in {shown} calls headspace-watcher");
         return Ok(Exit::Fine);
     }
-    match file.origin(&find(file, text)?) {
+    match file.origin(&find(file, text, &own)?, &own) {
         Some(Origin::Copy(copy, original)) => {
             file.write(&original)?;
             // It says what the file says now.
@@ -101,7 +105,7 @@ fn uninstall(file: &SettingsFile) -> Result<Exit, Failure> {
             println!("no hook in {shown} calls this program any more");
         }
     }
-    for found in find(file, &after)? {
+    for found in find(file, &after, &own)? {
         println!("note: left as it is, {found}");
     }
     Ok(Exit::Fine)
@@ -111,7 +115,7 @@ fn show(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
     let command = command(context)?;
     let shown = file.path.display();
     let text = file.text.as_deref().unwrap_or(EMPTY);
-    let found = find(file, text)?;
+    let found = find(file, text, &command)?;
     println!("{shown}{}", if file.text.is_some() { "" } else { " is not there yet" });
     let further = found.iter().map(|found| found.event.as_str()).filter(|event| !settings::EVENTS.contains(event));
     let mut missing = BTreeMap::new();
@@ -151,8 +155,7 @@ fn say_what_else(context: &Context, file: &SettingsFile, text: &str) {
 /// What Claude Code runs. It does so in any folder, so everything is named by its whole path, the configuration too:
 /// what a project calls `config.yaml` is none of ours.
 fn command(context: &Context) -> Result<String, Failure> {
-    let program = std::env::current_exe()
-        .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))?;
+    let program = program()?;
     let Some(config) = &context.loaded.file else {
         let message = "no configuration file: hooks run in any folder and would not find this watcher's queue; give it with --config FILE";
         return Err(Failure::new(Exit::Configuration, message));
@@ -167,8 +170,21 @@ fn command(context: &Context) -> Result<String, Failure> {
     Ok(format!("{} --config {} hook", program?, config?))
 }
 
-fn find(file: &SettingsFile, text: &str) -> Result<Vec<Found>, Failure> {
-    settings::find(text).map_err(|error| file.refused(&error))
+/// The command that `install` would write, to recognize it; without a configuration file one that has this program's name.
+pub(super) fn own_command(context: &Context) -> Result<String, Failure> {
+    match command(context) {
+        Ok(command) => Ok(command),
+        Err(_) => Ok(format!("{} hook", settings::shell_word(&program()?.to_string_lossy()))),
+    }
+}
+
+fn program() -> Result<PathBuf, Failure> {
+    std::env::current_exe()
+        .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))
+}
+
+fn find(file: &SettingsFile, text: &str, own: &str) -> Result<Vec<Found>, Failure> {
+    settings::find(text, own).map_err(|error| file.refused(&error))
 }
 
 /// A settings file as it was found.
@@ -213,14 +229,19 @@ impl SettingsFile {
     }
 
     /// What it was before, where all that has happened since is that the hooks were installed.
-    fn origin(&self, found: &[Found]) -> Option<Origin> {
+    fn origin(&self, found: &[Found], own: &str) -> Option<Origin> {
         let text = self.text.as_deref()?;
         let command = &found.first()?.command;
         // In the order in which they were added.
         let usual = |event: &str| settings::EVENTS.iter().position(|usual| *usual == event).unwrap_or(usize::MAX);
         let mut events: Vec<String> = found.iter().map(|found| found.event.clone()).collect();
         events.sort_by_key(|event| usual(event));
-        let leads_here = |before: &str| settings::install(before, command, &events).is_ok_and(|after| after == text);
+        // A copy from before a repair has hooks of ours already.
+        let is_before =
+            |text: &str| settings::find(text, own).is_ok_and(|found| !found.iter().any(|found| found.is_own));
+        let leads_here = |before: &str| {
+            is_before(before) && settings::install(before, command, &events).is_ok_and(|after| after == text)
+        };
         let mut copies = self.copies();
         // The newest first.
         copies.sort_by(|a, b| b.cmp(a));

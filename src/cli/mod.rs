@@ -429,11 +429,15 @@ impl Context {
         &self.loaded.config
     }
 
-    /// Claude Code's own settings, which name its hooks.
-    fn settings_file(&self) -> PathBuf {
-        let moved = std::env::var_os("CLAUDE_CONFIG_DIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
-        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".claude");
-        moved.unwrap_or_else(home).join("settings.json")
+    /// Claude Code's own settings, which name its hooks. An error where nothing says where they are: never a file below
+    /// the current folder.
+    fn settings_file(&self) -> Result<PathBuf, Failure> {
+        let folder = self.environment.claude_folder().ok_or_else(|| {
+            let message = "could not find Claude Code's settings.json: HOME is not set to an absolute path; set it or \
+                           CLAUDE_CONFIG_DIR, or name the file with --settings FILE";
+            Failure::new(Exit::Configuration, message)
+        })?;
+        Ok(folder.join("settings.json"))
     }
 
     fn start_logging(&self) {

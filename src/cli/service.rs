@@ -41,8 +41,9 @@ struct Service {
 
 impl Service {
     fn of(context: &Context, kind: ServiceKind) -> Result<Service, Failure> {
-        let home = variable("HOME").ok_or_else(|| {
-            Failure::new(Exit::Configuration, "HOME is not set, so the folder of services is not known; set it")
+        let home = context.environment.home().map(Path::to_owned).ok_or_else(|| {
+            let message = "could not find the folder of services: HOME is not set to an absolute path; set it";
+            Failure::new(Exit::Configuration, message)
         })?;
         let program = std::env::current_exe()
             .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))?;

@@ -46,6 +46,9 @@ const TIMEOUT_SECONDS: u64 = 10;
 /// The name of this program.
 const PROGRAM: &str = "headspace-watcher";
 
+/// What Nix calls the program itself where a wrapper has its name.
+const PROGRAM_WRAPPED: &str = ".headspace-watcher-wrapped";
+
 /// Some programs begin a file with it; it is kept.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
@@ -57,7 +60,7 @@ pub enum SettingsError {
     Shape { place: String, expected: &'static str },
 }
 
-/// A hook that calls this program, or one of its name.
+/// A hook that calls this program, or names it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Found {
     pub event: String,
@@ -65,6 +68,8 @@ pub struct Found {
     pub command: String,
     /// Whether Claude Code sees it: no later key of the same name hides it.
     pub is_seen: bool,
+    /// Whether the program itself is called, and not a script that somebody wrote around it.
+    pub is_own: bool,
     place: Place,
 }
 
@@ -92,21 +97,16 @@ struct Holder {
     is_last: bool,
 }
 
-impl Found {
-    /// Whether the program itself is what is called, and not a script that somebody wrote around it.
-    fn is_plain(&self) -> bool {
-        called_program(&self.command).rsplit('/').next() == Some(PROGRAM)
-    }
-}
-
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.event, self.command)
     }
 }
 
-/// The hooks in `text` that call a program of our name, in the order of the file. Empty text holds none.
-pub fn find(text: &str) -> Result<Vec<Found>, SettingsError> {
+/// The hooks in `text` that call this program or name it, in the order of the file. Empty text holds none.
+///
+/// `own` is the command that [`install`] would write: it tells the program also where its file has another name.
+pub fn find(text: &str, own: &str) -> Result<Vec<Found>, SettingsError> {
     let mut found = Vec::new();
     let text = &Text::of(text);
     if text.is_blank() {
@@ -129,7 +129,7 @@ pub fn find(text: &str) -> Result<Vec<Found>, SettingsError> {
                             group.holding(list_index),
                             hooks.holding(hook_index),
                         ];
-                        found.extend(text.call(event, hook.clone(), holders));
+                        found.extend(text.call(event, hook.clone(), holders, own));
                     }
                 }
             }
@@ -146,10 +146,12 @@ pub fn install(text: &str, command: &str, events: &[String]) -> Result<String, S
         text.insert_str(Text::of(&text).end(), "{}");
     }
     // Each change moves what follows it: so they are made one by one.
-    while let Some(misplaced) = find(&text)?.into_iter().find(|found| found.event == NEVER_HOOKED && found.is_plain()) {
+    while let Some(misplaced) =
+        find(&text, command)?.into_iter().find(|found| found.event == NEVER_HOOKED && found.is_own)
+    {
         text = without(&text, &misplaced);
     }
-    while let Some(other) = find(&text)?.into_iter().find(|found| found.is_plain() && found.command != command) {
+    while let Some(other) = find(&text, command)?.into_iter().find(|found| found.is_own && found.command != command) {
         match other.place.command {
             Some(literal) => text.replace_range(literal, &compact(&command)),
             None => {
@@ -159,17 +161,17 @@ pub fn install(text: &str, command: &str, events: &[String]) -> Result<String, S
         }
     }
     for event in events {
-        if !find(&text)?.iter().any(|found| found.event == *event && found.is_seen) {
+        if !find(&text, command)?.iter().any(|found| found.event == *event && found.is_seen) {
             text = with(&text, event, command)?;
         }
     }
     Ok(text)
 }
 
-/// `text` without the hooks that call this program, and without what held nothing else.
-pub fn uninstall(text: &str) -> Result<String, SettingsError> {
+/// `text` without the hooks that call this program, and without what held nothing else. `own` as for [`find`].
+pub fn uninstall(text: &str, own: &str) -> Result<String, SettingsError> {
     let mut text = text.to_owned();
-    while let Some(found) = find(&text)?.into_iter().find(Found::is_plain) {
+    while let Some(found) = find(&text, own)?.into_iter().find(|found| found.is_own) {
         text = without(&text, &found);
     }
     Ok(text)
@@ -231,6 +233,13 @@ pub fn called_program(command: &str) -> String {
         }
     }
     word
+}
+
+/// Whether the file that `command` runs has a name of this program: the usual ones, or the one in `own`.
+fn calls_us(command: &str, own: &str) -> bool {
+    let file_name = |command: &str| called_program(command).rsplit('/').next().unwrap_or_default().to_owned();
+    let called = file_name(command);
+    called == PROGRAM || called == PROGRAM_WRAPPED || (!called.is_empty() && called == file_name(own))
 }
 
 /// On one line.
@@ -375,8 +384,8 @@ impl<'a> Text<'a> {
         Ok(Parts { whole, members: Vec::new(), values })
     }
 
-    /// The hook, where it calls a program of our name as a hook.
-    fn call(&self, event: &str, hook: Range<usize>, holders: [Holder; 5]) -> Option<Found> {
+    /// The hook, where it calls this program as a hook, or names it. `own` as for [`find`].
+    fn call(&self, event: &str, hook: Range<usize>, holders: [Holder; 5], own: &str) -> Option<Found> {
         let members = self.members(hook.clone()).ok()?;
         let last = |name| members.named(name).last().map(|(_, value)| value.clone());
         let literal = last("command")?;
@@ -388,10 +397,14 @@ impl<'a> Text<'a> {
             }
             None => program,
         };
-        let is_ours = command.contains(PROGRAM) && command.split([' ', '\'', '"']).any(|word| word == "hook");
+        let is_hook = command.split([' ', '\'', '"']).any(|word| word == "hook");
+        let is_own = command == own || (is_hook && calls_us(&command, own));
+        if !(is_own || is_hook && command.contains(PROGRAM)) {
+            return None;
+        }
         let is_seen = holders.iter().all(|holder| holder.is_last);
         let place = Place { hook, command: arguments.is_none().then_some(literal), holders };
-        is_ours.then(|| Found { event: event.to_owned(), command, is_seen, place })
+        Some(Found { event: event.to_owned(), command, is_seen, is_own, place })
     }
 
     fn words(&self, array: &Range<usize>) -> Vec<String> {
@@ -544,7 +557,7 @@ mod tests {
         assert_eq!(stop(before), after);
         let without_shell =
             r#"{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"/old/headspace-watcher","args":["hook"]}]}]}}"#;
-        assert_eq!(find(without_shell).unwrap()[0].command, "/old/headspace-watcher hook");
+        assert_eq!(find(without_shell, COMMAND).unwrap()[0].command, "/old/headspace-watcher hook");
         let value: Value = serde_json::from_str(&stop(without_shell)).unwrap();
         assert_eq!(value["hooks"]["Stop"], json!([Group::of(COMMAND)]));
     }
@@ -556,14 +569,14 @@ mod tests {
             r#"{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"env A=b headspace-watcher hook"}]}]}}"#,
         ] {
             assert_eq!(stop(text), text, "a second call would be a second event");
-            assert_eq!(uninstall(text).unwrap(), text);
+            assert_eq!(uninstall(text, COMMAND).unwrap(), text);
         }
         for text in [
             r#"{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"headspace-watcher status"}]}]}}"#,
             r#"{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"/x/other hook"}]}]},"note":"headspace-watcher hook"}"#,
         ] {
-            assert_eq!(find(text).unwrap(), []);
-            assert_eq!(uninstall(&stop(text)).unwrap(), text);
+            assert_eq!(find(text, COMMAND).unwrap(), []);
+            assert_eq!(uninstall(&stop(text), COMMAND).unwrap(), text);
         }
     }
 
@@ -571,11 +584,11 @@ mod tests {
     fn the_last_of_keys_that_come_twice_counts_as_for_claude_code() {
         let call = format!(r#"[{{"hooks":[{{"command":"{COMMAND}"}}]}}]"#);
         let hidden = format!(r#"{{"hooks":{{"Stop":{call}}},"hooks":{{"Stop":[]}}}}"#);
-        assert!(!find(&hidden).unwrap()[0].is_seen);
+        assert!(!find(&hidden, COMMAND).unwrap()[0].is_seen);
         let text = stop(&hidden);
-        assert_eq!(find(&text).unwrap().iter().filter(|found| found.is_seen).count(), 1);
+        assert_eq!(find(&text, COMMAND).unwrap().iter().filter(|found| found.is_seen).count(), 1);
         assert_eq!(stop(&text), text);
-        assert_eq!(find(&uninstall(&text).unwrap()).unwrap(), []);
+        assert_eq!(find(&uninstall(&text, COMMAND).unwrap(), COMMAND).unwrap(), []);
     }
 
     #[test]
@@ -627,7 +640,7 @@ mod tests {
         ];
         for text in odd {
             let after = installed(text);
-            assert_eq!(find(&after).unwrap().len(), EVENTS.len(), "{text}");
+            assert_eq!(find(&after, COMMAND).unwrap().len(), EVENTS.len(), "{text}");
             assert_eq!(installed(&after), after, "{text}");
             let start = text.trim_end().trim_end_matches(['}', '{']).trim_end();
             assert!(after.starts_with(start), "{after:?} does not begin as {text:?}");
@@ -703,7 +716,7 @@ mod tests {
         #[test]
         fn installing_adds_bytes_and_changes_none(text in settings(0)) {
             let after = installed(&text);
-            let seen: Vec<String> = find(&after).unwrap().into_iter().filter(|found| found.is_seen).map(|found| found.event).collect();
+            let seen: Vec<String> = find(&after, COMMAND).unwrap().into_iter().filter(|found| found.is_seen).map(|found| found.event).collect();
             for event in EVENTS {
                 prop_assert_eq!(seen.iter().filter(|seen| *seen == event).count(), 1, "{}", event);
             }
@@ -721,13 +734,13 @@ mod tests {
 
         #[test]
         fn what_was_installed_comes_out_again_byte_for_byte(text in settings(1)) {
-            prop_assert_eq!(uninstall(&installed(&text)).unwrap(), text);
+            prop_assert_eq!(uninstall(&installed(&text), COMMAND).unwrap(), text);
         }
 
         #[test]
         fn nothing_panics_on_what_is_no_settings(text in "[{}\\[\\]\",: hoks\u{feff}\n]{0,40}") {
             if let Ok(after) = install(&text, COMMAND, &["Stop".to_owned()]) {
-                prop_assert_eq!(uninstall(&after).map(|text| find(&text).unwrap().len()), Ok(0));
+                prop_assert_eq!(uninstall(&after, COMMAND).map(|text| find(&text, COMMAND).unwrap().len()), Ok(0));
             }
         }
     }

@@ -272,3 +272,103 @@ fn who_reads_the_settings_meanwhile_never_sees_half_of_them() {
     reader.0.join().unwrap();
     assert_eq!(read(&path), text);
 }
+
+/// The program under another name, with this stage's surroundings.
+fn renamed(stage: &Stage, program: &Path, arguments: &[&str]) -> std::process::Output {
+    std::fs::create_dir_all(program.parent().unwrap()).unwrap();
+    let original = Path::new(env!("CARGO_BIN_EXE_headspace-watcher"));
+    // A link, where both are on one file system: the program is large.
+    if !program.exists() && std::fs::hard_link(original, program).is_err() {
+        std::fs::copy(original, program).unwrap();
+    }
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(stage.folder()).env_clear().env("HOME", stage.folder().join("home"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{program:?} {arguments:?}: {output:?}");
+    output
+}
+
+#[test]
+fn a_renamed_or_wrapped_program_knows_its_own_hooks_by_the_command_it_would_write() {
+    for name in ["hw", ".headspace-watcher-wrapped", "a watcher's name"] {
+        let stage = Stage::with(None);
+        let path = settings(&stage);
+        std::fs::write(&path, SETTINGS).unwrap();
+        let program = stage.folder().join("bin").join(name);
+        let run =
+            |program: &Path, arguments: &[&str]| String::from_utf8(renamed(&stage, program, arguments).stdout).unwrap();
+        let one_each = |what: &str| {
+            let after = read(&path);
+            for event in EVENTS {
+                let expected = if event == "Stop" { 2 } else { 1 };
+                assert_eq!(commands(&after, event).len(), expected, "{name}, {what}: {after}");
+            }
+        };
+        run(&program, &["hooks", "install"]);
+        one_each("installed");
+        assert!(commands(&read(&path), "SessionEnd")[0].contains("/bin/"), "{name}");
+        let first = read(&path);
+        let again = run(&program, &["hooks", "install"]);
+        assert!(again.starts_with("nothing to do"), "{name}: {again}");
+        assert_eq!(read(&path), first, "{name}");
+        let shown = run(&program, &["hooks", "show"]);
+        assert_eq!(shown.lines().filter(|line| line.starts_with("installed")).count(), EVENTS.len(), "{name}: {shown}");
+        let checked = run(&program, &["check", "--no-database"]);
+        let hooks = checked.lines().find(|line| line.contains("hooks in")).unwrap_or(&checked);
+        assert!(hooks.starts_with("ok") && hooks.contains("call this program"), "{name}: {hooks}");
+
+        // As an upgrade does that has a folder for each version.
+        let moved = stage.folder().join("next").join(name);
+        run(&moved, &["hooks", "install"]);
+        one_each("moved");
+        assert!(commands(&read(&path), "SessionEnd")[0].contains("/next/"), "{name}");
+        run(&moved, &["hooks", "uninstall"]);
+        assert_eq!(read(&path), SETTINGS, "{name}");
+    }
+}
+
+#[test]
+fn a_wrapper_script_around_the_program_adds_no_second_hook() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let folder = stage.folder().join("nix/bin");
+    let wrapped = folder.join(".headspace-watcher-wrapped");
+    renamed(&stage, &wrapped, &["--version"]);
+    let script = folder.join("headspace-watcher");
+    std::fs::write(&script, format!("#!/bin/sh\nexec '{}' \"$@\"\n", wrapped.display())).unwrap();
+    std::fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+    for _ in 0..2 {
+        renamed(&stage, &script, &["hooks", "install"]);
+        assert_eq!(EVENTS.map(|event| commands(&read(&path), event).len()), [1; 10]);
+    }
+    renamed(&stage, &script, &["hooks", "uninstall"]);
+    assert!(!path.exists(), "it held nothing but the hooks");
+}
+
+#[test]
+fn without_a_home_no_settings_file_is_written_below_the_current_folder() {
+    let mut stage = Stage::with(None);
+    stage.environment.insert("HOME".to_owned(), "home".to_owned());
+    for command in ["install", "show", "uninstall"] {
+        let ran = stage.run(&["hooks", command]);
+        assert_eq!(ran.code(), 78, "{command}: {}{}", ran.output(), ran.error());
+        assert!(ran.error().contains("HOME is not set to an absolute path"), "{}", ran.error());
+        assert_eq!(ran.error().lines().count(), 1, "{}", ran.error());
+    }
+    assert!(!stage.folder().join("home/.claude").exists());
+    let checked = stage.run(&["check", "--no-database"]);
+    assert!(checked.output().contains("HOME is not set"), "{}", checked.output());
+    let service = stage.run(&["service", "install", "--no-enable"]);
+    assert_eq!(service.code(), 78, "{}{}", service.output(), service.error());
+    assert!(!stage.folder().join("home/.config").exists());
+
+    // Without the variable the system's list of users says where the home is, if anything does.
+    let ran = stage.command(&["hooks", "show"]).env_remove("HOME").output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    let path = said.lines().next().unwrap_or("/");
+    assert!(path.starts_with('/') && !path.contains(stage.folder().to_str().unwrap()), "{ran:?}");
+
+    // A file that is named relatively is meant to be there.
+    run(&stage, &["install", "--settings", "here.json"]);
+    assert_eq!(commands(&read(&stage.folder().join("here.json")), "Stop").len(), 1);
+}
