@@ -223,6 +223,32 @@ pub fn stands_where_it_stood(handle: &File, size: u64, cursor: &Cursor) -> io::R
         || (size >= cursor.offset && Place::at(handle, cursor.offset)?.fingerprint() == cursor.fingerprint))
 }
 
+/// Looks at a file that is cut short each time between its `stat` and its read. One that ends early at every look is not being
+/// cut: it can't be read.
+pub(super) const CUT_SHORT_LOOKS_MAX: usize = 4;
+
+/// Whether a file ended before the size that it had when it was opened.
+fn is_cut_short(progress: &Result<Progress, ReadError>) -> bool {
+    matches!(progress, Err(ReadError::File(error)) if error.kind() == io::ErrorKind::UnexpectedEof)
+}
+
+/// What a test does to a file between its `stat` and its first read.
+#[cfg(test)]
+pub(super) mod cut {
+    use std::cell::RefCell;
+    use std::path::Path;
+
+    type Hook = Box<dyn FnMut(&Path)>;
+
+    thread_local! {
+        pub static ON_OPENED: RefCell<Option<Hook>> = const { RefCell::new(None) };
+    }
+
+    pub fn opened(path: &Path) {
+        ON_OPENED.with_borrow_mut(|hook| hook.iter_mut().for_each(|hook| hook(path)));
+    }
+}
+
 /// Bytes at the beginning of a file that are searched for the first line of its own session, at most.
 const LOOKED_AT_MAX: u64 = 16 << 20;
 
@@ -259,7 +285,15 @@ impl Follower {
     pub(super) fn look_at(&mut self, path: &Path) -> Result<Progress, QueueError> {
         self.wake_file(path)?;
         let Some(mut file) = self.files.remove(path) else { return Ok(Progress::End) };
-        let progress = self.read_new(&mut file);
+        let mut progress = self.read_new(&mut file);
+        for _ in 1..CUT_SHORT_LOOKS_MAX {
+            if !is_cut_short(&progress) {
+                break;
+            }
+            // Its size now says how it is to be read.
+            file.seen = None;
+            progress = self.read_new(&mut file);
+        }
         file.has_more = !matches!(progress, Ok(Progress::End));
         let key = Arc::clone(&file.path);
         match progress {
@@ -298,6 +332,8 @@ impl Follower {
         }
         file.read_at = Some(Instant::now());
         let (handle, metadata) = open(&file.path)?;
+        #[cfg(test)]
+        cut::opened(&file.path);
         if std::mem::take(&mut file.unreadable) {
             info!(file = %file.path.display(), "the transcript can be read again");
         }

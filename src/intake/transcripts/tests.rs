@@ -363,3 +363,61 @@ fn a_session_of_which_one_transcript_is_gone_while_others_are_put_to_rest_has_no
     assert_eq!((waiting(&scene, "turn_detected"), waiting(&scene, "session_ended")), (4, 0));
     assert_eq!(scene.queue.cursors().unwrap().len(), 3);
 }
+
+/// A transcript of `lines` lines that was read to its end, with its size and its path.
+fn read_scene(lines: usize) -> (Scene, PathBuf, u64) {
+    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    for number in 0..lines {
+        scene.append(&[line(number, 9, 40), b"\n".to_vec()].concat());
+    }
+    scene.rescan();
+    let path = scene.path();
+    let size = path.metadata().unwrap().len();
+    assert_eq!(scene.follower.as_ref().unwrap().files[path.as_path()].cursor.offset, size);
+    (scene, path, size)
+}
+
+#[test]
+fn a_file_that_is_cut_between_stat_and_read_is_looked_at_again_and_is_no_error() {
+    let (mut scene, path, size) = read_scene(10);
+    scene.append(&[line(10, 9, 40), b"\n".to_vec()].concat());
+    let mut looks = 0;
+    let cut = path.clone();
+    reading::cut::ON_OPENED.set(Some(Box::new(move |opened| {
+        looks += 1;
+        if opened == cut && looks == 1 {
+            std::fs::OpenOptions::new().write(true).open(opened).unwrap().set_len(size / 2).unwrap();
+        }
+    })));
+    let progress = scene.follower.as_mut().unwrap().look_at(&path).unwrap();
+    reading::cut::ON_OPENED.set(None);
+    assert!(matches!(progress, Progress::End));
+    let file = &scene.follower.as_ref().unwrap().files[path.as_path()];
+    assert!(!file.unreadable && file.seen.is_some(), "it was cut, and not unreadable");
+    assert!((1..=size / 2).contains(&file.cursor.offset), "{} of {size}: what is left was read", file.cursor.offset);
+}
+
+#[test]
+fn a_file_that_ends_early_at_every_look_can_not_be_read() {
+    let (mut scene, path, size) = read_scene(10);
+    let looks = std::rc::Rc::new(std::cell::Cell::new(0));
+    let counted = looks.clone();
+    let (whole, fresh) = (std::fs::read(&path).unwrap(), scene.folder.path().join("fresh"));
+    reading::cut::ON_OPENED.set(Some(Box::new(move |opened| {
+        counted.set(counted.get() + 1);
+        // What was opened is empty when it is read, and the next look finds a whole file again.
+        std::fs::OpenOptions::new().write(true).open(opened).unwrap().set_len(0).unwrap();
+        std::fs::write(&fresh, &whole).unwrap();
+        std::fs::rename(&fresh, opened).unwrap();
+    })));
+    let follower = scene.follower.as_mut().unwrap();
+    follower.files.get_mut(path.as_path()).unwrap().seen = None;
+    let progress = follower.look_at(&path).unwrap();
+    assert!(matches!(progress, Progress::End));
+    assert_eq!(looks.get(), reading::CUT_SHORT_LOOKS_MAX, "bounded");
+    assert!(follower.files[path.as_path()].unreadable, "it is said");
+    reading::cut::ON_OPENED.set(None);
+    follower.look_at(&path).unwrap();
+    let file = &follower.files[path.as_path()];
+    assert!(!file.unreadable && file.cursor.offset == size);
+}
