@@ -35,7 +35,7 @@
 //!
 //! # Layers
 //!
-//! `main → cli → service → http → intake | sink → queue → event`; [`config`] and [`telemetry`] are leaves open to all.
+//! `main → cli → service → http → intake | sink → queue → event`; [`config`], [`telemetry`] and [`private_folder`] are leaves open to all.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
 
@@ -46,6 +46,7 @@ pub mod history;
 pub mod http;
 pub mod intake;
 pub mod listing;
+pub mod private_folder;
 pub mod queue;
 pub mod service;
 pub mod sink;

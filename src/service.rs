@@ -25,7 +25,7 @@ mod tasks;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,7 @@ use crate::intake::schema::{SchemaError, Schemas};
 use crate::intake::spool::Spool;
 use crate::intake::spool_reader::{SpoolHandle, SpoolReader, UnreadSpool};
 use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
+use crate::private_folder::{self, Ensured, FolderError};
 use crate::queue::{Queue, QueueConfig, QueueError, faults};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
@@ -81,6 +82,8 @@ pub enum ServiceError {
     Redact(#[from] PatternError),
     #[error(transparent)]
     Queue(#[from] QueueError),
+    #[error(transparent)]
+    Folder(#[from] FolderError),
     #[error("could not listen on {path}: {problem}")]
     Socket { path: PathBuf, problem: String },
     #[error("no database is configured, so nothing can be drained; set database.url, DATABASE_URL or PGHOST")]
@@ -149,6 +152,7 @@ impl Service {
         let redactor = Redactor::new(&config.redact)?;
         // Before anything is made: it is bound when the queue is ours.
         socket::inspect(&config.http.socket).await.map_err(|problem| self.socket_error(problem))?;
+        secure_folders(config)?;
         let systemd = Systemd::of_process();
         let Some(queue) = self.open_queue(&systemd).await? else {
             systemd.tell(Notice::Stopping);
@@ -357,6 +361,34 @@ impl Service {
             database = metrics.database().state.as_str(),
             "since start"
         );
+    }
+}
+
+/// Sees to it that nobody else gets into the spool, or can replace what is in the folder of the socket. The queue sees to
+/// its own folder.
+fn secure_folders(config: &Config) -> Result<(), FolderError> {
+    let folder = config.http.socket.parent().unwrap_or(Path::new("/"));
+    match private_folder::ensure_unwritable(folder) {
+        Ok(None) => {}
+        Ok(Some(mode)) => {
+            warn!(folder = %folder.display(), mode = format!("{mode:04o}"),
+                  "everybody could write in the folder of http.socket; only its owner can now");
+        }
+        // Listening finds out, and says what to set.
+        Err(FolderError::Io { .. } | FolderError::NotAFolder { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let spool = &config.queue.spool_path;
+    match private_folder::ensure(spool) {
+        Ok(Ensured::Tightened { mode }) => {
+            warn!(folder = %spool.display(), mode = format!("{mode:04o}"),
+                  "others had rights to the spool; it has mode 0700 now");
+            Ok(())
+        }
+        Ok(Ensured::Created | Ensured::Private) => Ok(()),
+        // Hooks and events find out, as they do when it happens later.
+        Err(FolderError::Io { .. } | FolderError::NotAFolder { .. }) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -9,6 +9,7 @@ use headspace_watcher::intake::redact::Redactor;
 use headspace_watcher::intake::retention::{Retention, WARN_DAYS};
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
+use headspace_watcher::private_folder::{self, FolderError, Privacy};
 use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::service::socket::{self, SocketState};
@@ -45,11 +46,11 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("retention", retention(&config.claude.projects_path)),
         ("notifications", notifications(&config.claude.projects_path)),
         ("hooks", hooks(context)),
-        ("queue", writable(&config.queue.path, "queue.path")),
+        ("queue", folder(&config.queue.path, "queue.path")),
         ("queue", held(config)),
         ("queue", file_system(&config.queue.path)),
         ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
-        ("spool", writable(&config.queue.spool_path, "queue.spool_path")),
+        ("spool", folder(&config.queue.spool_path, "queue.spool_path")),
         ("socket", socket(&config.http.socket)?),
         ("token", token(&config.http)),
     ];
@@ -140,24 +141,52 @@ fn judge_retention(days: u64, settings: &Path) -> Finding {
     Finding::Fine(text)
 }
 
-/// Whether a file can be made in `folder`, or in the nearest parent that exists.
-fn writable(folder: &Path, key: &str) -> Finding {
-    let existing = folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(folder);
-    let probe = existing.join(format!(".headspace-watcher-check-{}", std::process::id()));
-    match std::fs::write(&probe, b"") {
-        Ok(()) => {
-            let _ = std::fs::remove_file(&probe);
-            Finding::Fine(folder.display().to_string())
-        }
-        Err(error) => Finding::Wrong(format!(
-            "could not write in {}: {error}; mend its owner or mode, or set {key}",
-            existing.display()
-        )),
+/// Whether nobody else may use a private folder, and files can be made in it, or in the nearest parent that exists.
+fn folder(path: &Path, key: &str) -> Finding {
+    let shown = path.display();
+    let privacy = match private_folder::look(path) {
+        Ok(privacy) => privacy,
+        // What follows has better words for it.
+        Err(FolderError::Io { .. }) => None,
+        Err(error) => return Finding::Wrong(format!("{error} ({key})")),
+    };
+    let existing = existing(path);
+    if let Err(error) = may_write(existing) {
+        let existing = existing.display();
+        return Finding::Wrong(format!("could not write in {existing}: {error}; fix its owner or mode, or set {key}"));
     }
+    match privacy {
+        Some(Privacy::Open { mode }) => Finding::Note(format!(
+            "others have rights to {shown} (mode {mode:04o}); the next start takes them away, or chmod 700 {shown}"
+        )),
+        Some(Privacy::Private) | None => Finding::Fine(shown.to_string()),
+    }
+}
+
+/// Asks the system whether files may be made in `folder`, without making one.
+fn may_write(folder: &Path) -> std::io::Result<()> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    if !folder.is_dir() {
+        return Err(std::io::ErrorKind::NotADirectory.into());
+    }
+    Ok(accessat(CWD, folder, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
 }
 
 /// Whether a watcher can listen at `path`.
 fn socket(path: &Path) -> Result<Finding, Failure> {
+    match private_folder::look_unwritable(path.parent().unwrap_or(path)) {
+        Ok(Some(mode)) => {
+            let folder = path.parent().unwrap_or(path).display();
+            return Ok(Finding::Note(format!(
+                "everybody may write in {folder} (mode {mode:04o}); the next start changes that, or chmod go-w {folder}"
+            )));
+        }
+        Err(error @ (FolderError::Owner { .. } | FolderError::Replaceable { .. })) => {
+            return Ok(Finding::Wrong(format!("{error} (http.socket)")));
+        }
+        // Any other fault is found where it is listened at.
+        Ok(None) | Err(_) => {}
+    }
     let shown = path.display();
     Ok(match block_on(socket::inspect(path))? {
         Ok(SocketState::Listening) => Finding::Fine(format!("{shown}: a watcher is running")),

@@ -384,7 +384,7 @@ impl Failure {
 impl From<QueueError> for Failure {
     fn from(error: QueueError) -> Self {
         let exit = match &error {
-            QueueError::TooNew { .. } => Exit::Configuration,
+            QueueError::TooNew { .. } | QueueError::Folder(_) => Exit::Configuration,
             QueueError::InUse { .. } | QueueError::NotFound { .. } => Exit::Unavailable,
             _ => Exit::Io,
         };
@@ -396,9 +396,10 @@ impl From<ServiceError> for Failure {
     fn from(error: ServiceError) -> Self {
         match error {
             ServiceError::Queue(error) => error.into(),
-            ServiceError::Schemas(_) | ServiceError::Redact(_) | ServiceError::Socket { .. } => {
-                Failure::new(Exit::Configuration, error)
-            }
+            ServiceError::Schemas(_)
+            | ServiceError::Redact(_)
+            | ServiceError::Folder(_)
+            | ServiceError::Socket { .. } => Failure::new(Exit::Configuration, error),
             ServiceError::Unconfigured => Failure::new(Exit::Unavailable, error),
             ServiceError::Unread(_) => Failure::new(Exit::CheckFailed, error),
             ServiceError::Thread { .. } | ServiceError::Ended(_) => Failure::new(Exit::Internal, error),

@@ -40,6 +40,7 @@ use super::database::{DatabaseRepair, StoreError};
 use super::store::{self, Changes, Copying, Store, StoreRepair};
 use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
+use crate::private_folder::{self, Ensured, FolderError};
 
 /// Version of the layout of the folder that CURRENT speaks of: 2 since there is a journal, which a program that knows 1
 /// would pass over.
@@ -93,6 +94,8 @@ pub enum Repair {
     EventsMissing { expected: u64, found: u64 },
     /// The queue could not be read: it was moved away and a new one was started.
     QueueSetAside { to: PathBuf, cause: String, salvaged: u64 },
+    /// Others had rights to the folder, by this mode.
+    FolderTightened { folder: PathBuf, mode: u32 },
 }
 
 impl Repair {
@@ -158,6 +161,9 @@ impl fmt::Display for Repair {
                  transcripts are read again from their beginning",
                 to.display()
             ),
+            Repair::FolderTightened { folder, mode } => {
+                write!(f, "others had rights to {} (mode {mode:04o}); it has mode 0700 now", folder.display())
+            }
         }
     }
 }
@@ -221,7 +227,10 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     let io = |error: io::Error| storage(path, &error);
     let mut repairs = Vec::new();
     put_salvaged_in_place(path).map_err(io)?;
-    make_folder(path).map_err(io)?;
+    let tightened = match ensure_folder(path)? {
+        Ensured::Tightened { mode } => Some(Repair::FolderTightened { folder: path.clone(), mode }),
+        Ensured::Created | Ensured::Private => None,
+    };
     let mut lock = take_lock(path)?;
     faults::reach("open-locked");
     remove_folder(&salvaged_folder(path)).map_err(io)?;
@@ -244,6 +253,7 @@ pub fn open(config: &QueueConfig) -> Result<Opened, QueueError> {
     })?;
     restrict(path);
     restrict(store.folder());
+    repairs.extend(tightened);
     faults::reach("open-recovered");
     Ok(Opened { lock, mark, store, generation, counters, oldest, newest, repairs })
 }
@@ -717,16 +727,12 @@ fn unused_sequence() -> u64 {
     u64::try_from(Timestamp::now().as_microsecond()).unwrap_or(1).max(1)
 }
 
-fn make_folder(path: &Path) -> io::Result<()> {
-    if let Some(parent) = path.parent()
-        && !parent.as_os_str().is_empty()
-    {
-        fs::create_dir_all(parent)?;
-    }
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        other => other,
-    }
+/// Makes the folder where it is missing, and takes the rights of others from one that is there.
+fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
+    private_folder::ensure(path).map_err(|error| match error {
+        FolderError::Io { cause, .. } => storage(path, &cause),
+        error => QueueError::Folder(error),
+    })
 }
 
 /// Takes the rights of others from the files of `folder`. Best effort: the folder itself already keeps them out.
@@ -819,7 +825,7 @@ fn generation_number(name: &str) -> Option<u64> {
 fn start_anew(path: &Path) -> Result<(Lock, PathBuf, u64), QueueError> {
     let io = |error: io::Error| storage(path, &error);
     let fresh = salvaged_folder(path);
-    make_folder(&fresh).map_err(io)?;
+    ensure_folder(&fresh)?;
     let lock = take_lock(&fresh)?;
     let (store, counters) = create_generation(&fresh, 1, unused_sequence())?;
     // Where CURRENT does not say that there are no sealed ones, any may be one.

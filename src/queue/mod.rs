@@ -69,6 +69,7 @@ use self::database::StoreError;
 use self::store::Store;
 use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Refusals, Reply, Work};
 use crate::event::{Cursor, DeadLetter, Envelope, Event, Failure, Rejection, Sequence, Timestamp};
+use crate::private_folder::FolderError;
 
 /// Where the queue is and how large it may become.
 #[derive(Clone, Debug)]
@@ -168,6 +169,8 @@ pub enum QueueError {
     NotFound { path: PathBuf },
     #[error("could not queue an event: {cause}")]
     TooLarge { cause: String },
+    #[error(transparent)]
+    Folder(FolderError),
 }
 
 fn holder(pid: Option<u32>) -> String {

@@ -35,6 +35,7 @@ mod outages;
 mod page;
 mod power_cut;
 mod privacy;
+mod private_folders;
 mod proxy;
 mod queue_dump;
 mod resting;
