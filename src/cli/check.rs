@@ -10,14 +10,14 @@ use headspace_watcher::intake::retention::{Retention, WARN_DAYS};
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
 use headspace_watcher::private_folder::{self, FolderError, Privacy};
-use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
+use headspace_watcher::queue::QueueError;
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::service::socket::{self, SocketState};
 use headspace_watcher::sink::Verdict;
 use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
 
 use super::hooks::own_command;
-use super::{CheckArguments, Context, Exit, Failure, block_on};
+use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};
 
 /// The oldest PostgreSQL that is tested.
 const POSTGRES_VERSION_MIN: i32 = 130_000;
@@ -358,10 +358,11 @@ fn hooks(context: &Context) -> Finding {
 
 /// Whether somebody holds the queue.
 fn held(config: &Config) -> Finding {
-    let queue = QueueConfig { path: config.queue.path.clone(), max_pending_bytes: config.queue.max_pending_bytes };
-    match Queue::inspect(&queue) {
+    match inspect_queue(config) {
         Ok(queue) => Finding::Fine(format!("nobody holds it; {} pending", queue.stats().pending)),
         Err(QueueError::NotFound { .. }) => Finding::Fine("made when the watcher first runs".to_owned()),
+        // The watcher needs no copy.
+        Err(error @ QueueError::Look { .. }) => Finding::Note(error.to_string()),
         Err(QueueError::InUse { pid, .. }) => {
             let holder = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
             match std::os::unix::net::UnixStream::connect(&config.http.socket) {

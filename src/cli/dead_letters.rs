@@ -12,7 +12,7 @@ use hyper::{Method, StatusCode};
 use serde_json::Value;
 
 use super::client::{self, ClientError};
-use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, queue_dump};
+use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, inspect_queue, queue_dump};
 
 pub fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<Exit, Failure> {
     match command {
@@ -39,7 +39,7 @@ fn show(context: &Context, sequence: u64) -> Result<Exit, Failure> {
     let line = match asked {
         Ok(body) => body.to_vec(),
         Err(ClientError::NotRunning) => {
-            let queue = Queue::inspect(&queue_config(context))?;
+            let queue = inspect_queue(context.config())?;
             let mut line = Vec::new();
             let listed = listing::write_lines(&queue, Listing::DeadLetters, &filter, |piece| {
                 line.extend(piece);

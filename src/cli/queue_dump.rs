@@ -3,12 +3,11 @@
 use std::io::{self, IsTerminal, Write};
 
 use headspace_watcher::listing::{self, Filter, Listing, ListingError};
-use headspace_watcher::queue::{Queue, QueueConfig};
 use http_body_util::BodyExt;
 use serde_json::Value;
 
 use super::client::{self, ClientError};
-use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on};
+use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, inspect_queue};
 
 pub fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };
@@ -80,9 +79,7 @@ fn target(listing: Listing, filter: &Filter) -> String {
 }
 
 fn from_folder(context: &Context, listing: Listing, filter: &Filter, output: &mut Output) -> Result<(), ListingError> {
-    let config = &context.config().queue;
-    let queue =
-        Queue::inspect(&QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes })?;
+    let queue = inspect_queue(context.config())?;
     listing::write_lines(&queue, listing, filter, |page| output.take(&page))
 }
 

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use headspace_watcher::event::Timestamp;
 use headspace_watcher::health::{Health, HttpHealth, Status};
-use headspace_watcher::queue::{Queue, QueueConfig, QueueError, QueueStats};
+use headspace_watcher::queue::{QueueError, QueueStats};
 use serde_json::json;
 
 use super::client::{self, ClientError};
-use super::{Context, Exit, Failure, StatusArguments, block_on};
+use super::{Context, Exit, Failure, StatusArguments, block_on, inspect_queue};
 
 /// How long the watcher may take; it needs milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -96,9 +96,7 @@ fn look(context: &Context) -> Result<Standing, Failure> {
 
 /// The queue that nobody holds, in numbers.
 fn inspect(context: &Context) -> Result<QueueStats, QueueError> {
-    let config = &context.config().queue;
-    let config = QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes };
-    Queue::inspect(&config).map(|queue| queue.stats())
+    inspect_queue(context.config()).map(|queue| queue.stats())
 }
 
 impl Standing {

@@ -1,7 +1,7 @@
 //! The queue's folder: who holds it, which generation is the current one, and what to do when it is damaged.
 //!
 //! ```text
-//! <path>/lock         held while open; says the process id of the holder
+//! <path>/lock         held while open; says the process id of the holder, who writes it before changing anything else
 //! <path>/CURRENT      "format 2\nsled-<n>\n", with sealed generations "format 3": replaced by renaming, so it is always whole
 //! <path>/sled-<n>/    generation n: a sled database and its journal; another one is sealed, if n says so, or a left-over
 //! <path>/HIGHEST      the highest number that was acknowledged, in decimal: written after each sync, never synced itself
@@ -37,6 +37,7 @@ use std::path::{Path, PathBuf};
 
 use super::codec::{self, CodecError, Counters};
 use super::database::{DatabaseRepair, StoreError};
+use super::looking::{self, Copy, LockStamp};
 use super::store::{self, Changes, Copying, Store, StoreRepair};
 use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
@@ -339,32 +340,49 @@ fn count(store: &Store, counters: Counters, repairs: &mut Vec<Repair>) -> Result
     Ok(counters)
 }
 
-/// A queue's folder, opened to be looked at.
+/// Copies that are begun again because a watcher came and went meanwhile.
+const COPIES_MAX: usize = 3;
+
+/// A copy of a queue's folder, opened to be looked at.
 pub struct Inspected {
-    pub lock: Lock,
     pub store: Store,
     pub counters: Counters,
     pub oldest: Option<(Sequence, Timestamp)>,
+    /// The generation's folder, of which `store` is a copy.
+    pub original: PathBuf,
+    /// Goes after `store`.
+    pub copy: Copy,
 }
 
-/// Opens the folder to look at: nothing is created, removed or set aside, and no record is changed.
+/// Opens a copy of the folder to look at: nothing in the folder itself changes, and nobody is kept out of it.
 pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
     let missing = || QueueError::NotFound { path: path.to_owned() };
     if !path.is_dir() {
         return Err(missing());
     }
-    let generation = match read_pointer(path)? {
-        Pointer::Generation { number, .. } => number,
-        Pointer::Missing | Pointer::Unreadable => {
-            *generations(path).map_err(|error| storage(path, &error))?.last().ok_or_else(missing)?
+    let mut copies = 0;
+    let (generation, copy) = loop {
+        copies += 1;
+        let before = LockStamp::of(path)?;
+        let copied = copy_current(path);
+        let after = LockStamp::of(path)?;
+        if before == after {
+            break copied?;
+        }
+        if copies >= COPIES_MAX {
+            let cause = "a watcher has opened it meanwhile, again and again; try again".to_owned();
+            return Err(looking::look_error(path, cause));
         }
     };
-    let folder = generation_folder(path, generation);
-    if !folder.join("db").is_file() {
-        return Err(missing());
+    let original = generation_folder(path, generation);
+    let folder = generation_folder(copy.folder(), generation);
+    let damaged = |cause: String| {
+        let (copied, path) = (copy.folder().to_string_lossy(), path);
+        QueueError::Damaged { path: path.to_owned(), cause: cause.replace(&*copied, &path.to_string_lossy()) }
+    };
+    if is_looping(path) {
+        return Err(damaged("sled did not come back from reading its pages".into()));
     }
-    let lock = take_lock(path)?;
-    let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
     let open = || -> Result<_, StoreError> {
         let (store, _) = Store::open(&folder)?;
         let counters = match read_counters(&store)? {
@@ -375,10 +393,27 @@ pub fn inspect(path: &Path) -> Result<Inspected, QueueError> {
         Ok((store, counters, oldest))
     };
     match open() {
-        Ok((store, counters, oldest)) => Ok(Inspected { lock, store, counters, oldest }),
+        Ok((store, counters, oldest)) => Ok(Inspected { store, counters, oldest, original, copy }),
         Err(StoreError::Corrupt(cause)) => Err(damaged(cause)),
-        Err(error) => Err(storage(path, &error)),
+        Err(StoreError::Io(cause)) => Err(looking::look_error(path, cause)),
     }
+}
+
+/// Copies the current generation, which is named, and those before it where they may be sealed.
+fn copy_current(path: &Path) -> Result<(u64, Copy), QueueError> {
+    let missing = || QueueError::NotFound { path: path.to_owned() };
+    let found = generations(path).map_err(|error| looking::look_error(path, error.to_string()))?;
+    let (generation, has_sealed) = match read_pointer(path)? {
+        Pointer::Generation { number, format } => (number, format >= FORMAT_SEALED),
+        Pointer::Missing | Pointer::Unreadable => (*found.last().ok_or_else(missing)?, true),
+    };
+    // sled would make a new one.
+    if !generation_folder(path, generation).join("db").is_file() {
+        return Err(missing());
+    }
+    let is_needed = |number: &u64| *number == generation || (has_sealed && *number < generation);
+    let needed: Vec<u64> = found.into_iter().filter(is_needed).collect();
+    Ok((generation, Copy::of(path, &needed)?))
 }
 
 /// Asks the next opening to set this queue aside, because its pages can't be read.

@@ -31,7 +31,7 @@
 //! that are full and only read, `journal` the file through which small batches go first, `memtable` what of them is not
 //! in sled yet; `codec` the bytes of a record, `block` of several in one value; `folder` the files around it and opening;
 //! `salvage` what is left of a damaged one; `guard` ends the process when sled does not come back; `writer` the thread;
-//! `reader` what everybody may do; `submission` the way to the writer.
+//! `reader` what everybody may do; `looking` the copy that is looked at without a watcher; `submission` the way to the writer.
 //! sled is known in this module only.
 
 mod block;
@@ -41,6 +41,7 @@ pub mod faults;
 mod folder;
 mod guard;
 mod journal;
+mod looking;
 mod memtable;
 mod reader;
 mod salvage;
@@ -61,6 +62,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use self::folder::Repair;
+pub use self::looking::remove_all as remove_copies;
 pub use self::store::CursorId;
 pub use self::submission::Ticket;
 
@@ -68,7 +70,7 @@ use self::codec::{CodecError, Content, Letter};
 use self::database::StoreError;
 use self::store::Store;
 use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Refusals, Reply, Work};
-use crate::event::{Cursor, DeadLetter, Envelope, Event, Failure, Rejection, Sequence, Timestamp};
+use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Failure, Origin, Rejection, Sequence, Timestamp};
 use crate::private_folder::FolderError;
 
 /// Where the queue is and how large it may become.
@@ -169,6 +171,8 @@ pub enum QueueError {
     NotFound { path: PathBuf },
     #[error("could not queue an event: {cause}")]
     TooLarge { cause: String },
+    #[error("could not look into queue {}: {cause}", path.display())]
+    Look { path: PathBuf, cause: String },
     #[error(transparent)]
     Folder(FolderError),
 }
@@ -283,9 +287,14 @@ impl Queue {
         Ok((Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)) }) }, recovery))
     }
 
-    /// Opens a queue that no watcher holds, to look at it. Records stay as they are, and nothing is created.
+    /// Opens a copy of a queue that no watcher holds, to look at it. Nothing in its folder changes, and a watcher may
+    /// start meanwhile.
+    ///
+    /// # Errors
+    /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
+    /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
     pub fn inspect(config: &QueueConfig) -> Result<Inspector, QueueError> {
-        let folder::Inspected { lock, store, counters, oldest } = folder::inspect(&config.path)?;
+        let folder::Inspected { store, counters, oldest, original, copy } = folder::inspect(&config.path)?;
         let path = config.path.clone();
         let last = counters.next_sequence.saturating_sub(1);
         let stats = QueueStats {
@@ -297,7 +306,7 @@ impl Queue {
             full: counters.pending > 0 && counters.pending_bytes >= config.max_pending_bytes,
             last_sequence: Sequence::new(last),
         };
-        Ok(Inspector { path, store, stats, last, _lock: lock })
+        Ok(Inspector { path, original, store, stats, last, _copy: copy })
     }
 
     /// Hands `batch` to the writer and returns; the ticket says when it is durable.
@@ -605,13 +614,16 @@ fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, 
     Ok(EncodedCursor { key, record: Some(record) })
 }
 
-/// A queue that was opened to be looked at; holds the lock while it lives.
+/// A copy of a queue that was opened to be looked at; the copy goes with it.
 pub struct Inspector {
     path: PathBuf,
+    /// The generation's folder in the queue itself.
+    original: PathBuf,
     store: Store,
     stats: QueueStats,
     last: u64,
-    _lock: folder::Lock,
+    /// Goes after `store`.
+    _copy: looking::Copy,
 }
 
 impl Inspector {
@@ -625,11 +637,18 @@ impl Inspector {
     /// As [`Queue::dead_letters`].
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        self.reading(reader::dead_letters(&self.store, first, self.last, limit))
+        let mut letters = self.reading(reader::dead_letters(&self.store, first, self.last, limit))?;
+        letters.iter_mut().for_each(|letter| self.name_original(letter));
+        Ok(letters)
     }
 
-    pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {
-        self.reading(reader::dead_letter(&self.store, sequence))
+    /// What can't be read any more has the folder it was in as its origin: the queue's, and not that of the copy.
+    fn name_original(&self, letter: &mut DeadLetter) {
+        if let DeadContent::Input(Rejection { origin: Origin::Transcript { path, .. }, .. }) = &mut letter.content
+            && **path == *self.store.folder().to_string_lossy()
+        {
+            *path = self.original.to_string_lossy().into();
+        }
     }
 
     pub fn cursors(&self) -> Result<Vec<(PathBuf, Cursor)>, QueueError> {
@@ -645,7 +664,7 @@ impl Inspector {
     fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
         result.map_err(|error| match error {
             StoreError::Corrupt(cause) => QueueError::Damaged { path: self.path.clone(), cause },
-            error @ StoreError::Io(_) => folder::storage(&self.path, &error),
+            StoreError::Io(cause) => looking::look_error(&self.path, cause),
         })
     }
 }

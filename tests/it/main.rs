@@ -26,6 +26,7 @@ mod hooks_install;
 mod http;
 mod inside;
 mod logs;
+mod looking;
 mod metrics;
 mod moving_files;
 mod neighbours;

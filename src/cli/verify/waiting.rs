@@ -12,13 +12,13 @@ use headspace_watcher::event::Cursor;
 use headspace_watcher::intake::lines;
 use headspace_watcher::intake::transcripts::census::Cursors;
 use headspace_watcher::listing::{self, CursorLine, Filter, Listing, ListingError};
-use headspace_watcher::queue::{Queue, QueueConfig, QueueError};
+use headspace_watcher::queue::QueueError;
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use uuid::Uuid;
 
 use super::super::client::{self, ClientError};
-use super::super::{Context, Exit, Failure};
+use super::super::{Context, Exit, Failure, inspect_queue};
 
 /// How long a watcher may be starting or ending, neither of which lets the queue be asked.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -177,9 +177,7 @@ async fn from_watcher(socket: &Path, part: Part, take: &mut impl FnMut(&[u8])) -
 }
 
 fn from_folder(context: &Context, part: Part, take: &mut impl FnMut(&[u8])) -> Result<(), QueueError> {
-    let config = &context.config().queue;
-    let config = QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes };
-    let queue = Queue::inspect(&config)?;
+    let queue = inspect_queue(context.config())?;
     let listing = match part {
         Part::Cursors => {
             for (path, cursor) in queue.cursors()? {
