@@ -94,7 +94,7 @@ pub struct LineMeaning {
 }
 
 /// Stands for the type of an object without one.
-pub const NO_TYPE: &str = "(none)";
+pub const NO_TYPE: &str = "none";
 
 /// Longest name of an unknown type that is passed on.
 pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
@@ -505,9 +505,10 @@ fn user_said(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
     }
     let [content] = pick(fields.message, ["content"]);
     let content = Content::of(content?, mender);
-    let (kind, text) = typed(&content, provenance)?;
+    let has_attachment = content.has_attachment;
+    let (kind, text) = typed(content, provenance)?;
     let kind = if kind == TurnKind::Prompt && fields.plan_content.is_some() { TurnKind::Plan } else { kind };
-    Some(human(kind, text, content.has_attachment, fields, mender))
+    Some(human(kind, text, has_attachment, fields, mender))
 }
 
 fn queued_said(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
@@ -524,8 +525,9 @@ fn queued_said(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
         return None;
     }
     let content = Content::of(prompt?, mender);
-    let (_, text) = typed(&content, provenance)?;
-    Some(human(TurnKind::Queued, text, content.has_attachment, fields, mender))
+    let has_attachment = content.has_attachment;
+    let (_, text) = typed(content, provenance)?;
+    Some(human(TurnKind::Queued, text, has_attachment, fields, mender))
 }
 
 fn human(kind: TurnKind, text: String, has_attachment: bool, fields: &Fields<'_>, mender: &mut Mender) -> Said {
@@ -553,7 +555,8 @@ fn agent_said(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
         return None;
     }
     let content = Content::of(content?, mender);
-    let text = content.text();
+    let has_attachment = content.has_attachment;
+    let text = content.into_text();
     if text.trim().is_empty() {
         return None;
     }
@@ -567,7 +570,7 @@ fn agent_said(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
         message_id: mender.filled_string(id),
         is_final,
         model,
-        has_attachment: content.has_attachment,
+        has_attachment,
     })
 }
 
@@ -584,11 +587,15 @@ fn forked_from(fields: &Fields<'_>, mender: &mut Mender) -> Option<Uuid> {
     mender.string(session)?.parse().ok()
 }
 
+/// Texts of one message that are kept apart.
+const TEXTS_MAX: usize = 10_000;
+
 /// What a message holds.
 #[derive(Default)]
 struct Content<'a> {
     /// A string is one text.
     texts: Vec<Cow<'a, str>>,
+    texts_are_many: bool,
     has_tool_result: bool,
     has_attachment: bool,
 }
@@ -608,7 +615,7 @@ impl<'a> Content<'a> {
             }
             let [kind, text] = pick(Some(block), ["type", "text"]);
             match mender.string(kind).as_deref() {
-                Some("text") => content.texts.extend(mender.string(text)),
+                Some("text") => content.add(mender.string(text)),
                 Some("image" | "document") => content.has_attachment = true,
                 Some("tool_result") => content.has_tool_result = true,
                 _ => {}
@@ -617,22 +624,42 @@ impl<'a> Content<'a> {
         content
     }
 
-    fn text(&self) -> String {
-        match self.texts.as_slice() {
-            [text] => text.to_string(),
-            texts => texts.join("\n"),
+    /// Adds a text. Beyond [`TEXTS_MAX`] it is joined to the last one: millions of empty texts take no memory of their own.
+    fn add(&mut self, text: Option<Cow<'a, str>>) {
+        let Some(text) = text else { return };
+        match self.texts.last_mut() {
+            Some(last) if self.texts_are_many => {
+                let last = last.to_mut();
+                last.push('\n');
+                last.push_str(&text);
+            }
+            _ => {
+                self.texts.push(text);
+                self.texts_are_many = self.texts.len() == TEXTS_MAX;
+            }
+        }
+    }
+
+    /// All texts, a line break between them. Moves a single one, which may be long.
+    fn into_text(self) -> String {
+        match <[Cow<'a, str>; 1]>::try_from(self.texts) {
+            Ok([text]) => text.into_owned(),
+            Err(texts) => texts.join("\n"),
         }
     }
 }
 
 /// What a human typed, out of the content of a message; `None` where it was no human.
-fn typed(content: &Content<'_>, provenance: Provenance) -> Option<(TurnKind, String)> {
+fn typed(content: Content<'_>, provenance: Provenance) -> Option<(TurnKind, String)> {
     if content.has_tool_result {
         return None;
     }
-    let text = match content.texts.as_slice() {
-        [text] => without_editor_blocks(text).to_owned(),
-        texts => {
+    let text = match <[Cow<'_, str>; 1]>::try_from(content.texts) {
+        Ok([text]) => match without_editor_blocks(&text) {
+            kept if kept.len() == text.len() => text.into_owned(),
+            kept => kept.to_owned(),
+        },
+        Err(texts) => {
             // A block that was nothing but an editor's leaves no empty line behind.
             let kept = texts.iter().filter_map(|text| {
                 let kept = without_editor_blocks(text);

@@ -136,7 +136,8 @@ impl Schemas {
         let event_type = schema.event_type.clone();
         let Candidate { payload, .. } = &mut candidate;
         let value = Value::Object(std::mem::take(payload));
-        let checked = schema.check(&value).and_then(|()| self.fitting_json(&value, &event_type));
+        let checked = self.has_fitting_texts(&value, &event_type);
+        let checked = checked.and_then(|()| schema.check(&value)).and_then(|()| self.fitting_json(&value, &event_type));
         match checked {
             Ok(json) => {
                 let Candidate { id, timestamp, refs, origin, .. } = candidate;
@@ -150,6 +151,16 @@ impl Schemas {
                 Err(Box::new(Refused { invalid, candidate }))
             }
         }
+    }
+
+    /// Refuses a payload whose texts alone are too large, before it is written as JSON: that would take as much again.
+    fn has_fitting_texts(&self, payload: &Value, event_type: &EventType) -> Result<(), Invalid> {
+        let texts = payload.as_object().into_iter().flat_map(Map::values).filter_map(Value::as_str);
+        let (bytes, bytes_max) = (texts.map(|text| text.len() as u64).sum(), self.event_bytes_max);
+        if bytes > bytes_max {
+            return Err(Invalid::TooLarge { event_type: event_type.clone(), bytes, bytes_max });
+        }
+        Ok(())
     }
 
     /// The payload as text, unless it is too large.

@@ -336,7 +336,7 @@ fn every_kind_of_line_and_file_gives_its_turns_and_nothing_else() {
     let health = watcher.health();
     assert_eq!((&health["watcher"]["bad_lines"], &health["queue"]["dead_letters"]), (&0.into(), &0.into()), "{health}");
     let page = watcher.get("/metrics").unwrap().1;
-    for counted in ["{type=\"brand-new\"} 2\n", "{type=\"(none)\"} 1\n"] {
+    for counted in ["{type=\"brand-new\"} 2\n", "{type=\"none\"} 1\n"] {
         assert!(page.contains(&format!("unknown_line_types_total{counted}")), "{counted}");
     }
 }
