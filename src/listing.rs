@@ -6,7 +6,6 @@ use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
@@ -267,8 +266,17 @@ fn letter_matches(letter: &DeadLetter, filter: &Filter) -> bool {
 }
 
 fn is_of_session(event: &Event, wanted: &str) -> bool {
-    let payload: Value = serde_json::from_str(event.payload().as_json()).unwrap_or_default();
-    ["session_uuid", "claude_session_id"].iter().any(|field| payload.get(field).and_then(Value::as_str) == Some(wanted))
+    /// The two fields that name a session; the others are skipped, whatever their size.
+    #[derive(Deserialize)]
+    struct SessionFields<'a> {
+        #[serde(borrow)]
+        session_uuid: Option<&'a RawValue>,
+        #[serde(borrow)]
+        claude_session_id: Option<&'a RawValue>,
+    }
+    let Ok(fields) = serde_json::from_str::<SessionFields<'_>>(event.payload().as_json()) else { return false };
+    let is_wanted = |raw: &RawValue| serde_json::from_str::<Cow<'_, str>>(raw.get()).is_ok_and(|name| name == wanted);
+    fields.session_uuid.is_some_and(is_wanted) || fields.claude_session_id.is_some_and(is_wanted)
 }
 
 fn push(lines: &mut Vec<u8>, line: &Line<'_>) {

@@ -1,7 +1,8 @@
 //! Asks the running watcher over its socket.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
@@ -9,14 +10,19 @@ use hyper::body::{Bytes, Incoming};
 use hyper::http::request::Builder;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
 /// How long the watcher may take to begin its answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is sent along. An error breaks the request off.
-pub type Body<E = std::convert::Infallible> = UnsyncBoxBody<Bytes, E>;
+/// What is sent along.
+pub type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
+
+/// What tells the watcher to look into the spool.
+const RING: &[u8] = b"POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
 
 /// Why the watcher did not answer.
 #[derive(Debug)]
@@ -46,11 +52,7 @@ pub async fn send(socket: &Path, request: Request<Body>) -> Result<Response<Inco
     }
 }
 
-/// As [`send`], for a request whose body takes its time.
-pub async fn send_patiently<E>(socket: &Path, request: Request<Body<E>>) -> Result<Response<Incoming>, ClientError>
-where
-    E: std::error::Error + Send + Sync + 'static,
-{
+async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => ClientError::NotRunning,
         _ => ClientError::NoAnswer(error.to_string()),
@@ -60,6 +62,43 @@ where
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(no_answer)?;
     tokio::spawn(connection);
     sender.send_request(request).await.map_err(no_answer)
+}
+
+/// Tells the watcher to look into the spool. Needs no runtime and waits for nothing: a socket whose backlog is full says
+/// so at once.
+pub fn ring(socket: &Path) -> rustix::io::Result<()> {
+    let connection = connect(socket)?;
+    rustix::net::send(&connection, RING, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Hands a record over that could not be written to the spool, as `spool::encode` gives it. Waits until the watcher has
+/// read it, `patience` at most, and not for its answer.
+pub fn hand_over(socket: &Path, record: &[u8], patience: Duration) -> rustix::io::Result<()> {
+    let connection = connect(socket)?;
+    let deadline = Instant::now() + patience;
+    let head = format!("POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", record.len());
+    for part in [head.as_bytes(), record] {
+        let mut rest = part;
+        while !rest.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut descriptors = [PollFd::new(&connection, PollFlags::OUT)];
+            if rustix::event::poll(&mut descriptors, Timespec::try_from(left).ok().as_ref())? == 0 {
+                return Err(rustix::io::Errno::TIMEDOUT);
+            }
+            let sent = rustix::net::send(&connection, rest, SendFlags::NOSIGNAL)?;
+            rest = rest.get(sent..).unwrap_or_default();
+        }
+    }
+    Ok(())
+}
+
+fn connect(socket: &Path) -> rustix::io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(socket)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let connection = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&connection, &address)?;
+    Ok(connection)
 }
 
 /// The whole body.

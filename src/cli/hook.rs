@@ -9,7 +9,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -17,10 +17,11 @@ use headspace_watcher::config::{Config, Environment, HookCapture};
 use headspace_watcher::event::{EventId, Timestamp};
 use headspace_watcher::intake::hook::{self, Arrival};
 use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::spool::Spool;
+use headspace_watcher::intake::spool::{self, Spool};
 use headspace_watcher::intake::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::client;
 
 /// How long the input may pause. SessionEnd hooks share 1.5 s, and some leave the pipe open.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -31,8 +32,8 @@ const INPUT_TIME_MAX: Duration = Duration::from_secs(10);
 /// A larger input is not kept.
 const INPUT_BYTES_MAX: usize = 64 << 20;
 
-/// What tells the watcher to look into the spool.
-const RING: &[u8] = b"POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
+/// How long the watcher may take to read what could not be written to the spool.
+const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// The command line of a hook, read without judging it.
 pub struct Invocation {
@@ -97,11 +98,15 @@ impl Invocation {
             project_path: variable("CLAUDE_PROJECT_DIR"),
         };
         let record = match input {
-            Input::Bytes(bytes) => hook::record(&bytes, arrival, capture),
+            Input::Bytes(bytes) => hook::record(&bytes, arrival, capture, config.event_system.max_event_bytes),
             Input::TooLarge => hook::too_large(INPUT_BYTES_MAX),
         };
-        if Spool::new(&config.queue.spool_path).leave(&redactor.record(record)).is_ok() {
-            let _ = ring(&config.http.socket);
+        let record = redactor.record(record);
+        if Spool::new(&config.queue.spool_path).leave(&record).is_ok() {
+            let _ = client::ring(&config.http.socket);
+        } else if let Ok(bytes) = spool::encode(&record) {
+            // A full disk, a folder of somebody else: the running watcher may still be able to keep it.
+            let _ = client::hand_over(&config.http.socket, &bytes, HAND_OVER_TIME_MAX);
         }
     }
 }
@@ -144,16 +149,6 @@ fn read_input() -> Input {
             return Input::TooLarge;
         }
     }
-}
-
-/// Wakes the watcher. Nothing here waits: a socket whose backlog is full says so at once.
-fn ring(socket: &Path) -> rustix::io::Result<()> {
-    let address = SocketAddrUnix::new(socket)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let connection = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&connection, &address)?;
-    rustix::net::send(&connection, RING, SendFlags::NOSIGNAL)?;
-    Ok(())
 }
 
 #[cfg(test)]

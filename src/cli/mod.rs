@@ -92,7 +92,7 @@ enum Command {
     },
     /// Hand in one event, or a stream of them. Exit code 0 only when all of it is durable
     #[command(
-        after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl\n\nExit code 65: not valid, the field is named and nothing was accepted; 69: the watcher does not answer; 74: the queue\nis full or can't be written."
+        after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl\n\nExit code 65: not valid, the field is named and nothing was accepted; 74: the spool\nis full or can't be written."
     )]
     Emit(EmitArguments),
     /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0

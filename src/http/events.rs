@@ -15,9 +15,11 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::dead_letters::unavailable;
 use super::listings::streamed;
-use super::{Api, MayBeCommand, Pace, answer, error};
+use super::{Api, Pace, answer, error};
 use crate::event::Origin;
-use crate::intake::request::{AcceptedRequest, EventRequest, IdempotencyKey, Layout, RequestError, SpooledIds};
+use crate::intake::request::{
+    AcceptedRequest, Destination, EventRequest, IdempotencyKey, Layout, RequestError, SpooledIds,
+};
 
 /// What one body may take of memory without asking.
 const FREE_BODY_BYTES: usize = 64 << 10;
@@ -29,18 +31,12 @@ const LEFTOVER_TIME_MAX: Duration = Duration::from_secs(2);
 /// Bytes of identities that are written at once.
 const IDS_BYTES: usize = 16 << 10;
 
-/// The header by which our own command says who it is.
-pub const ORIGIN_HEADER: &str = "x-headspace-origin";
-
 pub async fn events(
     State(api): State<Api>,
     Extension(pace): Extension<Pace>,
-    Extension(MayBeCommand(may_be_command)): Extension<MayBeCommand>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let is_command = may_be_command && headers.get(ORIGIN_HEADER).is_some_and(|origin| origin == "cli");
-    let origin = if is_command { Origin::Cli } else { Origin::Http };
     let key = match headers.get("idempotency-key").map(|key| key.to_str().ok().and_then(IdempotencyKey::new)) {
         Some(None) => {
             return error(StatusCode::BAD_REQUEST, "Idempotency-Key: expected 1 to 255 visible ASCII characters");
@@ -53,7 +49,13 @@ pub async fn events(
         let problem = format!("a request has at most {bytes_max} bytes (queue.max_pending_bytes)");
         return error(StatusCode::PAYLOAD_TOO_LARGE, problem);
     }
-    let mut request = EventRequest::new(api.intake.clone(), api.spool.clone(), origin, key, layout(&headers));
+    let mut request = EventRequest::new(
+        Destination::Queue(api.intake.clone()),
+        api.spool.clone(),
+        Origin::Http,
+        key,
+        layout(&headers),
+    );
     let mut incoming = Incoming::new(body, pace);
     let mut room = BodyRoom::new(&api);
     loop {
@@ -125,9 +127,12 @@ fn refused(refusal: RequestError) -> Response {
             }
             answer(StatusCode::BAD_REQUEST, &fault)
         }
+        RequestError::KeyReused => error(StatusCode::CONFLICT, &refusal),
         RequestError::TooLarge { .. } => error(StatusCode::PAYLOAD_TOO_LARGE, &refusal),
         RequestError::Queue(problem) => unavailable(problem),
-        RequestError::Spool { .. } => error(StatusCode::INTERNAL_SERVER_ERROR, &refusal),
+        RequestError::Spool { .. } | RequestError::SpoolFull { .. } => {
+            error(StatusCode::INTERNAL_SERVER_ERROR, &refusal)
+        }
     }
 }
 

@@ -37,9 +37,6 @@ use crate::history::History;
 use crate::intake::Intake;
 use crate::intake::spool::Spool;
 
-/// Bytes that all bodies together may take while they come in, beyond what each has for free.
-const BODY_BYTES_MAX: usize = 64 << 20;
-
 /// Listings at once. Each takes a thread and a page of the queue.
 const LISTINGS_MAX: usize = 16;
 
@@ -68,13 +65,16 @@ impl Api {
         spool: Spool,
         capture: HookCapture,
     ) -> Api {
+        // All bodies together, while they come in, beyond what each has for free: the buffer of the largest one, which
+        // grows by doubling. 32 MiB by default.
+        let body_bytes_max = hooks::input_bytes_max(&intake).next_power_of_two() as usize;
         Api {
             health,
             history,
             intake,
             spool,
             capture,
-            body_room: Arc::new(Semaphore::new(BODY_BYTES_MAX / 1024)),
+            body_room: Arc::new(Semaphore::new(body_bytes_max / 1024)),
             listings: Arc::new(Semaphore::new(LISTINGS_MAX)),
             working: Arc::new(Semaphore::new(WORKING_MAX)),
         }
@@ -124,7 +124,7 @@ pub fn router(api: Api, door: Door) -> Router {
         .route("/queue", get(listings::queue))
         .route("/events", post(events::events))
         .route("/hook/{kind}", post(hooks::hook))
-        .route("/spool", post(ring))
+        .route("/spool", post(hooks::spool))
         .route("/dead-letters", get(listings::dead_letters))
         .route("/dead-letters/{sequence}", delete(dead_letters::forget))
         .route("/dead-letters/{sequence}/retry", post(dead_letters::retry))
@@ -224,12 +224,6 @@ async fn readyz(State(api): State<Api>) -> Response {
 fn yes_or_no(is_ok: bool) -> Response {
     let code = if is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     answer(code, &json!({"ok": is_ok}))
-}
-
-/// A hook has left something in the spool.
-async fn ring(State(api): State<Api>) -> StatusCode {
-    api.spool.ring();
-    StatusCode::NO_CONTENT
 }
 
 fn answer(code: StatusCode, value: &impl serde::Serialize) -> Response {

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::dead_letters::unavailable;
 use super::events::{BodyRoom, Incoming, busy};
 use super::{Api, MayBeCommand, Pace, answer, error};
+use crate::intake::check_size;
 use crate::intake::resend::{EVENTS_MAX, Resent};
 use crate::intake::sessions;
 use crate::listing::CursorLine;
@@ -60,6 +61,9 @@ pub async fn resend(
     }
     let mut candidates = Vec::new();
     for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        if let Err(unfit) = check_size(line) {
+            return error(StatusCode::BAD_REQUEST, unfit);
+        }
         match serde_json::from_slice::<Resent<'_>>(line) {
             Ok(resent) if candidates.len() < EVENTS_MAX => candidates.push(resent.into_candidate()),
             Ok(_) => return error(StatusCode::PAYLOAD_TOO_LARGE, format!("a request has at most {EVENTS_MAX} events")),

@@ -43,6 +43,9 @@ const KEPT: &[(&str, &str)] = &[
     ("title", "title"),
 ];
 
+/// Kept of an input that is no JSON object.
+const REJECTED_BYTES_KEPT_MAX: usize = 64 << 10;
+
 /// What the receiver of a hook knows besides its input.
 pub struct Arrival {
     /// The event's identity, made by the receiver (UUIDv7).
@@ -59,17 +62,24 @@ pub struct Arrival {
 
 /// The record of a hook with this input; a rejection where that is no JSON object.
 ///
-/// The input of a rejection is kept under `full` only: it may hold anything.
-pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture) -> Record {
+/// The input of a rejection is kept under `full` only: it may hold anything. An input above `data_bytes_max` is not
+/// kept as `data`: the event would be too large.
+pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_max: u64) -> Record {
     let input = json::without_byte_order_mark(input);
     let lossy = String::from_utf8_lossy(input);
     let text = lossy.trim_ascii();
     let mut is_mended = matches!(lossy, std::borrow::Cow::Owned(_));
     let Some(fields) = fields(text, &mut is_mended) else {
-        let kept = capture == HookCapture::Full;
-        let omitted = if kept { "" } else { "; it is kept only where hooks.capture is full" };
-        let message = format!("a hook's input of {} bytes is no JSON object{omitted}", input.len());
-        let bytes = if kept { input.to_vec() } else { Vec::new() };
+        let (kept, note) = match capture {
+            HookCapture::Full if input.len() <= REJECTED_BYTES_KEPT_MAX => (input, String::new()),
+            HookCapture::Full => {
+                let kept = input.get(..REJECTED_BYTES_KEPT_MAX).unwrap_or_default();
+                (kept, format!("; the first {REJECTED_BYTES_KEPT_MAX} bytes are kept"))
+            }
+            HookCapture::Summary => (&[][..], "; it is kept only where hooks.capture is full".to_owned()),
+        };
+        let message = format!("a hook's input of {} bytes is no JSON object{note}", input.len());
+        let bytes = kept.to_vec();
         return Record::Rejected(rejection(FailureKind::Unreadable, message, bytes));
     };
     let mut payload = Map::new();
@@ -86,9 +96,14 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture) -> Record {
     payload.extend(fields.kept);
     let mut metadata = Map::new();
     if capture == HookCapture::Full {
-        match json::value(text, &mut is_mended) {
-            Ok(whole) => drop(payload.insert("data".to_owned(), whole)),
-            Err(unfit) => drop(metadata.insert("data_omitted".to_owned(), unfit.to_string().into())),
+        let data = if text.len() as u64 > data_bytes_max {
+            Err(format!("{} bytes, more than max_event_bytes ({data_bytes_max})", text.len()))
+        } else {
+            json::value(text, &mut is_mended).map_err(|unfit| unfit.to_string())
+        };
+        match data {
+            Ok(data) => drop(payload.insert("data".to_owned(), data)),
+            Err(problem) => drop(metadata.insert("data_omitted".to_owned(), problem.into())),
         }
     }
     if is_mended {
@@ -210,7 +225,7 @@ mod tests {
     }
 
     fn payload(input: &str, capture: HookCapture) -> Value {
-        match record(input.as_bytes(), arrival(), capture) {
+        match record(input.as_bytes(), arrival(), capture, 1 << 20) {
             Record::Event(candidate) => {
                 let mut payload = candidate.payload;
                 assert_eq!(payload.remove("hook_id"), Some(candidate.id.to_string().into()));
@@ -255,7 +270,7 @@ mod tests {
     fn what_is_no_object_is_rejected_and_its_text_kept_only_in_full() {
         for input in ["", "garbage secret", "[1]", "{\"a\":1", "{} {}", "null"] {
             for (capture, kept) in [(HookCapture::Summary, ""), (HookCapture::Full, input)] {
-                let Record::Rejected(rejection) = record(input.as_bytes(), arrival(), capture) else {
+                let Record::Rejected(rejection) = record(input.as_bytes(), arrival(), capture, 1 << 20) else {
                     panic!("{input} is accepted")
                 };
                 assert_eq!(String::from_utf8(rejection.bytes).unwrap(), kept);
@@ -282,7 +297,7 @@ mod tests {
         let session = "11111111-2222-4333-8444-555555555555";
         let hook = |name: &str| {
             let input = json!({"session_id": session, "cwd": "/app", "hook_event_name": name}).to_string();
-            match record(input.as_bytes(), arrival(), HookCapture::Summary) {
+            match record(input.as_bytes(), arrival(), HookCapture::Summary, 1 << 20) {
                 Record::Event(candidate) => registration(&candidate),
                 Record::Rejected(_) => None,
             }

@@ -12,6 +12,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use serde::de::{Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -23,6 +24,40 @@ const BYTE_ORDER_MARK: &str = "\u{feff}";
 /// `bytes` without a byte order mark at their beginning: input that others write may have one, serde_json refuses it.
 pub fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(bytes)
+}
+
+/// Memory for parsed payloads, shared by all threads that parse one. A large payload waits until the others are done.
+#[derive(Default, Debug)]
+pub struct ValuesMemory {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl ValuesMemory {
+    /// Reserves what the values of `json_bytes` of JSON can take at most. Blocks while others hold too much of it; they
+    /// hold it only while they parse and check.
+    pub fn reserve(&self, json_bytes: usize) -> ValuesReservation<'_> {
+        let bytes = json_bytes.saturating_mul(VALUES_BYTES_PER_BYTE_MAX).min(VALUES_BYTES_MAX);
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = |taken: &mut usize| *taken + bytes > VALUES_BYTES_MAX;
+        let mut taken = self.freed.wait_while(taken, is_full).unwrap_or_else(PoisonError::into_inner);
+        *taken += bytes;
+        ValuesReservation { memory: self, bytes }
+    }
+}
+
+/// A share of [`ValuesMemory`], returned when dropped.
+#[must_use = "dropped at once it reserves nothing"]
+pub struct ValuesReservation<'a> {
+    memory: &'a ValuesMemory,
+    bytes: usize,
+}
+
+impl Drop for ValuesReservation<'_> {
+    fn drop(&mut self) {
+        *self.memory.taken.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+        self.memory.freed.notify_all();
+    }
 }
 
 /// What stands in for text that can't be kept.
@@ -122,10 +157,19 @@ fn low_surrogate(text: &str) -> Option<(u16, &str)> {
 /// Levels of arrays and objects that a payload may have: every reader of JSON on its way takes them.
 pub(super) const DEPTH_MAX: usize = 100;
 
+/// Memory that the values of a payload may take, beside the bytes of its strings: 780,000 numbers, or 60,000 small
+/// objects. Without a limit 16 MB of `[1,1,…]` become 500 MB of values.
+pub(super) const VALUES_BYTES_MAX: usize = 48 << 20;
+
+/// Upper bound of the memory that one byte of JSON can turn into ([`Scan::values_bytes`] of `{"":0},`).
+const VALUES_BYTES_PER_BYTE_MAX: usize = 100;
+
 /// Why raw JSON is not taken as a value. Says nothing of the text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Unfit {
+pub enum Unfit {
     TooDeep,
+    /// Its values would take more memory than [`VALUES_BYTES_MAX`].
+    TooManyValues,
     /// A number outside the range of a double, or no JSON at all.
     Malformed,
 }
@@ -134,20 +178,38 @@ impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Unfit::TooDeep => write!(f, "nested deeper than {DEPTH_MAX} levels"),
+            Unfit::TooManyValues => write!(
+                f,
+                "too many values: they would take more than {} MiB of memory; send them as text or in several events",
+                VALUES_BYTES_MAX >> 20
+            ),
             Unfit::Malformed => f.write_str("not valid JSON, or a number out of range"),
         }
     }
 }
 
-/// The value `raw` with every string and key of it mended; sets `is_mended` where one had to be.
+/// The value `raw` with every string and key of it repaired; sets `is_mended` where one had to be.
+///
+/// What is nested too deep or would take too much memory is refused before anything is parsed.
 pub(super) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
-    if depth(raw) > DEPTH_MAX {
-        return Err(Unfit::TooDeep);
-    }
+    check_size(raw.as_bytes())?;
     if memchr::memmem::find(raw.as_bytes(), b"\\u").is_none() {
         return serde_json::from_str(raw).map_err(|_| Unfit::Malformed);
     }
     mended_value(raw, is_mended)
+}
+
+/// Whether `raw` may be parsed: how deep it is nested, and the memory that its values would take.
+pub fn check_size(raw: &[u8]) -> Result<(), Unfit> {
+    let mut scan = Scan::default();
+    scan.feed(raw);
+    if scan.deepest > DEPTH_MAX {
+        return Err(Unfit::TooDeep);
+    }
+    if scan.values_bytes > VALUES_BYTES_MAX {
+        return Err(Unfit::TooManyValues);
+    }
+    Ok(())
 }
 
 /// [`value`] for text with escapes that may need mending. Recurses [`DEPTH_MAX`] deep at most.
@@ -187,51 +249,65 @@ fn mended_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     }
 }
 
-/// How deep arrays and objects nest in `raw`.
-fn depth(raw: &str) -> usize {
-    let mut scan = Scan::default();
-    scan.feed(raw.as_bytes());
-    scan.deepest
-}
-
 /// Follows JSON byte by byte, however it comes in pieces, to know when the first object or array is complete.
 ///
-/// Looks at brackets and strings only; whether the text between them is JSON is for a parser to say.
+/// Looks at punctuation and strings only; whether the text between them is JSON is for a parser to say.
 #[derive(Default, Debug)]
 pub struct Scan {
     depth: usize,
     deepest: usize,
     in_string: bool,
     escaped: bool,
+    /// The last byte of punctuation.
+    last: u8,
+    /// Memory that `serde_json::Value`s of what was scanned would take, without the bytes of strings. Estimated from
+    /// their layout on 64 bits: 32 bytes for a value, twice that in a growing array, 632 for the first eleven members of
+    /// an object (a node of a `BTreeMap`), 32 for an allocation.
+    values_bytes: usize,
 }
 
 impl Scan {
     /// Takes the next bytes; gives the number of them up to the end of the object, once it has come.
     pub fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
-        for (index, &byte) in bytes.iter().enumerate() {
+        let mut index = 0;
+        while let Some(&byte) = bytes.get(index) {
+            index += 1;
             if self.in_string {
                 match byte {
                     _ if self.escaped => self.escaped = false,
                     b'\\' => self.escaped = true,
                     b'"' => self.in_string = false,
-                    _ => {}
+                    // Most of a long input is text.
+                    _ => {
+                        let rest = bytes.get(index..).unwrap_or_default();
+                        index += memchr::memchr2(b'"', b'\\', rest).unwrap_or(rest.len());
+                    }
                 }
                 continue;
             }
             match byte {
-                b'"' => self.in_string = true,
+                b'"' => {
+                    self.in_string = true;
+                    self.values_bytes += 32;
+                    continue;
+                }
                 b'{' | b'[' => {
                     self.depth += 1;
                     self.deepest = self.deepest.max(self.depth);
+                    self.values_bytes += if byte == b'[' { 128 } else { 0 };
                 }
                 b'}' | b']' => {
                     self.depth = self.depth.saturating_sub(1);
                     if self.depth == 0 {
-                        return Some(index + 1);
+                        return Some(index);
                     }
                 }
-                _ => {}
+                // The first member of an object follows its bracket.
+                b':' => self.values_bytes += if self.last == b'{' { 650 } else { 40 },
+                b',' => self.values_bytes += 64,
+                _ => continue,
             }
+            self.last = byte;
         }
         None
     }

@@ -32,19 +32,49 @@ use std::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
-pub use self::json::{Scan, without_byte_order_mark};
+pub use self::json::{Scan, ValuesMemory, check_size, without_byte_order_mark};
 use self::redact::Redactor;
+use self::request::IdempotencyKeys;
 use self::schema::{Candidate, Invalid, Refused, Schemas};
 use self::spool::Record;
 use crate::event::{Event, EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
 use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
 use crate::telemetry::{BatchActivity, Metrics};
 
+/// Makes events of candidates: strikes out secrets, then asks the schemas. Needs no queue.
+pub struct Checker {
+    schemas: Schemas,
+    redactor: Redactor,
+    values: ValuesMemory,
+}
+
+impl Checker {
+    pub fn new(schemas: Schemas, redactor: Redactor) -> Checker {
+        Checker { schemas, redactor, values: ValuesMemory::default() }
+    }
+
+    /// The event, redacted, when it fits its schema.
+    pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
+        self.redactor.payload(&mut candidate.payload);
+        self.schemas.check(candidate)
+    }
+
+    /// Bytes that a payload has at most.
+    pub fn event_bytes_max(&self) -> u64 {
+        self.schemas.event_bytes_max()
+    }
+
+    /// Memory for parsed payloads: to be reserved while one is parsed and checked.
+    pub fn values(&self) -> &ValuesMemory {
+        &self.values
+    }
+}
+
 /// The one door into the queue.
 pub struct Intake {
-    schemas: Schemas,
+    checker: Arc<Checker>,
+    keys: IdempotencyKeys,
     queue: Queue,
-    redactor: Redactor,
     metrics: Arc<Metrics>,
     /// Sessions whose SessionEnd hook has come, until the follower asks.
     closings: Mutex<BTreeMap<Uuid, Timestamp>>,
@@ -52,7 +82,16 @@ pub struct Intake {
 
 impl Intake {
     pub fn new(schemas: Schemas, queue: Queue, redactor: Redactor, metrics: Arc<Metrics>) -> Self {
-        Intake { schemas, queue, redactor, metrics, closings: Mutex::default() }
+        let checker = Arc::new(Checker::new(schemas, redactor));
+        Intake { checker, keys: IdempotencyKeys::default(), queue, metrics, closings: Mutex::default() }
+    }
+
+    pub fn checker(&self) -> &Arc<Checker> {
+        &self.checker
+    }
+
+    pub fn keys(&self) -> &IdempotencyKeys {
+        &self.keys
     }
 
     pub fn queue(&self) -> &Queue {
@@ -63,24 +102,14 @@ impl Intake {
         &self.metrics
     }
 
-    pub fn event_bytes_max(&self) -> u64 {
-        self.schemas.event_bytes_max()
-    }
-
-    /// The event, redacted, when it fits its schema. Whoever gets an error keeps what was rejected.
-    pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
-        self.redactor.payload(&mut candidate.payload);
-        self.schemas.check(candidate)
-    }
-
     /// What is to be left in the spool, redacted.
     pub fn redacted(&self, record: Record) -> Record {
-        self.redactor.record(record)
+        self.checker.redactor.record(record)
     }
 
     /// Checks a candidate and puts it into the batch: as an event, or as a rejection that names the field.
     pub fn admit(&self, candidate: Candidate, batch: &mut Batch) {
-        match self.check(candidate) {
+        match self.checker.check(candidate) {
             Ok(event) => batch.events.push(event),
             Err(refused) => {
                 let Refused { invalid, candidate } = *refused;
@@ -91,22 +120,49 @@ impl Intake {
         }
     }
 
-    /// Keeps input that another program handed in and that is no event.
-    pub fn keep_rejection(&self, rejection: Rejection) {
-        self.count_rejection(&rejection);
-        warn!(origin = rejection.origin.kind(), error = rejection.failure.message, "an event was rejected");
-        // Its caller is told what is wrong with it in any case; a queue that can't be written ends the process anyway.
-        let _ = self.submit(Batch { rejections: vec![rejection], ..Batch::default() }).wait();
+    /// Puts a record of the spool into the batch, with what a hook stands for besides its own event. Gives the session
+    /// whose end it tells, for [`Intake::session_closed`] once the batch is durable.
+    pub fn admit_record(&self, record: Record, batch: &mut Batch) -> Option<(Uuid, Timestamp)> {
+        let candidate = match record {
+            Record::Event(candidate) => candidate,
+            Record::Rejected(rejection) => {
+                self.count_rejection(rejection.event_type.as_ref(), &rejection.origin, &rejection.failure.message);
+                batch.rejections.push(rejection);
+                return None;
+            }
+        };
+        if let Some(registration) = hook::registration(&candidate) {
+            self.admit(registration, batch);
+        }
+        let ended = hook::session_end(&candidate);
+        if let Some((session, at)) = ended {
+            self.note_session_end(session, at, batch);
+        }
+        self.admit(candidate, batch);
+        ended
     }
 
-    fn count_rejection(&self, rejection: &Rejection) {
-        self.metrics.events_rejected.add(rejection.event_type.as_ref().map_or("unknown", EventType::as_str), 1);
+    /// Takes in a record that could not be written to the spool. Blocks until it is durable.
+    pub fn take_record(&self, record: Record) -> Result<(), QueueError> {
+        let mut batch = Batch::default();
+        let ended = self.admit_record(record, &mut batch);
+        self.submit(batch).wait()?;
+        if let Some((session, at)) = ended {
+            self.session_closed(session, at);
+        }
+        Ok(())
+    }
+
+    /// Counts and logs input that is no event.
+    pub fn count_rejection(&self, event_type: Option<&EventType>, origin: &Origin, problem: &str) {
+        self.metrics.events_rejected.add(event_type.map_or("unknown", EventType::as_str), 1);
+        warn!(origin = origin.kind(), error = problem, "an event was rejected");
     }
 
     /// Hands the batch over; it is durable when the submission says so, and is counted then.
     pub fn submit(&self, mut batch: Batch) -> Submission {
         for rejection in &mut batch.rejections {
-            rejection.bytes = self.redactor.bytes(std::mem::take(&mut rejection.bytes));
+            rejection.bytes = self.checker.redactor.bytes(std::mem::take(&mut rejection.bytes));
         }
         let counts = BatchCounts::of(&batch);
         let begun = Instant::now();

@@ -16,21 +16,23 @@
 //! 4. **Idempotent** by `event_id`, else by the request's key and the line's number in it.
 //!
 //! Limits: an event by `max_event_bytes`, a line by that and [`LINE_OVERHEAD_BYTES`], a request by the room that is left
-//! in the queue. The first event that does not fit ends the request; it is kept among the dead letters.
+//! in the queue. The first event that does not fit ends the request; the caller is told, so it is not kept.
 
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 use thiserror::Error;
 use uuid::Uuid;
+use xxhash_rust::xxh3::Xxh3;
 
-use super::Intake;
 use super::json;
 use super::schema::{Candidate, Invalid, Refused};
-use super::spool::{Draft, Frames, Kind, ReadError, Record, Spool};
-use crate::event::{Event, EventId, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+use super::spool::{Draft, Frames, Kind, ReadError, Spool};
+use super::{Checker, Intake};
+use crate::event::{Event, EventId, EventType, ForeignKeys, Origin, Timestamp};
 use crate::queue::{Batch, QueueError};
 
 /// Payload bytes up to which a request is one batch.
@@ -45,8 +47,8 @@ const LINE_OVERHEAD_BYTES: u64 = 64 << 10;
 /// Longest idempotency key.
 const KEY_BYTES_MAX: usize = 255;
 
-/// Kept of a line that is no event.
-const REJECTED_BYTES_KEPT_MAX: usize = 64 << 10;
+/// Keys that are remembered with their bodies.
+const KEYS_MAX: usize = 10_000;
 
 /// How the bytes of a request are to be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,10 +67,16 @@ pub enum RequestError {
     Invalid { line: Option<u64>, field: Option<String>, problem: String },
     #[error("{}{problem}", place(.line, &None))]
     TooLarge { line: Option<u64>, problem: String },
+    #[error("the Idempotency-Key was used before with another body; send a new key with a new request")]
+    KeyReused,
     #[error(transparent)]
     Queue(#[from] QueueError),
-    #[error("could not write the events to the spool {spool}: {source}; free space or mend its mode")]
+    #[error("could not write the events to the spool {spool}: {source}; free space or fix its permissions")]
     Spool { spool: String, source: io::Error },
+    #[error(
+        "the spool {spool} is full: {bytes} bytes wait in it, at most {bytes_max} may (queue.max_pending_bytes); start the watcher"
+    )]
+    SpoolFull { spool: String, bytes: u64, bytes_max: u64 },
 }
 
 fn place(line: &Option<u64>, field: &Option<String>) -> String {
@@ -99,12 +107,86 @@ impl IdempotencyKey {
     }
 }
 
+/// The keys that were used last, each with a hash of its request's body. Kept in memory: after a restart, or when
+/// [`KEYS_MAX`] others have been used since, a key that is used again with another body is not noticed. Its events have
+/// the identities of the first ones then and count as duplicates.
+#[derive(Default)]
+pub struct IdempotencyKeys {
+    used: Mutex<UsedKeys>,
+}
+
+#[derive(Default)]
+struct UsedKeys {
+    bodies: HashMap<EventId, u128>,
+    /// In the order of their first use.
+    order: VecDeque<EventId>,
+}
+
+impl IdempotencyKeys {
+    /// Runs `accept` unless the key was used with another body. What fails leaves the key unused.
+    pub fn once<T>(
+        &self,
+        key: &IdempotencyKey,
+        body: u128,
+        accept: impl FnOnce() -> Result<T, RequestError>,
+    ) -> Result<T, RequestError> {
+        let id = key.event_id(0);
+        let is_new = self.claim(id, body)?;
+        let accepted = accept();
+        if is_new && accepted.is_err() {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            used.bodies.remove(&id);
+            used.order.retain(|other| *other != id);
+        }
+        accepted
+    }
+
+    /// Whether the key is used for the first time.
+    fn claim(&self, id: EventId, body: u128) -> Result<bool, RequestError> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        match used.bodies.get(&id) {
+            Some(known) if *known != body => return Err(RequestError::KeyReused),
+            Some(_) => return Ok(false),
+            None => {}
+        }
+        if used.order.len() >= KEYS_MAX
+            && let Some(oldest) = used.order.pop_front()
+        {
+            used.bodies.remove(&oldest);
+        }
+        used.bodies.insert(id, body);
+        used.order.push_back(id);
+        Ok(true)
+    }
+}
+
+/// Where accepted events go.
+#[derive(Clone)]
+pub enum Destination {
+    /// Into the queue as one batch; a larger request by the spool.
+    Queue(Arc<Intake>),
+    /// Into the spool, whatever the size: for commands, which never open the queue. `bytes_max` is what requests may take
+    /// there in all.
+    Spool { checker: Arc<Checker>, bytes_max: u64 },
+}
+
+impl Destination {
+    fn checker(&self) -> &Checker {
+        match self {
+            Destination::Queue(intake) => intake.checker(),
+            Destination::Spool { checker, .. } => checker,
+        }
+    }
+}
+
 /// A request that is coming in.
 pub struct EventRequest {
-    intake: Arc<Intake>,
+    destination: Destination,
     spool: Spool,
     origin: Origin,
     key: Option<IdempotencyKey>,
+    /// Of all bytes so far.
+    body: Xxh3,
     layout: Layout,
     /// The line, or the one event, whose end has not come yet.
     partial: Vec<u8>,
@@ -144,28 +226,24 @@ impl Iterator for SpooledIds {
     type Item = Result<EventId, ReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        match self.0.next_record() {
-            Ok(Some((Record::Event(candidate), _))) => Some(Ok(candidate.id)),
-            Ok(Some((Record::Rejected(_), _))) => Some(Err(ReadError::Damaged("a request holds events only"))),
-            Ok(None) => None,
-            Err(error) => Some(Err(error)),
-        }
+        self.0.next_frame().and_then(|frame| frame.map(|frame| frame.event_id()).transpose()).transpose()
     }
 }
 
 impl EventRequest {
     pub fn new(
-        intake: Arc<Intake>,
+        destination: Destination,
         spool: Spool,
         origin: Origin,
         key: Option<IdempotencyKey>,
         layout: Layout,
     ) -> EventRequest {
         EventRequest {
-            intake,
+            destination,
             spool,
             origin,
             key,
+            body: Xxh3::new(),
             layout,
             partial: Vec::new(),
             is_spread: false,
@@ -184,6 +262,9 @@ impl EventRequest {
 
     /// Takes the next bytes, however they are cut. Blocks for as long as checking and writing them takes.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), RequestError> {
+        if self.key.is_some() {
+            self.body.update(bytes);
+        }
         let mut rest = bytes;
         while !self.is_spread
             && let Some(end) = memchr::memchr(b'\n', rest)
@@ -213,30 +294,74 @@ impl EventRequest {
             let problem = "there is no event: expected one JSON object, or one on each line".to_owned();
             return Err(RequestError::Invalid { line: None, field: None, problem });
         }
-        let queue = self.intake.queue().clone();
-        let Some(draft) = self.draft.take() else {
-            let ids = self.events.iter().map(Event::id).collect();
-            self.intake.submit(Batch { events: self.events, ..Batch::default() }).wait()?;
-            return Ok(AcceptedRequest::Batch(ids));
-        };
-        // Once it is in the spool it must come into the queue some time, so the room for it is looked at now.
-        let pending_bytes = queue.stats().pending_bytes;
-        let waiting_bytes = pending_bytes + self.spool.backlog_bytes() + draft.bytes();
-        if waiting_bytes > queue.max_pending_bytes() {
-            return Err(QueueError::Full { pending_bytes, max: queue.max_pending_bytes() }.into());
+        drop(last);
+        let destination = self.destination.clone();
+        match (&destination, self.key.take()) {
+            (Destination::Queue(intake), Some(key)) => {
+                let body = self.body.digest128();
+                intake.keys().once(&key, body, || self.accept(&destination))
+            }
+            _ => self.accept(&destination),
         }
+    }
+
+    fn accept(mut self, destination: &Destination) -> Result<AcceptedRequest, RequestError> {
+        match (destination, self.draft.take()) {
+            (Destination::Queue(intake), None) => {
+                // A large event is copied on its way to the disk: others are parsed before or after that.
+                let is_large = self.event_bytes > BATCH_BYTES_MAX;
+                let _reservation = is_large.then(|| intake.checker().values().reserve(self.event_bytes));
+                let ids = self.events.iter().map(Event::id).collect();
+                intake.submit(Batch { events: self.events, ..Batch::default() }).wait()?;
+                Ok(AcceptedRequest::Batch(ids))
+            }
+            (Destination::Queue(intake), Some(draft)) => {
+                let (queue, waiting) = (intake.queue(), self.spool.backlog_bytes() + draft.bytes());
+                // Once it is in the spool it must come into the queue some time, so the room for it is looked at now.
+                let pending_bytes = queue.stats().pending_bytes;
+                if pending_bytes + waiting > queue.max_pending_bytes() {
+                    return Err(QueueError::Full { pending_bytes, max: queue.max_pending_bytes() }.into());
+                }
+                self.commit(draft)
+            }
+            (Destination::Spool { bytes_max, .. }, draft) => {
+                let bytes_max = *bytes_max;
+                let mut draft = match draft {
+                    Some(draft) => draft,
+                    None => self.spool.draft().map_err(|source| self.spool_error(source))?,
+                };
+                for event in std::mem::take(&mut self.events) {
+                    draft.add_event(&event).map_err(|source| self.spool_error(source))?;
+                }
+                let bytes = self.spool.backlog_bytes() + draft.bytes();
+                if bytes > bytes_max {
+                    let spool = self.spool.folder().display().to_string();
+                    return Err(RequestError::SpoolFull { spool, bytes, bytes_max });
+                }
+                self.commit(draft)
+            }
+        }
+    }
+
+    fn commit(&self, draft: Draft) -> Result<AcceptedRequest, RequestError> {
         let frames = draft.commit(Kind::Events).map_err(|source| self.spool_error(source))?;
         self.spool.ring();
         Ok(AcceptedRequest::Spooled { count: self.accepted, ids: SpooledIds(frames) })
     }
 
+    /// Counts and logs what is refused. It is not kept: the caller is told at once.
+    fn refuse(&self, event_type: Option<&EventType>, problem: &dyn fmt::Display) {
+        if let Destination::Queue(intake) = &self.destination {
+            intake.count_rejection(event_type, &self.origin, &problem.to_string());
+        }
+    }
+
     /// Keeps the beginning of a line.
     fn hold(&mut self, bytes: &[u8]) -> Result<(), RequestError> {
-        let bytes_max = self.intake.event_bytes_max() + LINE_OVERHEAD_BYTES;
+        let bytes_max = self.destination.checker().event_bytes_max() + LINE_OVERHEAD_BYTES;
         if (self.partial.len() + bytes.len()) as u64 > bytes_max {
             let problem = format!("an event has more than {bytes_max} bytes (max_event_bytes and some more)");
-            let rejection = self.rejection(FailureKind::TooLarge, problem.clone(), Vec::new());
-            self.intake.keep_rejection(rejection);
+            self.refuse(None, &problem);
             return Err(RequestError::TooLarge { line: self.line_number(), problem });
         }
         self.partial.extend_from_slice(bytes);
@@ -273,39 +398,10 @@ impl EventRequest {
 
     fn take_event(&mut self, bytes: &[u8], line: Option<u64>) -> Result<(), RequestError> {
         let fallback = self.key.as_ref().map_or_else(EventId::new, |key| key.event_id(self.accepted));
-        let candidate = match candidate(bytes, fallback, &self.origin) {
-            Ok(candidate) => candidate,
-            Err(Problem { field, problem }) => {
-                let kept = bytes.get(..bytes.len().min(REJECTED_BYTES_KEPT_MAX)).unwrap_or_default().to_vec();
-                let kind = if field.is_some() { FailureKind::Invalid } else { FailureKind::Unreadable };
-                let message = format!("{}{problem}", place(&None, &field));
-                let rejection = self.rejection(kind, message, kept);
-                self.intake.keep_rejection(rejection);
-                return Err(RequestError::Invalid { line, field, problem });
-            }
-        };
-        let event = match self.intake.check(candidate) {
-            Ok(event) => event,
-            Err(refused) => {
-                let Refused { invalid, candidate } = *refused;
-                let rejection = super::rejection_of(&invalid, candidate);
-                self.intake.keep_rejection(rejection);
-                return Err(match invalid {
-                    Invalid::TooLarge { .. } => RequestError::TooLarge { line, problem: invalid.to_string() },
-                    Invalid::UnknownType { .. } => RequestError::Invalid {
-                        line,
-                        field: Some(invalid.field().to_owned()),
-                        problem: invalid.to_string(),
-                    },
-                    Invalid::Payload { field, problem, .. } => {
-                        RequestError::Invalid { line, field: Some(field), problem }
-                    }
-                });
-            }
-        };
+        let event = self.check(bytes, line, fallback)?;
         self.accepted += 1;
         if let Some(draft) = &mut self.draft {
-            return draft.add(&record_of(&event)).map_err(|source| self.spool_error(source));
+            return draft.add_event(&event).map_err(|source| self.spool_error(source));
         }
         self.event_bytes += event.payload().as_json().len();
         self.events.push(event);
@@ -313,6 +409,31 @@ impl EventRequest {
             self.move_to_draft().map_err(|source| self.spool_error(source))?;
         }
         Ok(())
+    }
+
+    fn check(&self, bytes: &[u8], line: Option<u64>, fallback: EventId) -> Result<Event, RequestError> {
+        let _reservation = self.destination.checker().values().reserve(bytes.len());
+        let candidate = match candidate(bytes, fallback, &self.origin) {
+            Ok(candidate) => candidate,
+            Err(Problem { field, problem }) => {
+                self.refuse(None, &format!("{}{problem}", place(&line, &field)));
+                return Err(RequestError::Invalid { line, field, problem });
+            }
+        };
+        self.destination.checker().check(candidate).map_err(|refused| {
+            let Refused { invalid, candidate } = *refused;
+            let event_type = EventType::new(&candidate.event_type);
+            self.refuse(Some(&event_type), &invalid);
+            match invalid {
+                Invalid::TooLarge { .. } => RequestError::TooLarge { line, problem: invalid.to_string() },
+                Invalid::UnknownType { .. } => RequestError::Invalid {
+                    line,
+                    field: Some(invalid.field().to_owned()),
+                    problem: invalid.to_string(),
+                },
+                Invalid::Payload { field, problem, .. } => RequestError::Invalid { line, field: Some(field), problem },
+            }
+        })
     }
 
     /// More than a batch: what was checked so far goes into a draft, and what follows too. One event of any size is
@@ -323,7 +444,7 @@ impl EventRequest {
         }
         let mut draft = self.spool.draft()?;
         for event in self.events.drain(..) {
-            draft.add(&record_of(&event))?;
+            draft.add_event(&event)?;
         }
         self.events = Vec::new();
         self.event_bytes = 0;
@@ -331,26 +452,9 @@ impl EventRequest {
         Ok(())
     }
 
-    fn rejection(&self, kind: FailureKind, message: String, bytes: Vec<u8>) -> Rejection {
-        let failure = Failure { kind, message, sqlstate: None };
-        Rejection { failure, event_type: None, origin: self.origin.clone(), bytes }
-    }
-
     fn spool_error(&self, source: io::Error) -> RequestError {
         RequestError::Spool { spool: self.spool.folder().display().to_string(), source }
     }
-}
-
-fn record_of(event: &Event) -> Record {
-    Record::Event(Candidate {
-        id: event.id(),
-        event_type: event.event_type().as_str().to_owned(),
-        timestamp: event.timestamp(),
-        // It was checked, so it is an object.
-        payload: serde_json::from_str(event.payload().as_json()).unwrap_or_default(),
-        refs: *event.refs(),
-        origin: event.origin().clone(),
-    })
 }
 
 fn is_whole(text: &[u8]) -> bool {
@@ -493,7 +597,13 @@ mod tests {
     impl Scene {
         fn send(&self, pieces: &[&[u8]], key: Option<&str>, layout: Layout) -> Result<AcceptedRequest, RequestError> {
             let key = key.map(|key| IdempotencyKey::new(key).unwrap());
-            let mut request = EventRequest::new(self.intake.clone(), self.spool.clone(), Origin::Http, key, layout);
+            let mut request = EventRequest::new(
+                Destination::Queue(self.intake.clone()),
+                self.spool.clone(),
+                Origin::Http,
+                key,
+                layout,
+            );
             for piece in pieces {
                 request.feed(piece)?;
             }
@@ -551,7 +661,8 @@ mod tests {
         }
         assert_eq!(scene.refused("").0, None);
         assert_eq!(scene.intake.queue().stats().pending, 0);
-        assert_eq!(scene.intake.queue().stats().dead_letters, 15);
+        assert_eq!(scene.intake.queue().stats().dead_letters, 0, "its caller was told");
+        assert_eq!(scene.intake.metrics().events_rejected.get(), 15);
     }
 
     #[test]

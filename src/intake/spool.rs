@@ -16,6 +16,8 @@
 //!    under the same event ids, and the receipts refuse the second copy.
 //! 3. Files are taken in by their names, which is the order in which they were made.
 //! 4. A damaged file gives what is whole in it, and a dead letter for the rest; it stops nothing.
+//! 5. A file that ends the program each time it is processed does not do so for good: `.attempt` names the file being
+//!    processed, and at the third attempt the file is renamed to `<name>.failed` and reported as a dead letter.
 //!
 //! # Layout of a file
 //!
@@ -27,20 +29,25 @@
 //!
 //! Numbers are little-endian. Files have mode 0600, the folder 0700.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::ffi::OsString;
+use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::json;
 use super::schema::Candidate;
-use crate::event::{EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+use crate::event::{Event, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+use crate::private_folder::{self, Ensured};
 
 const MAGIC: &[u8; 8] = b"HWSPOOL\x01";
 
@@ -109,17 +116,16 @@ impl Spool {
     /// Begins a file.
     pub fn draft(&self) -> io::Result<Draft> {
         let path = self.folder.join(format!(".{}.draft", Uuid::now_v7()));
-        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-                if let Some(parent) = self.folder.parent() {
-                    File::open(parent)?.sync_all()?;
-                }
-                open()?
-            }
-            opened => opened?,
-        };
+        // Takes the rights of others away where it can. What it can't put right is refused by the watcher's start and by
+        // `check`; a hook goes on.
+        if let Ok(Ensured::Created) = private_folder::ensure(&self.folder)
+            && let Some(parent) = self.folder.parent()
+        {
+            File::open(parent)?.sync_all()?;
+        }
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        // Held while it is written, so that nobody takes it for what a killed writer left.
+        file.lock()?;
         let mut draft = Draft { folder: self.folder.clone(), path, file: BufWriter::new(file), frames: 0, bytes: 0 };
         draft.file.write_all(MAGIC)?;
         Ok(draft)
@@ -139,7 +145,7 @@ impl Spool {
         *rung = false;
     }
 
-    /// The files that wait, in the order in which they were made. None where there is no folder.
+    /// The regular files that wait, in the order in which they were made. None where there is no folder.
     pub fn waiting(&self) -> io::Result<Vec<PathBuf>> {
         let mut paths: Vec<PathBuf> = self
             .entries()?
@@ -160,25 +166,79 @@ impl Spool {
         requests.filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 
-    /// Removes drafts whose writers are long gone.
+    /// Removes old drafts whose writers are gone.
     pub fn remove_old_drafts(&self) -> io::Result<()> {
         for path in self.entries()? {
             let is_draft = path.extension().is_some_and(|extension| extension == "draft");
             let changed = path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::now());
-            if is_draft && changed.elapsed().is_ok_and(|age| age > DRAFT_AGE_MAX) {
+            let is_old = is_draft && changed.elapsed().is_ok_and(|age| age > DRAFT_AGE_MAX);
+            if is_old && File::open(&path)?.try_lock().is_ok() {
                 fs::remove_file(&path)?;
             }
         }
         Ok(())
     }
 
+    /// The attempt that was noted last and not cleared.
+    pub fn attempt(&self) -> Option<Attempt> {
+        let mut text = String::new();
+        // Larger than any note of ours.
+        File::open(self.attempt_path()).ok()?.take(4096).read_to_string(&mut text).ok()?;
+        let (count, file) = text.trim_end().split_once(' ')?;
+        Some(Attempt { file: file.into(), count: count.parse().ok()? })
+    }
+
+    /// Notes that a file is about to be processed. Not synced: losing it only means one attempt more. An error is no
+    /// reason not to process the file.
+    pub fn note_attempt(&self, attempt: &Attempt) {
+        let text = format!("{} {}\n", attempt.count, attempt.file.to_string_lossy());
+        let _ = fs::write(self.attempt_path(), text);
+    }
+
+    /// Notes that no file is being processed.
+    pub fn clear_attempt(&self) {
+        let _ = fs::remove_file(self.attempt_path());
+    }
+
+    /// Renames a file so that nobody reads it any more. Gives its new path.
+    pub fn move_aside(&self, path: &Path) -> io::Result<PathBuf> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".failed");
+        let kept = PathBuf::from(name);
+        fs::rename(path, &kept)?;
+        File::open(&self.folder)?.sync_all()?;
+        Ok(kept)
+    }
+
+    fn attempt_path(&self) -> PathBuf {
+        self.folder.join(".attempt")
+    }
+
     fn entries(&self) -> io::Result<Vec<PathBuf>> {
         match fs::read_dir(&self.folder) {
-            Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
+            Ok(entries) => entries.filter_map(|entry| regular_file(entry).transpose()).collect(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
         }
     }
+}
+
+/// The path of an entry that is a regular file. Nothing else is ours: a FIFO would block its reader for good, and a
+/// symbolic link leads out of the folder.
+fn regular_file(entry: io::Result<DirEntry>) -> io::Result<Option<PathBuf>> {
+    let entry = entry?;
+    match entry.file_type() {
+        Ok(kind) => Ok(kind.is_file().then(|| entry.path())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A file that is being processed, and how often it has been, counting this time.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Attempt {
+    pub file: OsString,
+    pub count: u32,
 }
 
 /// A file that is being written. Removed when dropped before it was committed.
@@ -193,12 +253,23 @@ pub struct Draft {
 
 impl Draft {
     pub fn add(&mut self, record: &Record) -> io::Result<()> {
-        let bytes = serde_json::to_vec(&Stored::of(record)).map_err(io::Error::from)?;
+        self.write(&encode(record)?)
+    }
+
+    /// As [`Draft::add`], of an event that was checked already.
+    pub fn add_event(&mut self, event: &Event) -> io::Result<()> {
+        let payload: &RawValue = serde_json::from_str(event.payload().as_json())?;
+        let stored =
+            StoredEvent::new(event.id(), event.event_type().as_str(), event.timestamp(), event.refs(), payload);
+        self.write(&serde_json::to_vec(&Stored::of_event(event.origin(), stored))?)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= FRAME_BYTES_MAX);
         let length = length.ok_or_else(|| io::Error::new(io::ErrorKind::FileTooLarge, "the record is too large"))?;
         self.file.write_all(&length.to_le_bytes())?;
-        self.file.write_all(&crc32fast::hash(&bytes).to_le_bytes())?;
-        self.file.write_all(&bytes)?;
+        self.file.write_all(&crc32fast::hash(bytes).to_le_bytes())?;
+        self.file.write_all(bytes)?;
         self.frames += 1;
         self.bytes += bytes.len() as u64;
         Ok(())
@@ -252,14 +323,19 @@ pub struct Frames {
 }
 
 impl Frames {
+    /// Opens a regular file; anything else is an error, and a FIFO does not block.
     pub fn open(path: &Path) -> io::Result<Frames> {
-        let file = File::open(path)?;
-        let left = file.metadata()?.len();
-        Ok(Frames { file: BufReader::new(file), read: 0, left, started: false })
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        Ok(Frames { file: BufReader::new(file), read: 0, left: metadata.len(), started: false })
     }
 
-    /// The next record and its size in bytes; `None` at the end.
-    pub fn next_record(&mut self) -> Result<Option<(Record, usize)>, ReadError> {
+    /// The next frame; `None` at the end.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, ReadError> {
         if !self.started {
             if self.take::<8>()? != *MAGIC {
                 return Err(ReadError::Damaged("it does not begin as a spool file"));
@@ -284,9 +360,8 @@ impl Frames {
         if crc32fast::hash(&bytes) != checksum {
             return Err(ReadError::Damaged("a record's checksum is wrong"));
         }
-        let stored: Stored = serde_json::from_slice(&bytes).map_err(|_| ReadError::Damaged("a record is no record"))?;
         self.read += 1;
-        Ok(Some((stored.into_record()?, bytes.len())))
+        Ok(Some(Frame { bytes }))
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
@@ -297,12 +372,57 @@ impl Frames {
     }
 }
 
-/// A record as JSON.
+/// The bytes of one record, not parsed yet.
+pub struct Frame {
+    bytes: Vec<u8>,
+}
+
+impl Frame {
+    /// A record that came by another way than a file, as [`encode`] wrote it.
+    pub fn new(bytes: Vec<u8>) -> Frame {
+        Frame { bytes }
+    }
+
+    /// Size in bytes.
+    pub fn byte_length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Parses it. A payload that would take too much memory makes it a rejection.
+    pub fn record(&self) -> Result<Record, ReadError> {
+        self.stored()?.into_record()
+    }
+
+    /// The identity of the event in it.
+    pub fn event_id(&self) -> Result<EventId, ReadError> {
+        let event = self.stored()?.event.ok_or(ReadError::Damaged("a request holds events only"))?;
+        Ok(EventId(event.event_id))
+    }
+
+    fn stored(&self) -> Result<Stored<&RawValue>, ReadError> {
+        serde_json::from_slice(&self.bytes).map_err(|_| ReadError::Damaged("a record is no record"))
+    }
+}
+
+/// A record as JSON: the bytes of its frame.
+pub fn encode(record: &Record) -> io::Result<Vec<u8>> {
+    match record {
+        Record::Event(candidate) => {
+            let Candidate { id, event_type, timestamp, payload, refs, origin } = candidate;
+            let stored = StoredEvent::new(*id, event_type, *timestamp, refs, payload);
+            Ok(serde_json::to_vec(&Stored::of_event(origin, stored))?)
+        }
+        Record::Rejected(rejection) => Ok(serde_json::to_vec(&Stored::of_rejection(rejection))?),
+    }
+}
+
+/// A record as JSON. `P` is the payload: one object, as values or as text.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+#[serde(bound(deserialize = "P: Deserialize<'de>"))]
+struct Stored<P> {
     origin: StoredOrigin,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    event: Option<StoredEvent>,
+    #[serde(default = "no_event", skip_serializing_if = "Option::is_none")]
+    event: Option<StoredEvent<P>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rejected: Option<StoredRejection>,
 }
@@ -316,12 +436,12 @@ enum StoredOrigin {
 }
 
 #[derive(Serialize, Deserialize)]
-struct StoredEvent {
+#[serde(bound(deserialize = "P: Deserialize<'de>"))]
+struct StoredEvent<P> {
     event_id: Uuid,
     event_type: String,
     timestamp: Timestamp,
-    /// One object.
-    payload: Box<RawValue>,
+    payload: P,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     project_id: Option<i32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -341,53 +461,49 @@ struct StoredRejection {
     input: String,
 }
 
-impl Stored {
-    fn of(record: &Record) -> Stored {
-        match record {
-            Record::Event(candidate) => Stored {
-                origin: StoredOrigin::of(&candidate.origin),
-                event: Some(StoredEvent {
-                    event_id: candidate.id.0,
-                    event_type: candidate.event_type.clone(),
-                    timestamp: candidate.timestamp,
-                    payload: serde_json::value::to_raw_value(&candidate.payload).unwrap_or_default(),
-                    project_id: candidate.refs.project_id,
-                    agent_id: candidate.refs.agent_id,
-                    command_id: candidate.refs.command_id,
-                    turn_id: candidate.refs.turn_id,
-                }),
-                rejected: None,
-            },
-            Record::Rejected(rejection) => Stored {
-                origin: StoredOrigin::of(&rejection.origin),
-                event: None,
-                rejected: Some(StoredRejection {
-                    too_large: rejection.failure.kind == FailureKind::TooLarge,
-                    message: rejection.failure.message.clone(),
-                    event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str().to_owned()),
-                    input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
-                }),
-            },
+fn no_event<P>() -> Option<StoredEvent<P>> {
+    None
+}
+
+impl<P> StoredEvent<P> {
+    fn new(id: EventId, event_type: &str, timestamp: Timestamp, refs: &ForeignKeys, payload: P) -> StoredEvent<P> {
+        StoredEvent {
+            event_id: id.0,
+            event_type: event_type.to_owned(),
+            timestamp,
+            payload,
+            project_id: refs.project_id,
+            agent_id: refs.agent_id,
+            command_id: refs.command_id,
+            turn_id: refs.turn_id,
+        }
+    }
+}
+
+impl<P> Stored<P> {
+    fn of_event(origin: &Origin, event: StoredEvent<P>) -> Stored<P> {
+        Stored { origin: StoredOrigin::of(origin), event: Some(event), rejected: None }
+    }
+}
+
+impl Stored<&RawValue> {
+    fn of_rejection(rejection: &Rejection) -> Self {
+        Stored {
+            origin: StoredOrigin::of(&rejection.origin),
+            event: None,
+            rejected: Some(StoredRejection {
+                too_large: rejection.failure.kind == FailureKind::TooLarge,
+                message: rejection.failure.message.clone(),
+                event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str().to_owned()),
+                input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
+            }),
         }
     }
 
     fn into_record(self) -> Result<Record, ReadError> {
         let origin = self.origin.into_origin();
         match (self.event, self.rejected) {
-            (Some(event), _) => Ok(Record::Event(Candidate {
-                id: EventId(event.event_id),
-                event_type: event.event_type,
-                timestamp: event.timestamp,
-                payload: serde_json::from_str(event.payload.get())
-                    .map_err(|_| ReadError::Damaged("a record's payload is no object"))?,
-                refs: ForeignKeys {
-                    project_id: event.project_id,
-                    agent_id: event.agent_id,
-                    command_id: event.command_id,
-                    turn_id: event.turn_id,
-                },
-                origin,
-            })),
+            (Some(event), _) => event.into_record(origin),
             (None, Some(rejected)) => Ok(Record::Rejected(Rejection {
                 failure: Failure {
                     kind: if rejected.too_large { FailureKind::TooLarge } else { FailureKind::Unreadable },
@@ -400,6 +516,42 @@ impl Stored {
             })),
             (None, None) => Err(ReadError::Damaged("a record is empty")),
         }
+    }
+}
+
+impl StoredEvent<&RawValue> {
+    fn into_record(self, origin: Origin) -> Result<Record, ReadError> {
+        // It was repaired, where needed, before it was written.
+        let payload = match json::value(self.payload.get(), &mut false) {
+            Ok(Value::Object(payload)) => payload,
+            Ok(_) => return Err(ReadError::Damaged("a record's payload is no object")),
+            Err(unfit) => {
+                let text = self.payload.get().as_bytes();
+                return Ok(Record::Rejected(Rejection {
+                    failure: Failure {
+                        kind: FailureKind::Invalid,
+                        message: format!("payload: {unfit}"),
+                        sqlstate: None,
+                    },
+                    event_type: Some(EventType::new(&self.event_type)),
+                    origin,
+                    bytes: text.get(..text.len().min(DAMAGED_BYTES_KEPT_MAX)).unwrap_or_default().to_vec(),
+                }));
+            }
+        };
+        Ok(Record::Event(Candidate {
+            id: EventId(self.event_id),
+            event_type: self.event_type,
+            timestamp: self.timestamp,
+            payload,
+            refs: ForeignKeys {
+                project_id: self.project_id,
+                agent_id: self.agent_id,
+                command_id: self.command_id,
+                turn_id: self.turn_id,
+            },
+            origin,
+        }))
     }
 }
 
@@ -443,15 +595,15 @@ mod tests {
     }
 
     fn shown(record: &Record) -> String {
-        serde_json::to_string(&Stored::of(record)).unwrap()
+        String::from_utf8(encode(record).unwrap()).unwrap()
     }
 
     fn all(path: &Path) -> (Vec<String>, Result<(), String>) {
         let mut frames = Frames::open(path).unwrap();
         let mut records = Vec::new();
         loop {
-            match frames.next_record() {
-                Ok(Some((record, _))) => records.push(shown(&record)),
+            match frames.next_frame().and_then(|frame| frame.map(|frame| frame.record()).transpose()) {
+                Ok(Some(record)) => records.push(shown(&record)),
                 Ok(None) => return (records, Ok(())),
                 Err(error) => return (records, Err(error.to_string())),
             }
@@ -477,6 +629,24 @@ mod tests {
         assert_eq!(spool.backlog_bytes(), waiting[1].metadata().unwrap().len());
         assert_eq!(spool.folder().metadata().unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(waiting[0].metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_old_draft_is_removed_only_when_nobody_writes_it_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::new(folder.path());
+        let draft = spool.draft().unwrap();
+        let path = draft.path.clone();
+        let old = SystemTime::now() - DRAFT_AGE_MAX - Duration::from_secs(60);
+        draft.file.get_ref().set_modified(old).unwrap();
+        spool.remove_old_drafts().unwrap();
+        assert!(path.exists(), "its writer is still there");
+        let left = folder.path().join(".left.draft");
+        fs::rename(&path, &left).unwrap();
+        drop(draft);
+        File::options().write(true).open(&left).unwrap().set_modified(old).unwrap();
+        spool.remove_old_drafts().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -12,17 +12,23 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
-use super::spool::{DAMAGED_BYTES_KEPT_MAX, Frames, ReadError, Record, Spool};
-use super::{Intake, hook};
+use super::Intake;
+use super::spool::{Attempt, DAMAGED_BYTES_KEPT_MAX, Frame, Frames, ReadError, Spool};
 use crate::event::{Failure, FailureKind, Origin, Rejection, Timestamp};
 use crate::queue::{Batch, QueueError};
 
 /// Records and bytes that go into one batch.
 const BATCH_RECORDS_MAX: usize = 512;
 const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// A record above this takes memory that counts, also on its way into the queue.
+const LARGE_FRAME_BYTES: usize = 256 << 10;
+
+/// Times that the program may end while it processes a file, before the file is moved aside.
+const ATTEMPTS_MAX: u32 = 2;
 
 /// How often a stop is looked for while there is no room.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -47,6 +53,8 @@ pub struct SpoolReader {
     /// complained of at every look.
     passed_over: HashSet<PathBuf>,
     unread: Arc<Unread>,
+    /// The file that was being processed when the program ended last, if it did not end by itself.
+    interrupted: Option<Attempt>,
 }
 
 /// What could not be read, as the reader counts it.
@@ -100,7 +108,8 @@ impl SpoolReader {
         let (idle, is_idle) = watch::channel(false);
         let unread = Arc::<Unread>::default();
         let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle, unread: unread.clone() };
-        (SpoolReader { spool, intake, polling_interval, stop, idle, passed_over: HashSet::new(), unread }, handle)
+        let (interrupted, passed_over) = (spool.attempt(), HashSet::new());
+        (SpoolReader { spool, intake, polling_interval, stop, idle, passed_over, unread, interrupted }, handle)
     }
 
     /// Takes in what waits, again and again. Blocks until stopped; an error is the queue's.
@@ -130,8 +139,9 @@ impl SpoolReader {
         Ok(())
     }
 
-    /// Takes in what waits once, for a command that holds the queue itself.
-    pub fn run_once(mut self) -> io::Result<Result<(), QueueError>> {
+    /// Takes in what waits once.
+    #[cfg(test)]
+    fn run_once(mut self) -> io::Result<Result<(), QueueError>> {
         let paths = self.spool.waiting()?;
         Ok(match self.take_in(paths) {
             Ok(()) | Err(Interruption::Stopped) => Ok(()),
@@ -153,27 +163,80 @@ impl SpoolReader {
                 continue;
             }
             self.idle.send_replace(false);
+            let Some(attempt) = self.begin_attempt(&path, &mut gathered) else { continue };
             match Frames::open(&path) {
-                Ok(frames) => self.take_file(path, frames, &mut gathered)?,
-                Err(error) => self.pass_over_unread(path, &error),
+                Ok(frames) => {
+                    let taken = self.take_file(path, &attempt, frames, &mut gathered);
+                    self.spool.clear_attempt();
+                    taken?;
+                }
+                Err(error) => {
+                    self.spool.clear_attempt();
+                    self.pass_over_unread(path, &error);
+                }
             }
         }
         self.hand_over(&mut gathered)
     }
 
+    /// Notes that this file is being processed. `None`, and the file is moved aside, where that has ended the program
+    /// [`ATTEMPTS_MAX`] times.
+    fn begin_attempt(&mut self, path: &Path, gathered: &mut Gathered) -> Option<Attempt> {
+        let name = path.file_name().unwrap_or_default();
+        let before = self.interrupted.take_if(|attempt| attempt.file == name).map_or(0, |attempt| attempt.count);
+        if before < ATTEMPTS_MAX {
+            let attempt = Attempt { file: name.to_owned(), count: before + 1 };
+            self.spool.note_attempt(&attempt);
+            return Some(attempt);
+        }
+        match self.spool.move_aside(path) {
+            Ok(kept) => {
+                error!(file = %kept.display(), attempts = before,
+                       "processing a file of the spool ended the program; it is moved aside as a dead letter");
+                gathered.batch.rejections.push(fatal(&kept, before));
+                self.spool.clear_attempt();
+            }
+            Err(error) => {
+                self.pass_over(path.to_owned(), &error, "a file of the spool ends the program and can't be renamed");
+            }
+        }
+        None
+    }
+
     /// Gathers the records of a file, handing over on the way.
-    fn take_file(&mut self, path: PathBuf, mut frames: Frames, gathered: &mut Gathered) -> Result<(), Interruption> {
+    ///
+    /// If the program ends while a record is checked, or while a large one is on its way into the queue, the file is to
+    /// blame; if it ends while the queue is written, it is not.
+    fn take_file(
+        &mut self,
+        path: PathBuf,
+        attempt: &Attempt,
+        mut frames: Frames,
+        gathered: &mut Gathered,
+    ) -> Result<(), Interruption> {
         loop {
-            match frames.next_record() {
-                Ok(Some((record, bytes))) => {
-                    self.admit(record, gathered);
-                    gathered.bytes += bytes;
-                    if gathered.is_full() {
-                        // The files before this one are done with; this one is not.
-                        self.hand_over(gathered)?;
+            let mut is_large = false;
+            let taken = match frames.next_frame() {
+                Ok(Some(frame)) => {
+                    is_large = frame.byte_length() > LARGE_FRAME_BYTES;
+                    if is_large {
+                        self.spool.note_attempt(attempt);
                     }
+                    gathered.bytes += frame.byte_length();
+                    self.admit(&frame, gathered)
                 }
                 Ok(None) => break,
+                Err(error) => Err(error),
+            };
+            match taken {
+                // The files before this one are done with; this one is not.
+                Ok(()) if gathered.is_full() => {
+                    if !is_large {
+                        self.spool.clear_attempt();
+                    }
+                    self.hand_over(gathered)?;
+                }
+                Ok(()) => {}
                 Err(ReadError::Io(error)) => {
                     self.pass_over_unread(path, &error);
                     return Ok(());
@@ -189,33 +252,22 @@ impl SpoolReader {
         if gathered.is_full() { self.hand_over(gathered) } else { Ok(()) }
     }
 
-    fn admit(&self, record: Record, gathered: &mut Gathered) {
-        let batch = &mut gathered.batch;
-        match record {
-            Record::Event(candidate) => {
-                if let Some(registration) = hook::registration(&candidate) {
-                    self.intake.admit(registration, batch);
-                }
-                if let Some((session, at)) = hook::session_end(&candidate) {
-                    self.intake.note_session_end(session, at, batch);
-                    gathered.closed.push((session, at));
-                }
-                self.intake.admit(candidate, batch);
-            }
-            Record::Rejected(rejection) => {
-                warn!(origin = rejection.origin.kind(), error = rejection.failure.message, "an event was rejected");
-                self.intake.count_rejection(&rejection);
-                batch.rejections.push(rejection);
-            }
-        }
+    fn admit(&self, frame: &Frame, gathered: &mut Gathered) -> Result<(), ReadError> {
+        let _reservation = self.intake.checker().values().reserve(frame.byte_length());
+        gathered.closed.extend(self.intake.admit_record(frame.record()?, &mut gathered.batch));
+        Ok(())
     }
 
     /// Appends what was gathered and, once that is durable, removes the files it came from.
     fn hand_over(&mut self, gathered: &mut Gathered) -> Result<(), Interruption> {
-        let Gathered { batch, done, closed, .. } = std::mem::take(gathered);
+        let Gathered { batch, bytes, done, closed } = std::mem::take(gathered);
         if !batch.events.is_empty() || !batch.rejections.is_empty() {
             loop {
-                match self.intake.submit(batch.clone()).wait() {
+                // As for a request: a large event is copied on its way to the disk.
+                let reservation = (bytes > BATCH_BYTES_MAX).then(|| self.intake.checker().values().reserve(bytes));
+                let submitted = self.intake.submit(batch.clone()).wait();
+                drop(reservation);
+                match submitted {
                     Ok(_) => break,
                     Err(QueueError::Full { .. }) => self.wait_for_room()?,
                     Err(error) => return Err(Interruption::Queue(error)),
@@ -236,6 +288,9 @@ impl SpoolReader {
     }
 
     fn wait_for_room(&self) -> Result<(), Interruption> {
+        // Whatever ends the program now, no file is to blame.
+        self.spool.clear_attempt();
+        debug!("the queue is full; the spool waits for room");
         while !self.intake.queue().wait_for_room(Instant::now() + ROOM_CHECK_INTERVAL) {
             if self.stopped() {
                 return Err(Interruption::Stopped);
@@ -276,6 +331,21 @@ impl Gathered {
     }
 }
 
+/// The dead letter of a file that ended the program each time.
+fn fatal(path: &Path, attempts: u32) -> Rejection {
+    let message = format!(
+        "spool file {}: processing it ended the program {attempts} times; it was not taken in. To try again, rename it \
+         without .failed",
+        path.display()
+    );
+    Rejection {
+        failure: Failure { kind: FailureKind::Damaged, message, sqlstate: None },
+        event_type: None,
+        origin: Origin::Hook,
+        bytes: Vec::new(),
+    }
+}
+
 fn damaged(path: &Path, problem: &str) -> Rejection {
     let mut bytes = Vec::new();
     // What can't be read is not kept; the message says which file it was.
@@ -297,6 +367,7 @@ mod tests {
     use super::*;
     use crate::config::HookCapture;
     use crate::event::{EventId, Timestamp};
+    use crate::intake::hook;
     use crate::intake::redact::Redactor;
     use crate::intake::schema::Schemas;
     use crate::queue::{Queue, QueueConfig};
@@ -319,7 +390,7 @@ mod tests {
             project_path: None,
         };
         let input = format!(r#"{{"session_id":"{session}","cwd":"/app","hook_event_name":"Stop"}}"#);
-        spool.leave(&hook::record(input.as_bytes(), arrival, HookCapture::Summary)).unwrap();
+        spool.leave(&hook::record(input.as_bytes(), arrival, HookCapture::Summary, 1 << 20)).unwrap();
     }
 
     fn sessions(intake: &Intake) -> Vec<String> {

@@ -12,8 +12,8 @@ fn stage_with_dead_letters() -> Stage {
     transcript.say("first");
     transcript.say("a curse");
     transcript.say("last");
-    let rejected = stage.run(&["emit", "--type", "session_ended", "--payload", r#"{"reason":"closed"}"#]);
-    assert_eq!(rejected.code(), 65, "{}", rejected.error());
+    // A hook without a session.
+    assert_eq!(stage.run_with_input(&["hook"], r#"{"hook_event_name":"Stop","cwd":"/app"}"#).code(), 0);
     stage.run_until_idle();
     assert_eq!(stage.database().texts(), ["first", "last"]);
     stage
@@ -38,7 +38,7 @@ fn look_retry_and_drop(stage: &Stage) {
     assert_eq!((shown["reason"].as_str(), shown["sqlstate"].as_str()), (Some("refused"), Some("23514")));
     assert!(shown["failed_at"].is_string() && shown["origin"]["path"].is_string(), "{shown}");
     let shown = stage.run(&["dead-letters", "show", &rejection.to_string()]).output();
-    assert!(shown.contains("session_uuid: required field is missing"), "{shown}");
+    assert!(shown.contains("claude_session_id: required field is missing"), "{shown}");
     assert!(!stage.run(&["dead-letters", "list"]).output().contains("curse"), "text is shown only when asked for");
 
     assert_eq!(stage.run(&["dead-letters", "show", "999"]).code(), 65);

@@ -214,14 +214,13 @@ fn a_full_queue_holds_up_every_way_in_and_each_goes_on_by_itself() {
         }
     }
     let emitted = stage.run(&["emit", "--type", "session_ended", "--payload", &closed("emitted", 1)]);
-    assert_eq!(emitted.code(), 74, "{}", emitted.error());
-    assert!(emitted.error().contains("full"), "{}", emitted.error());
+    assert_eq!(emitted.code(), 0, "{}", emitted.error());
     for number in 0..3 {
         let input = json!({"session_id": format!("hook {number}"), "cwd": "/w", "hook_event_name": "Stop"}).to_string();
         assert_eq!(stage.run_with_input(&["hook"], input).code(), 0);
     }
     let spooled = || std::fs::read_dir(stage.folder().join("data/spool")).map_or(0, Iterator::count);
-    assert!(spooled() > 0, "hooks wait in the spool");
+    assert!(spooled() > 0, "events and hooks wait in the spool");
     assert_eq!(watcher.health()["status"], "fail");
     let pending = watcher.health()["queue"]["pending_bytes"].as_u64().unwrap();
     assert!(pending <= 2_000_000, "{pending}");
@@ -231,7 +230,7 @@ fn a_full_queue_holds_up_every_way_in_and_each_goes_on_by_itself() {
         let answer = watcher.ask("POST", "/events", &[], &event("tried again", 1));
         answer.code == 202
     });
-    wait_until("all of it is delivered", SOON * 4, || stage.database().count() == 10_002 + over_http.len() as u64 + 3);
+    wait_until("all of it is delivered", SOON * 4, || stage.database().count() == 10_002 + over_http.len() as u64 + 4);
     wait_until("the spool is empty", SOON, || spooled() == 0);
     assert_eq!(stage.database().texts(), texts);
     let sessions = |of: &str, field: &str| {
@@ -240,7 +239,10 @@ fn a_full_queue_holds_up_every_way_in_and_each_goes_on_by_itself() {
         stage.database().value(&sql)
     };
     over_http.push("tried again".to_owned());
-    assert_eq!(sessions("session_ended", "session_uuid"), over_http.join(","));
+    // What was emitted comes by the spool, in its own order.
+    let ended = sessions("session_ended", "session_uuid");
+    let (emitted, others): (Vec<&str>, Vec<&str>) = ended.split(',').partition(|session| *session == "emitted");
+    assert_eq!((emitted.len(), others), (1, over_http.iter().map(String::as_str).collect()));
     assert_eq!(sessions("hook_received", "claude_session_id"), "hook 0,hook 1,hook 2");
     let health = watcher.health();
     assert_eq!((&health["queue"]["full"], &health["queue"]["dead_letters"]), (&false.into(), &0.into()), "{health}");

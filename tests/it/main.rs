@@ -6,6 +6,7 @@
 // In a test a panic is an answer.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+mod spool;
 mod stage;
 
 mod architecture;
@@ -27,6 +28,7 @@ mod http;
 mod inside;
 mod logs;
 mod looking;
+mod memory;
 mod metrics;
 mod moving_files;
 mod neighbours;

@@ -1,0 +1,173 @@
+//! Memory is bounded by the program, not by who sends: payloads of the permitted size that are made of the tiniest values.
+#![cfg(target_os = "linux")]
+
+use std::io::Write as _;
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::stage::{SOON, Stage, Watcher, rounds, unique, wait_until};
+
+/// What any request, hook or line may take beside what the program has anyway, also ten at once.
+const ON_TOP_KILOBYTES: u64 = 128 << 10;
+
+/// Senders at once.
+const SENDERS: usize = 10;
+
+/// Bytes of a body: just below `max_event_bytes`, and what a debug build can take in reasonable time.
+const BODY_BYTES: usize = 16_700_000;
+const SHORT_BODY_BYTES: usize = 3_000_000;
+
+/// JSON of about `bytes` bytes whose values take the most memory: `item` again and again, `count` times at most, then text.
+fn made_of(item: &str, count: usize, bytes: usize) -> String {
+    let count = count.min(bytes / (item.len() + 1));
+    let mut json = format!("{{\"items\":[{}]", vec![item; count].join(","));
+    let text = bytes.saturating_sub(json.len() + 20);
+    json.push_str(&format!(",\"text\":\"{}\"}}", "x".repeat(text)));
+    json
+}
+
+/// Payloads beyond what is permitted, and as much as is. The long proof (`scripts/torture.sh /memory::/`) has all of them
+/// in bodies of the permitted size.
+fn hostile() -> Vec<(&'static str, String)> {
+    let bytes = if is_long() { BODY_BYTES } else { SHORT_BODY_BYTES };
+    let mut hostile = vec![
+        ("numbers, far too many", made_of("1", usize::MAX, bytes)),
+        ("objects, as many as permitted", made_of("{\"\":0}", 60_000, bytes)),
+    ];
+    if is_long() {
+        hostile.push(("one text", made_of("1", 1, BODY_BYTES)));
+        hostile.push(("objects, far too many", made_of("{\"\":0}", usize::MAX, BODY_BYTES)));
+        hostile.push(("numbers, as many as permitted", made_of("1", 750_000, BODY_BYTES)));
+        hostile.push(("arrays, as many as permitted", made_of("[1]", 250_000, BODY_BYTES)));
+    }
+    hostile
+}
+
+fn is_long() -> bool {
+    rounds(1) > 1
+}
+
+fn kilobytes(pid: u32, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Runs `act` and gives what it took beside what the watcher had before, in kilobytes.
+fn on_top(watcher: &Watcher, act: impl FnOnce()) -> u64 {
+    let before = kilobytes(watcher.pid(), "VmRSS:");
+    std::fs::write(format!("/proc/{}/clear_refs", watcher.pid()), "5").unwrap();
+    act();
+    kilobytes(watcher.pid(), "VmHWM:").saturating_sub(before)
+}
+
+/// Sends `body` from all senders at once, again while there is no room for it. Gives the codes of the answers.
+fn send_from_all(watcher: &Watcher, target: &str, body: &str) -> Vec<u16> {
+    std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..SENDERS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let key = format!("Idempotency-Key: {}", unique());
+                    loop {
+                        let answer = watcher.ask("POST", target, &[&key], body);
+                        if answer.code != 503 {
+                            return answer.code;
+                        }
+                        std::thread::sleep(std::time::Duration::from_millis(500));
+                    }
+                })
+            })
+            .collect();
+        senders.into_iter().map(|sender| sender.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn ten_requests_at_once_made_of_tiny_values_take_bounded_memory() {
+    let stage = Stage::with(None);
+    let watcher = stage.start();
+    for (what, metadata) in hostile() {
+        let payload = format!(r#"{{"session_uuid":"s","reason":"closed","metadata":{metadata}}}"#);
+        let body = format!(r#"{{"event_type":"session_ended","payload":{payload}}}"#);
+        let mut codes = Vec::new();
+        let taken = on_top(&watcher, || codes = send_from_all(&watcher, "/events", &body));
+        eprintln!("{what}: {taken} kB, {codes:?}");
+        let expected = if what.contains("too many") { 400 } else { 202 };
+        assert_eq!(codes, vec![expected; SENDERS], "{what}");
+        assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
+    }
+}
+
+#[test]
+fn ten_hooks_made_of_tiny_values_take_bounded_memory_sent_at_once_and_found_in_the_spool() {
+    let mut stage = Stage::with(None);
+    stage.set("hooks.capture", "full");
+    let hook =
+        |json: &str| format!(r#"{{"session_id":"s","cwd":"/app","hook_event_name":"Stop","tool_input":{json}}}"#);
+    // Left by the command while there is no watcher.
+    for (_, json) in hostile() {
+        let mut command = stage.command(&["hook"]);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(hook(&json).as_bytes()).unwrap();
+        let pid = child.id();
+        let mut peak = 0;
+        while child.try_wait().unwrap().is_none() {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            peak = peak.max(line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0));
+        }
+        eprintln!("the command: {peak} kB");
+        assert!(peak <= ON_TOP_KILOBYTES, "{peak} kB");
+    }
+    let left = std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count();
+    assert_eq!(left, hostile().len());
+    let watcher = stage.start();
+    wait_until("all are taken in", SOON, || watcher.health()["queue"]["pending"] == left);
+    let peak = kilobytes(watcher.pid(), "VmHWM:");
+    eprintln!("from the spool: {peak} kB in all");
+    assert!(peak <= ON_TOP_KILOBYTES + (32 << 10), "{peak} kB");
+    for (what, json) in hostile() {
+        let body = hook(&json);
+        let mut codes = Vec::new();
+        let taken = on_top(&watcher, || {
+            codes = send_from_all(&watcher, "/hook/stop", &body);
+            wait_until("all are taken in", SOON, || {
+                std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count() == 0
+            });
+        });
+        eprintln!("{what}: {taken} kB, {codes:?}");
+        assert_eq!(codes, vec![200; SENDERS], "{what}");
+        assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
+    }
+    // No hook is lost, even where its data could not be kept.
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
+}
+
+#[test]
+fn lines_made_of_tiny_blocks_take_bounded_memory() {
+    let stage = Stage::with(None);
+    let watcher = stage.start();
+    let line = |number: u32, block: &str, bytes: usize| {
+        let transcript = stage.transcript("app", number);
+        let blocks = vec![block; bytes / (block.len() + 1)].join(",");
+        let line: Value = serde_json::from_str(&transcript.prompt("x")).unwrap();
+        (transcript, line.to_string().replace("\"content\":\"x\"", &format!("\"content\":[{blocks}]")) + "\n")
+    };
+    let blocks = [("texts", r#"{"type":"text","text":""}"#), ("empty objects", "{}"), ("numbers", "1")];
+    let blocks = if is_long() { &blocks[..] } else { &blocks[..1] };
+    let lines = if is_long() { SENDERS as u32 } else { 1 };
+    for (index, (what, block)) in blocks.iter().enumerate() {
+        let taken = on_top(&watcher, || {
+            let read = || watcher.health()["watcher"]["lines"].as_u64().unwrap();
+            let before = read();
+            for number in 0..lines {
+                let (mut transcript, line) = line(100 * index as u32 + number, block, 60_000_000);
+                transcript.append(line);
+            }
+            wait_until("all are read", SOON * 4, || read() == before + u64::from(lines));
+        });
+        eprintln!("{what}: {taken} kB");
+        assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
+    }
+}
