@@ -109,6 +109,29 @@ fn flows_through(settings: &str) {
 }
 
 #[test]
+fn a_statement_that_is_given_up_does_pgbouncer_no_harm() {
+    for mode in ["session", "transaction"] {
+        let database = Database::new();
+        let Some(pooler) = Pooler::start(&database, &format!("pool_mode = {mode}")) else { return };
+        let mut stage = Stage::with(Some(database.clone()));
+        stage.environment.insert("DATABASE_URL".to_owned(), pooler.database.url.clone());
+        stage.set("database.statement_timeout_ms", "300");
+        assert_eq!(stage.run(&["migrate"]).code(), 0);
+        let watcher = stage.start();
+        std::thread::scope(|scope| {
+            scope.spawn(|| database.query("BEGIN; LOCK TABLE events; SELECT pg_sleep(4); COMMIT"));
+            wait_until("the table is locked", SOON, || {
+                database.value("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'events'::regclass") != "0"
+            });
+            stage.transcript("-home-me-app", 1).say("held up");
+            wait_until("it is given up", SOON, || watcher.health()["writes"]["failed"].as_u64().unwrap() > 1);
+        });
+        wait_until("it is delivered", SOON, || database.texts() == ["held up"]);
+        assert!(!pooler.log().contains("FATAL"), "{}", pooler.log());
+    }
+}
+
+#[test]
 fn events_flow_through_pgbouncer_in_session_mode() {
     flows_through("pool_mode = session");
 }

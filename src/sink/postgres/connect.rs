@@ -32,6 +32,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::cancel::Canceller;
 use super::layout::{Found, Layout};
 use super::notices::Notices;
 use super::rows::{Answer, MicrosecondsUtc, sent, source_path};
@@ -207,8 +208,7 @@ pub struct Session {
     /// The call that stores a whole window, once one was wanted; `None` in it where there can't be one.
     call: OnceCell<Option<Statement>>,
     pooler: Arc<Pooler>,
-    /// For a request to cancel.
-    tls: MakeRustlsConnect,
+    canceller: Canceller,
     /// Rows of `event_sources` by path; forgotten with the session, and when a window finds them changed.
     sources: Mutex<HashMap<String, Source>>,
     broken: AtomicBool,
@@ -230,7 +230,7 @@ pub struct Prepared {
 
 impl Session {
     async fn open(settings: &ConnectSettings, pooler: &Arc<Pooler>) -> Result<Session, DeliverError> {
-        let ((mut client, notices), tls) = connect(settings, pooler, open_watched).await?;
+        let ((mut client, notices), canceller) = connect(settings, pooler, open_watched).await?;
         let layout = match find_layout(&client, settings).await? {
             Found::Complete(layout) => layout,
             Found::Missing(_) if settings.auto_migrate => {
@@ -261,7 +261,7 @@ impl Session {
             layout,
             call: OnceCell::new(),
             pooler: pooler.clone(),
-            tls,
+            canceller,
             sources: Mutex::default(),
             broken: AtomicBool::new(false),
         })
@@ -316,11 +316,7 @@ impl Session {
     /// Uses the connection no more, and asks the server to end what it is still at, so that backends do not pile up.
     pub fn give_up(&self) {
         self.broken.store(true, Ordering::Relaxed);
-        let (token, tls) = (self.client.cancel_token(), self.tls.clone());
-        tokio::spawn(async move {
-            // If the request does not get through, the server's own statement_timeout ends the statement.
-            let _ = tokio::time::timeout(Duration::from_secs(1), token.cancel_query(tls)).await;
-        });
+        tokio::spawn(self.canceller.clone().cancel(self.client.cancel_token()));
     }
 
     /// [`Session::give_up`] after an answer has not come within `limit`. The error says whether the server was waiting for a
@@ -661,12 +657,12 @@ async fn open_watched(
     Ok((client, Notices::drive(connection)))
 }
 
-/// A connection as `open` makes it, and the connector it was made with.
+/// A connection as `open` makes it, and the way to cancel its statements.
 pub async fn connect<T>(
     settings: &ConnectSettings,
     pooler: &Pooler,
     open: impl AsyncFn(tokio_postgres::Config, MakeRustlsConnect) -> Result<T, tokio_postgres::Error>,
-) -> Result<(T, MakeRustlsConnect), DeliverError> {
+) -> Result<(T, Canceller), DeliverError> {
     let misconfigured = |message| DeliverError { verdict: Verdict::Operator, sqlstate: None, message };
     let target = (settings.target)().map_err(misconfigured)?.ok_or_else(|| {
         misconfigured("no database is configured; set database.url, DATABASE_URL or PGHOST".to_owned())
@@ -704,7 +700,7 @@ pub async fn connect<T>(
         error
     };
     match tokio::time::timeout(target.connect_timeout, connecting).await {
-        Ok(Ok(client)) => Ok((client, connector)),
+        Ok(Ok(client)) => Ok((client, Canceller::new(connector, &target.hosts))),
         Ok(Err(error)) => Err(with_place(error)),
         Err(_) => Err(with_place(no_answer(target.connect_timeout))),
     }

@@ -27,6 +27,7 @@
 //! The only user of tokio-postgres, bb8, bb8-postgres and rustls.
 
 mod audit;
+mod cancel;
 mod connect;
 mod correction;
 mod layout;
