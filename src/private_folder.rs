@@ -88,15 +88,16 @@ pub enum FolderError {
 /// from one that is there.
 ///
 /// # Errors
-/// Any [`FolderError`]. What is ours was tightened also where the error is about something else, so a caller that must
-/// not fail can go on.
+/// Any [`FolderError`]. One in which others have put something is left as it is, so that every later caller refuses it, too.
 pub fn ensure(path: &Path) -> Result<Ensured, FolderError> {
     let created = create(path).map_err(|error| io_error(path, &error))?;
     let folder = Folder::open(path)?;
-    let ensured = folder.tighten(OTHERS, OTHERS, "700")?;
-    if let Some(mode) = ensured.filter(|mode| mode & OTHERS_WRITE != 0) {
-        folder.refuse_planted(mode)?;
+    folder.refuse_owner()?;
+    // Before its mode is changed: a folder that is refused looks the same to whoever comes next.
+    if folder.mode & OTHERS_WRITE != 0 {
+        folder.refuse_planted(folder.mode)?;
     }
+    let ensured = folder.tighten(OTHERS, OTHERS, "700")?;
     refuse_replaceable(path, &folder.real, folder.user)?;
     Ok(match ensured {
         _ if created => Ensured::Created,
@@ -383,9 +384,8 @@ mod tests {
         for error in [look(&path).unwrap_err(), ensure(&path).unwrap_err()] {
             assert!(matches!(&error, FolderError::Planted { entry, .. } if entry.ends_with("sled-1/lock")), "{error}");
         }
-        assert_eq!(mode(&path), 0o700, "nobody can put in more");
+        assert_eq!(mode(&path), 0o777, "whoever comes next is to see it, too");
         std::fs::remove_file(&link).unwrap();
-        set_mode(&path, 0o777);
         assert_eq!(ensure(&path).unwrap(), Ensured::Tightened { mode: 0o777 });
     }
 

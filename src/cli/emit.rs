@@ -6,7 +6,7 @@
 //! Exit 0 only when all of them are durable. Standard output names them: the id of a single event, the number of a
 //! stream's.
 
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::sync::Arc;
 
 use headspace_watcher::event::Origin;
@@ -15,6 +15,7 @@ use headspace_watcher::intake::request::{AcceptedRequest, Destination, EventRequ
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::spool::Spool;
 use headspace_watcher::intake::{Checker, without_byte_order_mark};
+use headspace_watcher::private_folder::{self, FolderError};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -37,6 +38,11 @@ pub fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failur
         checker: Arc::new(Checker::new(schemas, redactor)),
         bytes_max: config.queue.max_pending_bytes,
     };
+    match private_folder::ensure(&config.queue.spool_path) {
+        // The spool says so itself.
+        Ok(_) | Err(FolderError::Io { .. } | FolderError::NotAFolder { .. }) => {}
+        Err(error) => return Err(Failure::new(Exit::Configuration, format!("could not emit: {error}"))),
+    }
     let spool = Spool::new(&config.queue.spool_path);
     let request = EventRequest::new(destination, spool, Origin::Cli, None, Layout::Lines);
     let accepted = match single {
@@ -49,11 +55,16 @@ pub fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failur
         AcceptedRequest::Spooled { mut ids, .. } if !arguments.ndjson => {
             let id = ids.next().transpose();
             let id = id.map_err(|error| Failure::new(Exit::Io, format!("could not read the spool: {error}")))?;
-            id.iter().for_each(|id| println!("{id}"));
+            id.iter().for_each(|id| say(id));
         }
-        accepted => println!("{} events accepted", accepted.count()),
+        accepted => say(&format_args!("{} events accepted", accepted.count())),
     }
     Ok(Exit::Fine)
+}
+
+/// Prints a line. Where nobody reads it, the events are accepted all the same.
+fn say(line: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// Reads the input to its end into the request.

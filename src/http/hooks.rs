@@ -9,7 +9,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use tracing::warn;
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use super::dead_letters::unavailable;
 use super::events::{BodyRoom, Incoming, busy};
@@ -51,8 +51,11 @@ pub async fn hook(
     };
     let accepted = api
         .work(|| match &key {
-            Some(key) => api.intake.keys().once(key, xxh3_128(&input), || keep(&api, &input, arrival)),
-            None => keep(&api, &input, arrival),
+            Some(key) => {
+                let request = xxh3_128_with_seed(&input, xxh3_64(kind.as_bytes()));
+                api.intake.keys().once(key, request, || keep(&api, input, arrival))
+            }
+            None => keep(&api, input, arrival),
         })
         .await;
     match accepted {
@@ -65,10 +68,11 @@ pub async fn hook(
     }
 }
 
-fn keep(api: &Api, input: &[u8], arrival: Arrival) -> Result<(), RequestError> {
+fn keep(api: &Api, input: Vec<u8>, arrival: Arrival) -> Result<(), RequestError> {
     let checker = api.intake.checker();
     let _reservation = checker.values().reserve(input.len());
-    let record = hook::record(input, arrival, api.capture, checker.event_bytes_max());
+    let record = hook::record(&input, arrival, api.capture, checker.event_bytes_max());
+    drop(input);
     let record = api.intake.redacted(record);
     match api.spool.leave(&record) {
         Ok(()) => {

@@ -43,6 +43,9 @@ const KEPT: &[(&str, &str)] = &[
     ("title", "title"),
 ];
 
+/// What a payload has beside `data`, as a rule.
+const OVERHEAD_BYTES_MAX: u64 = 64 << 10;
+
 /// Kept of an input that is no JSON object.
 const REJECTED_BYTES_KEPT_MAX: usize = 64 << 10;
 
@@ -96,10 +99,10 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
     payload.extend(fields.kept);
     let mut metadata = Map::new();
     if capture == HookCapture::Full {
-        let data = if text.len() as u64 > data_bytes_max {
+        let data = if text.len() as u64 + OVERHEAD_BYTES_MAX > data_bytes_max {
             Err(format!("{} bytes, more than max_event_bytes ({data_bytes_max})", text.len()))
         } else {
-            json::value(text, &mut is_mended).map_err(|unfit| unfit.to_string())
+            json::field_value(text, &mut is_mended).map_err(|unfit| unfit.to_string())
         };
         match data {
             Ok(data) => drop(payload.insert("data".to_owned(), data)),

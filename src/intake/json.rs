@@ -157,9 +157,9 @@ fn low_surrogate(text: &str) -> Option<(u16, &str)> {
 /// Levels of arrays and objects that a payload may have: every reader of JSON on its way takes them.
 pub(super) const DEPTH_MAX: usize = 100;
 
-/// Memory that the values of a payload may take, beside the bytes of its strings: 780,000 numbers, or 60,000 small
+/// Memory that the values of a payload may take, beside the bytes of its strings: 520,000 numbers, or 40,000 small
 /// objects. Without a limit 16 MB of `[1,1,…]` become 500 MB of values.
-pub(super) const VALUES_BYTES_MAX: usize = 48 << 20;
+pub(super) const VALUES_BYTES_MAX: usize = 32 << 20;
 
 /// Upper bound of the memory that one byte of JSON can turn into ([`Scan::values_bytes`] of `{"":0},`).
 const VALUES_BYTES_PER_BYTE_MAX: usize = 100;
@@ -193,7 +193,21 @@ impl fmt::Display for Unfit {
 /// What is nested too deep or would take too much memory is refused before anything is parsed.
 pub(super) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     check_size(raw.as_bytes())?;
-    if memchr::memmem::find(raw.as_bytes(), b"\\u").is_none() {
+    parse(raw, is_mended)
+}
+
+/// [`value`] for what becomes a field of a payload: one level and a megabyte less, so that the payload is not refused for it.
+pub(super) fn field_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+    check_size_within(raw.as_bytes(), DEPTH_MAX - 1, VALUES_BYTES_MAX - (1 << 20))?;
+    parse(raw, is_mended)
+}
+
+fn parse(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+    let bytes = raw.as_bytes();
+    let has_escapes = memchr::memmem::find(bytes, b"\\u").is_some();
+    // serde_json parses the text under such a key as JSON of its own, which nobody has measured.
+    let has_private_key = memchr::memmem::find(bytes, b"$serde_json::private::").is_some();
+    if !has_escapes && !has_private_key {
         return serde_json::from_str(raw).map_err(|_| Unfit::Malformed);
     }
     mended_value(raw, is_mended)
@@ -201,12 +215,16 @@ pub(super) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
 
 /// Whether `raw` may be parsed: how deep it is nested, and the memory that its values would take.
 pub fn check_size(raw: &[u8]) -> Result<(), Unfit> {
+    check_size_within(raw, DEPTH_MAX, VALUES_BYTES_MAX)
+}
+
+fn check_size_within(raw: &[u8], depth_max: usize, values_bytes_max: usize) -> Result<(), Unfit> {
     let mut scan = Scan::default();
     scan.feed(raw);
-    if scan.deepest > DEPTH_MAX {
+    if scan.deepest > depth_max {
         return Err(Unfit::TooDeep);
     }
-    if scan.values_bytes > VALUES_BYTES_MAX {
+    if scan.values_bytes > values_bytes_max {
         return Err(Unfit::TooManyValues);
     }
     Ok(())
@@ -367,6 +385,16 @@ mod tests {
     fn decoded(raw: &str) -> (String, bool) {
         let text = string(raw).unwrap();
         (text.text.into_owned(), text.is_mended)
+    }
+
+    #[test]
+    fn a_text_under_a_key_of_serde_json_s_own_stays_a_text() {
+        for key in ["RawValue", "Number"] {
+            let raw = format!(r#"{{"a":[{{"$serde_json::private::{key}":"[1,2]"}}]}}"#);
+            let parsed = value(&raw, &mut false).unwrap();
+            assert_eq!(parsed["a"][0][format!("$serde_json::private::{key}")], "[1,2]");
+            assert_eq!(parsed.to_string(), raw);
+        }
     }
 
     #[test]

@@ -79,6 +79,16 @@ pub enum RequestError {
     SpoolFull { spool: String, bytes: u64, bytes_max: u64 },
 }
 
+impl RequestError {
+    fn spool(spool: &Spool, source: io::Error) -> RequestError {
+        RequestError::Spool { spool: spool.folder().display().to_string(), source }
+    }
+
+    fn spool_full(spool: &Spool, bytes: u64, bytes_max: u64) -> RequestError {
+        RequestError::SpoolFull { spool: spool.folder().display().to_string(), bytes, bytes_max }
+    }
+}
+
 fn place(line: &Option<u64>, field: &Option<String>) -> String {
     let line = line.map(|line| format!("line {line}: ")).unwrap_or_default();
     let field = field.as_ref().map(|field| format!("{field}: ")).unwrap_or_default();
@@ -226,7 +236,8 @@ impl Iterator for SpooledIds {
     type Item = Result<EventId, ReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.0.next_frame().and_then(|frame| frame.map(|frame| frame.event_id()).transpose()).transpose()
+        let frame = self.0.next_frame(|_| ());
+        frame.and_then(|frame| frame.map(|(frame, ())| frame.event_id()).transpose()).transpose()
     }
 }
 
@@ -335,8 +346,7 @@ impl EventRequest {
                 }
                 let bytes = self.spool.backlog_bytes() + draft.bytes();
                 if bytes > bytes_max {
-                    let spool = self.spool.folder().display().to_string();
-                    return Err(RequestError::SpoolFull { spool, bytes, bytes_max });
+                    return Err(RequestError::spool_full(&self.spool, bytes, bytes_max));
                 }
                 self.commit(draft)
             }
@@ -401,7 +411,13 @@ impl EventRequest {
         let event = self.check(bytes, line, fallback)?;
         self.accepted += 1;
         if let Some(draft) = &mut self.draft {
-            return draft.add_event(&event).map_err(|source| self.spool_error(source));
+            draft.add_event(&event).map_err(|source| RequestError::spool(&self.spool, source))?;
+            return match (&self.destination, draft.bytes()) {
+                (Destination::Spool { bytes_max, .. }, bytes) if bytes > *bytes_max => {
+                    Err(RequestError::spool_full(&self.spool, bytes, *bytes_max))
+                }
+                _ => Ok(()),
+            };
         }
         self.event_bytes += event.payload().as_json().len();
         self.events.push(event);
@@ -453,7 +469,7 @@ impl EventRequest {
     }
 
     fn spool_error(&self, source: io::Error) -> RequestError {
-        RequestError::Spool { spool: self.spool.folder().display().to_string(), source }
+        RequestError::spool(&self.spool, source)
     }
 }
 

@@ -11,7 +11,7 @@
 //! # Promises
 //!
 //! 1. A file is there whole or not at all: it gets its name once its bytes are on disk. What is left of a writer that
-//!    was killed is a draft, which nobody reads and which is removed a day later.
+//!    was killed is a draft, which nobody reads and which is removed ten minutes later.
 //! 2. A file is removed only once all that is in it is durable in the queue. Killed in between, it is taken in again
 //!    under the same event ids, and the receipts refuse the second copy.
 //! 3. Files are taken in by their names, which is the order in which they were made.
@@ -32,7 +32,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -54,8 +54,8 @@ const MAGIC: &[u8; 8] = b"HWSPOOL\x01";
 /// A frame above this is damage. More than the largest `max_event_bytes`, with room for what stands around a payload.
 const FRAME_BYTES_MAX: u32 = (256 << 20) + (1 << 20);
 
-/// After this a draft is what a killed writer left.
-const DRAFT_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// After this a draft that nobody holds is what a killed writer left.
+const DRAFT_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Kept of a file that can't be read.
 pub const DAMAGED_BYTES_KEPT_MAX: usize = 64 << 10;
@@ -172,8 +172,9 @@ impl Spool {
             let is_draft = path.extension().is_some_and(|extension| extension == "draft");
             let changed = path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::now());
             let is_old = is_draft && changed.elapsed().is_ok_and(|age| age > DRAFT_AGE_MAX);
-            if is_old && File::open(&path)?.try_lock().is_ok() {
-                fs::remove_file(&path)?;
+            // One that can't be opened or removed harms nothing.
+            if is_old && open_own(&path).is_ok_and(|draft| draft.try_lock().is_ok()) {
+                let _ = fs::remove_file(&path);
             }
         }
         Ok(())
@@ -183,7 +184,7 @@ impl Spool {
     pub fn attempt(&self) -> Option<Attempt> {
         let mut text = String::new();
         // Larger than any note of ours.
-        File::open(self.attempt_path()).ok()?.take(4096).read_to_string(&mut text).ok()?;
+        open_own(&self.attempt_path()).ok()?.take(4096).read_to_string(&mut text).ok()?;
         let (count, file) = text.trim_end().split_once(' ')?;
         Some(Attempt { file: file.into(), count: count.parse().ok()? })
     }
@@ -192,7 +193,9 @@ impl Spool {
     /// reason not to process the file.
     pub fn note_attempt(&self, attempt: &Attempt) {
         let text = format!("{} {}\n", attempt.count, attempt.file.to_string_lossy());
-        let _ = fs::write(self.attempt_path(), text);
+        self.clear_attempt();
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.attempt_path());
+        let _ = file.and_then(|mut file| file.write_all(text.as_bytes()));
     }
 
     /// Notes that no file is being processed.
@@ -200,14 +203,17 @@ impl Spool {
         let _ = fs::remove_file(self.attempt_path());
     }
 
-    /// Renames a file so that nobody reads it any more. Gives its new path.
-    pub fn move_aside(&self, path: &Path) -> io::Result<PathBuf> {
+    /// Where a file goes that nobody is to read any more.
+    pub fn aside(path: &Path) -> PathBuf {
         let mut name = path.as_os_str().to_owned();
         name.push(".failed");
-        let kept = PathBuf::from(name);
-        fs::rename(path, &kept)?;
-        File::open(&self.folder)?.sync_all()?;
-        Ok(kept)
+        PathBuf::from(name)
+    }
+
+    /// Moves a file there.
+    pub fn move_aside(&self, path: &Path) -> io::Result<()> {
+        fs::rename(path, Spool::aside(path))?;
+        File::open(&self.folder)?.sync_all()
     }
 
     fn attempt_path(&self) -> PathBuf {
@@ -221,6 +227,20 @@ impl Spool {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Opens a regular file that is ours. Anything else is an error; a FIFO does not block, a link is not followed.
+fn open_own(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
+    }
+    Ok(file)
 }
 
 /// The path of an entry that is a regular file. Nothing else is ours: a FIFO would block its reader for good, and a
@@ -323,19 +343,15 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Opens a regular file; anything else is an error, and a FIFO does not block.
+    /// Opens a file of ours.
     pub fn open(path: &Path) -> io::Result<Frames> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        Ok(Frames { file: BufReader::new(file), read: 0, left: metadata.len(), started: false })
+        let file = open_own(path)?;
+        let left = file.metadata()?.len();
+        Ok(Frames { file: BufReader::new(file), read: 0, left, started: false })
     }
 
-    /// The next frame; `None` at the end.
-    pub fn next_frame(&mut self) -> Result<Option<Frame>, ReadError> {
+    /// The next frame; `None` at the end. `reserve` is called with its size before it is read.
+    pub fn next_frame<R>(&mut self, reserve: impl FnOnce(usize) -> R) -> Result<Option<(Frame, R)>, ReadError> {
         if !self.started {
             if self.take::<8>()? != *MAGIC {
                 return Err(ReadError::Damaged("it does not begin as a spool file"));
@@ -354,6 +370,7 @@ impl Frames {
         if length > FRAME_BYTES_MAX || u64::from(length) > self.left {
             return Err(ReadError::Damaged("it ends within a record"));
         }
+        let reservation = reserve(length as usize);
         let mut bytes = vec![0; length as usize];
         self.file.read_exact(&mut bytes)?;
         self.left -= u64::from(length);
@@ -361,7 +378,7 @@ impl Frames {
             return Err(ReadError::Damaged("a record's checksum is wrong"));
         }
         self.read += 1;
-        Ok(Some(Frame { bytes }))
+        Ok(Some((Frame { bytes }, reservation)))
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
@@ -602,7 +619,7 @@ mod tests {
         let mut frames = Frames::open(path).unwrap();
         let mut records = Vec::new();
         loop {
-            match frames.next_frame().and_then(|frame| frame.map(|frame| frame.record()).transpose()) {
+            match frames.next_frame(|_| ()).and_then(|frame| frame.map(|(frame, ())| frame.record()).transpose()) {
                 Ok(Some(record)) => records.push(shown(&record)),
                 Ok(None) => return (records, Ok(())),
                 Err(error) => return (records, Err(error.to_string())),

@@ -163,7 +163,7 @@ impl SpoolReader {
                 continue;
             }
             self.idle.send_replace(false);
-            let Some(attempt) = self.begin_attempt(&path, &mut gathered) else { continue };
+            let Some(attempt) = self.begin_attempt(&path, &mut gathered)? else { continue };
             match Frames::open(&path) {
                 Ok(frames) => {
                     let taken = self.take_file(path, &attempt, frames, &mut gathered);
@@ -181,26 +181,25 @@ impl SpoolReader {
 
     /// Notes that this file is being processed. `None`, and the file is moved aside, where that has ended the program
     /// [`ATTEMPTS_MAX`] times.
-    fn begin_attempt(&mut self, path: &Path, gathered: &mut Gathered) -> Option<Attempt> {
+    fn begin_attempt(&mut self, path: &Path, gathered: &mut Gathered) -> Result<Option<Attempt>, Interruption> {
         let name = path.file_name().unwrap_or_default();
         let before = self.interrupted.take_if(|attempt| attempt.file == name).map_or(0, |attempt| attempt.count);
         if before < ATTEMPTS_MAX {
             let attempt = Attempt { file: name.to_owned(), count: before + 1 };
             self.spool.note_attempt(&attempt);
-            return Some(attempt);
+            return Ok(Some(attempt));
         }
-        match self.spool.move_aside(path) {
-            Ok(kept) => {
-                error!(file = %kept.display(), attempts = before,
-                       "processing a file of the spool ended the program; it is moved aside as a dead letter");
-                gathered.batch.rejections.push(fatal(&kept, before));
-                self.spool.clear_attempt();
-            }
-            Err(error) => {
-                self.pass_over(path.to_owned(), &error, "a file of the spool ends the program and can't be renamed");
-            }
+        let kept = Spool::aside(path);
+        error!(file = %kept.display(), attempts = before,
+               "processing a file of the spool ended the program; it is moved aside as a dead letter");
+        gathered.batch.rejections.push(fatal(&kept, before));
+        // Its dead letter first: if the program ends between the two, there are two of them and not none.
+        self.spool.clear_attempt();
+        self.hand_over(gathered)?;
+        if let Err(error) = self.spool.move_aside(path) {
+            self.pass_over(path.to_owned(), &error, "a file of the spool ends the program and can't be renamed");
         }
-        None
+        Ok(None)
     }
 
     /// Gathers the records of a file, handing over on the way.
@@ -216,8 +215,9 @@ impl SpoolReader {
     ) -> Result<(), Interruption> {
         loop {
             let mut is_large = false;
-            let taken = match frames.next_frame() {
-                Ok(Some(frame)) => {
+            let checker = self.intake.checker().clone();
+            let taken = match frames.next_frame(|bytes| checker.values().reserve(bytes)) {
+                Ok(Some((frame, _reservation))) => {
                     is_large = frame.byte_length() > LARGE_FRAME_BYTES;
                     if is_large {
                         self.spool.note_attempt(attempt);
@@ -253,7 +253,6 @@ impl SpoolReader {
     }
 
     fn admit(&self, frame: &Frame, gathered: &mut Gathered) -> Result<(), ReadError> {
-        let _reservation = self.intake.checker().values().reserve(frame.byte_length());
         gathered.closed.extend(self.intake.admit_record(frame.record()?, &mut gathered.batch));
         Ok(())
     }

@@ -6,7 +6,7 @@ const MIB: u64 = 1 << 20;
 
 /// Bytes of memory that the watcher needs at most (`MemoryMax=`).
 ///
-/// 128 MiB for itself: program, caches of the queue, connections, and the values of parsed payloads (48 MiB, whatever their
+/// 128 MiB for itself: program, caches of the queue, connections, and the values of parsed payloads (32 MiB, whatever their
 /// number). A line of a transcript is held twice, as it is in its file and as an event. Of events up to six are held at
 /// once: in requests, on their way into the queue, and out of it.
 pub const fn memory_bytes_max(line_bytes_max: u64, event_bytes_max: u64) -> u64 {

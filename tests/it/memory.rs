@@ -33,13 +33,18 @@ fn hostile() -> Vec<(&'static str, String)> {
     let bytes = if is_long() { BODY_BYTES } else { SHORT_BODY_BYTES };
     let mut hostile = vec![
         ("numbers, far too many", made_of("1", usize::MAX, bytes)),
-        ("objects, as many as permitted", made_of("{\"\":0}", 60_000, bytes)),
+        ("objects, as many as permitted", made_of("{\"\":0}", 40_000, bytes)),
     ];
+    // serde_json parses the text under this key as JSON.
+    let items = vec!["1"; bytes / 2].join(",");
+    hostile.push(("one text in disguise", format!(r#"{{"a":{{"$serde_json::private::RawValue":"[{items}]"}}}}"#)));
     if is_long() {
+        let members: Vec<String> = (0..190_000).map(|n| format!("\"{n:025x}\":\"{n:025x}\"")).collect();
+        hostile.push(("short texts, as many as permitted", format!("{{{}}}", members.join(","))));
         hostile.push(("one text", made_of("1", 1, BODY_BYTES)));
         hostile.push(("objects, far too many", made_of("{\"\":0}", usize::MAX, BODY_BYTES)));
-        hostile.push(("numbers, as many as permitted", made_of("1", 750_000, BODY_BYTES)));
-        hostile.push(("arrays, as many as permitted", made_of("[1]", 250_000, BODY_BYTES)));
+        hostile.push(("numbers, as many as permitted", made_of("1", 500_000, BODY_BYTES)));
+        hostile.push(("arrays, as many as permitted", made_of("[1]", 160_000, BODY_BYTES)));
     }
     hostile
 }

@@ -114,6 +114,24 @@ fn what_others_have_put_into_an_open_queue_is_not_opened() {
 }
 
 #[test]
+fn a_folder_in_which_others_have_put_something_stays_refused_whoever_comes_first() {
+    let stage = with_mode(0o777);
+    let [_, spool] = folders(&stage);
+    let mine = stage.folder().join("mine");
+    std::fs::write(&mine, "precious").unwrap();
+    std::os::unix::fs::symlink(&mine, spool.join(".attempt")).unwrap();
+    let hook = r#"{"session_id":"s","cwd":"/p","hook_event_name":"Stop"}"#;
+    assert_eq!(stage.run_with_input(&["hook"], hook).code(), 0);
+    for _ in 0..2 {
+        assert_refused(&stage, &["run"], &[".attempt is a link", "remove it"]);
+    }
+    let emitted =
+        stage.run(&["emit", "--type", "session_ended", "--payload", r#"{"session_uuid":"s","reason":"closed"}"#]);
+    assert_eq!(emitted.code(), 78, "{}", emitted.error());
+    assert_eq!(std::fs::read_to_string(&mine).unwrap(), "precious");
+}
+
+#[test]
 fn nobody_may_replace_the_socket_or_what_is_beside_it() {
     let stage = Stage::with(None);
     let data = stage.folder().join("data");

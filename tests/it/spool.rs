@@ -25,6 +25,7 @@ fn what_is_no_regular_file_in_the_spool_is_ignored_and_holds_nothing_up() {
     assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
     let spool = stage.folder().join("data/spool");
     assert!(Command::new("mkfifo").arg(spool.join("0.hook")).status().unwrap().success());
+    assert!(Command::new("mkfifo").arg(spool.join(".attempt")).status().unwrap().success());
     std::fs::create_dir(spool.join("1.hook")).unwrap();
     std::os::unix::fs::symlink("/dev/zero", spool.join("2.hook")).unwrap();
     std::os::unix::fs::symlink(stage.folder().join("config.yaml"), spool.join("3.events")).unwrap();
