@@ -178,9 +178,15 @@ impl Service {
         let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
         parts.tasks.spawn_server("pulse", pulse.run());
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
-        let started = self.start(&mut parts, api, http_health, intake, spool).await;
+        let mut stop = self.stop.clone();
+        let started = tokio::select! {
+            started = self.start(&mut parts, api, http_health, intake, spool) => started.map(Some),
+            // An error means that the sender is gone, and nobody could stop us any more.
+            _ = stop.wait_for(|stopped| *stopped) => Ok(None),
+        };
         let result = match started {
-            Ok(input) => {
+            Ok(None) => Ok(()),
+            Ok(Some(input)) => {
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
                       projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
                       pending = queue.stats().pending, "ready");

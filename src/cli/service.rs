@@ -251,7 +251,8 @@ impl Start {
         // WorkingDirectory= takes its value as it is, spaces too, but for specifiers.
         let unit = with_value(UNIT, "\nTimeoutStopSec=", &self.limits.kill_after_seconds.to_string(), '\n');
         let unit = with_value(&unit, "\nMemoryMax=", &format!("{}M", self.limits.memory_mebibytes), '\n');
-        unit.replace("@PROGRAM@", &unit_word(&self.program))
+        // systemd expands no variables in the first word.
+        unit.replace("@PROGRAM@", &unit_word(&self.program).replace("$$", "$"))
             .replace("@ARGUMENTS@ ", &if arguments.is_empty() { arguments } else { arguments + " " })
             .replace("@FOLDER@", &self.folder.replace('%', "%%"))
     }

@@ -235,11 +235,19 @@ pub fn called_program(command: &str) -> String {
     word
 }
 
-/// Whether the file that `command` runs has a name of this program: the usual ones, or the one in `own`.
+/// Whether `command` runs this program: a file with one of its usual names, or with the very arguments that are in `own`
+/// behind its file. Another program's file may have the same name as a renamed one of ours.
 fn calls_us(command: &str, own: &str) -> bool {
-    let file_name = |command: &str| called_program(command).rsplit('/').next().unwrap_or_default().to_owned();
-    let called = file_name(command);
-    called == PROGRAM || called == PROGRAM_WRAPPED || (!called.is_empty() && called == file_name(own))
+    let called = called_program(command);
+    let name = called.rsplit('/').next().unwrap_or_default();
+    name == PROGRAM
+        || name == PROGRAM_WRAPPED
+        || configuration(own).is_some_and(|tail| command == format!("{}{tail}", shell_word(&called)))
+}
+
+/// What stands in a command of ours from `--config` on.
+fn configuration(own: &str) -> Option<&str> {
+    own.find(" --config ").and_then(|start| own.get(start..))
 }
 
 /// On one line.
@@ -399,7 +407,8 @@ impl<'a> Text<'a> {
         };
         let is_hook = command.split([' ', '\'', '"']).any(|word| word == "hook");
         let is_own = command == own || (is_hook && calls_us(&command, own));
-        if !(is_own || is_hook && command.contains(PROGRAM)) {
+        let names_us = command.contains(PROGRAM) || configuration(own).is_some_and(|tail| command.contains(tail));
+        if !(is_own || is_hook && names_us) {
             return None;
         }
         let is_seen = holders.iter().all(|holder| holder.is_last);

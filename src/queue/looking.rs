@@ -148,7 +148,12 @@ fn remove_left_overs(temporary: &Path) {
         let is_copy = entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes())
             // Of the entry itself: links are not followed.
             && entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == user);
-        if is_copy && File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_ok()) {
+        if !is_copy {
+            continue;
+        }
+        // Held until it is removed: else its name could be somebody's new copy by then.
+        let Ok(folder) = File::open(entry.path()) else { continue };
+        if folder.try_lock().is_ok() {
             remove(&entry.path());
         }
     }

@@ -328,6 +328,19 @@ fn a_renamed_or_wrapped_program_knows_its_own_hooks_by_the_command_it_would_writ
 }
 
 #[test]
+fn another_programs_hook_of_the_same_name_is_not_ours() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let others = r#"{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "/opt/other/run.sh hook"}]}]}}"#;
+    std::fs::write(&path, others).unwrap();
+    let program = stage.folder().join("bin/run.sh");
+    renamed(&stage, &program, &["hooks", "install"]);
+    assert_eq!(commands(&read(&path), "Stop").len(), 2, "{}", read(&path));
+    renamed(&stage, &program, &["hooks", "uninstall"]);
+    assert_eq!(read(&path), others);
+}
+
+#[test]
 fn a_wrapper_script_around_the_program_adds_no_second_hook() {
     let stage = Stage::with(None);
     let path = settings(&stage);
