@@ -37,8 +37,7 @@ pub async fn hook(
 ) -> Response {
     let received_at = Timestamp::now();
     let key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).and_then(IdempotencyKey::new);
-    let bytes_max = input_bytes_max(&api.intake);
-    let (input, _room) = match read(&api, body, pace, bytes_max).await {
+    let (input, _room) = match read(&api, body, pace).await {
         Ok(read) => read,
         Err(answer) => return answer,
     };
@@ -89,8 +88,7 @@ fn keep(api: &Api, input: Vec<u8>, arrival: Arrival) -> Result<(), RequestError>
 
 /// `POST /spool`: there is something in the spool; or, with a body, a record that could not be written there.
 pub async fn spool(State(api): State<Api>, Extension(pace): Extension<Pace>, body: Body) -> Response {
-    let bytes_max = input_bytes_max(&api.intake);
-    let (bytes, _room) = match read(&api, body, pace, bytes_max).await {
+    let (bytes, _room) = match read(&api, body, pace).await {
         Ok(read) => read,
         Err(answer) => return answer,
     };
@@ -111,7 +109,8 @@ pub async fn spool(State(api): State<Api>, Extension(pace): Extension<Pace>, bod
 }
 
 /// The whole body, and its share of the memory for bodies.
-async fn read(api: &Api, body: Body, pace: Pace, bytes_max: u64) -> Result<(Vec<u8>, BodyRoom<'_>), Response> {
+async fn read(api: &Api, body: Body, pace: Pace) -> Result<(Vec<u8>, BodyRoom<'_>), Response> {
+    let bytes_max = input_bytes_max(&api.intake);
     let mut incoming = Incoming::new(body, pace);
     let mut room = BodyRoom::new(api);
     let mut input = Vec::new();

@@ -164,44 +164,32 @@ async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) ->
 
 /// What `caller` may see of the health. What Postgres says can quote a payload, and the cause of an error can name a path:
 /// a stranger learns that there is an error and where its text is.
-fn health_for(caller: Caller, health: Health) -> Health {
+fn health_for(caller: Caller, mut health: Health) -> Health {
     if caller == Caller::Owner {
         return health;
     }
     // Each field by name: whether a new one is for strangers is to be decided here.
     let Health {
-        status,
-        running,
-        pid,
-        version,
-        started_at,
-        uptime_seconds,
-        ready,
+        status: _,
+        running: _,
+        pid: _,
+        version: _,
+        started_at: _,
+        uptime_seconds: _,
+        ready: _,
         reasons,
-        queue,
-        database: DatabaseHealth { state, since, last_error },
-        writes,
-        watcher,
-        http: _,
-    } = health;
-    let reasons = reasons.iter().map(|reason| without_cause(reason).to_owned()).collect();
-    let last_error = last_error.map(|_| ERROR_WITHHELD.to_owned());
-    let database = DatabaseHealth { state, since, last_error };
-    Health {
-        status,
-        running,
-        pid,
-        version,
-        started_at,
-        uptime_seconds,
-        ready,
-        reasons,
-        queue,
-        database,
-        writes,
-        watcher,
-        http: None,
+        queue: _,
+        database: DatabaseHealth { state: _, since: _, last_error },
+        writes: _,
+        watcher: _,
+        http,
+    } = &mut health;
+    for reason in reasons {
+        *reason = without_cause(reason).to_owned();
     }
+    *last_error = last_error.take().map(|_| ERROR_WITHHELD.to_owned());
+    *http = None;
+    health
 }
 
 /// What a stranger reads where the owner reads an error's text.

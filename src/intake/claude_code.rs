@@ -595,7 +595,6 @@ const TEXTS_MAX: usize = 10_000;
 struct Content<'a> {
     /// A string is one text.
     texts: Vec<Cow<'a, str>>,
-    texts_are_many: bool,
     has_tool_result: bool,
     has_attachment: bool,
 }
@@ -627,16 +626,14 @@ impl<'a> Content<'a> {
     /// Adds a text. Beyond [`TEXTS_MAX`] it is joined to the last one: millions of empty texts take no memory of their own.
     fn add(&mut self, text: Option<Cow<'a, str>>) {
         let Some(text) = text else { return };
+        let is_full = self.texts.len() == TEXTS_MAX;
         match self.texts.last_mut() {
-            Some(last) if self.texts_are_many => {
+            Some(last) if is_full => {
                 let last = last.to_mut();
                 last.push('\n');
                 last.push_str(&text);
             }
-            _ => {
-                self.texts.push(text);
-                self.texts_are_many = self.texts.len() == TEXTS_MAX;
-            }
+            _ => self.texts.push(text),
         }
     }
 
