@@ -96,6 +96,9 @@ pub struct LineMeaning {
 /// Stands for the type of an object without one.
 pub const NO_TYPE: &str = "none";
 
+/// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
+const FOLDER_BYTES_MAX: usize = 4096;
+
 /// Longest name of an unknown type that is passed on.
 pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
 
@@ -249,8 +252,8 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     let line_type = type_name.as_deref().map_or(LineType::Unknown, LineType::named);
     let is_envelope = fields.is_envelope(line_type);
     let timestamp = mender.string(fields.timestamp).and_then(|text| text.parse::<Timestamp>().ok());
-    let cwd = mender.filled_string(fields.cwd);
-    let git_branch = mender.filled_string(fields.git_branch);
+    let cwd = mender.filled_string(fields.cwd).filter(|path| path.len() <= FOLDER_BYTES_MAX);
+    let git_branch = mender.filled_string(fields.git_branch).filter(|name| name.len() <= FOLDER_BYTES_MAX);
     let session = mender.string(fields.session).and_then(|text| text.parse::<Uuid>().ok());
 
     let said = match kind {

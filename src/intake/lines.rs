@@ -4,9 +4,11 @@
 //! registration, its pauses, its project), and what is damaged is salvaged. The same bytes give the same events with the
 //! same identities, whenever and in however many pieces they are read.
 
+use std::fs::Metadata;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use uuid::Uuid;
 
 use super::claude_code::{self, BadLine, LineMeaning, Segment, SessionFacts, TranscriptKind};
@@ -36,12 +38,26 @@ pub struct Source {
     pub path: Arc<str>,
     /// Pause after which a session has ended.
     pub inactivity_timeout: Duration,
+    /// No line counts as activity later than this, see [`active_max`].
+    pub active_max: Timestamp,
 }
 
-/// When a line was said, as far as its session's activity is concerned.
-fn line_time(meaning: &LineMeaning, session: Uuid) -> Option<LineTime> {
+/// The latest time at which a transcript can have been active: when it was modified, and not in the future.
+pub fn active_max(metadata: &Metadata) -> Timestamp {
+    let now = Timestamp::now();
+    let modified = metadata.modified().ok().and_then(|modified| Timestamp::try_from(modified).ok());
+    modified.map_or(now, |modified| modified.min(now))
+}
+
+/// How much later than [`active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
+const CLOCK_SLACK: SignedDuration = SignedDuration::from_secs(10);
+
+/// When a line was said, as far as its session's activity is concerned: a time in the future is no time.
+fn line_time(meaning: &LineMeaning, session: Uuid, active_max: Timestamp) -> Option<LineTime> {
     let is_inherited = meaning.is_forked || meaning.session.is_some_and(|named| named != session);
-    meaning.timestamp.map(|at| LineTime { at, is_envelope: meaning.is_envelope, is_inherited })
+    let at = meaning.timestamp?;
+    let at = if at.duration_since(active_max) > CLOCK_SLACK { active_max } else { at };
+    Some(LineTime { at, is_envelope: meaning.is_envelope, is_inherited })
 }
 
 /// Notes the time of a line; the first of the session's own conversation tells whether the session is a copy. Gives the
@@ -63,7 +79,12 @@ fn note(
 
 /// When the session of a transcript was copied from another, by the lines before a cursor; `None` where it was not, or
 /// where those lines do not tell yet. `head` is what comes before the cursor, or enough of it: `Err` asks for more.
-pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<Option<Timestamp>, HeadTooShort> {
+pub fn copied_at(
+    head: &[u8],
+    kind: &TranscriptKind,
+    cursor: &Cursor,
+    active_max: Timestamp,
+) -> Result<Option<Timestamp>, HeadTooShort> {
     let TranscriptKind::Main { session } = kind else { return Ok(None) };
     if cursor.session.last_activity.is_none() {
         return Ok(None);
@@ -73,7 +94,7 @@ pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<
     for piece in head.split_inclusive(|byte| *byte == b'\n') {
         let line = piece.strip_suffix(b"\n").unwrap_or(piece);
         let times: Vec<LineTime> = match claude_code::read_line(line, kind) {
-            Ok(meaning) => line_time(&meaning, *session).into_iter().collect(),
+            Ok(meaning) => line_time(&meaning, *session, active_max).into_iter().collect(),
             // Cut off where the head ends.
             Err(_) if line.len() == piece.len() => break,
             Err(_) => claude_code::salvage(line)
@@ -82,7 +103,7 @@ pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<
                     Segment::Record(range) => claude_code::read_line(line.get(range)?, kind).ok(),
                     Segment::Lost(_) => None,
                 })
-                .filter_map(|meaning| line_time(&meaning, *session))
+                .filter_map(|meaning| line_time(&meaning, *session, active_max))
                 .collect(),
         };
         for time in times {
@@ -174,7 +195,7 @@ impl Source {
     ) {
         let TranscriptKind::Main { session } = self.kind else { return };
         let origin = || Origin::Transcript { path: self.path.clone(), offset };
-        let time = line_time(&meaning, session);
+        let time = line_time(&meaning, session, self.active_max);
         if cursor.session.last_activity.is_none() {
             *copied_at = None;
         }
@@ -184,7 +205,8 @@ impl Source {
             found(Found::Event(end.candidate(session, origin())));
         }
         if let (None, Some(cwd)) = (&cursor.project_path, &meaning.cwd) {
-            let started_at = meaning.timestamp.max(cursor.session.began_at.filter(|_| meaning.is_envelope));
+            let said_at = time.map(|time| time.at);
+            let started_at = said_at.max(cursor.session.began_at.filter(|_| meaning.is_envelope));
             let facts = SessionFacts {
                 session,
                 cwd,
@@ -294,7 +316,12 @@ mod tests {
     /// with nothing but the cursor and the file.
     fn marked(lines: &[Value]) -> Vec<String> {
         let kind = TranscriptKind::Main { session: SESSION };
-        let source = Source { kind, path: "/p/a.jsonl".into(), inactivity_timeout: Duration::from_secs(60) };
+        let source = Source {
+            kind,
+            path: "/p/a.jsonl".into(),
+            inactivity_timeout: Duration::from_secs(60),
+            active_max: Timestamp::MAX,
+        };
         let lines: Vec<String> = lines
             .iter()
             .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
@@ -305,7 +332,7 @@ mod tests {
             let mut file = String::new();
             for (number, line) in lines.iter().enumerate() {
                 if number == broken_off_at {
-                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor).unwrap();
+                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor, Timestamp::MAX).unwrap();
                 }
                 let offset = file.len() as u64;
                 source.read(line.trim_end().as_bytes(), offset, &mut cursor, &mut copied_at, |found| {
@@ -364,18 +391,31 @@ mod tests {
     #[test]
     fn a_head_that_does_not_tell_asks_for_more() {
         let kind = TranscriptKind::Main { session: SESSION };
-        let source = Source { kind, path: "/p/a.jsonl".into(), inactivity_timeout: Duration::from_secs(60) };
+        let source = Source {
+            kind,
+            path: "/p/a.jsonl".into(),
+            inactivity_timeout: Duration::from_secs(60),
+            active_max: Timestamp::MAX,
+        };
         let file = format!("{}\n{}\n", state("12:00:00"), said("08:00:00"));
         let mut cursor = START;
         for line in file.lines() {
             source.read(line.as_bytes(), 0, &mut cursor, &mut None, |_| {});
         }
         for length in 0..file.len() - 1 {
-            assert_eq!(copied_at(&file.as_bytes()[..length], &kind, &cursor), Err(HeadTooShort), "{length}");
+            assert_eq!(
+                copied_at(&file.as_bytes()[..length], &kind, &cursor, Timestamp::MAX),
+                Err(HeadTooShort),
+                "{length}"
+            );
         }
         let whole = Ok(Some(at("12:00:00").parse().unwrap()));
-        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor), whole);
-        assert_eq!(copied_at(file.trim_end().as_bytes(), &kind, &cursor), whole, "a last line without newline");
-        assert_eq!(copied_at(b"", &kind, &START), Ok(None), "nothing has been read");
+        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor, Timestamp::MAX), whole);
+        assert_eq!(
+            copied_at(file.trim_end().as_bytes(), &kind, &cursor, Timestamp::MAX),
+            whole,
+            "a last line without newline"
+        );
+        assert_eq!(copied_at(b"", &kind, &START, Timestamp::MAX), Ok(None), "nothing has been read");
     }
 }

@@ -12,11 +12,13 @@
 //! All that must be remembered is [`SessionState`], which is stored with the transcript's cursor.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::SignedDuration;
 use serde_json::{Map, Value};
+use tracing::warn;
 use uuid::Uuid;
 
 use super::claude_code::{COPY_DELAY_SECONDS_MIN, iso_8601};
@@ -189,32 +191,124 @@ fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
     opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
 }
 
-/// The sessions that a running process has open, with the process: read from `sessions/<pid>.json` below Claude Code's
-/// own folder. What can't be read is passed over: the format is internal, and older versions write no such files.
-pub fn open_sessions(folder: &Path) -> HashMap<Uuid, u32> {
-    /// Processes that are looked at; far more than run at once.
-    const FILES_MAX: usize = 4096;
-    /// Bytes of one file that are read.
-    const FILE_BYTES_MAX: u64 = 64 * 1024;
-    let Ok(entries) = std::fs::read_dir(folder) else { return HashMap::new() };
-    let mut open = HashMap::new();
-    for entry in entries.flatten().take(FILES_MAX) {
-        let path: PathBuf = entry.path();
-        let Some(pid) = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let is_file = entry.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() <= FILE_BYTES_MAX);
-        if !is_file || path.extension().is_none_or(|extension| extension != "json") || !is_running(pid) {
-            continue;
-        }
-        let Ok(bytes) = std::fs::read(&path) else { continue };
-        let Ok(value) = serde_json::from_slice::<Value>(&bytes) else { continue };
-        if let Some(session) = value.get("sessionId").and_then(Value::as_str).and_then(|id| id.parse().ok()) {
-            open.insert(session, pid);
+/// Which sessions running processes have open, by the files `sessions/<pid>.json` below Claude Code's own folder.
+///
+/// A file that is empty, half written or unreadable says nothing, nor does a folder that can't be listed: newer versions
+/// of Claude Code rewrite these files at each change of status, older ones write none.
+pub struct OpenSessions {
+    folder: PathBuf,
+    /// The last look at the folder, and the first one.
+    looked_at: Instant,
+    began_at: Instant,
+    time: Timestamp,
+    /// Of running processes only.
+    files: HashMap<u32, ProcessFile>,
+    open: HashMap<Uuid, u32>,
+    /// Not all files could be listed in the last look.
+    is_partial: bool,
+    is_unreadable_logged: bool,
+}
+
+/// The file of a running process.
+struct ProcessFile {
+    /// When it was there last.
+    present_at: Instant,
+    /// The session that it named in the last look.
+    session: Option<Uuid>,
+}
+
+/// How long the file of a running process must have been missing before its session counts as closed.
+const FILE_MISSING_MIN: Duration = Duration::from_secs(1);
+
+impl OpenSessions {
+    /// Knows nothing before the first [`OpenSessions::look`].
+    pub fn new(folder: PathBuf) -> OpenSessions {
+        let now = Instant::now();
+        OpenSessions {
+            folder,
+            looked_at: now,
+            began_at: now,
+            time: Timestamp::now(),
+            files: HashMap::new(),
+            open: HashMap::new(),
+            is_partial: true,
+            is_unreadable_logged: false,
         }
     }
-    open
+
+    /// Reads the files.
+    pub fn look(&mut self) {
+        /// Processes that are looked at; far more than run at once.
+        const FILES_MAX: usize = 4096;
+        self.looked_at = Instant::now();
+        self.time = Timestamp::now();
+        self.open.clear();
+        self.files.retain(|pid, _| is_running(*pid));
+        self.files.values_mut().for_each(|file| file.session = None);
+        let mut entries = match std::fs::read_dir(&self.folder) {
+            Ok(entries) => entries,
+            Err(error) => {
+                self.is_partial = true;
+                // Older versions of Claude Code have no such folder.
+                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut self.is_unreadable_logged, true) {
+                    warn!(folder = %self.folder.display(), error = %error,
+                          "the folder of running sessions can't be read; sessions end by their hooks or by inactivity");
+                }
+                return;
+            }
+        };
+        self.is_unreadable_logged = false;
+        self.is_partial = false;
+        for entry in entries.by_ref().take(FILES_MAX) {
+            match entry {
+                Ok(entry) => self.look_at(&entry.path()),
+                Err(_) => self.is_partial = true,
+            }
+        }
+        self.is_partial |= entries.next().is_some();
+    }
+
+    fn look_at(&mut self, path: &Path) {
+        let stem = path.file_stem().and_then(|stem| stem.to_str());
+        let Some(pid) = stem.and_then(|stem| stem.parse().ok()).filter(|pid| is_running(*pid)) else { return };
+        if path.extension().is_none_or(|extension| extension != "json") {
+            return;
+        }
+        let session = session_named_in(path);
+        self.files.insert(pid, ProcessFile { present_at: self.looked_at, session });
+        self.open.extend(session.map(|session| (session, pid)));
+    }
+
+    /// The process that has the session open, as far as is known. `known`: the one that had it open before, whose
+    /// transcripts were last modified at `modified` (seconds since 1970). It has it open until it ends, or its file names
+    /// another session, or was gone in two looks with nothing written since.
+    pub fn process(&self, session: Uuid, known: Option<u32>, modified: i64) -> Option<u32> {
+        if let Some(pid) = self.open.get(&session) {
+            return Some(*pid);
+        }
+        let known = known.filter(|pid| is_running(*pid))?;
+        let file = self.files.get(&known);
+        if file.is_some_and(|file| file.session.is_some()) {
+            return None;
+        }
+        let present_at = file.map_or(self.began_at, |file| file.present_at);
+        let missing = self.looked_at.saturating_duration_since(present_at);
+        let missing_since = self.time.saturating_sub(missing).map_or(i64::MIN, Timestamp::as_second);
+        let is_closed = !self.is_partial && missing >= FILE_MISSING_MIN && modified <= missing_since;
+        (!is_closed).then_some(known)
+    }
+}
+
+/// The session that a process's file names. `None`: it says nothing.
+fn session_named_in(path: &Path) -> Option<Uuid> {
+    /// Bytes of one file that are read.
+    const BYTES_MAX: u64 = 64 * 1024;
+    let metadata = std::fs::metadata(path).ok()?;
+    if !metadata.is_file() || metadata.len() > BYTES_MAX {
+        return None;
+    }
+    let value: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    value.get("sessionId")?.as_str()?.parse().ok()
 }
 
 /// The folder of the notes about sessions whose SessionEnd hook has come and whose end was not told yet. Not a path on
@@ -358,17 +452,79 @@ mod tests {
         assert!(!is_running(child.id()));
     }
 
+    /// A folder of processes' files with one that says that this very process has session 7 open.
+    fn open_session() -> (tempfile::TempDir, PathBuf, OpenSessions) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(format!("{}.json", std::process::id()));
+        std::fs::write(&file, format!(r#"{{"pid":1,"sessionId":"{SEVEN}","cwd":"/"}}"#)).unwrap();
+        let mut open = OpenSessions::new(folder.path().to_owned());
+        open.look();
+        assert_eq!(open.process(SEVEN, None, 0), Some(std::process::id()));
+        (folder, file, open)
+    }
+
+    const SEVEN: Uuid = Uuid::from_u128(7);
+
+    /// Looks again as if more than [`FILE_MISSING_MIN`] had passed.
+    fn look_later(open: &mut OpenSessions) {
+        let earlier = |at: Instant| at.checked_sub(2 * FILE_MISSING_MIN).unwrap();
+        open.began_at = earlier(open.began_at);
+        open.files.values_mut().for_each(|file| file.present_at = earlier(file.present_at));
+        open.look();
+    }
+
     #[test]
     fn open_sessions_are_those_of_running_processes() {
-        let folder = tempfile::tempdir().unwrap();
-        let session = Uuid::from_u128(7);
+        let (folder, _, mut open) = open_session();
         let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
-        let own = std::process::id();
-        write(&format!("{own}.json"), format!(r#"{{"pid":{own},"sessionId":"{session}","cwd":"/"}}"#));
         write("4194999.json", format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8)));
         write("1.json", "garbage".to_owned());
         write("notes.txt", String::new());
-        assert_eq!(open_sessions(folder.path()), HashMap::from([(session, own)]));
-        assert!(open_sessions(&folder.path().join("missing")).is_empty());
+        open.look();
+        assert_eq!(open.open, HashMap::from([(SEVEN, std::process::id())]));
+        // A process that is gone has nothing open, whatever the folder says.
+        assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
+        std::fs::rename(folder.path(), folder.path().with_extension("away")).unwrap();
+        open.look();
+        assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
+    }
+
+    #[test]
+    fn what_can_not_be_read_says_nothing() {
+        let own = Some(std::process::id());
+        let (_folder, file, mut open) = open_session();
+        for bytes in ["", "{\"pid\":", "{}", "garbage"] {
+            std::fs::write(&file, bytes).unwrap();
+            look_later(&mut open);
+            assert_eq!(open.process(SEVEN, own, 0), own, "{bytes:?}");
+            assert_eq!(open.process(SEVEN, None, 0), None, "{bytes:?}");
+        }
+        let away = file.parent().unwrap().with_extension("away");
+        std::fs::rename(file.parent().unwrap(), &away).unwrap();
+        look_later(&mut open);
+        assert_eq!(open.process(SEVEN, own, 0), own, "the folder is missing");
+        std::fs::rename(&away, file.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_session_is_closed_when_its_file_is_gone_for_good_or_names_another() {
+        let own = Some(std::process::id());
+        let (_folder, file, mut open) = open_session();
+        std::fs::remove_file(&file).unwrap();
+        open.look();
+        assert_eq!(open.process(SEVEN, own, 0), own, "it may be about to be replaced");
+        look_later(&mut open);
+        assert_eq!(open.process(SEVEN, own, Timestamp::now().as_second() + 1), own, "it is written to");
+        assert_eq!(open.process(SEVEN, own, 0), None);
+        std::fs::write(&file, format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8))).unwrap();
+        open.look();
+        assert_eq!(open.process(SEVEN, own, i64::MAX), None, "the process went on to another session");
+        // A watcher that has just started has not seen the file.
+        std::fs::remove_file(&file).unwrap();
+        let mut open = OpenSessions::new(file.parent().unwrap().to_owned());
+        open.look();
+        assert_eq!(open.process(SEVEN, own, 0), own);
+        look_later(&mut open);
+        assert_eq!(open.process(SEVEN, own, 0), None);
     }
 }

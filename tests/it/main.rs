@@ -20,6 +20,7 @@ mod dead_letters;
 mod delivery;
 mod docs;
 mod emit;
+mod fairness;
 mod full_disk;
 mod health;
 mod hooks;

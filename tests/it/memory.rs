@@ -170,7 +170,7 @@ fn lines_made_of_tiny_blocks_take_bounded_memory() {
                 let (mut transcript, line) = line(100 * index as u32 + number, block, 60_000_000);
                 transcript.append(line);
             }
-            wait_until("all are read", SOON * 4, || read() == before + u64::from(lines));
+            wait_until("all are read", SOON * 20, || read() == before + u64::from(lines));
         });
         eprintln!("{what}: {taken} kB");
         assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");

@@ -5,7 +5,7 @@ use std::process::{Child, Command};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, Transcript, wait_for, wait_until};
+use crate::stage::{SOON, Stage, Transcript, Watcher, rounds, wait_for, wait_until};
 
 /// The ends in the table: reason, time, payload.
 fn ends(stage: &Stage) -> Vec<(String, String, Value)> {
@@ -316,4 +316,172 @@ fn a_session_is_registered_once_with_the_working_directory_that_its_lines_name()
                    WHERE payload->>'text' = 'two'";
     let places = stage.database().query(places).remove(0);
     assert_eq!(places.into_iter().flatten().collect::<Vec<_>>(), ["/home/me/my_app", "/home/me/my_app/src"]);
+}
+
+/// Waits until the folder was looked at so many more times.
+#[track_caller]
+fn wait_for_rescans(watcher: &Watcher, more: u64) {
+    let rescans = || {
+        let (_, page) = watcher.get("/metrics").unwrap();
+        let lines = page.lines().filter(|line| line.starts_with("headspace_watcher_rescans_total{"));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok()).sum::<u64>()
+    };
+    let before = rescans();
+    wait_until(&format!("{more} rescans"), SOON, || rescans() >= before + more);
+}
+
+#[test]
+fn process_files_that_can_not_be_read_end_no_session() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_now(&mut transcript, "one");
+    let process = Process::open(&stage, &transcript);
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    wait_for_rescans(&watcher, 2);
+    let folder = stage.folder().join("sessions");
+    let text = fs::read(&process.file).unwrap();
+    // Longer than a missing file needs to count as gone.
+    fs::rename(&folder, stage.folder().join("sessions.away")).unwrap();
+    wait_for_rescans(&watcher, 15);
+    fs::rename(stage.folder().join("sessions.away"), &folder).unwrap();
+    for bytes in ["", "{\"pid\":"] {
+        fs::write(&process.file, bytes).unwrap();
+        wait_for_rescans(&watcher, 15);
+    }
+    fs::write(&process.file, text).unwrap();
+    wait_for_rescans(&watcher, 2);
+    assert_eq!(reasons(&stage), [""; 0]);
+    // Also a watcher that has not seen them whole.
+    watcher.kill();
+    fs::write(&process.file, "").unwrap();
+    let watcher = stage.start();
+    wait_for_rescans(&watcher, 15);
+    assert_eq!(reasons(&stage), [""; 0]);
+    process.kill();
+    wait_for_ends(&stage, &["closed"]);
+}
+
+#[test]
+fn a_process_file_that_is_written_again_and_again_ends_no_session() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_now(&mut transcript, "one");
+    let process = Process::open(&stage, &transcript);
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    let text = fs::read(&process.file).unwrap();
+    let is_done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // In place, as Claude Code does it, and with an empty moment in between.
+            while !is_done.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::write(&process.file, &text).unwrap();
+            }
+        });
+        for turn in 0..rounds(20) {
+            say_now(&mut transcript, &format!("turn {turn}"));
+            wait_for_rescans(&watcher, 1);
+        }
+        is_done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(reasons(&stage), [""; 0]);
+}
+
+#[test]
+fn a_session_is_closed_when_its_process_goes_on_without_its_file() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_now(&mut transcript, "one");
+    let process = Process::open(&stage, &transcript);
+    let _watcher = stage.start();
+    stage.wait_for_rows(2);
+    // Modified before its file went, to the second.
+    let earlier = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+    fs::File::options().append(true).open(&transcript.path).unwrap().set_modified(earlier).unwrap();
+    fs::remove_file(&process.file).unwrap();
+    wait_for_ends(&stage, &["closed"]);
+}
+
+#[test]
+fn a_time_in_the_future_keeps_no_session_alive() {
+    let stage = with_timeout("5400");
+    let mut first = stage.transcript("-home-me-app", 1);
+    say_at(&mut first, "from the future", "9998-12-30T23:59:59");
+    say_now(&mut first, "one");
+    let process = Process::open(&stage, &first);
+    let watcher = stage.start();
+    stage.wait_for_rows(3);
+    wait_for_rescans(&watcher, 2);
+    process.kill();
+    wait_for_ends(&stage, &["closed"]);
+    // A day ahead, in a file of two days ago.
+    let mut second = stage.transcript("-home-me-app", 2);
+    let tomorrow = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(24);
+    say_at(&mut second, "from tomorrow", &tomorrow.strftime("%Y-%m-%dT%H:%M:%S").to_string());
+    let file = fs::File::options().append(true).open(&second.path).unwrap();
+    file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(172_800)).unwrap();
+    wait_for_ends(&stage, &["closed", "timeout"]);
+    let late =
+        "SELECT count(*) FROM events WHERE event_type <> 'turn_detected' AND \"timestamp\" > now() + interval '1 min'";
+    assert_eq!(stage.database().value(late), "0");
+}
+
+#[test]
+fn a_last_line_without_newline_is_no_second_end() {
+    let stage = with_timeout("5400");
+    let watcher = stage.start();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let at = |transcript: &Transcript, text: &str, time: &str| {
+        transcript.prompt(text).replace("2026-01-02T03:04:05.678Z", &format!("2026-01-02T{time}:00.000Z"))
+    };
+    let lines = format!("{}\n{}", at(&transcript, "one", "08:00"), at(&transcript, "two", "09:00"));
+    transcript.append(lines);
+    stage.wait_for_rows(4);
+    wait_for_rescans(&watcher, 3);
+    let found = ends(&stage);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].2["last_activity_at"], "2026-01-02T09:00:00.000Z");
+}
+
+#[test]
+fn a_session_end_hook_counts_though_a_turn_before_it_has_a_later_time() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let later = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(5);
+    say_at(&mut transcript, "one", &later.strftime("%Y-%m-%dT%H:%M:%S").to_string());
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    end_by_hook(&stage, &transcript);
+    wait_for_ends(&stage, &["closed"]);
+    // Nobody looks.
+    let later = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(9);
+    watcher.kill();
+    say_at(&mut transcript, "two", &later.strftime("%Y-%m-%dT%H:%M:%S").to_string());
+    end_by_hook(&stage, &transcript);
+    stage.run_until_idle();
+    assert_eq!(reasons(&stage), ["closed", "closed"]);
+}
+
+#[test]
+fn an_unmounted_projects_folder_ends_no_session() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_now(&mut transcript, "one");
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    // What is left is the empty folder below the mount.
+    let folder = transcript.path.parent().unwrap().to_owned();
+    fs::rename(&folder, stage.folder().join("unmounted")).unwrap();
+    wait_for_rescans(&watcher, 5);
+    watcher.kill();
+    let watcher = stage.start();
+    wait_for_rescans(&watcher, 5);
+    assert_eq!(reasons(&stage), [""; 0]);
+    fs::rename(stage.folder().join("unmounted"), &folder).unwrap();
+    say_now(&mut transcript, "two");
+    stage.wait_for_rows(3);
+    assert_eq!(stage.database().texts(), ["one", "two"]);
+    fs::remove_file(&transcript.path).unwrap();
+    wait_for_ends(&stage, &["unregistered"]);
 }

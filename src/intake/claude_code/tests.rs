@@ -123,6 +123,22 @@ mod user_turns {
     use super::*;
 
     #[test]
+    fn a_folder_or_branch_longer_than_any_path_counts_as_absent() {
+        let of = |length: usize| {
+            let name = "x".repeat(length);
+            let line = with(with(user("x"), "cwd", name.as_str()), "gitBranch", name.as_str());
+            let turn = turn(&line).unwrap();
+            (
+                read(&line).cwd.map(|cwd| cwd.len()),
+                turn.cwd.map(|cwd| cwd.len()),
+                turn.git_branch.map(|name| name.len()),
+            )
+        };
+        assert_eq!(of(4096), (Some(4096), Some(4096), Some(4096)));
+        assert_eq!(of(4097), (None, None, None));
+    }
+
+    #[test]
     fn a_typed_prompt_is_a_turn_with_all_its_facts() {
         let line = with(user(" fix the\nlogin test \n"), "promptId", "7c");
         let line = with(line, "origin", json!({"kind": "human"}));

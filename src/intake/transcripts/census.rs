@@ -52,6 +52,8 @@ pub struct Extent {
     /// Bytes that the follower has read.
     pub read_bytes: u64,
     pub modified: Timestamp,
+    /// Where its last line begins, if that is incomplete: without newline, and no whole object.
+    pub incomplete_at: Option<u64>,
 }
 
 /// Room for one look at a file; to be used again for the next.
@@ -115,9 +117,15 @@ impl Census {
             handle,
             bytes,
             line_bytes_max: self.line_bytes_max,
-            source: Source { kind, path: path.to_string_lossy().into(), inactivity_timeout: self.inactivity_timeout },
+            source: Source {
+                kind,
+                path: path.to_string_lossy().into(),
+                inactivity_timeout: self.inactivity_timeout,
+                active_max: lines::active_max(&metadata),
+            },
             cursor: lines::START,
             copied_at: None,
+            incomplete_at: None,
         };
         look.read(&mut buffer.0, &mut |candidate| {
             let Origin::Transcript { offset, .. } = candidate.origin else { return };
@@ -126,7 +134,8 @@ impl Census {
             }
         })?;
         let modified = metadata.modified().ok().and_then(|modified| Timestamp::try_from(modified).ok());
-        Ok(Some(Extent { bytes, read_bytes, modified: modified.unwrap_or(Timestamp::MAX) }))
+        let modified = modified.unwrap_or(Timestamp::MAX);
+        Ok(Some(Extent { bytes, read_bytes, modified, incomplete_at: look.incomplete_at }))
     }
 }
 
@@ -146,6 +155,7 @@ struct Look {
     source: Source,
     cursor: Cursor,
     copied_at: Option<Timestamp>,
+    incomplete_at: Option<u64>,
 }
 
 impl Look {
@@ -164,8 +174,10 @@ impl Look {
                     break;
                 }
                 if length as u64 > self.line_bytes_max {
-                    // The follower passes over it, too.
-                    offset = self.next_line(offset + length as u64)?;
+                    // The follower skips it, too.
+                    let next = self.next_line(offset + length as u64)?;
+                    self.incomplete_at = next.is_none().then_some(offset);
+                    offset = next.unwrap_or(self.bytes);
                     wanted = CHUNK_BYTES;
                 } else {
                     wanted = wanted
@@ -203,11 +215,13 @@ impl Look {
         let is_whole = line.last() == Some(&b'}') && claude_code::read_line(line, &self.source.kind).is_ok();
         if is_whole && line.len() as u64 <= self.line_bytes_max {
             self.line(line, offset, seen);
+        } else if !line.is_empty() {
+            self.incomplete_at = Some(offset);
         }
     }
 
-    /// Where the next line begins after the first newline at or after `offset`; the end where there is none.
-    fn next_line(&self, offset: u64) -> io::Result<u64> {
+    /// Where the next line begins after the first newline at or after `offset`.
+    fn next_line(&self, offset: u64) -> io::Result<Option<u64>> {
         let mut piece = vec![0; CHUNK_BYTES];
         let mut offset = offset;
         while offset < self.bytes {
@@ -216,11 +230,11 @@ impl Look {
                 break;
             }
             if let Some(newline) = memchr::memchr(b'\n', piece.get(..length).unwrap_or_default()) {
-                return Ok(offset + newline as u64 + 1);
+                return Ok(Some(offset + newline as u64 + 1));
             }
             offset += length as u64;
         }
-        Ok(self.bytes)
+        Ok(None)
     }
 }
 

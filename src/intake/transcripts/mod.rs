@@ -26,6 +26,7 @@ mod tests;
 mod watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::ffi::OsString;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -45,7 +46,7 @@ use self::watching::Watch;
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
 use super::retention::Retention;
-use super::sessions::{self, End, EndReason};
+use super::sessions::{self, End, EndReason, OpenSessions};
 use super::{Intake, Submission};
 use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timestamp};
 use crate::queue::{Batch, CursorId, QueueError};
@@ -76,8 +77,9 @@ const RESCAN_PAUSE_FACTOR: u32 = 4;
 /// Least pause between two rescans.
 const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
 
-/// A SessionEnd hook that is older by so much than a line of its session does not end it: the session has come back.
-const CLOSING_SLACK: Duration = Duration::from_secs(10);
+/// A SessionEnd hook does not end its session when a line that was read after it is later by more than this: the session
+/// was resumed.
+const RESUMED_AFTER_MIN: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct FollowConfig {
@@ -109,7 +111,26 @@ struct Undo {
     rewind: Vec<(Arc<Path>, Cursor)>,
     /// Files that are gone, to be forgotten again.
     remember: Vec<(PathBuf, Cursor)>,
-    closings: Vec<(Uuid, Timestamp)>,
+    closings: Vec<(Uuid, Closing)>,
+}
+
+/// A SessionEnd hook whose session's end was not told yet.
+#[derive(Clone, Copy, Debug)]
+struct Closing {
+    at: Timestamp,
+    /// The last activity that was read before the hook arrived.
+    active_before: Option<Timestamp>,
+}
+
+impl Closing {
+    /// Whether the session went on after the hook. What was read before it arrived came before it, whatever the clocks say.
+    fn is_resumed(&self, last_activity: Option<Timestamp>) -> bool {
+        last_activity.is_some_and(|last| {
+            Some(last) > self.active_before
+                && last > self.at
+                && last.duration_since(self.at).unsigned_abs() > RESUMED_AFTER_MIN
+        })
+    }
 }
 
 /// What a walk through the folder has come upon.
@@ -142,14 +163,19 @@ pub struct Follower {
     rewound: Vec<(Arc<Path>, Cursor)>,
     /// Cursors that moved over lines which are no events: as they were when that began, and now.
     moved: BTreeMap<Arc<Path>, (Cursor, Cursor)>,
+    /// Files of which was said that their last line is incomplete.
+    incomplete_logged: u32,
+    /// Said that a file was modified in place.
+    change_in_place_logged: bool,
     buffer: Vec<u8>,
     /// Bytes that are read at once.
     chunk_bytes: usize,
     doorbell: Doorbell,
     watch: Watch,
     retention: Retention,
-    /// SessionEnd hooks that are to be looked at, and when they came.
-    closings: BTreeMap<Uuid, Timestamp>,
+    /// SessionEnd hooks that are to be looked at.
+    closings: BTreeMap<Uuid, Closing>,
+    open_sessions: OpenSessions,
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
     projects_missing: bool,
@@ -166,13 +192,12 @@ impl Follower {
     /// Takes up the cursors in the queue; reads nothing yet.
     pub fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
         let mut resting = Resting::default();
-        let mut closings = BTreeMap::new();
         let mut strays = Vec::new();
         // What an earlier run read may still wait in the queue.
         let newest = intake.queue().stats().last_sequence;
         intake.queue().for_each_cursor(|path, cursor| {
             if let (Some(session), Some(at)) = (sessions::closing_of(&path), cursor.session.ended_through) {
-                closings.insert(session, at);
+                intake.session_closed(session, at);
             } else if let Some(kind) = kind_of(&config.projects, &path) {
                 let rest = Rest::new(None, newest, cursor.project_path.is_some());
                 resting.insert(Group::of(&kind, &path), CursorId::of(&path), rest);
@@ -181,6 +206,7 @@ impl Follower {
             }
         })?;
         let retention = Retention::new(config.projects.parent().unwrap_or(&config.projects));
+        let open_sessions = OpenSessions::new(config.projects.with_file_name("sessions"));
         Ok(Follower {
             config,
             intake,
@@ -192,12 +218,15 @@ impl Follower {
             again: Vec::new(),
             rewound: Vec::new(),
             moved: BTreeMap::new(),
+            incomplete_logged: 0,
+            change_in_place_logged: false,
             buffer: Vec::new(),
             chunk_bytes: reading::CHUNK_BYTES,
             doorbell: Doorbell::new(),
             watch: Watch::default(),
             retention,
-            closings,
+            closings: BTreeMap::new(),
+            open_sessions,
             seen_open: HashSet::new(),
             projects_missing: false,
             unreadable: BTreeSet::new(),
@@ -277,12 +306,9 @@ impl Follower {
     /// Looks at every transcript. Gives those with more to read.
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
-        self.closings.extend(self.intake.take_closings(|| self.doorbell.set_idle(false)));
+        self.take_closings()?;
+        self.open_sessions.look();
         let mut awake = Vec::new();
-        for session in self.closings.keys().copied().collect::<Vec<_>>() {
-            awake.extend(self.wake(Group::of_session(session))?);
-        }
-        let open = sessions::open_sessions(&self.config.projects.with_file_name("sessions"));
         let Walk { met, changed, fresh, is_there } = self.walk();
         let mut vanished = Vec::new();
         if is_there {
@@ -299,10 +325,10 @@ impl Follower {
             return Ok(unfinished);
         }
         self.forget(vanished, begun)?;
-        self.end_sessions(&open, &unfinished, begun)?;
+        self.end_sessions(&unfinished, begun)?;
         self.put_to_rest()?;
-        self.seen_open.extend(self.resting.open(&open));
-        for sessions in self.resting.due(begun, &open).chunks(FILES_AT_ONCE_MAX) {
+        self.seen_open.extend(self.resting.open(&self.open_sessions));
+        for sessions in self.resting.due(begun, &self.open_sessions).chunks(FILES_AT_ONCE_MAX) {
             if self.doorbell.is_stopped() {
                 return Ok(unfinished);
             }
@@ -312,13 +338,24 @@ impl Follower {
                 paths.extend(self.wake(Group::of_session(*session))?);
             }
             unfinished.extend(self.look_at_all(paths)?);
-            self.end_sessions(&open, &unfinished, begun)?;
+            self.end_sessions(&unfinished, begun)?;
             self.put_to_rest()?;
         }
         self.report();
         // Also after the whole folder was away.
         self.in_order = !is_there;
         Ok(unfinished)
+    }
+
+    /// Takes in the SessionEnd hooks that have arrived, and wakes the transcripts of their sessions.
+    fn take_closings(&mut self) -> Result<(), QueueError> {
+        for (session, at) in self.intake.take_closings(|| self.doorbell.set_idle(false)) {
+            self.wake(Group::of_session(session))?;
+            let files = self.files.values().filter(|file| is_of(file, session));
+            let active_before = files.filter_map(|file| file.cursor.session.last_activity).max();
+            self.closings.insert(session, Closing { at, active_before });
+        }
+        Ok(())
     }
 
     /// Follows what `take_up` makes of the items, and looks at it, so many at a time that not all are in memory at once.
@@ -351,7 +388,9 @@ impl Follower {
                 return Ok(unfinished);
             }
             let progress = self.look_at(&path)?;
-            if !self.in_order {
+            // What skips a line that is too long has no events that others could come after.
+            let is_skipping = |file: &Followed| file.is_skipping(self.config.line_bytes_max);
+            if !self.in_order || self.files.get(&path).is_some_and(|file| is_skipping(file)) {
                 unfinished.extend((progress == Progress::More).then_some(path));
                 continue;
             }
@@ -378,6 +417,9 @@ impl Follower {
         for entry in walkdir::WalkDir::new(&self.config.projects).follow_links(true).max_depth(DEPTH_MAX) {
             // Many entries on a slow file system are no hang.
             self.intake.metrics().reading.beat();
+            if self.doorbell.is_stopped() {
+                return walk;
+            }
             match entry {
                 Ok(entry) if entry.file_type().is_file() => {
                     if let Some(file) = self.files.get(entry.path()) {
@@ -418,8 +460,8 @@ impl Follower {
             info!(folder = %folder.display(), "the folder can be read again");
         }
         self.unreadable = unreadable;
-        // Removed while we looked: then what was not found says nothing.
-        walk.is_there = self.config.projects.is_dir();
+        // Removed while we looked, or unmounted: then what was not found says nothing.
+        walk.is_there = is_filled_folder(&self.config.projects);
         if walk.is_there && std::mem::take(&mut self.projects_missing) {
             info!(folder = %self.config.projects.display(), "the transcripts folder is there");
         }
@@ -446,22 +488,37 @@ impl Follower {
     }
 
     /// Gives fresh files the cursors of those of the same name that are gone. Gives the others that are gone.
-    fn adopt_moved(&mut self, fresh: &[PathBuf], mut vanished: Vec<PathBuf>) -> Result<Vec<PathBuf>, QueueError> {
+    fn adopt_moved(&mut self, fresh: &[PathBuf], vanished: Vec<PathBuf>) -> Result<Vec<PathBuf>, QueueError> {
+        let mut by_name: HashMap<OsString, Vec<PathBuf>> = HashMap::new();
+        for path in vanished {
+            by_name.entry(path.file_name().unwrap_or_default().to_owned()).or_default().push(path);
+        }
+        let mut batch = Batch::default();
+        let mut undo = Undo::default();
         for path in fresh {
-            let Some(index) = vanished.iter().position(|gone| gone.file_name() == path.file_name()) else { continue };
+            if self.doorbell.is_stopped() {
+                break;
+            }
+            let Some(gone) = path.file_name().and_then(|name| by_name.get_mut(name)) else { continue };
             if self.adopted.contains_key(path) {
                 continue;
             }
-            let gone = vanished.swap_remove(index);
+            let Some(gone) = gone.pop() else { continue };
             let Some(cursor) = self.take_cursor(&gone)? else { continue };
+            self.intake.metrics().reading.beat();
             info!(from = %gone.display(), to = %path.display(), "a transcript was moved");
-            let batch =
-                Batch { cursors: vec![(gone.clone(), None), (path.clone(), Some(cursor.clone()))], ..Batch::default() };
+            batch.cursors.extend([(gone.clone(), None), (path.clone(), Some(cursor.clone()))]);
             self.adopted.insert(path.clone(), cursor.clone());
             // Without room the old cursor stays for another while: the next rescan forgets it.
-            self.submit(batch, Undo { remember: vec![(gone, cursor)], ..Undo::default() })?;
+            undo.remember.push((gone, cursor));
+            if undo.remember.len() >= BATCH_SESSIONS_MAX {
+                self.submit(std::mem::take(&mut batch), std::mem::take(&mut undo))?;
+            }
         }
-        Ok(vanished)
+        if !undo.remember.is_empty() {
+            self.submit(batch, undo)?;
+        }
+        Ok(by_name.into_values().flatten().collect())
     }
 
     /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
@@ -469,7 +526,9 @@ impl Follower {
     fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<HeadOrder>, PathBuf)> {
         let order = |path: &Path| {
             self.intake.metrics().reading.beat();
-            self.kind_of(path).map(|kind| head_order(path, &kind))
+            // Nothing is read any more then.
+            let kind = self.kind_of(path).filter(|_| !self.doorbell.is_stopped());
+            kind.map(|kind| head_order(path, &kind))
         };
         let mut fresh: Vec<(Option<HeadOrder>, PathBuf)> = fresh
             .into_iter()
@@ -520,6 +579,10 @@ impl Follower {
     /// session whose last transcript this was has ended.
     fn forget(&mut self, vanished: Vec<PathBuf>, now: Timestamp) -> Result<(), QueueError> {
         for paths in vanished.chunks(BATCH_SESSIONS_MAX) {
+            if self.doorbell.is_stopped() {
+                break;
+            }
+            self.intake.metrics().reading.beat();
             let mut batch = Batch::default();
             let mut undo = Undo::default();
             for path in paths {
@@ -527,9 +590,9 @@ impl Follower {
                 debug!(file = %path.display(), "transcript gone");
                 if let Some(TranscriptKind::Main { session }) = self.kind_of(path)
                     && cursor.project_path.is_some()
-                    && !self.has_other_transcript(session)
                     && let Some(end) =
                         cursor.session.end(now, self.config.inactivity_timeout, Some((EndReason::Unregistered, now)))
+                    && !self.has_other_transcript(session)
                 {
                     self.admit_end(session, &end, path, &cursor, &mut batch);
                 }
@@ -560,12 +623,7 @@ impl Follower {
 
     /// Tells the ends of sessions that have come. Files that were not read to their end may hold more activity: their
     /// sessions wait.
-    fn end_sessions(
-        &mut self,
-        open: &HashMap<Uuid, u32>,
-        unfinished: &[Arc<Path>],
-        now: Timestamp,
-    ) -> Result<(), QueueError> {
+    fn end_sessions(&mut self, unfinished: &[Arc<Path>], now: Timestamp) -> Result<(), QueueError> {
         if !self.again.is_empty() {
             return Ok(());
         }
@@ -588,7 +646,7 @@ impl Follower {
             if !standing.is_read {
                 continue;
             }
-            let process = open.get(&session).copied();
+            let process = self.open_sessions.process(session, standing.state.process, standing.modified);
             if process.is_some() {
                 self.seen_open.insert(session);
             }
@@ -613,9 +671,9 @@ impl Follower {
                 }
                 batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));
             }
-            if let Some(at) = closing {
+            if let Some(closing) = closing {
                 batch.cursors.push((sessions::closing_path(session), None));
-                undo.closings.push((session, at));
+                undo.closings.push((session, closing));
             }
             if end.is_some() {
                 self.seen_open.remove(&session);
@@ -634,14 +692,11 @@ impl Follower {
         session: Uuid,
         standing: &Standing,
         process: Option<u32>,
-        closing: Option<Timestamp>,
+        closing: Option<Closing>,
         now: Timestamp,
     ) -> Option<(EndReason, Timestamp)> {
-        let has_come_back = |at: Timestamp| {
-            let last = standing.state.last_activity;
-            last.is_some_and(|last| last.duration_since(at).unsigned_abs() > CLOSING_SLACK && last > at)
-        };
-        let by_hook = closing.filter(|at| !has_come_back(*at));
+        let by_hook =
+            closing.filter(|closing| !closing.is_resumed(standing.state.last_activity)).map(|closing| closing.at);
         let by_process = (process.is_none() && standing.state.process.is_some()).then(|| {
             // Noticed just now, or it went while nobody looked: then the file's last change is the last sign of life.
             let last_sign = Timestamp::from_second(standing.modified).unwrap_or(now);
@@ -666,21 +721,22 @@ impl Follower {
                 _ => None,
             })
             .collect();
-        let without: Vec<(Uuid, Timestamp)> = self
+        let without: Vec<(Uuid, Closing)> = self
             .closings
             .iter()
-            .map(|(session, at)| (*session, *at))
+            .map(|(session, closing)| (*session, *closing))
             .filter(|(session, _)| !known.contains(session))
             .take(BATCH_SESSIONS_MAX)
             .collect();
-        for (session, at) in without {
+        for (session, closing) in without {
+            let at = closing.at;
             self.closings.remove(&session);
             let state = SessionState { began_at: None, last_activity: Some(at), ..SessionState::default() };
             if let Some(end) = state.end(at, self.config.inactivity_timeout, Some((EndReason::Closed, at))) {
                 self.intake.admit(end.candidate(session, Origin::Hook), batch);
             }
             batch.cursors.push((sessions::closing_path(session), None));
-            undo.closings.push((session, at));
+            undo.closings.push((session, closing));
         }
     }
 
@@ -801,13 +857,19 @@ impl Standing {
     fn add(&mut self, file: &Followed, is_unfinished: bool) {
         self.state = self.state.merge(&file.cursor.session);
         self.paths.push(Arc::clone(&file.path));
-        self.is_read &= !is_unfinished && (file.seen.is_some() || file.unreadable);
+        // A last line without newline may be read in a moment.
+        self.is_read &= !is_unfinished && (file.seen.is_some() || file.unreadable) && file.unterminated.is_none();
         self.modified = self.modified.max(file.modified.unwrap_or(0));
     }
 }
 
 fn kind_of(projects: &Path, path: &Path) -> Option<TranscriptKind> {
     path.strip_prefix(projects).ok().and_then(claude_code::classify)
+}
+
+/// Whether there is such a folder, with anything in it. The folder below an unmounted file system is empty.
+fn is_filled_folder(path: &Path) -> bool {
+    std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Whether there is no such file for certain.

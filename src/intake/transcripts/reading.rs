@@ -26,14 +26,16 @@ pub const CHUNK_BYTES: usize = 1 << 20;
 /// Events of one batch: with lines of a kilobyte about as much as a chunk.
 const BATCH_EVENTS_MAX: usize = 1024;
 
+/// Bytes of events and of damaged lines in one batch, above those of one line.
+const BATCH_BYTES_MAX: u64 = 4 << 20;
+
 /// Cursors that moved over lines which are no events, in one batch.
 const MOVED_CURSORS_MAX: usize = 256;
 
-/// Bytes of damaged lines in one batch, above one line.
-const BATCH_REJECTED_BYTES_MAX: usize = 4 << 20;
-
-/// Bytes of one file that are read before others have their turn, except where the order of files matters.
+/// Bytes that are read from one file, or made of it, before others have their turn, and the time that takes; except where
+/// the order of files matters.
 const TURN_BYTES_MAX: u64 = 8 << 20;
+const TURN_TIME_MAX: Duration = Duration::from_millis(200);
 
 /// Bytes at the start of the file and before the offset that a fingerprint covers, each.
 const FINGERPRINT_BYTES: usize = 1024;
@@ -43,6 +45,9 @@ const SCANNED_BYTES: u64 = 256;
 
 /// Warnings about one file's bad lines in one go; the rest is counted.
 const WARNINGS_PER_LOOK_MAX: u64 = 5;
+
+/// Warnings about incomplete last lines in one run.
+const INCOMPLETE_WARNINGS_MAX: u32 = 5;
 
 /// One transcript that is followed.
 pub struct Followed {
@@ -58,12 +63,14 @@ pub struct Followed {
     /// When it was last modified, as far as is known; seconds since 1970.
     pub modified: Option<i64>,
     /// No newline stands between the cursor and `scanned_to`, where the bytes before have this hash.
-    scanned_to: u64,
+    pub(super) scanned_to: u64,
     scanned_hash: u64,
     /// Since when a last line without newline is there that may be whole: look again when the file has been quiet.
     pub unterminated: Option<Instant>,
     /// Said already that it can't be read.
     pub unreadable: bool,
+    /// Where the last line begins of which was said that it is not complete.
+    incomplete_at: Option<u64>,
     /// The newest event that came from it in this run.
     pub newest: Option<Sequence>,
     /// When its session was copied from another, by the lines before the cursor. The cursor does not keep it: it is
@@ -77,21 +84,29 @@ pub struct Followed {
 pub struct Stamp {
     inode: u64,
     size: u64,
-    /// Seconds and nanoseconds: unlike the time of modification nobody can set it.
-    changed: (i64, u32),
+    /// Unlike the time of modification nobody can set it.
+    changed: i64,
+    changed_nanoseconds: u32,
+    modified_nanoseconds: u32,
     /// Seconds since 1970.
     pub modified: i64,
 }
 
 impl Stamp {
     pub fn of(metadata: &Metadata) -> Stamp {
-        let nanoseconds = u32::try_from(metadata.ctime_nsec()).unwrap_or_default();
+        let nanoseconds = |nanoseconds: i64| u32::try_from(nanoseconds).unwrap_or_default();
         Stamp {
             inode: metadata.ino(),
             size: metadata.len(),
-            changed: (metadata.ctime(), nanoseconds),
+            changed: metadata.ctime(),
+            changed_nanoseconds: nanoseconds(metadata.ctime_nsec()),
+            modified_nanoseconds: nanoseconds(metadata.mtime_nsec()),
             modified: metadata.mtime(),
         }
+    }
+
+    fn modified(&self) -> (i64, u32) {
+        (self.modified, self.modified_nanoseconds)
     }
 }
 
@@ -137,6 +152,7 @@ impl Followed {
             modified: None,
             unterminated: None,
             unreadable: false,
+            incomplete_at: None,
             newest: None,
             copied_at: None,
             knows_copied_at: false,
@@ -157,6 +173,11 @@ impl Followed {
     pub fn is_quiet(&self) -> bool {
         let is_read = self.seen.is_some() && self.cursor.offset > 0;
         is_read && !self.has_more && !self.unreadable && self.unterminated.is_none()
+    }
+
+    /// Whether it is in the middle of a line that is too long to be read: what comes next is skipped.
+    pub fn is_skipping(&self, line_bytes_max: u64) -> bool {
+        self.scanned_to.saturating_sub(self.cursor.offset) > line_bytes_max
     }
 
     /// Where the search for the next newline goes on; from the cursor where the file is not as it was.
@@ -254,14 +275,19 @@ const LOOKED_AT_MAX: u64 = 16 << 20;
 
 /// When the session of a file that was read up to the cursor was copied from another, if it was. Mostly its first lines
 /// tell; of a file that begins with another session's lines all of those are looked at.
-fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> io::Result<Option<Timestamp>> {
+fn look_up_copied_at(
+    handle: &File,
+    kind: &TranscriptKind,
+    cursor: &Cursor,
+    active_max: Timestamp,
+) -> io::Result<Option<Timestamp>> {
     let mut head = Vec::new();
     let mut wanted = HEAD_BYTES as u64;
     while cursor.session.last_activity.is_some() {
         let length = usize::try_from(wanted.min(cursor.offset)).unwrap_or(usize::MAX);
         head.resize(length, 0);
         handle.read_exact_at(&mut head, 0)?;
-        match lines::copied_at(&head, kind, cursor) {
+        match lines::copied_at(&head, kind, cursor, active_max) {
             Ok(copied_at) => return Ok(copied_at),
             Err(HeadTooShort) if wanted < cursor.offset.min(LOOKED_AT_MAX) => wanted *= 4,
             // A last line that was read without its newline, or more of another session's than is kept in memory: it counts
@@ -340,26 +366,26 @@ impl Follower {
         let stamp = Stamp::of(&metadata);
         let mut place = self.find_place(file, &handle, &metadata)?;
         if !file.knows_copied_at && file.cursor.offset < stamp.size {
-            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor)?;
+            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor, lines::active_max(&metadata))?;
             file.knows_copied_at = true;
         }
-        let source = self.source(file);
-        let mut look = Look { handle, source, warnings: 0 };
-        let mut read = 0;
+        self.note_change_in_place(file, &stamp);
+        let source = self.source(file, &metadata);
+        let mut look = Look { handle, source, warnings: 0, work: 0 };
+        let begun = Instant::now();
         while file.cursor.offset < stamp.size {
             if self.doorbell.is_stopped() {
                 return Ok(Progress::End);
             }
-            if read >= TURN_BYTES_MAX && !self.in_order {
+            let is_over = look.work >= TURN_BYTES_MAX || begun.elapsed() >= TURN_TIME_MAX;
+            if is_over && (!self.in_order || file.is_skipping(self.config.line_bytes_max)) {
                 look.sum_up_warnings();
                 return Ok(Progress::More);
             }
             self.wait_for_room();
-            let before = file.cursor.offset;
             if !self.read_chunk(&mut look, &mut place, file)? {
                 break;
             }
-            read += file.cursor.offset - before;
         }
         if file.seen != Some(stamp) {
             file.unterminated = None;
@@ -370,11 +396,24 @@ impl Follower {
         Ok(Progress::End)
     }
 
-    pub(super) fn source(&self, file: &Followed) -> Source {
+    fn source(&self, file: &Followed, metadata: &Metadata) -> Source {
         Source {
             kind: file.kind,
             path: file.path.to_string_lossy().into(),
             inactivity_timeout: self.config.inactivity_timeout,
+            active_max: lines::active_max(metadata),
+        }
+    }
+
+    /// Says once that a file may hold other lines before the place where reading goes on: those are not read again.
+    fn note_change_in_place(&mut self, file: &Followed, stamp: &Stamp) {
+        let is_changed = file.seen.is_some_and(|seen| {
+            (seen.inode, seen.size) == (stamp.inode, stamp.size) && seen.modified() != stamp.modified()
+        });
+        if is_changed && file.cursor.offset > 0 && !std::mem::replace(&mut self.change_in_place_logged, true) {
+            warn!(file = %file.path.display(),
+                  "a transcript was modified without new bytes; lines rewritten in place are not read again: \
+                   \"headspace-watcher verify\" finds them (logged once, for the first such file)");
         }
     }
 
@@ -405,6 +444,7 @@ impl Follower {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(self.chunk_bytes, 0);
         let result = read_full_at(&look.handle, &mut buffer, unscanned).map_err(ReadError::File).and_then(|length| {
+            look.work += length as u64;
             let bytes = buffer.get(..length).unwrap_or_default();
             match memchr::memrchr(b'\n', bytes) {
                 None => {
@@ -457,31 +497,33 @@ impl Follower {
         file: &mut Followed,
     ) -> Result<(), ReadError> {
         let mut batch = Batch::default();
-        let mut rejected_bytes = 0;
+        let mut batch_bytes = 0;
         let mut before = file.cursor.clone();
         let mut start = 0;
         let mut handed = 0;
         for end in memchr::memchr_iter(b'\n', lines) {
             let line = lines.get(start..end).unwrap_or_default();
-            let rejected = batch.rejections.len();
+            let (events, rejections) = (batch.events.len(), batch.rejections.len());
             if line.len() as u64 > self.config.line_bytes_max {
                 self.pass_over(line.len() as u64, look, file, &mut batch);
             } else {
                 self.take_line(line, look, file, &mut batch);
             }
-            rejected_bytes += batch.rejections.iter().skip(rejected).map(|one| one.bytes.len()).sum::<usize>();
+            let made = batch.events.iter().skip(events).map(|event| event.payload().as_json().len());
+            let made = made.chain(batch.rejections.iter().skip(rejections).map(|rejection| rejection.bytes.len()));
+            batch_bytes += made.sum::<usize>() as u64;
             file.cursor.offset += (end + 1 - start) as u64;
             start = end + 1;
-            if batch.events.len() + batch.rejections.len() >= BATCH_EVENTS_MAX
-                || rejected_bytes >= BATCH_REJECTED_BYTES_MAX
-            {
+            if batch.events.len() + batch.rejections.len() >= BATCH_EVENTS_MAX || batch_bytes >= BATCH_BYTES_MAX {
+                look.work += batch_bytes;
                 place.advance(lines.get(handed..start).unwrap_or_default());
                 handed = start;
                 self.hand_over(std::mem::take(&mut batch), before, place, file)?;
                 before = file.cursor.clone();
-                rejected_bytes = 0;
+                batch_bytes = 0;
             }
         }
+        look.work += batch_bytes;
         place.advance(lines.get(handed..start).unwrap_or_default());
         if handed == start { Ok(()) } else { self.hand_over(batch, before, place, file) }
     }
@@ -520,7 +562,7 @@ impl Follower {
         batch.rejections.push(look.source.too_long(line_bytes, offset));
     }
 
-    /// Reads a last line that has no newline, once its file is quiet and if it is one whole object.
+    /// Reads a last line that has no newline, once its file is quiet and if it is one whole object. Says once where it is not.
     fn read_unterminated(
         &mut self,
         look: &mut Look,
@@ -530,12 +572,7 @@ impl Follower {
     ) -> Result<(), ReadError> {
         let start = file.cursor.offset;
         let length = metadata.len().saturating_sub(start);
-        if length == 0 || length > self.config.line_bytes_max {
-            return Ok(());
-        }
-        let mut last = [0];
-        look.handle.read_exact_at(&mut last, metadata.len() - 1)?;
-        if last != *b"}" {
+        if length == 0 {
             return Ok(());
         }
         let since = *file.unterminated.get_or_insert_with(Instant::now);
@@ -545,17 +582,44 @@ impl Follower {
             return Ok(());
         }
         file.unterminated = None;
-        let mut line = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
-        look.handle.read_exact_at(&mut line, start)?;
-        if line.contains(&b'\n') || claude_code::read_line(&line, &file.kind).is_err() {
+        let Some(line) = self.complete_line(look, file, length)? else {
+            self.note_incomplete(file, length);
             return Ok(());
-        }
+        };
         let before = file.cursor.clone();
         let mut batch = Batch::default();
         self.take_line(&line, look, file, &mut batch);
         file.cursor.offset = start + length;
         place.advance(&line);
         self.hand_over(batch, before, place, file)
+    }
+
+    /// The last bytes of a file where they are one whole object.
+    fn complete_line(&self, look: &Look, file: &Followed, length: u64) -> io::Result<Option<Vec<u8>>> {
+        if length > self.config.line_bytes_max {
+            return Ok(None);
+        }
+        let mut last = [0];
+        look.handle.read_exact_at(&mut last, file.cursor.offset + length - 1)?;
+        if last != *b"}" {
+            return Ok(None);
+        }
+        let mut line = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+        look.handle.read_exact_at(&mut line, file.cursor.offset)?;
+        let is_complete = !line.contains(&b'\n') && claude_code::read_line(&line, &file.kind).is_ok();
+        Ok(is_complete.then_some(line))
+    }
+
+    /// Says that the last bytes of a quiet file are no complete line; of each file once, and of a few files.
+    fn note_incomplete(&mut self, file: &mut Followed, length: u64) {
+        let offset = file.cursor.offset;
+        if file.incomplete_at.replace(offset) == Some(offset) || self.incomplete_logged >= INCOMPLETE_WARNINGS_MAX {
+            return;
+        }
+        self.incomplete_logged += 1;
+        warn!(file = %file.path.display(), offset, bytes = length,
+              "the last line of a transcript is incomplete (no newline, no whole JSON object); it is read when its newline \
+               comes. \"headspace-watcher verify\" lists all such files");
     }
 
     /// Hands a batch to the queue together with the file's cursor, which was at `before` when the batch began.
@@ -601,6 +665,8 @@ struct Look {
     source: Source,
     /// Bad lines that were found.
     warnings: u64,
+    /// Bytes that were read, and bytes that were made of them.
+    work: u64,
 }
 
 impl Look {

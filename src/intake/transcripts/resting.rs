@@ -15,6 +15,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::claude_code::TranscriptKind;
+use super::super::sessions::OpenSessions;
 use super::reading::{Followed, Stamp};
 use super::{Follower, Standing, is_gone};
 use crate::event::{Cursor, Sequence, Timestamp};
@@ -63,6 +64,8 @@ pub struct Live {
     pub ends_at: Option<i64>,
     /// The process that has it open.
     pub process: Option<u32>,
+    /// When its files were last modified; seconds since 1970.
+    pub modified: i64,
 }
 
 /// How a file that was come upon stands.
@@ -125,17 +128,19 @@ impl Resting {
     }
 
     /// The sessions that are to be looked at: their time is up, or another process has them open than before, or none.
-    pub fn due(&self, now: Timestamp, open: &HashMap<Uuid, u32>) -> Vec<Uuid> {
+    pub fn due(&self, now: Timestamp, open: &OpenSessions) -> Vec<Uuid> {
         let is_due = |session: &Uuid, live: &Live| {
-            live.ends_at.is_some_and(|at| at <= now.as_second()) || live.process != open.get(session).copied()
+            live.ends_at.is_some_and(|at| at <= now.as_second())
+                || live.process != open.process(*session, live.process, live.modified)
         };
         self.live.iter().filter(|(session, live)| is_due(session, live)).map(|(session, _)| *session).collect()
     }
 
     /// The sessions that have not ended and that the process has open which had them open before.
-    pub fn open(&self, open: &HashMap<Uuid, u32>) -> impl Iterator<Item = Uuid> {
-        let is_open =
-            |(session, live): &(&Uuid, &Live)| live.process.is_some() && live.process == open.get(session).copied();
+    pub fn open(&self, open: &OpenSessions) -> impl Iterator<Item = Uuid> {
+        let is_open = |(session, live): &(&Uuid, &Live)| {
+            live.process.is_some() && live.process == open.process(**session, live.process, live.modified)
+        };
         self.live.iter().filter(is_open).map(|(session, _)| *session)
     }
 
@@ -182,6 +187,10 @@ impl Follower {
         let unmet = self.resting.unmet();
         let mut awake = Vec::new();
         for (group, id) in &unmet {
+            if self.doorbell.is_stopped() {
+                break;
+            }
+            self.intake.metrics().reading.beat();
             if self.intake.queue().cursor(*id)?.is_none_or(|(path, _)| is_gone(&path)) {
                 awake.extend(self.wake(*group)?);
             }
@@ -259,7 +268,8 @@ impl Follower {
         }
         if let Some(session) = live {
             let ends_at = standing.state.times_out_at(self.config.inactivity_timeout).map(Timestamp::as_second);
-            self.resting.insert_live(session, Live { ends_at, process: standing.state.process });
+            let Standing { state, modified, .. } = standing;
+            self.resting.insert_live(session, Live { ends_at, process: state.process, modified });
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 
+use jiff::SignedDuration;
 use proptest::prelude::*;
 use serde_json::json;
 use tempfile::TempDir;
@@ -420,4 +421,119 @@ fn a_file_that_ends_early_at_every_look_can_not_be_read() {
     follower.look_at(&path).unwrap();
     let file = &follower.files[path.as_path()];
     assert!(!file.unreadable && file.cursor.offset == size);
+}
+
+/// A session's transcript of another project folder; `number` makes its name.
+fn other_path(scene: &Scene, project: &str, number: u32) -> PathBuf {
+    let folder = scene.folder.path().join("projects").join(project);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder.join(format!("{number:08x}-0000-4000-8000-000000000000.jsonl"))
+}
+
+#[test]
+fn a_file_without_newline_is_read_in_turns_and_others_are_read_meanwhile_also_at_the_first_pass() {
+    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    // Before the other in the order of paths.
+    let sparse = other_path(&scene, "-a", 7);
+    std::fs::File::create(&sparse).unwrap().set_len(1 << 40).unwrap();
+    scene.append(&[line(1, 9, 40), b"\n".to_vec()].concat());
+    scene.follower.as_mut().unwrap().in_order = true;
+    let unfinished = scene.follower.as_mut().unwrap().rescan().unwrap();
+    assert_eq!(unfinished.iter().map(AsRef::as_ref).collect::<Vec<&Path>>(), [sparse.as_path()]);
+    assert_eq!(waiting(&scene, "turn_detected"), 1);
+    let mut scanned_to = 0;
+    for _ in 0..3 {
+        let follower = scene.follower.as_mut().unwrap();
+        assert_eq!(follower.look_at(&sparse).unwrap(), Progress::More);
+        let before = scanned_to;
+        scanned_to = follower.files[sparse.as_path()].scanned_to;
+        assert!((1..=9 << 20).contains(&(scanned_to - before)) || before == 0, "{before} to {scanned_to}");
+    }
+    assert!(scanned_to < 64 << 20);
+}
+
+#[test]
+fn lines_that_make_large_events_are_read_in_turns_too() {
+    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let path = other_path(&scene, "-a", 7);
+    let cwd = format!("/{}", "x".repeat(1000));
+    let session = path.file_stem().unwrap().to_str().unwrap();
+    let record = |number: usize| json!({"type": "user", "uuid": format!("{number:08}"), "sessionId": session, "message": {"content": "x"}});
+    let mut text = String::new();
+    for number in 0..20_000 {
+        let mut line = record(number);
+        if number == 0 {
+            line["cwd"] = cwd.clone().into();
+        }
+        text += &format!("{line}\n");
+    }
+    assert!(text.len() < 3 << 20);
+    std::fs::write(&path, &text).unwrap();
+    scene.follower.as_mut().unwrap().in_order = false;
+    let unfinished = scene.follower.as_mut().unwrap().rescan().unwrap();
+    assert_eq!(unfinished.len(), 1, "20 MB of events are more than one turn");
+}
+
+#[test]
+fn many_renamed_transcripts_go_on_where_they_were_and_a_stop_is_heeded() {
+    const FILES: u32 = 600;
+    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    for number in 1..=FILES {
+        let session = format!("{number:08x}-0000-4000-8000-000000000000");
+        say(&scene, "-a", &session, number as usize);
+    }
+    scene.rescan();
+    let projects = scene.folder.path().join("projects");
+    std::fs::rename(projects.join("-a"), projects.join("-z")).unwrap();
+    let follower = scene.follower.as_mut().unwrap();
+    let Walk { met, fresh, .. } = follower.walk();
+    let vanished = follower.vanished(&met);
+    assert_eq!((fresh.len(), vanished.len()), (FILES as usize, FILES as usize));
+    assert_eq!(follower.adopt_moved(&fresh, vanished).unwrap(), [PathBuf::new(); 0]);
+    follower.await_tickets(0).unwrap();
+    assert_eq!(follower.adopted.len(), FILES as usize);
+    scene.rescan();
+    assert_eq!(scene.queue.cursors().unwrap().len(), FILES as usize);
+    // Back again, while it is being stopped.
+    std::fs::rename(projects.join("-z"), projects.join("-a")).unwrap();
+    let follower = scene.follower.as_mut().unwrap();
+    let Walk { met, fresh, .. } = follower.walk();
+    let vanished = follower.vanished(&met);
+    follower.doorbell.stop();
+    follower.adopt_moved(&fresh, vanished).unwrap();
+    assert!(follower.adopted.is_empty());
+}
+
+/// A session that had a turn `ahead` of the clock when its SessionEnd hook came: how many ends there are.
+fn ends_after_hook(ahead: SignedDuration, is_read_before_the_hook: bool) -> usize {
+    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let session = Uuid::parse_str(SESSION).unwrap();
+    let now = Timestamp::now();
+    let active = |scene: &mut Scene| {
+        let path = scene.path();
+        let file = scene.follower.as_mut().unwrap().files.get_mut(path.as_path()).unwrap();
+        file.cursor.session.last_activity = Some(now + ahead);
+    };
+    say(&scene, "-p", SESSION, 1);
+    scene.rescan();
+    // As if the clock had been ahead when it was read.
+    if is_read_before_the_hook {
+        active(&mut scene);
+    }
+    scene.follower.as_ref().unwrap().intake.session_closed(session, now);
+    scene.follower.as_mut().unwrap().take_closings().unwrap();
+    if !is_read_before_the_hook {
+        active(&mut scene);
+    }
+    scene.rescan();
+    scene.follower.as_mut().unwrap().await_tickets(0).unwrap();
+    waiting(&scene, "session_ended")
+}
+
+#[test]
+fn what_was_read_before_a_session_end_hook_came_before_it_whatever_the_clock_says() {
+    let hour = SignedDuration::from_hours(1);
+    assert_eq!(ends_after_hook(hour, true), 1);
+    assert_eq!(ends_after_hook(hour, false), 0, "the session was resumed");
+    assert_eq!(ends_after_hook(SignedDuration::from_secs(5), false), 1, "written at about the same time");
 }
