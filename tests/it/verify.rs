@@ -113,7 +113,10 @@ fn the_object_has_these_fields_for_good() {
     stage.database().query("DELETE FROM events WHERE payload->>'text' = 'turn 1 3'");
     let (_, report) = verify(&stage, &[]);
     let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-    assert_eq!(names(&report), "error expiring missing sessions sub_agent_transcripts transcripts turns unreadable");
+    assert_eq!(
+        names(&report),
+        "conflicting error expiring incomplete missing sessions sub_agent_transcripts transcripts turns unreadable"
+    );
     let all =
         "dead_letters in_postgres in_queue missing not_yet_read on_disk removed sent_again unproven without_receipt";
     assert_eq!((names(&report["turns"]), names(&report["sessions"])), (all.to_owned(), all.to_owned()));
@@ -500,6 +503,7 @@ fn the_corpus_is_all_there() {
     stage.run_until_idle();
     let (code, report) = verify(&stage, &[]);
     assert_eq!((code, &report["missing"]), (0, &Value::Array(vec![])), "{report}");
+    assert_eq!(report["conflicting"], Value::Array(vec![]));
     for (what, event_type) in [("turns", "turn_detected"), ("sessions", "session_registered")] {
         let rows = format!("SELECT count(*) FROM events WHERE event_type = '{event_type}'");
         let rows = stage.database().value(&rows).parse().unwrap();
@@ -548,4 +552,29 @@ fn a_transcript_that_is_about_to_be_deleted_is_warned_of_until_it_is_stored() {
     File::options().append(true).open(&old.path).unwrap().set_modified(modified).unwrap();
     let (code, report) = verify(&stage, &[]);
     assert_eq!((code, report["expiring"][0]["not_stored"].as_u64()), (0, Some(1)));
+}
+
+#[test]
+fn two_lines_with_one_uuid_and_different_texts_are_named() {
+    let stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("one");
+    let offset = std::fs::metadata(&transcript.path).unwrap().len();
+    let line = transcript.prompt("one").replace("\"content\":\"one\"", "\"content\":\"another\"");
+    transcript.append(line + "\n");
+    // The same line in a copy is no conflict.
+    let copy = stage.transcript("-home-me-copy", 2);
+    std::fs::create_dir_all(copy.path.parent().unwrap()).unwrap();
+    let text = std::fs::read_to_string(&transcript.path).unwrap();
+    std::fs::write(&copy.path, text.lines().next().unwrap().to_owned() + "\n").unwrap();
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), ["one"]);
+    let (code, report) = verify(&stage, &[]);
+    assert_eq!(code, 0);
+    let conflicting = report["conflicting"].as_array().unwrap();
+    assert_eq!(conflicting.len(), 1, "{report}");
+    assert_eq!(conflicting[0]["path"], transcript.path.to_str().unwrap());
+    assert_eq!(conflicting[0]["offset"], offset);
+    let table = stage.run(&["verify"]).output();
+    assert!(table.contains("has the uuid of another line with another text"), "{table}");
 }

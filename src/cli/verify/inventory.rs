@@ -6,11 +6,14 @@ use std::path::PathBuf;
 use headspace_watcher::event::{EventId, Timestamp};
 use headspace_watcher::intake::claude_code::{event_id_of_turn, session_registered_event_id};
 use headspace_watcher::intake::retention::Retention;
+use headspace_watcher::intake::schema::Candidate;
 use headspace_watcher::intake::transcripts::census::{Buffer, Census, Extent, Sighting};
 use headspace_watcher::sink::DeliverError;
 use headspace_watcher::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::{Context, Failure};
 use super::waiting::{self, Files, Waiting};
@@ -42,6 +45,8 @@ pub struct Occurrence {
     pub id: Uuid,
     pub offset: u64,
     pub file: u32,
+    /// By which different texts under one identity are told apart.
+    text_hash: u32,
     /// The same for all occurrences.
     pub standing: Standing,
     pub is_registration: bool,
@@ -247,6 +252,7 @@ impl Occurrence {
             id: sighting.candidate.id.0,
             offset: sighting.offset,
             file,
+            text_hash: text_hash(&sighting.candidate),
             standing: Standing::Unproven,
             is_registration: sighting.candidate.event_type == "session_registered",
             is_read: sighting.is_read,
@@ -256,6 +262,10 @@ impl Occurrence {
 
     pub fn is_missing(&self) -> bool {
         matches!(self.standing, Standing::Missing(_))
+    }
+
+    pub fn has_text_of(&self, other: &Occurrence) -> bool {
+        self.text_hash == other.text_hash
     }
 
     pub fn event_type(&self) -> &'static str {
@@ -279,6 +289,11 @@ impl Occurrence {
         row.event_type == self.event_type()
             && (row.identity.is_none() || identity_of(row).is_some_and(|id| id.0 == self.id))
     }
+}
+
+fn text_hash(candidate: &Candidate) -> u32 {
+    let text = candidate.payload.get("text").and_then(Value::as_str).unwrap_or_default();
+    xxh3_64(text.as_bytes()) as u32
 }
 
 /// The identity of the event that a row says it is.

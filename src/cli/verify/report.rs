@@ -50,6 +50,22 @@ struct Expiring {
     not_stored: u64,
 }
 
+/// The last bytes of a transcript that are no complete line: they were not read.
+#[derive(Serialize)]
+struct IncompleteLine {
+    path: String,
+    offset: u64,
+    bytes: u64,
+}
+
+/// A line with the uuid of another line whose text is different: one of the two is stored.
+#[derive(Serialize)]
+struct ConflictingLine {
+    path: String,
+    offset: u64,
+    event_id: String,
+}
+
 /// A missing event.
 #[derive(Serialize)]
 struct MissingLine<'a> {
@@ -127,6 +143,8 @@ impl Report {
             ("sub_agent_transcripts", inventory.sub_agents.into()),
             ("unreadable", unreadable.collect()),
             ("expiring", serde_json::to_value(&self.expiring)?),
+            ("incomplete", serde_json::to_value(incomplete(inventory).collect::<Vec<_>>())?),
+            ("conflicting", serde_json::to_value(conflicting(inventory).collect::<Vec<_>>())?),
             ("error", failure.map(|failure| failure.message.as_str()).into()),
         ];
         write!(out, "{{")?;
@@ -188,6 +206,21 @@ impl Report {
         }
         for (path, error) in &inventory.unreadable {
             writeln!(out, "can't be read, so nothing is proved of it: {}: {error}", path.display())?;
+        }
+        for line in incomplete(inventory).take(LISTED_MAX) {
+            let IncompleteLine { path, offset, bytes } = line;
+            writeln!(
+                out,
+                "warning: the last line of {path} is incomplete ({bytes} bytes from byte {offset} on, no newline, no whole \
+                 JSON object): it is not stored"
+            )?;
+        }
+        for ConflictingLine { path, offset, event_id } in conflicting(inventory).take(LISTED_MAX) {
+            writeln!(
+                out,
+                "warning: {path}:{offset} has the uuid of another line with another text (event {event_id}): the first that \
+                 was read is stored"
+            )?;
         }
         for one in &self.expiring {
             writeln!(
@@ -265,6 +298,28 @@ fn missing(inventory: &Inventory) -> impl Iterator<Item = &Occurrence> {
     groups.filter_map(|group| {
         let first = group.first().filter(|first| first.standing.absence().is_some())?;
         Some(group.iter().find(|one| one.is_confirmed).unwrap_or(first))
+    })
+}
+
+fn incomplete(inventory: &Inventory) -> impl Iterator<Item = IncompleteLine> {
+    inventory.transcripts.iter().filter_map(|transcript| {
+        let extent = transcript.extent?;
+        let offset = extent.incomplete_at?;
+        let path = transcript.path.to_string_lossy().into_owned();
+        Some(IncompleteLine { path, offset, bytes: extent.bytes - offset })
+    })
+}
+
+/// Each line whose text differs from that of the first line with its uuid.
+fn conflicting(inventory: &Inventory) -> impl Iterator<Item = ConflictingLine> {
+    let groups = inventory.occurrences.chunk_by(|a, b| a.id == b.id);
+    groups.filter_map(|group| Some((group.first()?, group))).flat_map(move |(first, group)| {
+        let others = group.iter().filter(|one| !one.has_text_of(first));
+        others.map(move |one| ConflictingLine {
+            path: transcript_path(inventory, one),
+            offset: one.offset,
+            event_id: one.id.to_string(),
+        })
     })
 }
 
