@@ -7,6 +7,7 @@
 #
 # DIR/cluster   the data                  DIR/log      the server's log
 # DIR/socket    where it listens          DIR/moved    instead of all these: where the cluster is (see prepare_folder)
+# DIR/starting  the lock of `start`
 #
 # Written for bash 3.2, which is what macOS has.
 #
@@ -42,11 +43,14 @@ Example: scripts/dev-postgres.sh psql -c 'SELECT event_type, count(*) FROM event
 USAGE
 }
 
+told=''
 say() { printf 'dev-postgres: %s\n' "$*" >&2; }
-die() { say "$2"; exit "$1"; }
+die() { say "$2"; told=1; exit "$1"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 project=$(dirname "$here")
+# shellcheck source=scripts/lock.sh
+. "$here/lock.sh"
 
 # What the caller uses to reach another server must not steer this one (PGPORT alone would rename the socket).
 # shellcheck disable=SC2086 # a list of names
@@ -376,27 +380,24 @@ release_stale_locks() {
   as_owner sh -c 'sed "1s/.*/$2/" "$1" >"$1.stale" && mv "$1.stale" "$1"' sh "$file" "$NO_SUCH_PID"
 }
 
-# One start at a time in a folder: two would take each other's unfinished work for leftovers.
+# One start at a time in a folder: two would take each other's unfinished work for leftovers. The server itself, which
+# outlives the start, must not inherit the lock.
 lock_starting() {
-  local deadline=$((SECONDS + START_SECONDS_MAX)) holder
-  until as_owner mkdir "$dir/starting" 2>/dev/null; do
-    [ -w "$dir" ] || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
-    holder=$(cat "$dir/starting/pid" 2>/dev/null) || holder=''
-    if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
-      as_owner rm -rf "$dir/starting"
-    elif [ "$SECONDS" -ge "$deadline" ]; then
-      die 69 "could not start PostgreSQL in $dir: another start (pid ${holder:-unknown}) has been at it for $START_SECONDS_MAX s; when there is none, remove $dir/starting"
-    else
-      sleep 0.1
-    fi
+  local code turns=0
+  as_owner mkdir -p "$dir/starting" || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
+  while code=0; try_lock "$dir/starting" || code=$?; [ "$code" -ne 0 ]; do
+    [ "$code" -ne 2 ] || die 74 "could not write in $dir/starting: is there space on the disk?"
+    [ "$turns" -lt $((START_SECONDS_MAX * 10)) ] ||
+      die 69 "could not start PostgreSQL in $dir: another start (pid ${lock_holder:-unknown}) has been at it for more than $START_SECONDS_MAX s; wait for it, or end it"
+    turns=$((turns + 1))
+    sleep 0.1
   done
-  trap 'as_owner rm -rf "$dir/starting"' EXIT
-  as_owner sh -c 'echo "$2" >"$1/starting/pid"' sh "$dir" "$$"
+  locked=1
 }
 
 unlock_starting() {
-  as_owner rm -rf "$dir/starting"
-  trap - EXIT
+  [ -z "$locked" ] || unlock "$dir/starting"
+  locked=''
 }
 
 start_server() {
@@ -414,8 +415,8 @@ start_server() {
       write_settings
       if [ -f "$dir/log" ] && [ "$(wc -c <"$dir/log")" -gt 10485760 ]; then as_owner mv "$dir/log" "$dir/log.1"; fi
       # A failure may also mean that another start was faster; what counts is whether it serves in the end.
-      output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1) ||
-        output="$output: $(tail -n 5 "$dir/log" 2>/dev/null)"
+      output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1 9<&-) ||
+        output="$output: $(tail -n 5 "$dir/log" 2>/dev/null || true)"
     fi
     [ "$SECONDS" -lt "$deadline" ] || break
     accepts_connections || sleep 0.1
@@ -444,6 +445,7 @@ url() {
 start() {
   choose_owner "$dir"
   if accepts_connections; then return; fi
+  trap 'end_start $?' EXIT
   prepare_folder
   [ -z "$throwaway" ] || as_owner touch "$dir/throwaway"
   local major=''
@@ -455,6 +457,13 @@ start() {
   [ -d "$dir/cluster" ] || make_cluster
   start_server
   unlock_starting
+  trap - EXIT
+}
+
+# Never without a word, whatever failed.
+end_start() { # EXIT_CODE
+  unlock_starting
+  [ -n "$told" ] || say "could not start PostgreSQL in $dir (exit code $1); its log, if there is one, is $dir/log"
 }
 
 stop() {
@@ -504,7 +513,7 @@ status() {
 
 command=${1-}
 [ $# -eq 0 ] || shift
-throwaway='' mode=fast dir=''
+throwaway='' locked='' mode=fast
 
 # Options first, then DIR; what follows goes to psql.
 while [ $# -gt 0 ]; do

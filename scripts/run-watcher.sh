@@ -39,6 +39,9 @@ USAGE
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P) || exit 70
 project=$(dirname "$here")
 postgres=$here/dev-postgres.sh
+as_owner() { "$@"; }
+# shellcheck source=scripts/lock.sh
+. "$here/lock.sh" || exit 70
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
@@ -151,62 +154,41 @@ absolute() {
 
 # ---- one supervisor at a time ----------------------------------------------------------------------------------------
 
-lock='' orphan='' # the lock's folder, and the watcher of a supervisor that was killed
-
-# The command line of a living process; nothing for a dead one, or for a zombie.
-command_of() { # PID
-  case $1 in
-    '' | *[!0-9]*) return 0 ;;
-  esac
-  if [ -d /proc/self ]; then
-    tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" || true
-  else
-    ps -o command= -p "$1" 2>/dev/null || true
-  fi
-} 2>/dev/null
+# The lock's folder stays where it is. Beside the lock it holds, while a supervisor runs:
+#   watcher    the record of its watcher      postgres   when it has started the private PostgreSQL
+#   log        the FIFO to the log file
+lock=''   # the folder, once the lock is ours
+orphan='' # the record of the watcher that a killed supervisor left behind
 
 take_lock() { # FOLDER
-  local holder tries=0
-  mkdir -p "$(dirname "$1")" || die 74 "could not make $(dirname "$1"): run this as the owner of $project"
-  until mkdir "$1" 2>/dev/null; do
-    [ -d "$1" ] || die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
-    holder=$(cat "$1/pid" 2>/dev/null)
-    case $(command_of "$holder") in
-      *run-watcher*)
-        die 69 "another supervisor (pid $holder) runs the watcher already; stop it with \"kill $holder\", or let it be"
-        ;;
-    esac
-    # It may just be writing its pid.
-    if [ -z "$holder" ] && [ "$tries" -lt 10 ]; then
-      tries=$((tries + 1))
-      sleep 0.1
-      continue
-    fi
-    # Moved first: of two who find it stale only one gets it.
-    if mv "$1" "$1.stale.$$" 2>/dev/null; then
-      orphan=$(cat "$1.stale.$$/watcher" 2>/dev/null)
-      [ ! -e "$1.stale.$$/postgres" ] || postgres_is_ours=1
-      rm -rf "$1.stale.$$"
-    fi
+  local code tries=0
+  { mkdir -p "$(dirname "$1")" && { mkdir -m 0700 "$1" || [ -d "$1" ]; }; } 2>/dev/null ||
+    die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
+  while code=0; try_lock "$1" || code=$?; [ "$code" -ne 0 ]; do
+    [ "$code" -ne 2 ] || die 74 "could not write in $1: run this as its owner; is there space on the disk?"
+    [ -z "$lock_holder" ] ||
+      die 69 "another supervisor (pid $lock_holder) runs the watcher already; stop it with \"kill $lock_holder\", or let it be"
+    # It has not written its id yet, or a command of one that was killed is just ending.
+    tries=$((tries + 1))
+    [ "$tries" -lt 20 ] ||
+      die 69 "another supervisor, which cannot be seen from here (in a container?), runs the watcher already: it has the lock $1"
+    sleep 0.1
   done
   lock=$1
-  echo $$ >"$lock/pid" || die 74 "could not write $lock/pid: is there space on the disk?"
+  orphan=$(cat "$lock/watcher" 2>/dev/null)
+  [ ! -e "$lock/postgres" ] || postgres_is_ours=1
 }
 
-# A supervisor that was killed leaves its watcher behind, which holds the queue: a second watcher would be refused over
-# and over. So the old one is asked to stop first; it loses nothing by that.
+# The watcher of a killed supervisor holds the queue, and would keep the next one out. It loses nothing by being stopped.
 stop_orphan() {
-  case $(command_of "$orphan") in
-    *"$binary"* | *headspace-watcher*) ;;
-    *) return 0 ;; # the id lives on in some other process
-  esac
-  log WARN "the last supervisor was killed, but its watcher (pid $orphan) still runs; stopping it"
-  kill -s TERM "$orphan" 2>/dev/null
-  local deadline=$((SECONDS + kill_after_seconds))
-  while [ -n "$(command_of "$orphan")" ]; do
-    if [ "$SECONDS" -gt "$deadline" ]; then
-      kill -s KILL "$orphan" 2>/dev/null || die 69 "could not stop the old watcher (pid $orphan): stop it by hand"
-    fi
+  local pid=${orphan%% *} turns=$((kill_after_seconds * 20))
+  is_alive "$orphan" || return 0
+  log WARN "the last supervisor was killed, but its watcher (pid $pid) still runs; stopping it"
+  kill -s TERM "$pid" 2>/dev/null
+  while is_alive "$orphan"; do
+    [ "$turns" -ne 0 ] || kill -s KILL "$pid" 2>/dev/null
+    [ "$turns" -gt -100 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+    turns=$((turns - 1))
     sleep 0.05
   done
 }
@@ -238,7 +220,7 @@ find_binary() {
   # In the project's folder, so that settings of the caller's folder stay out of it. In the background, because a trap
   # waits for what runs in the foreground, and a build is long; in a group of its own, to be ended as a whole.
   set -m
-  (cd "$project" && exec cargo build --release --locked) </dev/null &
+  (cd "$project" && exec cargo build --release --locked) </dev/null 9<&- &
   build=$!
   set +m
   heed_early_signal
@@ -293,7 +275,7 @@ deliver() { # NAME
     (
       sleep "$kill_after_seconds"
       kill -s KILL -- "-$watcher"
-    ) </dev/null >/dev/null 2>&1 &
+    ) </dev/null >/dev/null 2>&1 9<&- &
     killer=$!
     set +m
   fi
@@ -313,10 +295,10 @@ start_watcher() {
   # Job control for this one start gives the watcher a process group of its own: Ctrl-C on a terminal goes to the whole
   # group, so it would come twice, once from the terminal and once from here, and the second one ends it at once.
   set -m
-  "${command[@]}" </dev/null &
+  "${command[@]}" </dev/null 9<&- &
   watcher=$!
   set +m
-  echo "$watcher" 2>/dev/null >"$lock/watcher"
+  process_record "$watcher" 2>/dev/null >"$lock/watcher"
   if [ -n "$undelivered" ]; then
     deliver "$undelivered"
     undelivered=''
@@ -355,7 +337,7 @@ reason() { # STATUS
 # Cut short by the signals.
 pause() { # SECONDS
   [ "$1" != 0 ] || return 0
-  sleep "$1" >/dev/null 2>&1 &
+  sleep "$1" >/dev/null 2>&1 9<&- &
   pauser=$!
   [ -z "$stop_signal" ] || kill "$pauser" 2>/dev/null
   while kill -0 "$pauser" 2>/dev/null; do wait "$pauser" 2>/dev/null; done
@@ -382,7 +364,7 @@ finish() {
   stop_killer
   [ -z "$watcher" ] || kill -s TERM "$watcher" 2>/dev/null
   # After the watcher, so that its stop is not held up.
-  [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null
+  [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null 9<&-
   if [ -n "$logger" ]; then
     exec >/dev/null 2>&1
     local tries=0
@@ -391,7 +373,10 @@ finish() {
       tries=$((tries + 1))
     done
   fi
-  [ -z "$lock" ] || rm -rf "$lock"
+  if [ -n "$lock" ]; then
+    rm -f "$lock/watcher" "$lock/postgres" "$lock/log"
+    unlock "$lock"
+  fi
   exit "$code"
 }
 
@@ -453,8 +438,9 @@ heed_early_signal
 
 if [ -n "$log_file" ]; then
   { : >>"$log_file"; } 2>/dev/null || die 74 "could not write $log_file: give --log-file a file in a folder you may write to"
+  rm -f "$lock/log"
   mkfifo "$lock/log" || die 74 "could not make $lock/log"
-  write_rotating "$log_file" <"$lock/log" &
+  write_rotating "$log_file" <"$lock/log" 9<&- &
   logger=$!
   exec >"$lock/log" 2>&1
 fi
@@ -470,14 +456,14 @@ command+=("${run[@]}")
 if ! database_is_configured; then
   private_postgres=1
   # Said before it starts, so that a start that is cut short is cleaned up as well.
-  "$postgres" status >/dev/null 2>&1 || postgres_is_ours=1
+  "$postgres" status >/dev/null 2>&1 9<&- || postgres_is_ours=1
   [ -z "$postgres_is_ours" ] || : >"$lock/postgres"
   # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
   # at all is for the user to mend.
   heed_early_signal
-  DATABASE_URL=$("$postgres" start) || heed_early_signal
-  [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null) ||
-    die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); mend that, or set database.url in config.yaml"
+  DATABASE_URL=$("$postgres" start 9<&-) || heed_early_signal
+  [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null 9<&-) ||
+    die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); fix that, or set database.url in config.yaml"
   export DATABASE_URL
   log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
 fi
@@ -545,7 +531,7 @@ while :; do
   esac
 
   # In the background: the watcher captures without a database, and must be back soon.
-  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null & fi
+  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null 9<&- & fi
   pause "$delay"
   if [ -n "$stop_signal" ]; then
     log INFO "SIG$stop_signal came while the watcher was not running; nothing to stop"
