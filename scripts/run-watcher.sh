@@ -94,55 +94,55 @@ write_rotating() { # FILE
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
-config=''
+config='' # the file, where there is one
 
-# One value out of the configuration file: a plain `key: value` below a top-level `section:`. Empty when it is not there.
-from_config_file() { # SECTION KEY
-  [ -f "$config" ] || return 0
-  awk -v section="$1" -v key="$2" '
-    { sub(/\r$/, "") }
-    /^[ \t]*(#|$)/ { next }
-    /^[^ \t]/ { inside = index($0, section ":") == 1; next }
-    inside {
-      sub(/^[ \t]+/, "")
-      if (index($0, key ":") != 1) next
-      value = substr($0, length(key) + 2)
-      sub(/^[ \t]+/, "", value)
-      quote = substr(value, 1, 1)
-      if (quote == "\"" || quote == "\047") {
-        value = substr(value, 2)
-        sub(quote ".*$", "", value)
-      } else {
-        sub(/(^|[ \t]+)#.*$/, "", value)
-        sub(/[ \t]+$/, "", value)
-      }
-      print value
-      exit
-    }' "$config"
-}
+# Where the program gives no answer.
+restarts_max=5 kill_after_seconds=3 database_url=null
 
-is_null() {
-  case $1 in
-    '' | null | Null | NULL | '~') return 0 ;;
-    *) return 1 ;;
+# Asks the program for its effective values: it alone reads config.yaml and the environment as the watcher does.
+read_configuration() {
+  local answer code=0 timeout
+  answer=$(ask config get event_system.max_restarts_per_minute event_system.shutdown_timeout_seconds database.url) || code=$?
+  case $code in
+    0)
+      restarts_max=$(whole_number "${answer%%$'\n'*}" 5)
+      answer=${answer#*$'\n'}
+      timeout=$(whole_number "${answer%%$'\n'*}" 2)
+      kill_after_seconds=$((timeout + 1))
+      database_url=${answer#*$'\n'}
+      ;;
+    # The configuration is wrong: the watcher says how and ends with 78. It needs no database for that.
+    78) database_url='' ;;
   esac
 }
 
-# A whole number from the environment, else from the file; nonsense is left for the watcher to complain about.
-whole_number() { # FROM_ENVIRONMENT SECTION KEY DEFAULT
-  local value=$1
-  [ -n "$value" ] || value=$(from_config_file "$2" "$3")
-  value=${value%%.*}
-  case $value in
-    '' | *[!0-9]*) value=$4 ;;
-  esac
-  printf '%s\n' "$((10#$value))"
+# Prints what the program prints. One that does not know the command may run forever: it is killed after 5 s.
+ask() { # ARGUMENT...
+  local asked turns=0
+  set -m
+  "${program[@]}" "$@" </dev/null 2>/dev/null 9<&- &
+  asked=$!
+  set +m
+  while kill -0 "$asked" 2>/dev/null && [ "$turns" -lt 100 ]; do
+    sleep 0.05
+    turns=$((turns + 1))
+  done
+  kill -s KILL -- "-$asked" 2>/dev/null
+  wait "$asked" 2>/dev/null
 }
 
+# The whole part of a number; DEFAULT where it is none.
+whole_number() { # NUMBER DEFAULT
+  local whole=${1%%.*}
+  case $whole in
+    '' | *[!0-9]*) printf '%s\n' "$2" ;;
+    *) printf '%s\n' "$((10#$whole))" ;;
+  esac
+}
+
+# The same rule as the program's (src/config/database.rs): PGUSER, PGPORT and PGDATABASE say no server.
 database_is_configured() {
-  [ -z "${DATABASE_URL-}${PGHOST-}${PGHOSTADDR-}${PGPORT-}${PGDATABASE-}${PGUSER-}${PGSERVICE-}" ] || return 0
-  is_null "${HEADSPACE_DATABASE__URL-}" || return 0
-  ! is_null "$(from_config_file database url)"
+  [ -n "${DATABASE_URL-}${PGHOST-}${PGHOSTADDR-}${PGSERVICE-}" ] || [ "$database_url" != null ]
 }
 
 absolute() {
@@ -425,9 +425,7 @@ elif [ -f "$project/config.yaml" ]; then
   config=$project/config.yaml
 fi
 
-window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" '' '' 60)
-restarts_max=$(whole_number "${HEADSPACE_EVENT_SYSTEM__MAX_RESTARTS_PER_MINUTE-}" event_system max_restarts_per_minute 5)
-kill_after_seconds=$(($(whole_number "${HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS-}" event_system shutdown_timeout_seconds 2) + 1))
+window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" 60)
 
 trap finish EXIT
 trap 'on_signal TERM' TERM
@@ -447,8 +445,12 @@ fi
 
 find_binary
 
-command=("$binary")
-[ -z "$config" ] || command+=(--config "$config")
+program=("$binary")
+[ -z "$config" ] || program+=(--config "$config")
+read_configuration
+heed_early_signal
+
+command=("${program[@]}")
 [ "$log_format" = auto ] || command+=(--log-format "$log_format")
 [ -z "$log_level" ] || command+=(--log-level "$log_level")
 command+=("${run[@]}")

@@ -615,6 +615,55 @@ fn brings_up_a_private_postgres_where_no_database_is_configured() {
     assert_eq!(postgres(&["status"]).status.code(), Some(3), "it takes down what it brought up");
 }
 
+#[test]
+fn starts_no_private_postgres_where_a_database_is_configured() {
+    let configured = "database: {url: \"postgresql://nobody.invalid/none\"}\n";
+    for (config, variable) in [
+        (configured, ("IRRELEVANT", "")),
+        ("", ("HEADSPACE_DATABASE__URL", "postgresql://nobody.invalid/none")),
+        ("", ("PGHOST", "nobody.invalid")),
+        ("", ("PGHOSTADDR", "127.0.0.1")),
+        // The watcher says that service files are not supported.
+        ("", ("PGSERVICE", "mine")),
+    ] {
+        let project = Project::new(&["exit 0"]);
+        fs::write(project.path("config.yaml"), config).unwrap();
+        let mut command = project.command();
+        command.env_remove("DATABASE_URL").env(variable.0, variable.1);
+        assert_eq!(project.start_as(&mut command).wait().code(), Some(0), "{}", project.read("log"));
+        assert_eq!(project.read("database"), "\n");
+        assert!(!project.path("data/postgres").exists(), "{config} {variable:?}");
+    }
+}
+
+#[test]
+fn a_wrong_configuration_ends_it_with_the_watchers_own_words_before_anything_is_started() {
+    let real = Real::new();
+    fs::write(real.project.path("config.yaml"), "queue:\n  drain_window: many\n").unwrap();
+    let mut command = real.project.command();
+    command.env_remove("DATABASE_URL").env("HEADSPACE_WATCHER_BIN", env!("CARGO_BIN_EXE_headspace-watcher"));
+    assert_eq!(real.project.start_as(&mut command).wait().code(), Some(78));
+    let log = real.project.read("log");
+    assert!(log.contains("queue.drain_window") && log.contains("exit code 78; not restarted"), "{log}");
+    assert!(!real.project.path("data/postgres").exists());
+}
+
+/// It may be an older one, or a script that takes any arguments.
+#[test]
+fn a_program_that_does_not_answer_what_is_configured_runs_with_the_defaults() {
+    let project = Project::new(&[]);
+    fs::write(project.path("config.yaml"), "").unwrap();
+    let program = "#!/usr/bin/env bash\necho $$ >>\"$(dirname \"$0\")/pids\"\nwhile :; do sleep 0.05; done\n";
+    fs::write(project.path("stand-in"), program).unwrap();
+    let mut supervisor = project.start();
+    let asked = project.wait_for_run(1, PATIENCE);
+    let watcher = project.wait_for_run(2, PATIENCE);
+    assert!(test_kill_process(asked).is_err(), "the one that was asked is gone");
+    kill_process(watcher, Signal::KILL).unwrap();
+    project.wait_for_log("restart 1 of at most 5");
+    supervisor.stop();
+}
+
 /// The real program under the real supervisor, with transcripts and no database.
 struct Real {
     project: Project,
