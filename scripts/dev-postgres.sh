@@ -401,8 +401,7 @@ unlock_starting() {
 }
 
 start_server() {
-  local output='' deadline
-  deadline=$((SECONDS + START_SECONDS_MAX))
+  local output='' turns=0
   while ! accepts_connections; do
     if ! postmaster >/dev/null; then
       # The first time round, and again while the last processes of a killed server are still going.
@@ -418,7 +417,8 @@ start_server() {
       output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1 9<&-) ||
         output="$output: $(tail -n 5 "$dir/log" 2>/dev/null || true)"
     fi
-    [ "$SECONDS" -lt "$deadline" ] || break
+    [ "$turns" -lt $((START_SECONDS_MAX * 10)) ] || break
+    turns=$((turns + 1))
     accepts_connections || sleep 0.1
   done
   accepts_connections || die 69 "could not start PostgreSQL in $dir: ${output:-it does not accept connections}

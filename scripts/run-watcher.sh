@@ -49,12 +49,17 @@ log_format=auto
 
 # As the watcher itself: text for people on a terminal, JSON for everything else.
 log() { # LEVEL MESSAGE
-  local now format=$log_format
-  now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+  local now message format=$log_format
   [ "$format" != auto ] || { if [ -t 2 ]; then format=text; else format=json; fi; }
+  # bash prints that a signal ended the watcher once it waits for the next command: not in the log.
+  {
+    now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+    # A name may hold anything: newlines are escaped, other control characters become blanks.
+    message=$(printf '%s\n' "$2" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
+      LC_ALL=C awk 'NR > 1 { printf "%s", "\\n" } { printf "%s", $0 }')
+  } 2>/dev/null
   if [ "$format" = json ]; then
-    printf '{"timestamp":"%s","level":"%s","message":"%s","target":"run-watcher"}\n' "$now" "$1" \
-      "$(printf '%s' "$2" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+    printf '{"timestamp":"%s","level":"%s","message":"%s","target":"run-watcher"}\n' "$now" "$1" "$message"
   else
     printf '%s %5s run-watcher: %s\n' "$now" "$1" "$2"
   fi >&2
@@ -344,12 +349,20 @@ pause() { # SECONDS
   pauser=''
 }
 
+# Seconds since the system's start, which nobody sets back; without /proc those that bash counts, by the clock.
+seconds=0
+read_time() {
+  { read -r seconds _ </proc/uptime; } 2>/dev/null || seconds=$SECONDS
+  seconds=${seconds%%.*}
+}
+
 # The times of the restarts within the last minute.
 restarts=''
 restarts_within_window() {
   local time kept='' number=0
   for time in $restarts; do
-    if [ $((SECONDS - time)) -lt "$window_seconds" ]; then
+    # What lies ahead was noted before the clock was set back.
+    if [ "$time" -le "$seconds" ] && [ $((seconds - time)) -lt "$window_seconds" ]; then
       kept="$kept $time"
       number=$((number + 1))
     fi
@@ -425,6 +438,10 @@ elif [ -f "$project/config.yaml" ]; then
   config=$project/config.yaml
 fi
 
+if [ -e "$log_file" ] && [ ! -f "$log_file" ]; then
+  die 78 "will not log to $log_file, which is no regular file: give --log-file a file, or use the shell's 2>"
+fi
+
 window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" 60)
 
 trap finish EXIT
@@ -461,7 +478,7 @@ if ! database_is_configured; then
   "$postgres" status >/dev/null 2>&1 9<&- || postgres_is_ours=1
   [ -z "$postgres_is_ours" ] || : >"$lock/postgres"
   # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
-  # at all is for the user to mend.
+  # at all is for the user to fix.
   heed_early_signal
   DATABASE_URL=$("$postgres" start 9<&-) || heed_early_signal
   [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null 9<&-) ||
@@ -476,14 +493,16 @@ heed_early_signal
 
 recent=0 storage_failures=0
 while :; do
-  started=$SECONDS
+  read_time
+  started=$seconds
   start_watcher
   log INFO "watcher started (pid $watcher)"
   pid=$watcher
   wait_for "$watcher"
   watcher=''
   stop_killer
-  lasted=$((SECONDS - started))
+  read_time
+  lasted=$((seconds > started ? seconds - started : 0))
   ended="watcher (pid $pid) ended after $lasted s: $(reason "$status")"
 
   if [ -n "$stop_signal" ]; then
@@ -504,7 +523,7 @@ while :; do
       exit 0
       ;;
     64 | 78)
-      log ERROR "$ended; not restarted, for it would end the same way: mend the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
+      log ERROR "$ended; not restarted, for it would end the same way: fix the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
       exit "$status"
       ;;
     74)
@@ -527,7 +546,7 @@ while :; do
         3) delay=2 ;;
         *) delay=4 ;;
       esac
-      restarts="$restarts $SECONDS"
+      restarts="$restarts $seconds"
       log WARN "$ended; restart $((recent + 1)) of at most $restarts_max in $window_seconds s, $([ "$delay" = 0 ] && echo "at once" || echo "in $delay s")"
       ;;
   esac

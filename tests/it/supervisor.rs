@@ -664,6 +664,32 @@ fn a_program_that_does_not_answer_what_is_configured_runs_with_the_defaults() {
     supervisor.stop();
 }
 
+#[test]
+fn a_log_line_is_one_json_object_whatever_a_name_holds() {
+    let project = Project::new(&[]);
+    let mut command = project.command();
+    command.args(["--config", "/no\nsuch\t\"file\"\u{1}\\ä\n.yaml"]);
+    assert_eq!(project.start_as(&mut command).wait().code(), Some(78));
+    let log = project.read("log");
+    assert_eq!(log.lines().count(), 1, "{log}");
+    let (_, message) = parse(log.trim_end()).unwrap_or_else(|| panic!("{log}"));
+    assert!(message.contains("/no\nsuch \"file\" \\ä\n.yaml"), "{message}");
+}
+
+#[test]
+fn a_log_file_that_is_no_regular_file_is_refused() {
+    let project = Project::new(&[]);
+    let fifo = project.path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("run mkfifo").success());
+    for name in [fifo.as_path(), Path::new("/dev/null"), &project.path("scripts")] {
+        let mut command = project.command();
+        command.arg("--log-file").arg(name);
+        assert_eq!(project.start_as(&mut command).wait().code(), Some(78), "{}", name.display());
+        assert!(messages(&project, "ERROR").concat().contains(&name.display().to_string()));
+    }
+    assert!(!project.path("data").exists());
+}
+
 /// The real program under the real supervisor, with transcripts and no database.
 struct Real {
     project: Project,
@@ -860,4 +886,16 @@ fn the_scripts_use_nothing_that_bash_3_2_does_not_have() {
         }
     }
     assert!(scripts >= 4, "{scripts}");
+}
+
+/// bash's SECONDS follows the clock, which may be set back.
+#[test]
+fn no_deadline_of_the_scripts_depends_on_the_clock() {
+    for (name, uses) in [("run-watcher.sh", 1), ("dev-postgres.sh", 0), ("lock.sh", 0)] {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name)).unwrap();
+        let code = text.lines().filter_map(|line| line.split("# ").next());
+        let words = code.flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
+        // The one use is where there is no /proc/uptime.
+        assert_eq!(words.filter(|word| *word == "SECONDS").count(), uses, "{name}");
+    }
 }
