@@ -224,7 +224,7 @@ need_bin() { # [MAJOR]
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
-dir=''
+dir='' given_dir='' # where the cluster is, and what the caller calls it: not the same when it was moved
 
 absolute() {
   case $1 in
@@ -237,7 +237,9 @@ absolute() {
 settle_folder() {
   [ ! -d "$dir" ] || [ -x "$dir" ] ||
     die 77 "could not enter $dir: it belongs to user $(owner_of "$dir"); run this as that user or as root"
-  if [ -f "$dir/moved" ]; then dir=$(cat "$dir/moved"); fi
+  given_dir=$dir
+  # An empty one was written on a full disk.
+  if [ -s "$dir/moved" ]; then dir=$(cat "$dir/moved"); fi
   [ ! -d "$dir" ] || [ -x "$dir" ] ||
     die 77 "could not enter $dir: it belongs to user $(owner_of "$dir"); run this as that user or as root"
 }
@@ -249,7 +251,7 @@ holds_only_ours() {
   local name
   for name in "$dir"/* "$dir"/.[!.]*; do
     case ${name##*/} in
-      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | starting | cluster.new) ;;
+      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | starting | moved | cluster.new) ;;
       *) return 1 ;;
     esac
   done
@@ -269,7 +271,7 @@ prepare_folder() {
     mkdir -p "$elsewhere"
     reachable "$(dirname "$elsewhere")" ||
       die 77 "user $owner can enter neither $dir nor $elsewhere: make one of them reachable (chmod a+x on its parent folders)"
-    printf '%s\n' "$elsewhere" >"$dir/moved"
+    printf '%s\n' "$elsewhere" >"$dir/moved" || die 74 "could not write $dir/moved: is there space on the disk?"
     say "user $owner cannot reach $dir; the cluster is in $elsewhere"
     dir=$elsewhere
   fi
@@ -437,12 +439,23 @@ percent_encoded() {
 }
 
 url() {
-  printf 'postgresql:///%s?host=%s&user=%s\n' "$DATABASE" "$(percent_encoded "$(socket_folder)")" "$SUPERUSER"
+  # All of it, so that nothing is taken from the PG* variables of whoever connects.
+  printf 'postgresql:///%s?host=%s&port=5432&user=%s\n' "$DATABASE" "$(percent_encoded "$(socket_folder)")" "$SUPERUSER"
+}
+
+# pg_ctl starts the server through a shell, with its paths in double quotes.
+misread_by_pg_ctl() { # PATH
+  case $1 in
+    *[\"\$\`\\]* | *$'\n'*) return 0 ;;
+    *) return 1 ;;
+  esac
 }
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 start() {
+  ! misread_by_pg_ctl "$dir" ||
+    die 78 "will not run a server in $dir: pg_ctl misreads a path with \", \$, \`, \\ or a newline in it; give another folder"
   choose_owner "$dir"
   if accepts_connections; then return; fi
   trap 'end_start $?' EXIT
@@ -489,10 +502,14 @@ stop() {
   # Backends of a killed server may still be writing.
   local tries
   for tries in 1 2 3 4 5; do
-    rm -rf "$folder" "$dir" 2>/dev/null && return 0
+    rm -rf "$folder" "$dir" 2>/dev/null && break
     sleep "0.$tries"
   done
   rm -rf "$folder" "$dir"
+  if [ "$dir" != "$given_dir" ]; then
+    rm -f "$given_dir/moved"
+    rmdir "$given_dir" 2>/dev/null || true
+  fi
 }
 
 status() {
@@ -543,7 +560,7 @@ if [ -n "$throwaway" ] && [ -z "$dir" ]; then
   choose_owner /nonexistent
   temporary=${TMPDIR:-/tmp}
   temporary=${temporary%/}
-  as_owner test -w "$temporary" && [ ${#temporary} -le 56 ] || temporary=/tmp
+  as_owner test -w "$temporary" && [ ${#temporary} -le 56 ] && ! misread_by_pg_ctl "$temporary" || temporary=/tmp
   dir=$(as_owner mktemp -d "$temporary/headspace-postgres.XXXXXX")
 fi
 dir=${dir:-$project/data/postgres}
@@ -553,7 +570,7 @@ case $command in
     settle_folder
     if [ -n "$throwaway" ]; then
       start
-      printf '%s\n' "$dir"
+      printf '%s\n' "$given_dir"
     else
       start
       url
@@ -579,7 +596,10 @@ case $command in
     psql=$bin/psql
     [ -x "$psql" ] || psql=$(command -v psql) || die 69 "psql is not installed: install the PostgreSQL client, or use any other with $(url)"
     if [ -n "$caller_locale" ]; then export LC_ALL=$caller_locale; else unset LC_ALL; fi
-    exec "$psql" "$(url)" "$@"
+    # In the environment, so that psql's own options, -d for one, change what they name and nothing else.
+    PGHOST=$(socket_folder)
+    export PGHOST PGPORT=5432 PGUSER=$SUPERUSER PGDATABASE=$DATABASE
+    exec "$psql" "$@"
     ;;
   bin) choose_owner "$dir"; need_bin; printf '%s\n' "$bin" ;;
   user) choose_owner "$dir"; printf '%s\n' "$owner" ;;

@@ -127,6 +127,17 @@ fn of_many_starts_at_once_one_makes_the_cluster_and_all_serve_it() {
 }
 
 #[test]
+fn a_folder_whose_name_pg_ctl_misreads_is_refused_with_a_sentence() {
+    let place = Place::new();
+    for name in ["dq\"x", "$(touch x)", "`x`", "back\\slash", "new\nline"] {
+        let output = place.run(&["start", text(&place.path(name))]);
+        assert_eq!(output.status.code(), Some(78), "{name:?}: {}", error(&output));
+        assert!(error(&output).contains("pg_ctl misreads"), "{}", error(&output));
+        assert!(!place.path(name).exists());
+    }
+}
+
+#[test]
 fn a_start_that_fails_before_there_is_a_log_says_why() {
     let place = Place::new();
     let folder = place.path("server");
@@ -138,4 +149,47 @@ fn a_start_that_fails_before_there_is_a_log_says_why() {
     let output = place.run(&["start", text(&folder)]);
     assert_eq!(output.status.code(), Some(69), "{}", error(&output));
     assert!(error(&output).contains("could not start PostgreSQL in"), "{}", error(&output));
+}
+
+#[test]
+fn psql_stays_on_the_private_server_whatever_its_options_say() {
+    let place = Place::new();
+    let folder = place.path("server");
+    assert!(place.run(&["start", text(&folder)]).status.success());
+    let query = "SELECT current_database(), current_user, current_setting('cluster_name')";
+    for (options, expected) in [
+        (&["-d", "postgres"][..], "postgres|headspace"),
+        (&[], "headspace|headspace"),
+        (&["template1"], "template1|headspace"),
+    ] {
+        let output = place.run(&[&["psql", text(&folder)], &["-AtXc", query][..], options].concat());
+        let answer = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(answer.trim(), format!("{expected}|headspace-watcher"), "{options:?}: {}", error(&output));
+    }
+}
+
+#[test]
+fn an_empty_note_of_where_the_cluster_was_moved_counts_as_none() {
+    let place = Place::new();
+    let folder = place.path("server");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("moved"), "").unwrap();
+    let status = place.run(&["status", text(&folder)]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains(text(&folder)), "{status:?}");
+    let output = place.run(&["start", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+}
+
+#[test]
+fn stop_leaves_nothing_of_a_throwaway_that_was_moved() {
+    let place = Place::new();
+    let (folder, elsewhere) = (place.path("server"), place.path("elsewhere"));
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("moved"), format!("{}\n", elsewhere.display())).unwrap();
+    let output = place.run(&["start", "--throwaway", text(&folder)]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), text(&folder), "{}", error(&output));
+    assert!(elsewhere.join("cluster").exists());
+    let output = place.run(&["stop", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    assert!(!folder.exists() && !elsewhere.exists());
 }

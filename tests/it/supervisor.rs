@@ -600,7 +600,10 @@ fn a_log_file_is_rotated_by_size() {
 fn brings_up_a_private_postgres_where_no_database_is_configured() {
     let project = Project::new(&["stay 0"]);
     fs::write(project.path("config.yaml"), "database:\n  # url: postgresql:///mine\n  url: null # none\n").unwrap();
-    let mut supervisor = project.start_as(project.command().env_remove("DATABASE_URL"));
+    let mut command = project.command();
+    // Many shells have these. They name no server, and must not lead away from the private one.
+    command.env_remove("DATABASE_URL").envs([("PGUSER", "me"), ("PGPORT", "6000"), ("PGDATABASE", "mine")]);
+    let mut supervisor = project.start_as(&mut command);
     project.wait_for_run(1, Duration::from_secs(60));
     let postgres = |arguments: &[&str]| {
         Command::new(project.path("scripts/dev-postgres.sh")).args(arguments).output().expect("run dev-postgres.sh")
