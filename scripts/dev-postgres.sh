@@ -7,6 +7,7 @@
 #
 # DIR/cluster   the data                  DIR/log      the server's log
 # DIR/socket    where it listens          DIR/moved    instead of all these: where the cluster is (see prepare_folder)
+# DIR/starting  the lock of `start`
 #
 # Written for bash 3.2, which is what macOS has.
 #
@@ -42,11 +43,14 @@ Example: scripts/dev-postgres.sh psql -c 'SELECT event_type, count(*) FROM event
 USAGE
 }
 
+told=''
 say() { printf 'dev-postgres: %s\n' "$*" >&2; }
-die() { say "$2"; exit "$1"; }
+die() { say "$2"; told=1; exit "$1"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 project=$(dirname "$here")
+# shellcheck source=scripts/lock.sh
+. "$here/lock.sh"
 
 # What the caller uses to reach another server must not steer this one (PGPORT alone would rename the socket).
 # shellcheck disable=SC2086 # a list of names
@@ -220,7 +224,7 @@ need_bin() { # [MAJOR]
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
-dir=''
+dir='' given_dir='' # where the cluster is, and what the caller calls it: not the same when it was moved
 
 absolute() {
   case $1 in
@@ -233,7 +237,9 @@ absolute() {
 settle_folder() {
   [ ! -d "$dir" ] || [ -x "$dir" ] ||
     die 77 "could not enter $dir: it belongs to user $(owner_of "$dir"); run this as that user or as root"
-  if [ -f "$dir/moved" ]; then dir=$(cat "$dir/moved"); fi
+  given_dir=$dir
+  # An empty one was written on a full disk.
+  if [ -s "$dir/moved" ]; then dir=$(cat "$dir/moved"); fi
   [ ! -d "$dir" ] || [ -x "$dir" ] ||
     die 77 "could not enter $dir: it belongs to user $(owner_of "$dir"); run this as that user or as root"
 }
@@ -245,7 +251,7 @@ holds_only_ours() {
   local name
   for name in "$dir"/* "$dir"/.[!.]*; do
     case ${name##*/} in
-      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | starting | cluster.new) ;;
+      '*' | '.[!.]*' | socket | socket-folder | log | log.1 | throwaway | starting | moved | cluster.new) ;;
       *) return 1 ;;
     esac
   done
@@ -265,7 +271,7 @@ prepare_folder() {
     mkdir -p "$elsewhere"
     reachable "$(dirname "$elsewhere")" ||
       die 77 "user $owner can enter neither $dir nor $elsewhere: make one of them reachable (chmod a+x on its parent folders)"
-    printf '%s\n' "$elsewhere" >"$dir/moved"
+    printf '%s\n' "$elsewhere" >"$dir/moved" || die 74 "could not write $dir/moved: is there space on the disk?"
     say "user $owner cannot reach $dir; the cluster is in $elsewhere"
     dir=$elsewhere
   fi
@@ -376,32 +382,28 @@ release_stale_locks() {
   as_owner sh -c 'sed "1s/.*/$2/" "$1" >"$1.stale" && mv "$1.stale" "$1"' sh "$file" "$NO_SUCH_PID"
 }
 
-# One start at a time in a folder: two would take each other's unfinished work for leftovers.
+# One start at a time in a folder: two would take each other's unfinished work for leftovers. The server itself, which
+# outlives the start, must not inherit the lock.
 lock_starting() {
-  local deadline=$((SECONDS + START_SECONDS_MAX)) holder
-  until as_owner mkdir "$dir/starting" 2>/dev/null; do
-    [ -w "$dir" ] || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
-    holder=$(cat "$dir/starting/pid" 2>/dev/null) || holder=''
-    if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
-      as_owner rm -rf "$dir/starting"
-    elif [ "$SECONDS" -ge "$deadline" ]; then
-      die 69 "could not start PostgreSQL in $dir: another start (pid ${holder:-unknown}) has been at it for $START_SECONDS_MAX s; when there is none, remove $dir/starting"
-    else
-      sleep 0.1
-    fi
+  local code turns=0
+  as_owner mkdir -p "$dir/starting" || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
+  while code=0; try_lock "$dir/starting" || code=$?; [ "$code" -ne 0 ]; do
+    [ "$code" -ne 2 ] || die 74 "could not write in $dir/starting: is there space on the disk?"
+    [ "$turns" -lt $((START_SECONDS_MAX * 10)) ] ||
+      die 69 "could not start PostgreSQL in $dir: another start (pid ${lock_holder:-unknown}) has been at it for more than $START_SECONDS_MAX s; wait for it, or end it"
+    turns=$((turns + 1))
+    sleep 0.1
   done
-  trap 'as_owner rm -rf "$dir/starting"' EXIT
-  as_owner sh -c 'echo "$2" >"$1/starting/pid"' sh "$dir" "$$"
+  locked=1
 }
 
 unlock_starting() {
-  as_owner rm -rf "$dir/starting"
-  trap - EXIT
+  [ -z "$locked" ] || unlock "$dir/starting"
+  locked=''
 }
 
 start_server() {
-  local output='' deadline
-  deadline=$((SECONDS + START_SECONDS_MAX))
+  local output='' turns=0
   while ! accepts_connections; do
     if ! postmaster >/dev/null; then
       # The first time round, and again while the last processes of a killed server are still going.
@@ -414,10 +416,11 @@ start_server() {
       write_settings
       if [ -f "$dir/log" ] && [ "$(wc -c <"$dir/log")" -gt 10485760 ]; then as_owner mv "$dir/log" "$dir/log.1"; fi
       # A failure may also mean that another start was faster; what counts is whether it serves in the end.
-      output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1) ||
-        output="$output: $(tail -n 5 "$dir/log" 2>/dev/null)"
+      output=$(as_owner "$bin/pg_ctl" -D "$dir/cluster" -l "$dir/log" -w -t "$START_SECONDS_MAX" -s start 2>&1 9<&-) ||
+        output="$output: $(tail -n 5 "$dir/log" 2>/dev/null || true)"
     fi
-    [ "$SECONDS" -lt "$deadline" ] || break
+    [ "$turns" -lt $((START_SECONDS_MAX * 10)) ] || break
+    turns=$((turns + 1))
     accepts_connections || sleep 0.1
   done
   accepts_connections || die 69 "could not start PostgreSQL in $dir: ${output:-it does not accept connections}
@@ -436,14 +439,26 @@ percent_encoded() {
 }
 
 url() {
-  printf 'postgresql:///%s?host=%s&user=%s\n' "$DATABASE" "$(percent_encoded "$(socket_folder)")" "$SUPERUSER"
+  # All of it, so that nothing is taken from the PG* variables of whoever connects.
+  printf 'postgresql:///%s?host=%s&port=5432&user=%s\n' "$DATABASE" "$(percent_encoded "$(socket_folder)")" "$SUPERUSER"
+}
+
+# pg_ctl starts the server through a shell, with its paths in double quotes.
+misread_by_pg_ctl() { # PATH
+  case $1 in
+    *[\"\$\`\\]* | *$'\n'*) return 0 ;;
+    *) return 1 ;;
+  esac
 }
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 start() {
+  ! misread_by_pg_ctl "$dir" ||
+    die 78 "will not run a server in $dir: pg_ctl misreads a path with \", \$, \`, \\ or a newline in it; give another folder"
   choose_owner "$dir"
   if accepts_connections; then return; fi
+  trap 'end_start $?' EXIT
   prepare_folder
   [ -z "$throwaway" ] || as_owner touch "$dir/throwaway"
   local major=''
@@ -455,6 +470,13 @@ start() {
   [ -d "$dir/cluster" ] || make_cluster
   start_server
   unlock_starting
+  trap - EXIT
+}
+
+# Never without a word, whatever failed.
+end_start() { # EXIT_CODE
+  unlock_starting
+  [ -n "$told" ] || say "could not start PostgreSQL in $dir (exit code $1); its log, if there is one, is $dir/log"
 }
 
 stop() {
@@ -480,10 +502,14 @@ stop() {
   # Backends of a killed server may still be writing.
   local tries
   for tries in 1 2 3 4 5; do
-    rm -rf "$folder" "$dir" 2>/dev/null && return 0
+    rm -rf "$folder" "$dir" 2>/dev/null && break
     sleep "0.$tries"
   done
   rm -rf "$folder" "$dir"
+  if [ "$dir" != "$given_dir" ]; then
+    rm -f "$given_dir/moved"
+    rmdir "$given_dir" 2>/dev/null || true
+  fi
 }
 
 status() {
@@ -504,7 +530,7 @@ status() {
 
 command=${1-}
 [ $# -eq 0 ] || shift
-throwaway='' mode=fast dir=''
+throwaway='' locked='' mode=fast
 
 # Options first, then DIR; what follows goes to psql.
 while [ $# -gt 0 ]; do
@@ -534,7 +560,7 @@ if [ -n "$throwaway" ] && [ -z "$dir" ]; then
   choose_owner /nonexistent
   temporary=${TMPDIR:-/tmp}
   temporary=${temporary%/}
-  as_owner test -w "$temporary" && [ ${#temporary} -le 56 ] || temporary=/tmp
+  as_owner test -w "$temporary" && [ ${#temporary} -le 56 ] && ! misread_by_pg_ctl "$temporary" || temporary=/tmp
   dir=$(as_owner mktemp -d "$temporary/headspace-postgres.XXXXXX")
 fi
 dir=${dir:-$project/data/postgres}
@@ -544,7 +570,7 @@ case $command in
     settle_folder
     if [ -n "$throwaway" ]; then
       start
-      printf '%s\n' "$dir"
+      printf '%s\n' "$given_dir"
     else
       start
       url
@@ -570,7 +596,10 @@ case $command in
     psql=$bin/psql
     [ -x "$psql" ] || psql=$(command -v psql) || die 69 "psql is not installed: install the PostgreSQL client, or use any other with $(url)"
     if [ -n "$caller_locale" ]; then export LC_ALL=$caller_locale; else unset LC_ALL; fi
-    exec "$psql" "$(url)" "$@"
+    # In the environment, so that psql's own options, -d for one, change what they name and nothing else.
+    PGHOST=$(socket_folder)
+    export PGHOST PGPORT=5432 PGUSER=$SUPERUSER PGDATABASE=$DATABASE
+    exec "$psql" "$@"
     ;;
   bin) choose_owner "$dir"; need_bin; printf '%s\n' "$bin" ;;
   user) choose_owner "$dir"; printf '%s\n' "$owner" ;;

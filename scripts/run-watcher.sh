@@ -39,6 +39,9 @@ USAGE
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P) || exit 70
 project=$(dirname "$here")
 postgres=$here/dev-postgres.sh
+as_owner() { "$@"; }
+# shellcheck source=scripts/lock.sh
+. "$here/lock.sh" || exit 70
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
@@ -46,12 +49,17 @@ log_format=auto
 
 # As the watcher itself: text for people on a terminal, JSON for everything else.
 log() { # LEVEL MESSAGE
-  local now format=$log_format
-  now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+  local now message format=$log_format
   [ "$format" != auto ] || { if [ -t 2 ]; then format=text; else format=json; fi; }
+  # bash prints that a signal ended the watcher once it waits for the next command: not in the log.
+  {
+    now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+    # A name may hold anything: newlines are escaped, other control characters become blanks.
+    message=$(printf '%s\n' "$2" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
+      LC_ALL=C awk 'NR > 1 { printf "%s", "\\n" } { printf "%s", $0 }')
+  } 2>/dev/null
   if [ "$format" = json ]; then
-    printf '{"timestamp":"%s","level":"%s","message":"%s","target":"run-watcher"}\n' "$now" "$1" \
-      "$(printf '%s' "$2" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+    printf '{"timestamp":"%s","level":"%s","message":"%s","target":"run-watcher"}\n' "$now" "$1" "$message"
   else
     printf '%s %5s run-watcher: %s\n' "$now" "$1" "$2"
   fi >&2
@@ -91,55 +99,55 @@ write_rotating() { # FILE
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
-config=''
+config='' # the file, where there is one
 
-# One value out of the configuration file: a plain `key: value` below a top-level `section:`. Empty when it is not there.
-from_config_file() { # SECTION KEY
-  [ -f "$config" ] || return 0
-  awk -v section="$1" -v key="$2" '
-    { sub(/\r$/, "") }
-    /^[ \t]*(#|$)/ { next }
-    /^[^ \t]/ { inside = index($0, section ":") == 1; next }
-    inside {
-      sub(/^[ \t]+/, "")
-      if (index($0, key ":") != 1) next
-      value = substr($0, length(key) + 2)
-      sub(/^[ \t]+/, "", value)
-      quote = substr(value, 1, 1)
-      if (quote == "\"" || quote == "\047") {
-        value = substr(value, 2)
-        sub(quote ".*$", "", value)
-      } else {
-        sub(/(^|[ \t]+)#.*$/, "", value)
-        sub(/[ \t]+$/, "", value)
-      }
-      print value
-      exit
-    }' "$config"
-}
+# Where the program gives no answer.
+restarts_max=5 kill_after_seconds=3 database_url=null
 
-is_null() {
-  case $1 in
-    '' | null | Null | NULL | '~') return 0 ;;
-    *) return 1 ;;
+# Asks the program for its effective values: it alone reads config.yaml and the environment as the watcher does.
+read_configuration() {
+  local answer code=0 timeout
+  answer=$(ask config get event_system.max_restarts_per_minute event_system.shutdown_timeout_seconds database.url) || code=$?
+  case $code in
+    0)
+      restarts_max=$(whole_number "${answer%%$'\n'*}" 5)
+      answer=${answer#*$'\n'}
+      timeout=$(whole_number "${answer%%$'\n'*}" 2)
+      kill_after_seconds=$((timeout + 1))
+      database_url=${answer#*$'\n'}
+      ;;
+    # The configuration is wrong: the watcher says how and ends with 78. It needs no database for that.
+    78) database_url='' ;;
   esac
 }
 
-# A whole number from the environment, else from the file; nonsense is left for the watcher to complain about.
-whole_number() { # FROM_ENVIRONMENT SECTION KEY DEFAULT
-  local value=$1
-  [ -n "$value" ] || value=$(from_config_file "$2" "$3")
-  value=${value%%.*}
-  case $value in
-    '' | *[!0-9]*) value=$4 ;;
-  esac
-  printf '%s\n' "$((10#$value))"
+# Prints what the program prints. One that does not know the command may run forever: it is killed after 5 s.
+ask() { # ARGUMENT...
+  local asked turns=0
+  set -m
+  "${program[@]}" "$@" </dev/null 2>/dev/null 9<&- &
+  asked=$!
+  set +m
+  while kill -0 "$asked" 2>/dev/null && [ "$turns" -lt 100 ]; do
+    sleep 0.05
+    turns=$((turns + 1))
+  done
+  kill -s KILL -- "-$asked" 2>/dev/null
+  wait "$asked" 2>/dev/null
 }
 
+# The whole part of a number; DEFAULT where it is none.
+whole_number() { # NUMBER DEFAULT
+  local whole=${1%%.*}
+  case $whole in
+    '' | *[!0-9]*) printf '%s\n' "$2" ;;
+    *) printf '%s\n' "$((10#$whole))" ;;
+  esac
+}
+
+# The same rule as the program's (src/config/database.rs): PGUSER, PGPORT and PGDATABASE say no server.
 database_is_configured() {
-  [ -z "${DATABASE_URL-}${PGHOST-}${PGHOSTADDR-}${PGPORT-}${PGDATABASE-}${PGUSER-}${PGSERVICE-}" ] || return 0
-  is_null "${HEADSPACE_DATABASE__URL-}" || return 0
-  ! is_null "$(from_config_file database url)"
+  [ -n "${DATABASE_URL-}${PGHOST-}${PGHOSTADDR-}${PGSERVICE-}" ] || [ "$database_url" != null ]
 }
 
 absolute() {
@@ -151,62 +159,41 @@ absolute() {
 
 # ---- one supervisor at a time ----------------------------------------------------------------------------------------
 
-lock='' orphan='' # the lock's folder, and the watcher of a supervisor that was killed
-
-# The command line of a living process; nothing for a dead one, or for a zombie.
-command_of() { # PID
-  case $1 in
-    '' | *[!0-9]*) return 0 ;;
-  esac
-  if [ -d /proc/self ]; then
-    tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" || true
-  else
-    ps -o command= -p "$1" 2>/dev/null || true
-  fi
-} 2>/dev/null
+# The lock's folder stays where it is. Beside the lock it holds, while a supervisor runs:
+#   watcher    the record of its watcher      postgres   when it has started the private PostgreSQL
+#   log        the FIFO to the log file
+lock=''   # the folder, once the lock is ours
+orphan='' # the record of the watcher that a killed supervisor left behind
 
 take_lock() { # FOLDER
-  local holder tries=0
-  mkdir -p "$(dirname "$1")" || die 74 "could not make $(dirname "$1"): run this as the owner of $project"
-  until mkdir "$1" 2>/dev/null; do
-    [ -d "$1" ] || die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
-    holder=$(cat "$1/pid" 2>/dev/null)
-    case $(command_of "$holder") in
-      *run-watcher*)
-        die 69 "another supervisor (pid $holder) runs the watcher already; stop it with \"kill $holder\", or let it be"
-        ;;
-    esac
-    # It may just be writing its pid.
-    if [ -z "$holder" ] && [ "$tries" -lt 10 ]; then
-      tries=$((tries + 1))
-      sleep 0.1
-      continue
-    fi
-    # Moved first: of two who find it stale only one gets it.
-    if mv "$1" "$1.stale.$$" 2>/dev/null; then
-      orphan=$(cat "$1.stale.$$/watcher" 2>/dev/null)
-      [ ! -e "$1.stale.$$/postgres" ] || postgres_is_ours=1
-      rm -rf "$1.stale.$$"
-    fi
+  local code tries=0
+  { mkdir -p "$(dirname "$1")" && { mkdir -m 0700 "$1" || [ -d "$1" ]; }; } 2>/dev/null ||
+    die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
+  while code=0; try_lock "$1" || code=$?; [ "$code" -ne 0 ]; do
+    [ "$code" -ne 2 ] || die 74 "could not write in $1: run this as its owner; is there space on the disk?"
+    [ -z "$lock_holder" ] ||
+      die 69 "another supervisor (pid $lock_holder) runs the watcher already; stop it with \"kill $lock_holder\", or let it be"
+    # It has not written its id yet, or a command of one that was killed is just ending.
+    tries=$((tries + 1))
+    [ "$tries" -lt 20 ] ||
+      die 69 "another supervisor, which cannot be seen from here (in a container?), runs the watcher already: it has the lock $1"
+    sleep 0.1
   done
   lock=$1
-  echo $$ >"$lock/pid" || die 74 "could not write $lock/pid: is there space on the disk?"
+  orphan=$(cat "$lock/watcher" 2>/dev/null)
+  [ ! -e "$lock/postgres" ] || postgres_is_ours=1
 }
 
-# A supervisor that was killed leaves its watcher behind, which holds the queue: a second watcher would be refused over
-# and over. So the old one is asked to stop first; it loses nothing by that.
+# The watcher of a killed supervisor holds the queue, and would keep the next one out. It loses nothing by being stopped.
 stop_orphan() {
-  case $(command_of "$orphan") in
-    *"$binary"* | *headspace-watcher*) ;;
-    *) return 0 ;; # the id lives on in some other process
-  esac
-  log WARN "the last supervisor was killed, but its watcher (pid $orphan) still runs; stopping it"
-  kill -s TERM "$orphan" 2>/dev/null
-  local deadline=$((SECONDS + kill_after_seconds))
-  while [ -n "$(command_of "$orphan")" ]; do
-    if [ "$SECONDS" -gt "$deadline" ]; then
-      kill -s KILL "$orphan" 2>/dev/null || die 69 "could not stop the old watcher (pid $orphan): stop it by hand"
-    fi
+  local pid=${orphan%% *} turns=$((kill_after_seconds * 20))
+  is_alive "$orphan" || return 0
+  log WARN "the last supervisor was killed, but its watcher (pid $pid) still runs; stopping it"
+  kill -s TERM "$pid" 2>/dev/null
+  while is_alive "$orphan"; do
+    [ "$turns" -ne 0 ] || kill -s KILL "$pid" 2>/dev/null
+    [ "$turns" -gt -100 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+    turns=$((turns - 1))
     sleep 0.05
   done
 }
@@ -238,7 +225,7 @@ find_binary() {
   # In the project's folder, so that settings of the caller's folder stay out of it. In the background, because a trap
   # waits for what runs in the foreground, and a build is long; in a group of its own, to be ended as a whole.
   set -m
-  (cd "$project" && exec cargo build --release --locked) </dev/null &
+  (cd "$project" && exec cargo build --release --locked) </dev/null 9<&- &
   build=$!
   set +m
   heed_early_signal
@@ -293,7 +280,7 @@ deliver() { # NAME
     (
       sleep "$kill_after_seconds"
       kill -s KILL -- "-$watcher"
-    ) </dev/null >/dev/null 2>&1 &
+    ) </dev/null >/dev/null 2>&1 9<&- &
     killer=$!
     set +m
   fi
@@ -313,10 +300,10 @@ start_watcher() {
   # Job control for this one start gives the watcher a process group of its own: Ctrl-C on a terminal goes to the whole
   # group, so it would come twice, once from the terminal and once from here, and the second one ends it at once.
   set -m
-  "${command[@]}" </dev/null &
+  "${command[@]}" </dev/null 9<&- &
   watcher=$!
   set +m
-  echo "$watcher" 2>/dev/null >"$lock/watcher"
+  process_record "$watcher" 2>/dev/null >"$lock/watcher"
   if [ -n "$undelivered" ]; then
     deliver "$undelivered"
     undelivered=''
@@ -355,11 +342,18 @@ reason() { # STATUS
 # Cut short by the signals.
 pause() { # SECONDS
   [ "$1" != 0 ] || return 0
-  sleep "$1" >/dev/null 2>&1 &
+  sleep "$1" >/dev/null 2>&1 9<&- &
   pauser=$!
   [ -z "$stop_signal" ] || kill "$pauser" 2>/dev/null
   while kill -0 "$pauser" 2>/dev/null; do wait "$pauser" 2>/dev/null; done
   pauser=''
+}
+
+# Seconds since the system's start, which nobody sets back; without /proc those that bash counts, by the clock.
+seconds=0
+read_time() {
+  { read -r seconds _ </proc/uptime; } 2>/dev/null || seconds=$SECONDS
+  seconds=${seconds%%.*}
 }
 
 # The times of the restarts within the last minute.
@@ -367,7 +361,8 @@ restarts=''
 restarts_within_window() {
   local time kept='' number=0
   for time in $restarts; do
-    if [ $((SECONDS - time)) -lt "$window_seconds" ]; then
+    # What lies ahead was noted before the clock was set back.
+    if [ "$time" -le "$seconds" ] && [ $((seconds - time)) -lt "$window_seconds" ]; then
       kept="$kept $time"
       number=$((number + 1))
     fi
@@ -382,7 +377,7 @@ finish() {
   stop_killer
   [ -z "$watcher" ] || kill -s TERM "$watcher" 2>/dev/null
   # After the watcher, so that its stop is not held up.
-  [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null
+  [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null 9<&-
   if [ -n "$logger" ]; then
     exec >/dev/null 2>&1
     local tries=0
@@ -391,7 +386,10 @@ finish() {
       tries=$((tries + 1))
     done
   fi
-  [ -z "$lock" ] || rm -rf "$lock"
+  if [ -n "$lock" ]; then
+    rm -f "$lock/watcher" "$lock/postgres" "$lock/log"
+    unlock "$lock"
+  fi
   exit "$code"
 }
 
@@ -440,9 +438,11 @@ elif [ -f "$project/config.yaml" ]; then
   config=$project/config.yaml
 fi
 
-window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" '' '' 60)
-restarts_max=$(whole_number "${HEADSPACE_EVENT_SYSTEM__MAX_RESTARTS_PER_MINUTE-}" event_system max_restarts_per_minute 5)
-kill_after_seconds=$(($(whole_number "${HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS-}" event_system shutdown_timeout_seconds 2) + 1))
+if [ -e "$log_file" ] && [ ! -f "$log_file" ]; then
+  die 78 "will not log to $log_file, which is no regular file: give --log-file a file, or use the shell's 2>"
+fi
+
+window_seconds=$(whole_number "${HEADSPACE_CRASH_WINDOW_SECONDS-}" 60)
 
 trap finish EXIT
 trap 'on_signal TERM' TERM
@@ -453,16 +453,21 @@ heed_early_signal
 
 if [ -n "$log_file" ]; then
   { : >>"$log_file"; } 2>/dev/null || die 74 "could not write $log_file: give --log-file a file in a folder you may write to"
+  rm -f "$lock/log"
   mkfifo "$lock/log" || die 74 "could not make $lock/log"
-  write_rotating "$log_file" <"$lock/log" &
+  write_rotating "$log_file" <"$lock/log" 9<&- &
   logger=$!
   exec >"$lock/log" 2>&1
 fi
 
 find_binary
 
-command=("$binary")
-[ -z "$config" ] || command+=(--config "$config")
+program=("$binary")
+[ -z "$config" ] || program+=(--config "$config")
+read_configuration
+heed_early_signal
+
+command=("${program[@]}")
 [ "$log_format" = auto ] || command+=(--log-format "$log_format")
 [ -z "$log_level" ] || command+=(--log-level "$log_level")
 command+=("${run[@]}")
@@ -470,14 +475,14 @@ command+=("${run[@]}")
 if ! database_is_configured; then
   private_postgres=1
   # Said before it starts, so that a start that is cut short is cleaned up as well.
-  "$postgres" status >/dev/null 2>&1 || postgres_is_ours=1
+  "$postgres" status >/dev/null 2>&1 9<&- || postgres_is_ours=1
   [ -z "$postgres_is_ours" ] || : >"$lock/postgres"
   # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
-  # at all is for the user to mend.
+  # at all is for the user to fix.
   heed_early_signal
-  DATABASE_URL=$("$postgres" start) || heed_early_signal
-  [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null) ||
-    die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); mend that, or set database.url in config.yaml"
+  DATABASE_URL=$("$postgres" start 9<&-) || heed_early_signal
+  [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null 9<&-) ||
+    die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); fix that, or set database.url in config.yaml"
   export DATABASE_URL
   log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
 fi
@@ -488,14 +493,16 @@ heed_early_signal
 
 recent=0 storage_failures=0
 while :; do
-  started=$SECONDS
+  read_time
+  started=$seconds
   start_watcher
   log INFO "watcher started (pid $watcher)"
   pid=$watcher
   wait_for "$watcher"
   watcher=''
   stop_killer
-  lasted=$((SECONDS - started))
+  read_time
+  lasted=$((seconds > started ? seconds - started : 0))
   ended="watcher (pid $pid) ended after $lasted s: $(reason "$status")"
 
   if [ -n "$stop_signal" ]; then
@@ -516,7 +523,7 @@ while :; do
       exit 0
       ;;
     64 | 78)
-      log ERROR "$ended; not restarted, for it would end the same way: mend the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
+      log ERROR "$ended; not restarted, for it would end the same way: fix the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
       exit "$status"
       ;;
     74)
@@ -539,13 +546,13 @@ while :; do
         3) delay=2 ;;
         *) delay=4 ;;
       esac
-      restarts="$restarts $SECONDS"
+      restarts="$restarts $seconds"
       log WARN "$ended; restart $((recent + 1)) of at most $restarts_max in $window_seconds s, $([ "$delay" = 0 ] && echo "at once" || echo "in $delay s")"
       ;;
   esac
 
   # In the background: the watcher captures without a database, and must be back soon.
-  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null & fi
+  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null 9<&- & fi
   pause "$delay"
   if [ -n "$stop_signal" ]; then
     log INFO "SIG$stop_signal came while the watcher was not running; nothing to stop"

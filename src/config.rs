@@ -13,6 +13,7 @@
 //!
 //! Secrets (`database.url`, `http.token`, passwords) are [`Secret`]s: they never show in a log or an error.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -161,6 +162,19 @@ pub struct Loaded {
     pub file: Option<PathBuf>,
     /// Names of the environment variables that set a key.
     pub variables: Vec<String>,
+    /// The effective value of each key, by `section.key`.
+    values: BTreeMap<String, Secret>,
+}
+
+impl Loaded {
+    /// The effective value of `key` (`section.key`) as `config.yaml` would have it: `null`, `true`, `2`. Paths are
+    /// absolute, lists are JSON. Secrets are shown.
+    ///
+    /// # Errors
+    /// There is no such key; names one that is like it.
+    pub fn value(&self, key: &str) -> Result<&str, String> {
+        self.values.get(key).map(Secret::reveal).ok_or_else(|| load::unknown_key(key))
+    }
 }
 
 impl Config {

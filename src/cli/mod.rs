@@ -3,6 +3,7 @@
 mod check;
 mod client;
 mod completions;
+mod config;
 mod dead_letters;
 mod emit;
 mod hook;
@@ -116,6 +117,12 @@ enum Command {
         after_help = "Example:\n  headspace-watcher check --no-database\n\nExit code 0: nothing is wrong, notes or not; 78: something is."
     )]
     Check(CheckArguments),
+    /// Print what is configured, for scripts
+    #[command(after_help = "Example:\n  headspace-watcher config get queue.path")]
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
     #[command(
         after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked."
@@ -334,6 +341,19 @@ struct CheckArguments {
     no_database: bool,
 }
 
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// The effective value of each KEY, a line each: from the environment, else from the file, else the default
+    #[command(
+        after_help = "Example:\n  headspace-watcher config get queue.path\n\nAs config.yaml has it: null, true, 2. Paths are absolute, lists are JSON, and secrets are shown.\nExit code 64: there is no such key; 78: the configuration is wrong."
+    )]
+    Get {
+        /// Section and key, such as database.url
+        #[arg(value_name = "KEY", required = true)]
+        keys: Vec<String>,
+    },
+}
+
 #[derive(Args)]
 struct VerifyArguments {
     /// One JSON object; it lists all that is missing
@@ -505,6 +525,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Status(arguments) => status::status(&context, &arguments),
         Command::Top(arguments) => top::top(&context, &arguments),
         Command::Check(arguments) => check::check(&context, &arguments),
+        Command::Config { command } => config::config(&context, &command),
         Command::Verify(arguments) => verify::verify(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
         Command::Service(arguments) => service::service(&context, &arguments),

@@ -1,4 +1,5 @@
-//! How to reach Postgres: `database.url`, else `DATABASE_URL`, else libpq's `PG*` variables.
+//! How to reach Postgres: `database.url`, else `DATABASE_URL`, else libpq's `PG*` variables where one of them says which
+//! server: `PGHOST` or `PGHOSTADDR`. `PGUSER`, `PGPORT` and `PGDATABASE` alone, which many shells have, configure nothing.
 //!
 //! Read as libpq reads them, whose users expect nothing else: a URL or `key=value` words, the `PG*` variables for what
 //! these leave out, then defaults; passwords from the string, `PGPASSWORD`, or the password file. The answer is plain
@@ -164,8 +165,8 @@ impl DatabaseConfig {
                            and PGDATABASE";
             return Err(Problem { place: variable("PGSERVICE"), key: None, message: message.to_owned() }.into());
         } else {
-            let asking = ["PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE"];
-            if !asking.iter().any(|name| environment.set(name).is_some()) {
+            // scripts/run-watcher.sh has the same rule.
+            if !["PGHOST", "PGHOSTADDR"].iter().any(|name| environment.set(name).is_some()) {
                 return Ok(None);
             }
         }

@@ -258,7 +258,8 @@ pub(super) const KEYS: &[Key] = &[
         default: "null",
         about: &[
             "postgresql://user@host/db?sslmode=verify-full, or libpq's key=value form.",
-            "Where it is null, DATABASE_URL serves, then libpq's PG* variables; these also fill what a URL leaves out.",
+            "Where it is null, DATABASE_URL serves, then libpq's PG* variables where PGHOST or PGHOSTADDR is among them;",
+            "these also fill what a URL leaves out.",
             "Keep passwords out of this file: PGPASSWORD or ~/.pgpass.",
         ],
         kind: Kind::Text {

@@ -1,6 +1,6 @@
 //! From file and environment to a checked [`Config`], gathering every mistake on the way.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
@@ -12,7 +12,7 @@ use super::problem::{ConfigError, Place, Problem};
 use super::yaml::{self, Node, Value};
 use super::{
     CONFIG_FILE, ClaudeConfig, Config, DatabaseConfig, EventSystemConfig, FileWatcherConfig, HookCapture, HooksConfig,
-    HttpConfig, Loaded, QueueConfig, RedactConfig, SchemasConfig, TableName,
+    HttpConfig, Loaded, QueueConfig, RedactConfig, SchemasConfig, Secret, TableName,
 };
 
 /// A larger file is no configuration.
@@ -52,6 +52,7 @@ fn gather(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<Proble
 
     let mut reading = Reading {
         config: blank(),
+        values: BTreeMap::new(),
         environment,
         folder,
         places: HashMap::new(),
@@ -71,8 +72,8 @@ fn gather(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<Proble
     reading.across_keys();
     reading.stand_in();
 
-    let Reading { config, problems, .. } = reading;
-    (Loaded { config, file: path, variables }, unusable.map_or(problems, |problem| vec![problem]))
+    let Reading { config, values, problems, .. } = reading;
+    (Loaded { config, file: path, variables, values }, unusable.map_or(problems, |problem| vec![problem]))
 }
 
 /// The file `path`, called `name` in messages, as YAML; `None` where nothing is in it.
@@ -170,6 +171,18 @@ impl Given {
         Given::Text { text: text.to_owned(), plain: true }
     }
 
+    /// The value as `config.yaml` would have it, with paths absolute and lists as JSON.
+    fn shown(&self, key: &Key, folder: &Path, environment: &Environment) -> String {
+        match (self, &key.kind) {
+            (Given::Text { text, .. }, Kind::Path { .. } | Kind::OptionalPath { .. }) => {
+                environment.locate(text, folder).map_or_else(|_| text.clone(), |path| path.display().to_string())
+            }
+            (Given::Text { text, .. }, _) => text.clone(),
+            (Given::List(items), _) => serde_json::json!(items).to_string(),
+            (Given::Null | Given::Mapping, _) => "null".to_owned(),
+        }
+    }
+
     /// For messages: what was found, without what may be a secret.
     fn describe(&self, secret: bool) -> String {
         /// A longer text says nothing in a message, and may be anything.
@@ -192,6 +205,8 @@ impl Given {
 
 struct Reading<'a> {
     config: Config,
+    /// What [`Loaded::value`] returns.
+    values: BTreeMap<String, Secret>,
     environment: &'a Environment,
     /// Folder to which relative paths are relative.
     folder: &'a Path,
@@ -323,6 +338,8 @@ impl Reading<'_> {
         let giver = Giver { place: &place, folder: self.folder };
         let message = match accept(key, given, &giver, self.environment, &mut self.config) {
             Ok(()) => {
+                let value = given.shown(key, self.folder, self.environment);
+                self.values.insert(key.path(), Secret::new(value));
                 self.places.insert(key.path(), place);
                 return;
             }
@@ -566,6 +583,12 @@ fn nearest_key(section: &str, name: &str, show: impl Fn(&'static Key) -> String)
         }
         None => "see config.yaml for all keys".to_owned(),
     }
+}
+
+/// For a user who asks for one key.
+pub(super) fn unknown_key(key: &str) -> String {
+    let (section, name) = key.split_once('.').unwrap_or(("", key));
+    format!("unknown key {key:?}; {}", nearest_key(section, name, Key::path))
 }
 
 /// A configuration with nothing in it, to be filled from the table.

@@ -148,3 +148,37 @@ fn without_a_database_events_are_kept_and_health_says_so() {
     assert_eq!(watcher.stop().0.code(), Some(0));
     assert_eq!(stage.run(&["run", "--until-idle"]).code(), 69);
 }
+
+#[test]
+fn config_get_prints_effective_values_as_the_watcher_has_them() {
+    let mut stage = Stage::with(None);
+    std::fs::write(
+        stage.folder().join("config.yaml"),
+        "database: {url: \"postgresql://me@db/x\"}\nqueue:\n  path: a queue\nredact:\n  patterns: ['a\\d', b]\n",
+    )
+    .unwrap();
+    stage.set("event_system.max_restarts_per_minute", "7");
+    let keys = [
+        "database.url",
+        "queue.path",
+        "redact.patterns",
+        "event_system.max_restarts_per_minute",
+        "event_system.shutdown_timeout_seconds",
+        "http.token",
+        "redact.enabled",
+    ];
+    let got = stage.run(&[&["config", "get"][..], &keys].concat());
+    let queue = stage.folder().join("a queue");
+    let expected = format!("postgresql://me@db/x\n{}\n[\"a\\\\d\",\"b\"]\n7\n2\nnull\nfalse\n", queue.display());
+    assert_eq!((got.code(), got.output()), (0, expected));
+
+    let unknown = stage.run(&["config", "get", "queue.pth"]);
+    assert_eq!(unknown.code(), 64);
+    assert!(unknown.error().contains("unknown key \"queue.pth\"; did you mean \"queue.path\"?"), "{}", unknown.error());
+    assert_eq!(stage.run(&["config", "get"]).code(), 64);
+
+    std::fs::write(stage.folder().join("config.yaml"), "queue:\n  drain_window: many\n").unwrap();
+    let wrong = stage.run(&["config", "get", "queue.path"]);
+    assert_eq!((wrong.code(), wrong.output()), (78, String::new()));
+    assert!(wrong.error().contains("queue.drain_window"), "{}", wrong.error());
+}

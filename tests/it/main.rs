@@ -18,6 +18,7 @@ mod copies;
 mod damage;
 mod dead_letters;
 mod delivery;
+mod dev_postgres;
 mod docs;
 mod emit;
 mod fairness;

@@ -246,6 +246,34 @@ impl Drop for Server {
     }
 }
 
+/// A folder for PATH in `parent`, with all programs but this one.
+pub fn programs_without(name: &str, parent: &Path) -> PathBuf {
+    let folder = parent.join(format!("no-{name}"));
+    if std::fs::create_dir(&folder).is_ok() {
+        let path = std::env::var_os("PATH").expect("PATH is set");
+        for program in std::env::split_paths(&path).filter_map(|folder| std::fs::read_dir(folder).ok()).flatten() {
+            let program = program.unwrap().path();
+            if program.file_name().unwrap() != name {
+                // Of two with the same name the first counts.
+                let _ = std::os::unix::fs::symlink(&program, folder.join(program.file_name().unwrap()));
+            }
+        }
+    }
+    folder
+}
+
+/// The command lines of all processes that have `path` open; none where there is no /proc.
+pub fn processes_with_open(path: &Path) -> Vec<String> {
+    let entries = |folder: PathBuf| std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    entries(PathBuf::from("/proc"))
+        .filter(|process| {
+            entries(process.path().join("fd"))
+                .any(|open| std::fs::read_link(open.path()).is_ok_and(|open| open == path))
+        })
+        .map(|process| std::fs::read_to_string(process.path().join("cmdline")).unwrap_or_default().replace('\0', " "))
+        .collect()
+}
+
 /// Sends a signal (without SIG) to a process.
 pub fn signal(pid: u32, name: &str) {
     let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();

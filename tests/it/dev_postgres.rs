@@ -1,0 +1,195 @@
+//! `scripts/dev-postgres.sh`: the private server, its lock and its folder.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::stage::{processes_with_open, programs_without, project};
+
+/// Longer than a start takes, shorter than it waits for another one.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A folder for a server, in a folder that its user may enter.
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        let folder = tempfile::Builder::new().prefix("hw pg").tempdir().expect("a temporary folder");
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+        Place { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        finish(spawn(Command::new(script()).args(arguments)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for entry in fs::read_dir(self.folder.path()).into_iter().flatten().filter_map(Result::ok) {
+            if entry.path().join("cluster").exists() {
+                let _ = Command::new(script()).args(["stop", "--mode", "immediate"]).arg(entry.path()).output();
+            }
+        }
+    }
+}
+
+fn script() -> PathBuf {
+    project().join("scripts/dev-postgres.sh")
+}
+
+fn spawn(command: &mut Command) -> Child {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run dev-postgres.sh")
+}
+
+/// Its output, when it ends in time.
+fn finish(mut child: Child) -> Output {
+    let start = Instant::now();
+    while child.try_wait().expect("wait for dev-postgres.sh").is_none() {
+        if start.elapsed() > PATIENCE {
+            child.kill().expect("kill dev-postgres.sh");
+            panic!("dev-postgres.sh still runs after {PATIENCE:?}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().expect("read what dev-postgres.sh has written")
+}
+
+fn error(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn a_start_that_was_killed_blocks_no_later_one() {
+    let place = Place::new();
+    let without_flock = programs_without("flock", place.folder.path());
+    let folder = place.path("server");
+    let mut stranger = Command::new("sleep").arg("300").spawn().expect("start a stranger");
+    // Its own id, as in a container; one that somebody else has now; none at all.
+    for pid in ["$$".to_owned(), stranger.id().to_string(), String::new()] {
+        for path in [None, Some(&without_flock)] {
+            let plant = format!(
+                "mkdir -p -m 777 \"$1/starting\"; [ -z {pid} ] || echo {pid} >\"$1/starting/pid\"; \
+                 [ -z {pid} ] || echo {pid} 1 an-earlier-boot >\"$1/starting/holder\"; exec \"$2\" start \"$1\""
+            );
+            let mut command = Command::new("bash");
+            command.args(["-c", &plant, "bash"]).arg(&folder).arg(script());
+            if let Some(path) = path {
+                command.env("PATH", path);
+            }
+            let output = finish(spawn(&mut command));
+            assert_eq!(output.status.code(), Some(0), "{pid}: {}", error(&output));
+            assert_eq!(place.run(&["stop", "--mode", "immediate", text(&folder)]).status.code(), Some(0));
+        }
+    }
+    assert!(stranger.try_wait().expect("wait for the stranger").is_none());
+    stranger.kill().and_then(|()| stranger.wait()).expect("end the stranger");
+}
+
+#[test]
+fn of_many_starts_at_once_one_makes_the_cluster_and_all_serve_it() {
+    let place = Place::new();
+    let without_flock = programs_without("flock", place.folder.path());
+    for (name, path) in [("flock", None), ("link", Some(&without_flock))] {
+        let folder = place.path(name);
+        let started: Vec<Child> = (0..4)
+            .map(|_| {
+                let mut command = Command::new(script());
+                command.arg("start").arg(&folder);
+                if let Some(path) = path {
+                    command.env("PATH", path);
+                }
+                spawn(&mut command)
+            })
+            .collect();
+        let outputs: Vec<Output> = started.into_iter().map(finish).collect();
+        for output in &outputs {
+            assert_eq!(output.status.code(), Some(0), "{name}: {}", error(output));
+            assert_eq!(output.stdout, outputs[0].stdout);
+        }
+        // The server does not have the lock of its start.
+        assert_eq!(processes_with_open(&folder.join("starting")), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_folder_whose_name_pg_ctl_misreads_is_refused_with_a_sentence() {
+    let place = Place::new();
+    for name in ["dq\"x", "$(touch x)", "`x`", "back\\slash", "new\nline"] {
+        let output = place.run(&["start", text(&place.path(name))]);
+        assert_eq!(output.status.code(), Some(78), "{name:?}: {}", error(&output));
+        assert!(error(&output).contains("pg_ctl misreads"), "{}", error(&output));
+        assert!(!place.path(name).exists());
+    }
+}
+
+#[test]
+fn a_start_that_fails_before_there_is_a_log_says_why() {
+    let place = Place::new();
+    let folder = place.path("server");
+    assert!(place.run(&["start", text(&folder)]).status.success());
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    // Not a file that the server can write.
+    fs::remove_file(folder.join("log")).unwrap();
+    fs::create_dir(folder.join("log")).unwrap();
+    let output = place.run(&["start", text(&folder)]);
+    assert_eq!(output.status.code(), Some(69), "{}", error(&output));
+    assert!(error(&output).contains("could not start PostgreSQL in"), "{}", error(&output));
+}
+
+#[test]
+fn psql_stays_on_the_private_server_whatever_its_options_say() {
+    let place = Place::new();
+    let folder = place.path("server");
+    assert!(place.run(&["start", text(&folder)]).status.success());
+    let query = "SELECT current_database(), current_user, current_setting('cluster_name')";
+    for (options, expected) in [
+        (&["-d", "postgres"][..], "postgres|headspace"),
+        (&[], "headspace|headspace"),
+        (&["template1"], "template1|headspace"),
+    ] {
+        let output = place.run(&[&["psql", text(&folder)], &["-AtXc", query][..], options].concat());
+        let answer = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(answer.trim(), format!("{expected}|headspace-watcher"), "{options:?}: {}", error(&output));
+    }
+}
+
+#[test]
+fn an_empty_note_of_where_the_cluster_was_moved_counts_as_none() {
+    let place = Place::new();
+    let folder = place.path("server");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("moved"), "").unwrap();
+    let status = place.run(&["status", text(&folder)]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains(text(&folder)), "{status:?}");
+    let output = place.run(&["start", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+}
+
+#[test]
+fn stop_leaves_nothing_of_a_throwaway_that_was_moved() {
+    let place = Place::new();
+    let (folder, elsewhere) = (place.path("server"), place.path("elsewhere"));
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("moved"), format!("{}\n", elsewhere.display())).unwrap();
+    let output = place.run(&["start", "--throwaway", text(&folder)]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), text(&folder), "{}", error(&output));
+    assert!(elsewhere.join("cluster").exists());
+    let output = place.run(&["stop", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    assert!(!folder.exists() && !elsewhere.exists());
+}
