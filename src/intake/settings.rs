@@ -43,6 +43,9 @@ pub const NEVER_HOOKED: &str = "WorktreeCreate";
 /// the hooks at a session's end share 1.5 s.
 const TIMEOUT_SECONDS: u64 = 10;
 
+/// A larger file is not read: settings have some kilobytes.
+pub const FILE_BYTES_MAX: u64 = 16 << 20;
+
 /// The name of this program.
 const PROGRAM: &str = "headspace-watcher";
 
