@@ -11,6 +11,7 @@ use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
 use headspace_watcher::private_folder::{self, FolderError, Privacy};
 use headspace_watcher::queue::QueueError;
+use headspace_watcher::regular_file;
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::service::socket::{self, SocketState};
 use headspace_watcher::sink::Verdict;
@@ -317,7 +318,7 @@ fn hooks(context: &Context) -> Finding {
     };
     let shown = file.display();
     let install = "run \"headspace-watcher hooks install\"";
-    let text = match std::fs::read_to_string(&file) {
+    let text = match regular_file::read_to_string(&file, settings::FILE_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Finding::Note(format!(

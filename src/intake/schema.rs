@@ -16,12 +16,16 @@ use thiserror::Error;
 
 use super::without_byte_order_mark;
 use crate::event::{Event, EventId, EventParts, EventType, ForeignKeys, Origin, Payload, Timestamp};
+use crate::regular_file;
 
 /// The schemas that come with the program.
 static BUILT_IN: include_dir::Dir<'_> = include_dir::include_dir!("$CARGO_MANIFEST_DIR/schemas");
 
 /// Longest name of a type: what `events.event_type` holds in the database.
 const TYPE_NAME_BYTES_MAX: usize = 50;
+
+/// A larger file is no schema.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// An event on its way in: everything but the proof that it fits.
 pub struct Candidate {
@@ -187,13 +191,13 @@ impl Schemas {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(folder_error)? {
             let path = entry.map_err(folder_error)?.path();
-            if path.extension().is_some_and(|extension| extension == "json") {
+            if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
                 paths.push(path);
             }
         }
         paths.sort();
         for path in paths {
-            let text = std::fs::read_to_string(&path)
+            let text = regular_file::read_to_string(&path, FILE_BYTES_MAX)
                 .map_err(|source| SchemaError::File { path: path.display().to_string(), source })?;
             let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
             self.add(stem, &text)?;
