@@ -188,3 +188,15 @@ fn until_idle_takes_in_what_it_could_not_read_at_first_when_that_is_corrected_me
     wait_until("both are taken in", SOON, || pending(&watcher) == 2);
     assert_eq!(watcher.health()["spool"]["unread_files"], 0);
 }
+
+#[test]
+fn without_a_watcher_status_says_how_much_waits_in_the_spool() {
+    let stage = Stage::with(None);
+    for said in ["spool     1 file waits\n", "spool     2 files wait\n"] {
+        assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+        let ran = stage.run(&["status"]);
+        assert_eq!(ran.code(), 3);
+        assert!(ran.output().contains(said), "{}", ran.output());
+    }
+    assert_eq!(stage.run(&["status", "--json"]).lines()[0]["spool"]["waiting_files"], 2);
+}
