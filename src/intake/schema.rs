@@ -140,9 +140,7 @@ impl Schemas {
         let event_type = schema.event_type.clone();
         let Candidate { payload, .. } = &mut candidate;
         let value = Value::Object(std::mem::take(payload));
-        let checked = self.has_fitting_texts(&value, &event_type);
-        let checked = checked.and_then(|()| schema.check(&value)).and_then(|()| self.fitting_json(&value, &event_type));
-        match checked {
+        match schema.check(&value).and_then(|()| self.fitting_json(&value, &event_type)) {
             Ok(json) => {
                 let Candidate { id, timestamp, refs, origin, .. } = candidate;
                 let payload = Payload::from_json(json);
@@ -157,12 +155,13 @@ impl Schemas {
         }
     }
 
-    /// Refuses a payload whose texts alone are too large, before it is written as JSON: that would take as much again.
-    fn has_fitting_texts(&self, payload: &Value, event_type: &EventType) -> Result<(), Invalid> {
-        let texts = payload.as_object().into_iter().flat_map(Map::values).filter_map(Value::as_str);
-        let (bytes, bytes_max) = (texts.map(|text| text.len() as u64).sum(), self.event_bytes_max);
+    /// Refuses a candidate of a known type whose texts alone are too large: before they are redacted, and before they are
+    /// written as JSON, which would take as much memory again.
+    pub(super) fn check_texts(&self, candidate: &Candidate) -> Result<(), Invalid> {
+        let Some(schema) = self.by_type.get(&candidate.event_type) else { return Ok(()) };
+        let (bytes, bytes_max) = (candidate.payload.values().map(text_bytes).sum(), self.event_bytes_max);
         if bytes > bytes_max {
-            return Err(Invalid::TooLarge { event_type: event_type.clone(), bytes, bytes_max });
+            return Err(Invalid::TooLarge { event_type: schema.event_type.clone(), bytes, bytes_max });
         }
         Ok(())
     }
@@ -220,6 +219,16 @@ impl Schemas {
             .map_err(|error| SchemaError::Schema { name: name.to_owned(), problem: error.to_string() })?;
         self.by_type.insert(name.to_owned(), Schema { event_type: EventType::new(name), validator });
         Ok(())
+    }
+}
+
+/// Bytes of all strings in a value, its keys not counted. Depth is bounded by what makes a payload.
+fn text_bytes(value: &Value) -> u64 {
+    match value {
+        Value::String(text) => text.len() as u64,
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(members) => members.values().map(text_bytes).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }
 
