@@ -48,6 +48,9 @@ const READ_BYTES: usize = 64 << 10;
 /// Objects of one input that become events; Claude Code writes one.
 const OBJECTS_MAX: usize = 100;
 
+/// Names the spool where no configuration file does.
+const SPOOL_VARIABLE: &str = "HEADSPACE_QUEUE__SPOOL_PATH";
+
 /// How long the watcher may take to read what could not be written to the spool.
 const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -151,7 +154,8 @@ impl Keeper {
         // Without a configuration the spool is in the folder where the agent works. Where no watcher has made it, nobody
         // would ever read what is left there.
         let folder = &config.queue.spool_path;
-        let is_wanted = loaded.file.is_some() || !folder.starts_with(environment.folder()) || folder.is_dir();
+        let is_named = loaded.file.is_some() || loaded.variables.iter().any(|name| name == SPOOL_VARIABLE);
+        let is_wanted = is_named || !folder.starts_with(environment.folder()) || folder.is_dir();
         let spool = is_wanted.then(|| Spool::new(folder));
         Keeper { config, redactor, capture, spool }
     }

@@ -392,6 +392,14 @@ fn a_hook_without_a_configuration_leaves_nothing_where_the_agent_works() {
         run(has_home);
         assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0, "home: {has_home}");
     }
+    // Unless it is told where.
+    let told = stage.folder().join("told");
+    let mut command = stage.command(&["hook"]);
+    command.current_dir("/").env("HEADSPACE_QUEUE__SPOOL_PATH", &told).stdin(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input("Stop", json!({})).as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(&told).unwrap().count(), 1);
     // Where a watcher has run with its defaults, the spool is there, and somebody reads it.
     std::fs::create_dir_all(elsewhere.join("data/spool")).unwrap();
     run(true);
