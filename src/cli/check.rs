@@ -107,7 +107,7 @@ fn redact(config: &Config) -> Finding {
         Ok(redactor)
             if redactor.is_on() && config.redact.patterns.iter().any(|pattern| has_unicode_boundary(pattern)) =>
         {
-            let text = "on, but a pattern of redact.patterns has \\b, which makes text that is not ASCII some 300 times as slow; \
+            let text = "on, but a pattern of redact.patterns has \\b, which can make text that is not ASCII 300 times as slow; \
                         write (?-u:\\b) for it";
             Finding::Note(text.to_owned())
         }
@@ -337,7 +337,12 @@ fn hooks(context: &Context) -> Finding {
                 "none: there is no {shown}; transcripts are followed all the same. To have hooks too, {install}"
             ));
         }
-        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; mend its owner or mode")),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            return Finding::Wrong(format!(
+                "could not read {shown}: {error}; Claude Code can't read it either, remove it"
+            ));
+        }
+        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; correct its owner or mode")),
     };
     let found = match settings::find(&text, &own) {
         Ok(found) => found,

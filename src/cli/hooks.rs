@@ -380,6 +380,10 @@ impl SettingsFile {
     }
 
     fn io(&self, what: &str, error: &io::Error) -> Failure {
-        Failure::new(Exit::Io, format!("could not {what} {}: {error}; mend its owner or mode", self.path.display()))
+        let way_out = match error.kind() {
+            io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory => "remove it, or name a file with --settings",
+            _ => "correct its owner or mode",
+        };
+        Failure::new(Exit::Io, format!("could not {what} {}: {error}; {way_out}", self.path.display()))
     }
 }

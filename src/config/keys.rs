@@ -489,7 +489,7 @@ pub(super) const KEYS: &[Key] = &[
         default: "[]",
         about: &[
             "Regular expressions, added to the built-in set for keys and tokens. Single quotes need no escapes.",
-            "Write (?-u:\\b) for \\b: a Unicode word boundary makes text that is not ASCII some 300 times as slow.",
+            "Write (?-u:\\b) for \\b: a Unicode word boundary can make text that is not ASCII 300 times as slow.",
         ],
         kind: Kind::Texts {
             entries_max: 100,
