@@ -456,22 +456,27 @@ mod tests {
     #[ignore = "measures"]
     fn text_that_is_not_ascii_is_redacted_as_fast_as_ascii() {
         let redactor = redactor(&[]);
+        // The best of five: others use this machine, too.
         let speed = |line: &str| {
             let text = line.repeat((8 << 20) / line.len());
-            let begun = std::time::Instant::now();
-            let redacted = redactor.text(&text);
-            assert_eq!(redacted.contains(REPLACEMENT), line.contains("hunter"));
-            text.len() as f64 / 1e6 / begun.elapsed().as_secs_f64()
+            let took = (0..5).map(|_| {
+                let begun = std::time::Instant::now();
+                assert_eq!(redactor.text(&text).contains(REPLACEMENT), line.contains("hunter"));
+                begun.elapsed()
+            });
+            text.len() as f64 / 1e6 / took.min().unwrap().as_secs_f64()
         };
         let secret = "password=hunter2222 https://me:hunter2222@host/";
-        for (what, plain) in [
+        let speeds = [
             ("ASCII", "the quick brown fox jumps over the lazy dog; let token be refreshed\n"),
             ("Latin", "the quick brown f\u{e9}x jumps \u{2014} over the lazy dog; let token be refreshed\n"),
             ("Japanese", "日本語のテキストを書きます。これは長い文章です。\n"),
-        ] {
-            let (without, with) = (speed(plain), speed(&format!("{plain}{secret}{plain}")));
+        ]
+        .map(|(what, plain)| (what, speed(plain), speed(&format!("{plain}{secret}{plain}"))));
+        let [(_, ascii, ascii_with_secrets), ..] = speeds;
+        for (what, without, with) in speeds {
             println!("{what}: {without:.0} MB/s, with two secrets on each second line {with:.0} MB/s");
-            assert!(without > 20.0 && with > 20.0, "{what}");
+            assert!(without > ascii / 4.0 && with > ascii_with_secrets / 4.0, "{what}");
         }
     }
 }
