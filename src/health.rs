@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::event::Timestamp;
 use crate::intake::retention::WARN_DAYS;
+use crate::intake::spool::{Spool, UnreadSpool};
 use crate::queue::{Queue, QueueError, QueueStats};
 use crate::telemetry::{Database, DatabaseState, Metrics};
 
@@ -43,6 +44,8 @@ pub struct Health {
     pub database: DatabaseHealth,
     pub writes: WritesHealth,
     pub watcher: WatcherHealth,
+    #[serde(default)]
+    pub spool: SpoolHealth,
     /// The listener on TCP; null where it is off, and for callers without the token.
     #[serde(default)]
     pub http: Option<HttpHealth>,
@@ -105,6 +108,16 @@ pub struct WatcherHealth {
     pub last_rescan: Option<String>,
 }
 
+/// What hooks and other commands have left and the watcher could not read at its last look.
+#[derive(Serialize, Deserialize, Clone, Default, Debug)]
+pub struct SpoolHealth {
+    pub unread_files: u64,
+    /// Whether the folder itself can't be read.
+    pub folder_unread: bool,
+    /// Path and cause, of the first file or of the folder.
+    pub last_error: Option<String>,
+}
+
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct HttpHealth {
     /// Address and port: the configured ones until it listens, then those it listens on.
@@ -133,6 +146,7 @@ impl Moment {
 /// What health is made of.
 pub struct HealthSource {
     pub queue: Queue,
+    pub spool: Spool,
     pub metrics: Arc<Metrics>,
     pub started: Moment,
     /// `queue.max_pending_bytes`.
@@ -149,7 +163,7 @@ impl HealthSource {
     pub fn health(&self, now: Moment) -> Health {
         let facts = self.facts(now);
         let troubles = facts.troubles();
-        let Facts { stats, database, oldest_age, .. } = facts;
+        let Facts { stats, database, oldest_age, unread_spool, .. } = facts;
         Health {
             status: troubles.iter().map(Trouble::status).max().unwrap_or(Status::Pass),
             running: true,
@@ -186,6 +200,11 @@ impl HealthSource {
                 transcripts_expiring: self.metrics.transcripts_expiring.get(),
                 last_rescan: self.metrics.last_rescan().map(|at| at.to_string()),
             },
+            spool: SpoolHealth {
+                unread_files: unread_spool.files as u64,
+                folder_unread: unread_spool.is_folder_unread,
+                last_error: unread_spool.error,
+            },
             http: self.http.borrow().clone(),
         }
     }
@@ -215,6 +234,7 @@ impl HealthSource {
             draining_silence_max: self.delivery_max + SILENCE_MAX,
             settling_silence: self.metrics.settling.age(now.clock),
             transcripts_expiring: self.metrics.transcripts_expiring.get(),
+            unread_spool: self.spool.unread(),
             stats,
             database,
         }
@@ -235,6 +255,7 @@ struct Facts {
     draining_silence_max: Duration,
     settling_silence: Duration,
     transcripts_expiring: u64,
+    unread_spool: UnreadSpool,
 }
 
 impl Facts {
@@ -271,6 +292,12 @@ impl Facts {
         if self.stats.dead_letters > 0 {
             troubles.push(Trouble::DeadLetters(self.stats.dead_letters));
         }
+        let UnreadSpool { files, error, is_folder_unread } = &self.unread_spool;
+        if *is_folder_unread || *files > 0 {
+            let error = error.clone().unwrap_or_default();
+            let files = if *is_folder_unread { None } else { Some(*files) };
+            troubles.push(Trouble::SpoolUnread { files, error });
+        }
         if self.transcripts_expiring > 0 {
             troubles.push(Trouble::TranscriptsExpire(self.transcripts_expiring));
         }
@@ -301,11 +328,22 @@ enum Trouble {
     DatabaseUnconfigured,
     #[error("{0} dead letter{plural}; see \"headspace-watcher queue-dump --dead-letters\"", plural = if *.0 == 1 { "" } else { "s" })]
     DeadLetters(u64),
+    /// `files`: `None` where the folder itself can't be read.
+    #[error("{} can't be read; correct its owner or mode: {error}", unread_spool(*.files))]
+    SpoolUnread { files: Option<usize>, error: String },
     #[error(
         "{0} transcripts are not wholly stored and Claude Code deletes them within {WARN_DAYS} days; bring the database \
          back, or raise cleanupPeriodDays in Claude Code's settings.json"
     )]
     TranscriptsExpire(u64),
+}
+
+fn unread_spool(files: Option<usize>) -> String {
+    match files {
+        None => "the spool, in which hooks wait,".to_owned(),
+        Some(1) => "1 file in the spool".to_owned(),
+        Some(files) => format!("{files} files in the spool"),
+    }
 }
 
 impl Trouble {
@@ -314,6 +352,7 @@ impl Trouble {
             Trouble::QueueFailed(_) | Trouble::QueueFull | Trouble::Stalled(_) => Status::Fail,
             Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => Status::Fail,
             Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) | Trouble::TranscriptsExpire(_) => Status::Warn,
+            Trouble::SpoolUnread { .. } => Status::Warn,
             Trouble::DatabaseAway | Trouble::DatabaseMisconfigured | Trouble::DatabaseUnconfigured => Status::Warn,
         }
     }
@@ -331,6 +370,7 @@ impl Trouble {
             | Trouble::DatabaseMisconfigured
             | Trouble::DatabaseUnconfigured
             | Trouble::DeadLetters(_)
+            | Trouble::SpoolUnread { .. }
             | Trouble::TranscriptsExpire(_) => false,
         }
     }
@@ -362,6 +402,7 @@ mod tests {
             draining_silence_max: 38 * SECOND,
             settling_silence: SECOND,
             transcripts_expiring: 0,
+            unread_spool: UnreadSpool::default(),
         }
     }
 
@@ -424,6 +465,15 @@ mod tests {
                 false,
             ),
             (|facts| facts.stats.dead_letters = 3, Trouble::DeadLetters(3), Status::Warn, false),
+            (
+                |facts| {
+                    let error = Some("/spool/x.hook: denied".to_owned());
+                    facts.unread_spool = UnreadSpool { files: 1, error, is_folder_unread: false };
+                },
+                Trouble::SpoolUnread { files: Some(1), error: "/spool/x.hook: denied".to_owned() },
+                Status::Warn,
+                false,
+            ),
             (|facts| facts.transcripts_expiring = 2, Trouble::TranscriptsExpire(2), Status::Warn, false),
         ] {
             let found = after(change);

@@ -35,7 +35,8 @@
 //!
 //! # Layers
 //!
-//! `main → cli → service → http → intake | sink → queue → event`; [`config`], [`telemetry`] and [`private_folder`] are leaves open to all.
+//! `main → cli → service → http → intake | sink → queue → event`; [`config`], [`telemetry`], [`private_folder`] and [`regular_file`] are
+//! leaves, open to all.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
 
@@ -48,6 +49,7 @@ pub mod intake;
 pub mod listing;
 pub mod private_folder;
 pub mod queue;
+pub mod regular_file;
 pub mod service;
 pub mod sink;
 pub mod telemetry;

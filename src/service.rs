@@ -45,8 +45,8 @@ use crate::http::{self, Access, Api, Door};
 use crate::intake::Intake;
 use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
-use crate::intake::spool::Spool;
-use crate::intake::spool_reader::{SpoolHandle, SpoolReader, UnreadSpool};
+use crate::intake::spool::{Spool, UnreadSpool};
+use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
 use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
 use crate::private_folder::{self, Ensured, FolderError};
 use crate::queue::{Queue, QueueConfig, QueueError, faults};
@@ -98,7 +98,7 @@ pub enum ServiceError {
 }
 
 /// Input that could not be read at the end of a run with [`Until::Idle`].
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct UnreadInput {
     pub transcripts: Unread,
     pub spool: UnreadSpool,
@@ -113,7 +113,7 @@ impl fmt::Display for UnreadInput {
             (files > 0).then(|| format!("{files} transcript{}", plural(files))),
             (folders > 0).then(|| format!("{folders} folder{} of transcripts", plural(folders))),
             (spool_files > 0).then(|| format!("{spool_files} spool file{}", plural(spool_files))),
-            self.spool.folder.then(|| "the spool".to_owned()),
+            self.spool.is_folder_unread.then(|| "the spool".to_owned()),
         ];
         f.write_str(&parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
     }
@@ -164,6 +164,7 @@ impl Service {
         let http_health = watch::Sender::new(None);
         let health = Arc::new(HealthSource {
             queue: queue.clone(),
+            spool: spool.clone(),
             metrics: self.metrics.clone(),
             started,
             pending_bytes_max: config.queue.max_pending_bytes,

@@ -11,6 +11,7 @@ use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
 use headspace_watcher::private_folder::{self, FolderError, Privacy};
 use headspace_watcher::queue::QueueError;
+use headspace_watcher::regular_file;
 use headspace_watcher::service::connect_settings;
 use headspace_watcher::service::socket::{self, SocketState};
 use headspace_watcher::sink::Verdict;
@@ -103,12 +104,24 @@ fn schemas(config: &Config) -> Finding {
 
 fn redact(config: &Config) -> Finding {
     match Redactor::new(&config.redact) {
+        Ok(redactor)
+            if redactor.is_on() && config.redact.patterns.iter().any(|pattern| has_unicode_boundary(pattern)) =>
+        {
+            let text = "on, but a pattern of redact.patterns has \\b, which can make text that is not ASCII 300 times as slow; \
+                        write (?-u:\\b) for it";
+            Finding::Note(text.to_owned())
+        }
         Ok(redactor) if redactor.is_on() => {
             Finding::Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
         }
         Ok(_) => Finding::Fine("off".to_owned()),
         Err(error) => Finding::Wrong(format!("{error}; mend or remove it: until then the watcher does not start")),
     }
+}
+
+/// Whether a regular expression looks for a Unicode word boundary. Takes `\\b`, a backslash and a letter, for one too.
+fn has_unicode_boundary(pattern: &str) -> bool {
+    [r"\b", r"\B"].iter().any(|boundary| pattern.replace(&format!("(?-u:{boundary})"), "").contains(boundary))
 }
 
 fn transcripts(folder: &Path) -> Finding {
@@ -317,14 +330,19 @@ fn hooks(context: &Context) -> Finding {
     };
     let shown = file.display();
     let install = "run \"headspace-watcher hooks install\"";
-    let text = match std::fs::read_to_string(&file) {
+    let text = match regular_file::read_to_string(&file, settings::FILE_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Finding::Note(format!(
                 "none: there is no {shown}; transcripts are followed all the same. To have hooks too, {install}"
             ));
         }
-        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; mend its owner or mode")),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            return Finding::Wrong(format!(
+                "could not read {shown}: {error}; Claude Code can't read it either, remove it"
+            ));
+        }
+        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; correct its owner or mode")),
     };
     let found = match settings::find(&text, &own) {
         Ok(found) => found,

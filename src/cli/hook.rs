@@ -1,13 +1,22 @@
 //! `hook`: run by Claude Code at its hooks, with one JSON object on stdin.
 //!
 //! It must never slow or break the agent: it prints nothing, exits 0 whatever happens, and waits for nothing but its
-//! input, and for that a second at most. What it was told is durable in the spool before it ends; then it rings at the
-//! watcher's socket and does not wait to be heard.
+//! input, and for that until shortly before Claude Code would kill it. It does not wait for the end of its input where
+//! that holds a complete object. What it got is durable in the spool before it ends; then it notifies the watcher over
+//! its socket and does not wait for an answer.
 //!
-//! So it goes past everything that other commands do: no runtime, no log, no complaint about arguments or
-//! configuration. A configuration that can't be used whole makes it careful: it keeps a summary, redacted.
+//! So it skips everything that other commands do: no runtime, no log, no complaint about arguments or
+//! configuration. A configuration that can't be used as a whole makes it careful: it keeps a summary, redacted.
+//!
+//! | On stdin | Is kept as |
+//! |---|---|
+//! | objects | an event each |
+//! | what is no object, or no longer one behind the last object | a dead letter with its size |
+//! | nothing, or no complete object, when the time is over | a dead letter that says so |
+//! | nothing before its end (`/dev/null`), or on a terminal | nothing |
 
 use std::ffi::OsString;
+use std::io::{IsTerminal, Stdin};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,20 +26,30 @@ use headspace_watcher::config::{Config, Environment, HookCapture};
 use headspace_watcher::event::{EventId, Timestamp};
 use headspace_watcher::intake::hook::{self, Arrival};
 use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::spool::{self, Spool};
+use headspace_watcher::intake::settings;
+use headspace_watcher::intake::spool::{self, Record, Spool};
 use headspace_watcher::intake::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
 
 use super::client;
 
-/// How long the input may pause. SessionEnd hooks share 1.5 s, and some leave the pipe open.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How long the input may take in all. Two seconds are left to write it to a slow disk.
+const INPUT_TIME_MAX: Duration = Duration::from_secs(settings::TIMEOUT_SECONDS - 2);
 
-/// How long the input may take in all.
-const INPUT_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long more is waited for behind a complete object. Its writer closes stdin at once, as a rule.
+const MORE_TIME_MAX: Duration = Duration::from_millis(100);
 
 /// A larger input is not kept.
 const INPUT_BYTES_MAX: usize = 64 << 20;
+
+/// Read at once.
+const READ_BYTES: usize = 64 << 10;
+
+/// Objects of one input that become events; Claude Code writes one.
+const OBJECTS_MAX: usize = 100;
+
+/// Names the spool where no configuration file does.
+const SPOOL_VARIABLE: &str = "HEADSPACE_QUEUE__SPOOL_PATH";
 
 /// How long the watcher may take to read what could not be written to the spool.
 const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(1);
@@ -75,78 +94,172 @@ impl Invocation {
     }
 
     fn receive(self, received_at: Timestamp) {
-        let id = EventId::new();
-        let input = read_input();
-        if matches!(&input, Input::Bytes(bytes) if without_byte_order_mark(bytes).trim_ascii().is_empty()) {
+        let mut input = Input::new();
+        let mut piece = input.next(INPUT_TIME_MAX);
+        if matches!(&piece, Piece::End(bytes) if bytes.is_empty()) {
             return;
         }
+        let keeper = Keeper::new(self.config);
+        let mut received_at = received_at;
+        for number in 1.. {
+            let record = match piece {
+                Piece::Object(bytes) => match keeper.record(&bytes, received_at) {
+                    Record::Event(event) if number <= OBJECTS_MAX => Record::Event(event),
+                    // Brackets that close, but no object: its end says nothing, so all of it is one piece.
+                    _ => match input.rest(bytes) {
+                        Piece::TooLarge => hook::too_large(INPUT_BYTES_MAX),
+                        Piece::Object(bytes) | Piece::End(bytes) | Piece::TimeIsOver(bytes) => {
+                            return keeper.keep(keeper.record(&bytes, received_at));
+                        }
+                    },
+                },
+                Piece::End(bytes) | Piece::TimeIsOver(bytes) if bytes.is_empty() && number > 1 => return,
+                Piece::TimeIsOver(bytes) if bytes.is_empty() && input.stdin.is_terminal() => return,
+                Piece::End(bytes) => keeper.record(&bytes, received_at),
+                Piece::TimeIsOver(bytes) => hook::incomplete(&bytes, INPUT_TIME_MAX.as_secs(), keeper.capture),
+                Piece::TooLarge => hook::too_large(INPUT_BYTES_MAX),
+            };
+            let is_event = matches!(record, Record::Event(_));
+            // Before more is waited for: it is durable then, whatever happens.
+            keeper.keep(record);
+            if !is_event {
+                return;
+            }
+            piece = input.next(MORE_TIME_MAX);
+            received_at = Timestamp::now();
+        }
+    }
+}
+
+/// Makes records of what came, and puts them where the watcher finds them.
+struct Keeper {
+    config: Config,
+    redactor: Redactor,
+    capture: HookCapture,
+    /// `None`: there is no watcher that would look where a record could be left.
+    spool: Option<Spool>,
+}
+
+impl Keeper {
+    fn new(file: Option<PathBuf>) -> Keeper {
         // A working directory that is gone leaves relative paths without a meaning; those of the file are not.
         let environment = Environment::of_process().unwrap_or_else(|_| Environment::new("/", std::env::vars_os()));
-        let (loaded, is_whole) = Config::load_leniently(self.config.as_deref(), &environment);
+        let (loaded, is_whole) = Config::load_leniently(file.as_deref(), &environment);
         let config = loaded.config;
         let redactor = match Redactor::new(&config.redact) {
             Ok(redactor) if is_whole => redactor,
             _ => Redactor::careful(&config.redact.patterns),
         };
         let capture = if is_whole { config.hooks.capture } else { HookCapture::Summary };
+        // Without a configuration the spool is in the folder where the agent works. Where no watcher has made it, nobody
+        // would ever read what is left there.
+        let folder = &config.queue.spool_path;
+        let is_named = loaded.file.is_some() || loaded.variables.iter().any(|name| name == SPOOL_VARIABLE);
+        let is_wanted = is_named || !folder.starts_with(environment.folder()) || folder.is_dir();
+        let spool = is_wanted.then(|| Spool::new(folder));
+        Keeper { config, redactor, capture, spool }
+    }
+
+    fn record(&self, input: &[u8], received_at: Timestamp) -> Record {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let arrival = Arrival {
-            id,
+            id: EventId::new(),
             received_at,
             hook_type: None,
             working_directory: std::env::current_dir().ok().map(|folder| folder.to_string_lossy().into_owned()),
             project_path: variable("CLAUDE_PROJECT_DIR"),
         };
-        let record = match input {
-            Input::Bytes(bytes) => hook::record(&bytes, arrival, capture, config.event_system.max_event_bytes),
-            Input::TooLarge => hook::too_large(INPUT_BYTES_MAX),
-        };
-        let record = redactor.record(record);
-        if Spool::new(&config.queue.spool_path).leave(&record).is_ok() {
-            let _ = client::ring(&config.http.socket);
+        hook::record(input, arrival, self.capture, self.config.event_system.max_event_bytes)
+    }
+
+    fn keep(&self, record: Record) {
+        let Some(spool) = &self.spool else { return };
+        let record = self.redactor.record(record);
+        if spool.leave(&record).is_ok() {
+            let _ = client::ring(&self.config.http.socket);
         } else if let Ok(bytes) = spool::encode(&record) {
             // A full disk, a folder of somebody else: the running watcher may still be able to keep it.
-            let _ = client::hand_over(&config.http.socket, &bytes, HAND_OVER_TIME_MAX);
+            let _ = client::hand_over(&self.config.http.socket, &bytes, HAND_OVER_TIME_MAX);
         }
     }
 }
 
-enum Input {
-    Bytes(Vec<u8>),
+/// Stdin, read in pieces.
+struct Input {
+    stdin: Stdin,
+    begun: Instant,
+    /// What was read behind the last object.
+    read: Vec<u8>,
+}
+
+/// A part of the input, without blanks before it.
+enum Piece {
+    /// What begins with an object and ends with the bracket that closes it.
+    Object(Vec<u8>),
+    /// What else there was before the end of the input.
+    End(Vec<u8>),
+    /// What there was when the time was over.
+    TimeIsOver(Vec<u8>),
     TooLarge,
 }
 
-/// Reads stdin until the object is complete, until its end, or until nothing more comes.
-fn read_input() -> Input {
-    let stdin = std::io::stdin();
-    let begun = Instant::now();
-    let mut input = Vec::new();
-    let mut scan = Scan::default();
-    let mut piece = vec![0; 64 << 10];
-    loop {
-        let patience = PAUSE_MAX.min(INPUT_TIME_MAX.saturating_sub(begun.elapsed()));
-        let mut descriptors = [PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN)];
+impl Input {
+    fn new() -> Input {
+        Input { stdin: std::io::stdin(), begun: Instant::now(), read: Vec::new() }
+    }
+
+    /// The next object, or what there is instead of one. Waits for its beginning no longer than `patience`.
+    fn next(&mut self, patience: Duration) -> Piece {
+        let (mut scan, mut scanned) = (Scan::default(), 0);
+        loop {
+            let blanks = self.read.len() - without_byte_order_mark(&self.read).trim_ascii_start().len();
+            self.read.drain(..blanks);
+            // Only what begins as an object may end as one.
+            if self.read.first() == Some(&b'{') {
+                if let Some(length) = scan.feed(self.read.get(scanned..).unwrap_or_default()) {
+                    let rest = self.read.split_off(scanned + length);
+                    return Piece::Object(std::mem::replace(&mut self.read, rest));
+                }
+                scanned = self.read.len();
+            }
+            let patience = if self.read.is_empty() { patience } else { INPUT_TIME_MAX };
+            if let Some(end) = self.read_more(patience) {
+                return end;
+            }
+        }
+    }
+
+    /// `begun` and all that follows it, up to the end.
+    fn rest(&mut self, begun: Vec<u8>) -> Piece {
+        self.read.splice(..0, begun);
+        loop {
+            if let Some(end) = self.read_more(INPUT_TIME_MAX) {
+                return end;
+            }
+        }
+    }
+
+    /// Waits until there is more and reads it; `Some` where no more is to be had.
+    fn read_more(&mut self, patience: Duration) -> Option<Piece> {
+        if self.read.len() > INPUT_BYTES_MAX {
+            return Some(Piece::TooLarge);
+        }
+        let patience = patience.min(INPUT_TIME_MAX.saturating_sub(self.begun.elapsed()));
+        let mut descriptors = [PollFd::from_borrowed_fd(self.stdin.as_fd(), PollFlags::IN)];
         let timeout = rustix::event::Timespec::try_from(patience).ok();
         match rustix::event::poll(&mut descriptors, timeout.as_ref()) {
-            Ok(0) => return Input::Bytes(input),
+            Ok(0) => return Some(Piece::TimeIsOver(std::mem::take(&mut self.read))),
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => return Input::Bytes(input),
+            Err(rustix::io::Errno::INTR) => return None,
+            Err(_) => return Some(Piece::End(std::mem::take(&mut self.read))),
         }
-        let length = match rustix::io::read(stdin.as_fd(), &mut piece) {
-            Ok(0) => return Input::Bytes(input),
-            Ok(length) => length,
-            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => continue,
-            Err(_) => return Input::Bytes(input),
-        };
-        let bytes = piece.get(..length).unwrap_or_default();
-        if let Some(end) = scan.feed(bytes) {
-            input.extend_from_slice(bytes.get(..end).unwrap_or_default());
-            return Input::Bytes(input);
-        }
-        input.extend_from_slice(bytes);
-        if input.len() > INPUT_BYTES_MAX {
-            return Input::TooLarge;
+        let before = self.read.len();
+        self.read.resize(before + READ_BYTES, 0);
+        let read = rustix::io::read(self.stdin.as_fd(), self.read.get_mut(before..).unwrap_or_default());
+        self.read.truncate(before + read.unwrap_or(0));
+        match read {
+            Ok(1..) | Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => None,
+            Ok(0) | Err(_) => Some(Piece::End(std::mem::take(&mut self.read))),
         }
     }
 }

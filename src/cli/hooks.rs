@@ -1,17 +1,21 @@
 //! `hooks`: has Claude Code call this program, or no longer, by its own settings file.
 //!
 //! That file is not ours. A change is written beside it, synced and put in its place at once, after a copy of what was
-//! there was kept; [`settings`] says which bytes change. Where the file is a link, what it leads to is changed. A file
-//! that is no JSON, or is being changed by somebody else, is left alone.
+//! there was kept; [`settings`] says which bytes change. Where the file is a symbolic link, its target is changed.
+//!
+//! Left alone, with a message that says how to go on: a file that is no JSON, that somebody else is writing, that is
+//! read-only, or that has a second name (a hard link), which a replacement would cut off.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use headspace_watcher::event::Timestamp;
 use headspace_watcher::intake::settings::{self, Found, Group, SettingsError};
+use headspace_watcher::regular_file;
 use serde_json::json;
 
 use super::{Context, Exit, Failure, HooksAction, HooksArguments};
@@ -21,6 +25,9 @@ const LINKS_MAX: usize = 16;
 
 /// Between the name of the settings file and the time at which the copy was made.
 const COPY_INFIX: &str = ".before-headspace-watcher-";
+
+/// An empty file that was changed within this time is being written: programs truncate a file, then write it.
+const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// What a file that is not there yet begins as.
 const EMPTY: &str = "{}\n";
@@ -66,6 +73,7 @@ fn install(context: &Context, file: &SettingsFile, events: &[String]) -> Result<
     if file.text.as_deref() == Some(&after) {
         println!("nothing to do: {shown} has the hooks already");
     } else {
+        file.check_replaceable()?;
         file.replace(&after)?;
         println!("{} hooks in {shown} call {command}", find(file, &after, &command)?.len());
         println!("sessions that run take them up by themselves or at their next start");
@@ -89,6 +97,7 @@ fn uninstall(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
         println!("nothing to do: none of the hooks in {shown} calls headspace-watcher");
         return Ok(Exit::Fine);
     }
+    file.check_replaceable()?;
     match file.origin(&find(file, text, &own)?, &own) {
         Some(Origin::Copy(copy, original)) => {
             file.write(&original)?;
@@ -211,12 +220,59 @@ impl SettingsFile {
         }
         let mut file = SettingsFile { is_linked: path != named, path, text: None };
         file.text = file.current()?;
+        file.check_written()?;
         Ok(file)
+    }
+
+    /// Refuses an empty file that was changed a moment ago.
+    fn check_written(&self) -> Result<(), Failure> {
+        let Some("") = self.text.as_deref() else { return Ok(()) };
+        let modified = self.metadata()?.modified().map_err(|error| self.io("read", &error))?;
+        let now = SystemTime::now();
+        // A clock that was set back by less than this time counts, too.
+        let distance = now.duration_since(modified).unwrap_or_else(|error| error.duration());
+        if distance >= WRITING_TIME_MAX {
+            return Ok(());
+        }
+        let message = format!(
+            "{} was left as it is: it was emptied less than a second ago, so it is being written by another program; try again",
+            self.path.display()
+        );
+        Err(Failure::new(Exit::Io, message))
+    }
+
+    /// Refuses a file that its owner has closed to writing, and one that is a hard link.
+    fn check_replaceable(&self) -> Result<(), Failure> {
+        if self.text.is_none() {
+            return Ok(());
+        }
+        let metadata = self.metadata()?;
+        let shown = self.path.display();
+        let way_out = if metadata.mode() & 0o200 == 0 {
+            let path = settings::shell_word(&self.path.to_string_lossy());
+            format!(
+                "it is read-only (mode {:04o}); \"chmod u+w {path}\", then run this again",
+                metadata.mode() & 0o7777
+            )
+        } else if metadata.nlink() > 1 {
+            format!(
+                "it has {} names (a hard link), and replacing it would cut it off from the others; make it a symbolic link \
+                 to one of them (ln -s), then run this again",
+                metadata.nlink()
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Failure::new(Exit::Io, format!("{shown} was left as it is: {way_out}")))
+    }
+
+    fn metadata(&self) -> Result<std::fs::Metadata, Failure> {
+        self.path.metadata().map_err(|error| self.io("read", &error))
     }
 
     /// What it says now.
     fn current(&self) -> Result<Option<String>, Failure> {
-        let bytes = match std::fs::read(&self.path) {
+        let bytes = match regular_file::read(&self.path, settings::FILE_BYTES_MAX) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(self.io("read", &error)),
@@ -246,7 +302,8 @@ impl SettingsFile {
         // The newest first.
         copies.sort_by(|a, b| b.cmp(a));
         for copy in copies {
-            let original = std::fs::read_to_string(&copy).ok().filter(|original| leads_here(original));
+            let original = regular_file::read_to_string(&copy, settings::FILE_BYTES_MAX);
+            let original = original.ok().filter(|original| leads_here(original));
             if let Some(original) = original {
                 return Some(Origin::Copy(copy, original));
             }
@@ -323,6 +380,10 @@ impl SettingsFile {
     }
 
     fn io(&self, what: &str, error: &io::Error) -> Failure {
-        Failure::new(Exit::Io, format!("could not {what} {}: {error}; mend its owner or mode", self.path.display()))
+        let way_out = match error.kind() {
+            io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory => "remove it, or name a file with --settings",
+            _ => "correct its owner or mode",
+        };
+        Failure::new(Exit::Io, format!("could not {what} {}: {error}; {way_out}", self.path.display()))
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use headspace_watcher::config::Config;
+use headspace_watcher::regular_file;
 use headspace_watcher::service::limits;
 
 use super::{Context, Exit, Failure, ServiceAction, ServiceArguments, ServiceKind};
@@ -19,6 +20,9 @@ const AGENT: &str = include_str!("../../scripts/com.headspace.watcher.plist");
 
 const UNIT_NAME: &str = "headspace-watcher.service";
 const AGENT_LABEL: &str = "com.headspace.watcher";
+
+/// A larger file is none of ours.
+const UNIT_BYTES_MAX: u64 = 1 << 20;
 
 pub fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let kind =
@@ -113,7 +117,7 @@ impl Service {
     /// 0 when it is installed and runs, else 3.
     fn status(&self) -> Result<Exit, Failure> {
         let shown = self.file.display();
-        match std::fs::read_to_string(&self.file) {
+        match regular_file::read_to_string(&self.file, UNIT_BYTES_MAX) {
             Ok(text) if text == self.text => println!("file      {shown}"),
             Ok(_) => println!(
                 "file      {shown}, does not fit the configuration or this program: \"service install\" writes it again"

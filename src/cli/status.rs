@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use headspace_watcher::event::Timestamp;
 use headspace_watcher::health::{Health, HttpHealth, Status};
+use headspace_watcher::intake::spool::Spool;
 use headspace_watcher::queue::{QueueError, QueueStats};
 use serde_json::json;
 
@@ -23,8 +24,8 @@ enum Standing {
     Answered { health: Box<Health>, json: String },
     /// There is a watcher, but it does not answer.
     Silent { problem: String, pid: Option<u32> },
-    /// There is none. What waits in its queue, or why that can't be said.
-    Gone { queue: Result<QueueStats, QueueError> },
+    /// There is none. What waits in its queue, or why that can't be said, and files that wait in its spool.
+    Gone { queue: Result<QueueStats, QueueError>, spooled: Result<usize, String> },
 }
 
 pub fn status(context: &Context, arguments: &StatusArguments) -> Result<Exit, Failure> {
@@ -84,7 +85,7 @@ fn look(context: &Context) -> Result<Standing, Failure> {
                         "it holds the queue but does not listen: it is starting, ending, or uses another http.socket";
                     Standing::Silent { problem: problem.to_owned(), pid }
                 }
-                queue => Standing::Gone { queue },
+                queue => Standing::Gone { queue, spooled: spooled(&context.config().queue.spool_path) },
             });
         }
     };
@@ -92,6 +93,14 @@ fn look(context: &Context) -> Result<Standing, Failure> {
         Failure::new(Exit::Internal, format!("the watcher's answer is not understood: {error}; is it another version?"))
     })?;
     Ok(Standing::Answered { health, json: String::from_utf8_lossy(&body).into_owned() })
+}
+
+/// Files that wait in the spool, or why that can't be said.
+fn spooled(folder: &Path) -> Result<usize, String> {
+    Spool::new(folder)
+        .waiting()
+        .map(|files| files.len())
+        .map_err(|error| format!("{} can't be read; correct its owner or mode: {error}", folder.display()))
 }
 
 /// The queue that nobody holds, in numbers.
@@ -112,7 +121,7 @@ impl Standing {
                 )
             }
             (Standing::Silent { .. }, false) => "status    NO ANSWER\n".to_owned(),
-            (Standing::Gone { queue }, true) => {
+            (Standing::Gone { queue, spooled }, true) => {
                 let queue = match queue {
                     Ok(stats) => json!({
                         "pending": stats.pending,
@@ -124,9 +133,13 @@ impl Standing {
                     }),
                     Err(_) => json!(null),
                 };
-                format!("{}\n", json!({"status": "fail", "running": false, "ready": false, "queue": queue}))
+                format!(
+                    "{}\n",
+                    json!({"status": "fail", "running": false, "ready": false, "queue": queue,
+                    "spool": {"waiting_files": spooled.as_ref().ok(), "last_error": spooled.as_ref().err()}})
+                )
             }
-            (Standing::Gone { queue }, false) => {
+            (Standing::Gone { queue, spooled }, false) => {
                 let queue = match queue {
                     Ok(stats) => queue_line(
                         stats.pending,
@@ -137,7 +150,13 @@ impl Standing {
                     ),
                     Err(error) => error.to_string(),
                 };
-                format!("status    not running\nqueue     {queue}\n")
+                let spool = match spooled {
+                    Ok(0) => String::new(),
+                    Ok(1) => "spool     1 file waits\n".to_owned(),
+                    Ok(files) => format!("spool     {files} files wait\n"),
+                    Err(problem) => format!("spool     {problem}\n"),
+                };
+                format!("status    not running\nqueue     {queue}\n{spool}")
             }
         }
     }
@@ -153,7 +172,7 @@ impl Standing {
                     format!("the watcher on {shown}{who} does not answer: {problem}; if it stays so, restart it");
                 Err(Failure::new(Exit::CheckFailed, message))
             }
-            Standing::Gone { queue } => {
+            Standing::Gone { queue, .. } => {
                 let waits = match queue {
                     Ok(_) => String::new(),
                     Err(error) => format!("; {error}"),

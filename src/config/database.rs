@@ -13,8 +13,6 @@
 //! * Service files (`PGSERVICE`) and what weakens or strengthens a connection in ways the client can't follow
 //!   (`sslcrl`, `requirepeer`, `gssencmode=require`, …) are refused by name, never passed over.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +21,7 @@ use super::environment::Environment;
 use super::load::nearest;
 use super::problem::{ConfigError, Place, Problem};
 use super::{DatabaseConfig, Secret};
+use crate::regular_file;
 
 /// Port of a server that says nothing else.
 const PORT: u16 = 5432;
@@ -509,14 +508,9 @@ impl<'a> Settings<'a> {
         if metadata.mode() & 0o077 != 0 {
             return warn("group or others may use it; chmod 600 it".to_owned());
         }
-        let mut bytes = Vec::new();
-        let read = File::open(&path).and_then(|file| file.take(PASSWORD_FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
-        match read {
+        match regular_file::read(&path, PASSWORD_FILE_BYTES_MAX) {
             Err(error) => warn(error.to_string()),
-            Ok(_) if bytes.len() as u64 > PASSWORD_FILE_BYTES_MAX => {
-                warn(format!("it is larger than {PASSWORD_FILE_BYTES_MAX} bytes"))
-            }
-            Ok(_) => Ok(hosts.iter().find_map(|host| password_for(&bytes, host, dbname, user)).map(Secret::new)),
+            Ok(bytes) => Ok(hosts.iter().find_map(|host| password_for(&bytes, host, dbname, user)).map(Secret::new)),
         }
     }
 

@@ -1,8 +1,7 @@
 //! From file and environment to a checked [`Config`], gathering every mistake on the way.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Read;
+use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use super::{
     CONFIG_FILE, ClaudeConfig, Config, DatabaseConfig, EventSystemConfig, FileWatcherConfig, HookCapture, HooksConfig,
     HttpConfig, Loaded, QueueConfig, RedactConfig, SchemasConfig, Secret, TableName,
 };
+use crate::regular_file;
 
 /// A larger file is no configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -90,21 +90,12 @@ fn tree(name: &Path, path: &Path) -> Result<Option<Node>, Problem> {
 
 /// The bytes of a file, or why they can't be had.
 fn read(path: &Path) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
-    match read {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err("expected a configuration file, found none".to_owned())
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => {
-            Err("expected a configuration file, found a folder".to_owned())
-        }
-        Err(error) => Err(format!("could not read the configuration: {error}")),
-        Ok(_) if bytes.len() as u64 > FILE_BYTES_MAX => {
-            Err(format!("expected a configuration of at most {FILE_BYTES_MAX} bytes, found more"))
-        }
-        Ok(_) => Ok(bytes),
-    }
+    regular_file::read(path, FILE_BYTES_MAX).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => "expected a configuration file, found none".to_owned(),
+        ErrorKind::IsADirectory => "expected a configuration file, found a folder".to_owned(),
+        ErrorKind::FileTooLarge => format!("expected a configuration of at most {FILE_BYTES_MAX} bytes, found more"),
+        _ => format!("could not read the configuration: {error}"),
+    })
 }
 
 /// The bytes as text, or the line at which they are none.

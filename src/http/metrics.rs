@@ -55,6 +55,11 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
         "Transcripts that Claude Code is about to delete and that are not wholly stored.",
         health.watcher.transcripts_expiring,
     );
+    page.gauge(
+        "spool_unread_files",
+        "Files in the spool that can't be read; GET /health says why.",
+        health.spool.unread_files,
+    );
     let status = match health.status {
         Status::Pass => 0,
         Status::Warn => 1,

@@ -32,7 +32,7 @@ pub use self::page::{Overview, RecentEvent, RecentSession};
 pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
-use crate::health::{DatabaseHealth, Health, HealthSource, Moment, Status};
+use crate::health::{DatabaseHealth, Health, HealthSource, Moment, SpoolHealth, Status};
 use crate::history::History;
 use crate::intake::Intake;
 use crate::intake::spool::Spool;
@@ -182,12 +182,15 @@ fn health_for(caller: Caller, mut health: Health) -> Health {
         database: DatabaseHealth { state: _, since: _, last_error },
         writes: _,
         watcher: _,
+        spool: SpoolHealth { unread_files: _, folder_unread: _, last_error: spool_error },
         http,
     } = &mut health;
     for reason in reasons {
         *reason = without_cause(reason).to_owned();
     }
-    *last_error = last_error.take().map(|_| ERROR_WITHHELD.to_owned());
+    for error in [last_error, spool_error] {
+        *error = error.take().map(|_| ERROR_WITHHELD.to_owned());
+    }
     *http = None;
     health
 }

@@ -73,17 +73,7 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
     let text = lossy.trim_ascii();
     let mut is_mended = matches!(lossy, std::borrow::Cow::Owned(_));
     let Some(fields) = fields(text, &mut is_mended) else {
-        let (kept, note) = match capture {
-            HookCapture::Full if input.len() <= REJECTED_BYTES_KEPT_MAX => (input, String::new()),
-            HookCapture::Full => {
-                let kept = input.get(..REJECTED_BYTES_KEPT_MAX).unwrap_or_default();
-                (kept, format!("; the first {REJECTED_BYTES_KEPT_MAX} bytes are kept"))
-            }
-            HookCapture::Summary => (&[][..], "; it is kept only where hooks.capture is full".to_owned()),
-        };
-        let message = format!("a hook's input of {} bytes is no JSON object{note}", input.len());
-        let bytes = kept.to_vec();
-        return Record::Rejected(rejection(FailureKind::Unreadable, message, bytes));
+        return unreadable(input, format!("a hook's input of {} bytes is no JSON object", input.len()), capture);
     };
     let mut payload = Map::new();
     payload.insert("hook_id".to_owned(), arrival.id.to_string().into());
@@ -123,6 +113,28 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
         refs: ForeignKeys::default(),
         origin: Origin::Hook,
     })
+}
+
+/// The record of a hook whose input was not complete when its time was over.
+pub fn incomplete(input: &[u8], seconds: u64, capture: HookCapture) -> Record {
+    if input.is_empty() {
+        let message = format!("a hook got no input within {seconds} s");
+        return Record::Rejected(rejection(FailureKind::Unreadable, message, Vec::new()));
+    }
+    let bytes = input.len();
+    unreadable(input, format!("a hook got no complete JSON object within {seconds} s, only {bytes} bytes"), capture)
+}
+
+fn unreadable(input: &[u8], message: String, capture: HookCapture) -> Record {
+    let (kept, note) = match capture {
+        HookCapture::Full if input.len() <= REJECTED_BYTES_KEPT_MAX => (input, String::new()),
+        HookCapture::Full => {
+            let kept = input.get(..REJECTED_BYTES_KEPT_MAX).unwrap_or_default();
+            (kept, format!("; the first {REJECTED_BYTES_KEPT_MAX} bytes are kept"))
+        }
+        HookCapture::Summary => (&[][..], "; it is kept only where hooks.capture is full".to_owned()),
+    };
+    Record::Rejected(rejection(FailureKind::Unreadable, message + &note, kept.to_vec()))
 }
 
 /// The record of a hook whose input is larger than anybody reads.

@@ -54,7 +54,13 @@ impl Checker {
     }
 
     /// The event, redacted, when it fits its schema.
+    ///
+    /// `max_event_bytes` is a limit on the texts as they came, and on the event as it would be stored: an event that is too
+    /// large is not redacted first, as that takes much longer than to see its size.
     pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
+        if let Err(invalid) = self.schemas.check_texts(&candidate) {
+            return Err(Box::new(Refused { invalid, candidate }));
+        }
         self.redactor.payload(&mut candidate.payload);
         self.schemas.check(candidate)
     }
@@ -301,5 +307,48 @@ fn place(origin: &Origin) -> String {
     match origin {
         Origin::Transcript { path, offset } => format!("; from {path} at byte {offset}"),
         Origin::Hook | Origin::Http | Origin::Cli => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::config::RedactConfig;
+    use crate::event::{EventId, ForeignKeys};
+
+    fn candidate(event_type: &str, payload: Value) -> Candidate {
+        let Value::Object(payload) = payload else { panic!("a payload is an object") };
+        Candidate {
+            id: EventId::new(),
+            event_type: event_type.to_owned(),
+            timestamp: Timestamp::UNIX_EPOCH,
+            payload,
+            refs: ForeignKeys::default(),
+            origin: Origin::Cli,
+        }
+    }
+
+    #[test]
+    fn an_event_that_is_too_large_is_refused_by_the_size_it_came_with_and_not_redacted_first() {
+        let redactor = Redactor::new(&RedactConfig { enabled: true, patterns: vec!["x+".to_owned()] }).unwrap();
+        let checker = Checker::new(Schemas::load(None, 1000).unwrap(), redactor);
+        let ended = |extra: Value| json!({"session_uuid": "s", "reason": "timeout", "metadata": {"a": [extra]}});
+        // Redacted, each of them would be small.
+        let (fits, large) = ("x".repeat(900), "x".repeat(1001));
+        let event = checker.check(candidate("session_ended", ended(json!(fits)))).map_err(|refused| refused.invalid);
+        assert!(event.unwrap().payload().as_json().contains("[redacted]"));
+        let refused = checker.check(candidate("session_ended", ended(json!(large)))).err().unwrap();
+        assert!(
+            matches!(refused.invalid, Invalid::TooLarge { bytes: 1009, bytes_max: 1000, .. }),
+            "{}",
+            refused.invalid
+        );
+        assert_eq!(refused.candidate.payload["metadata"]["a"][0], large, "it was not looked at");
+        // What stays large in another way is found at the end.
+        let numbers = json!(vec![1; 600]);
+        let refused = checker.check(candidate("session_ended", ended(numbers))).err().unwrap();
+        assert!(matches!(refused.invalid, Invalid::TooLarge { .. }), "{}", refused.invalid);
     }
 }

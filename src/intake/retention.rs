@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use jiff::SignedDuration;
 use serde_json::Value;
 
+use super::settings::FILE_BYTES_MAX;
 use super::without_byte_order_mark;
 use crate::event::Timestamp;
+use crate::regular_file;
 
 /// Claude Code's own default.
 const CLEANUP_PERIOD_DAYS: u64 = 30;
@@ -52,7 +54,7 @@ impl Retention {
 
 /// What the settings say; the default where they can't be read.
 fn cleanup_period_days(settings: &Path) -> u64 {
-    let settings = std::fs::read(settings).ok();
+    let settings = regular_file::read(settings, FILE_BYTES_MAX).ok();
     let settings = settings.and_then(|bytes| serde_json::from_slice::<Value>(without_byte_order_mark(&bytes)).ok());
     settings.and_then(|settings| settings.get("cleanupPeriodDays")?.as_u64()).unwrap_or(CLEANUP_PERIOD_DAYS)
 }

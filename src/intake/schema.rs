@@ -16,12 +16,16 @@ use thiserror::Error;
 
 use super::without_byte_order_mark;
 use crate::event::{Event, EventId, EventParts, EventType, ForeignKeys, Origin, Payload, Timestamp};
+use crate::regular_file;
 
 /// The schemas that come with the program.
 static BUILT_IN: include_dir::Dir<'_> = include_dir::include_dir!("$CARGO_MANIFEST_DIR/schemas");
 
 /// Longest name of a type: what `events.event_type` holds in the database.
 const TYPE_NAME_BYTES_MAX: usize = 50;
+
+/// A larger file is no schema.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// An event on its way in: everything but the proof that it fits.
 pub struct Candidate {
@@ -136,9 +140,7 @@ impl Schemas {
         let event_type = schema.event_type.clone();
         let Candidate { payload, .. } = &mut candidate;
         let value = Value::Object(std::mem::take(payload));
-        let checked = self.has_fitting_texts(&value, &event_type);
-        let checked = checked.and_then(|()| schema.check(&value)).and_then(|()| self.fitting_json(&value, &event_type));
-        match checked {
+        match schema.check(&value).and_then(|()| self.fitting_json(&value, &event_type)) {
             Ok(json) => {
                 let Candidate { id, timestamp, refs, origin, .. } = candidate;
                 let payload = Payload::from_json(json);
@@ -153,12 +155,13 @@ impl Schemas {
         }
     }
 
-    /// Refuses a payload whose texts alone are too large, before it is written as JSON: that would take as much again.
-    fn has_fitting_texts(&self, payload: &Value, event_type: &EventType) -> Result<(), Invalid> {
-        let texts = payload.as_object().into_iter().flat_map(Map::values).filter_map(Value::as_str);
-        let (bytes, bytes_max) = (texts.map(|text| text.len() as u64).sum(), self.event_bytes_max);
+    /// Refuses a candidate of a known type whose texts alone are too large: before they are redacted, and before they are
+    /// written as JSON, which would take as much memory again.
+    pub(super) fn check_texts(&self, candidate: &Candidate) -> Result<(), Invalid> {
+        let Some(schema) = self.by_type.get(&candidate.event_type) else { return Ok(()) };
+        let (bytes, bytes_max) = (candidate.payload.values().map(text_bytes).sum(), self.event_bytes_max);
         if bytes > bytes_max {
-            return Err(Invalid::TooLarge { event_type: event_type.clone(), bytes, bytes_max });
+            return Err(Invalid::TooLarge { event_type: schema.event_type.clone(), bytes, bytes_max });
         }
         Ok(())
     }
@@ -187,13 +190,13 @@ impl Schemas {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(folder_error)? {
             let path = entry.map_err(folder_error)?.path();
-            if path.extension().is_some_and(|extension| extension == "json") {
+            if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
                 paths.push(path);
             }
         }
         paths.sort();
         for path in paths {
-            let text = std::fs::read_to_string(&path)
+            let text = regular_file::read_to_string(&path, FILE_BYTES_MAX)
                 .map_err(|source| SchemaError::File { path: path.display().to_string(), source })?;
             let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
             self.add(stem, &text)?;
@@ -216,6 +219,16 @@ impl Schemas {
             .map_err(|error| SchemaError::Schema { name: name.to_owned(), problem: error.to_string() })?;
         self.by_type.insert(name.to_owned(), Schema { event_type: EventType::new(name), validator });
         Ok(())
+    }
+}
+
+/// Bytes of all strings in a value, its keys not counted. Depth is bounded by what makes a payload.
+fn text_bytes(value: &Value) -> u64 {
+    match value {
+        Value::String(text) => text.len() as u64,
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(members) => members.values().map(text_bytes).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }
 

@@ -39,9 +39,12 @@ pub const EVENTS: [&str; 10] = [
 /// Whatever runs at it must print a path, or no worktree is made.
 pub const NEVER_HOOKED: &str = "WorktreeCreate";
 
-/// Seconds that Claude Code waits for a hook at most. Ours needs milliseconds and waits 10 s for its input; without it
-/// the hooks at a session's end share 1.5 s.
-const TIMEOUT_SECONDS: u64 = 10;
+/// Seconds after which Claude Code kills a hook. Ours needs milliseconds, but waits for its input until shortly before
+/// that; without it the hooks at a session's end share 1.5 s.
+pub const TIMEOUT_SECONDS: u64 = 10;
+
+/// A larger file is not read: settings have some kilobytes.
+pub const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The name of this program.
 const PROGRAM: &str = "headspace-watcher";

@@ -16,7 +16,9 @@
 //!    under the same event ids, and the receipts refuse the second copy.
 //! 3. Files are taken in by their names, which is the order in which they were made.
 //! 4. A damaged file gives what is whole in it, and a dead letter for the rest; it stops nothing.
-//! 5. A file that ends the program each time it is processed does not do so for good: `.attempt` names the file being
+//! 5. A file that can't be read is tried again when it changes and once a minute, and health says so until then. One that
+//!    can't be removed is not taken in again.
+//! 6. A file that ends the program each time it is processed does not do so for good: `.attempt` names the file being
 //!    processed, and at the third attempt the file is renamed to `<name>.failed` and reported as a dead letter.
 //!
 //! # Layout of a file
@@ -87,6 +89,17 @@ impl Kind {
 pub struct Spool {
     folder: Arc<Path>,
     bell: Arc<Bell>,
+    unread: Arc<Mutex<UnreadSpool>>,
+}
+
+/// What could not be read at the last look, and why.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct UnreadSpool {
+    /// Files in it.
+    pub files: usize,
+    /// Path and cause: of the folder where that can't be read, else of the first of the files.
+    pub error: Option<String>,
+    pub is_folder_unread: bool,
 }
 
 #[derive(Default)]
@@ -98,7 +111,17 @@ struct Bell {
 impl Spool {
     /// Touches nothing yet: the folder is made by who first leaves something.
     pub fn new(folder: &Path) -> Spool {
-        Spool { folder: folder.into(), bell: Arc::default() }
+        Spool { folder: folder.into(), bell: Arc::default(), unread: Arc::default() }
+    }
+
+    /// What its reader could not read at the last look.
+    pub fn unread(&self) -> UnreadSpool {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says what could not be read; gives what was said last.
+    pub fn set_unread(&self, unread: UnreadSpool) -> UnreadSpool {
+        std::mem::replace(&mut *self.unread.lock().unwrap_or_else(PoisonError::into_inner), unread)
     }
 
     pub fn folder(&self) -> &Path {

@@ -3,12 +3,13 @@
 //! One thread, woken by who leaves something and by the clock. Files are taken in order, small ones together, large ones
 //! in parts; see `spool` for what is promised. When the queue is full it waits for room: the files are the buffer.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -16,7 +17,7 @@ use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
 use super::Intake;
-use super::spool::{Attempt, DAMAGED_BYTES_KEPT_MAX, Frame, Frames, ReadError, Spool};
+use super::spool::{Attempt, DAMAGED_BYTES_KEPT_MAX, Frame, Frames, ReadError, Spool, UnreadSpool};
 use crate::event::{Failure, FailureKind, Origin, Rejection, Timestamp};
 use crate::queue::{Batch, QueueError};
 
@@ -29,6 +30,10 @@ const LARGE_FRAME_BYTES: usize = 256 << 10;
 
 /// Times that the program may end while it processes a file, before the file is moved aside.
 const ATTEMPTS_MAX: u32 = 2;
+
+/// How often a file that can't be read is tried again though nothing about it has changed: a disk may have failed, or
+/// the limit of open files may have been reached.
+const UNREAD_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often a stop is looked for while there is no room.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -49,28 +54,68 @@ pub struct SpoolReader {
     polling_interval: Duration,
     stop: Arc<AtomicBool>,
     idle: watch::Sender<bool>,
-    /// Files that can't be removed, or not read: passed over, so that they are neither taken in again and again nor
-    /// complained of at every look.
-    passed_over: HashSet<PathBuf>,
-    unread: Arc<Unread>,
+    /// Files that stay in the spool though they were looked at.
+    kept: HashMap<PathBuf, Kept>,
     /// The file that was being processed when the program ended last, if it did not end by itself.
     interrupted: Option<Attempt>,
 }
 
-/// What could not be read, as the reader counts it.
-#[derive(Default)]
-struct Unread {
-    files: AtomicUsize,
-    folder: AtomicBool,
+/// Why a file stays in the spool.
+enum Kept {
+    /// It can't be read.
+    Unread { version: Option<Version>, tried_at: Instant, error: String, records_taken: u64 },
+    /// All of it is in the queue, but it can't be removed.
+    TakenIn { version: Option<Version> },
+    /// It ends the program and is a dead letter, but can't be renamed.
+    Fatal { version: Option<Version> },
 }
 
-/// What the spool's reader could not read.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct UnreadSpool {
-    /// Files in it.
-    pub files: usize,
-    /// The folder itself, at the last look.
-    pub folder: bool,
+/// What of a file changes when somebody replaces it, writes to it, or changes its owner or mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Version {
+    inode: u64,
+    /// Seconds and nanoseconds of the time of its last change, content or not.
+    changed_at: (i64, i64),
+}
+
+impl Version {
+    /// `None` where there is no such file, or its folder may not be searched.
+    fn of(path: &Path) -> Option<Version> {
+        let metadata = path.symlink_metadata().ok()?;
+        Some(Version { inode: metadata.ino(), changed_at: (metadata.ctime(), metadata.ctime_nsec()) })
+    }
+
+    fn is_same_file(before: Option<Version>, now: Option<Version>) -> bool {
+        before.map(|version| version.inode) == now.map(|version| version.inode)
+    }
+}
+
+/// What is to be done with a file that stayed in the spool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    /// Read it, but for so many records at its beginning.
+    Read(u64),
+    Remove,
+    MoveAside,
+    Nothing,
+}
+
+impl Kept {
+    fn step(&self, path_now: Option<Version>, now: Instant) -> Step {
+        match self {
+            Kept::Unread { version, tried_at, records_taken, .. } => {
+                let is_due = *version != path_now || now.saturating_duration_since(*tried_at) >= UNREAD_RETRY_INTERVAL;
+                let same = Version::is_same_file(*version, path_now);
+                if is_due { Step::Read(if same { *records_taken } else { 0 }) } else { Step::Nothing }
+            }
+            // Its name now leads to another file.
+            Kept::TakenIn { version } | Kept::Fatal { version } if !Version::is_same_file(*version, path_now) => {
+                Step::Read(0)
+            }
+            Kept::TakenIn { .. } => Step::Remove,
+            Kept::Fatal { .. } => Step::MoveAside,
+        }
+    }
 }
 
 /// Ends a [`SpoolReader`] and tells whether it has work. Cheap to clone.
@@ -79,7 +124,6 @@ pub struct SpoolHandle {
     spool: Spool,
     stop: Arc<AtomicBool>,
     idle: watch::Receiver<bool>,
-    unread: Arc<Unread>,
 }
 
 impl SpoolHandle {
@@ -93,12 +137,9 @@ impl SpoolHandle {
         *self.idle.borrow()
     }
 
-    /// What could not be read so far.
+    /// What could not be read at the last look.
     pub fn unread(&self) -> UnreadSpool {
-        UnreadSpool {
-            files: self.unread.files.load(Ordering::Acquire),
-            folder: self.unread.folder.load(Ordering::Acquire),
-        }
+        self.spool.unread()
     }
 }
 
@@ -106,47 +147,59 @@ impl SpoolReader {
     pub fn new(spool: Spool, intake: Arc<Intake>, polling_interval: Duration) -> (SpoolReader, SpoolHandle) {
         let stop = Arc::new(AtomicBool::new(false));
         let (idle, is_idle) = watch::channel(false);
-        let unread = Arc::<Unread>::default();
-        let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle, unread: unread.clone() };
-        let (interrupted, passed_over) = (spool.attempt(), HashSet::new());
-        (SpoolReader { spool, intake, polling_interval, stop, idle, passed_over, unread, interrupted }, handle)
+        let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle };
+        let (interrupted, kept) = (spool.attempt(), HashMap::new());
+        (SpoolReader { spool, intake, polling_interval, stop, idle, kept, interrupted }, handle)
     }
 
     /// Takes in what waits, again and again. Blocks until stopped; an error is the queue's.
     pub fn run(mut self) -> Result<(), QueueError> {
         while !self.stopped() {
-            match self.spool.remove_old_drafts().and_then(|()| self.spool.waiting()) {
-                Ok(paths) => {
-                    if self.unread.folder.swap(false, Ordering::AcqRel) {
-                        info!(spool = %self.spool.folder().display(), "the spool can be read again");
-                    }
-                    match self.take_in(paths) {
-                        Ok(()) => self.idle.send_replace(true),
-                        Err(Interruption::Stopped) => return Ok(()),
-                        Err(Interruption::Queue(error)) => return Err(error),
-                    };
-                }
-                Err(error) => {
-                    if !self.unread.folder.swap(true, Ordering::AcqRel) {
-                        warn!(spool = %self.spool.folder().display(), error = %error,
-                              "the spool can't be read, trying on; mend its mode or set queue.spool_path");
-                    }
-                    self.idle.send_replace(true);
-                }
-            }
+            match self.look() {
+                Ok(()) => self.idle.send_replace(true),
+                Err(Interruption::Stopped) => return Ok(()),
+                Err(Interruption::Queue(error)) => return Err(error),
+            };
             self.spool.wait(self.polling_interval);
         }
         Ok(())
     }
 
-    /// Takes in what waits once.
-    #[cfg(test)]
-    fn run_once(mut self) -> io::Result<Result<(), QueueError>> {
-        let paths = self.spool.waiting()?;
-        Ok(match self.take_in(paths) {
-            Ok(()) | Err(Interruption::Stopped) => Ok(()),
-            Err(Interruption::Queue(error)) => Err(error),
-        })
+    /// Takes in what waits once, and says what could not be read.
+    fn look(&mut self) -> Result<(), Interruption> {
+        match self.spool.remove_old_drafts().and_then(|()| self.spool.waiting()) {
+            Ok(paths) => {
+                self.take_in(paths)?;
+                let unread = self.unread();
+                if self.spool.set_unread(unread).is_folder_unread {
+                    info!(spool = %self.spool.folder().display(), "the spool can be read again");
+                }
+            }
+            Err(error) => {
+                let folder = self.spool.folder().display();
+                let unread =
+                    UnreadSpool { files: 0, error: Some(format!("{folder}: {error}")), is_folder_unread: true };
+                if !self.spool.set_unread(unread).is_folder_unread {
+                    warn!(spool = %folder, error = %error,
+                          "the spool can't be read, trying on; correct its owner or mode, or set queue.spool_path");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The files that can't be read.
+    fn unread(&self) -> UnreadSpool {
+        let unread = self.kept.iter().filter_map(|(path, kept)| match kept {
+            Kept::Unread { error, .. } => Some((path, error)),
+            Kept::TakenIn { .. } | Kept::Fatal { .. } => None,
+        });
+        let first = unread.clone().min();
+        UnreadSpool {
+            files: unread.count(),
+            error: first.map(|(path, error)| format!("{}: {error}", path.display())),
+            is_folder_unread: false,
+        }
     }
 
     fn stopped(&self) -> bool {
@@ -154,25 +207,40 @@ impl SpoolReader {
     }
 
     fn take_in(&mut self, paths: Vec<PathBuf>) -> Result<(), Interruption> {
+        self.kept.retain(|path, _| paths.binary_search(path).is_ok());
         let mut gathered = Gathered::default();
         for path in paths {
             if self.stopped() {
                 return Err(Interruption::Stopped);
             }
-            if self.passed_over.contains(&path) {
-                continue;
-            }
+            let kept = self.kept.get(&path);
+            let records_taken = match kept.map_or(Step::Read(0), |kept| kept.step(Version::of(&path), Instant::now())) {
+                Step::Read(records_taken) => records_taken,
+                Step::Remove => {
+                    if is_done(std::fs::remove_file(&path)) {
+                        self.kept.remove(&path);
+                    }
+                    continue;
+                }
+                Step::MoveAside => {
+                    if is_done(self.spool.move_aside(&path)) {
+                        self.kept.remove(&path);
+                    }
+                    continue;
+                }
+                Step::Nothing => continue,
+            };
             self.idle.send_replace(false);
             let Some(attempt) = self.begin_attempt(&path, &mut gathered)? else { continue };
             match Frames::open(&path) {
                 Ok(frames) => {
-                    let taken = self.take_file(path, &attempt, frames, &mut gathered);
+                    let taken = self.take_file(path, &attempt, frames, records_taken, &mut gathered);
                     self.spool.clear_attempt();
                     taken?;
                 }
                 Err(error) => {
                     self.spool.clear_attempt();
-                    self.pass_over_unread(path, &error);
+                    self.keep_unread(path, &error, records_taken);
                 }
             }
         }
@@ -197,12 +265,14 @@ impl SpoolReader {
         self.spool.clear_attempt();
         self.hand_over(gathered)?;
         if let Err(error) = self.spool.move_aside(path) {
-            self.pass_over(path.to_owned(), &error, "a file of the spool ends the program and can't be renamed");
+            warn!(file = %path.display(), error = %error,
+                  "a spool file ends the program and can't be renamed; correct the owner or mode of its folder, or remove it");
+            self.kept.insert(path.to_owned(), Kept::Fatal { version: Version::of(path) });
         }
         Ok(None)
     }
 
-    /// Gathers the records of a file, handing over on the way.
+    /// Gathers the records of a file behind the first `records_taken`, handing over on the way.
     ///
     /// If the program ends while a record is checked, or while a large one is on its way into the queue, the file is to
     /// blame; if it ends while the queue is written, it is not.
@@ -211,13 +281,20 @@ impl SpoolReader {
         path: PathBuf,
         attempt: &Attempt,
         mut frames: Frames,
+        records_taken: u64,
         gathered: &mut Gathered,
     ) -> Result<(), Interruption> {
+        let mut records = 0;
         loop {
             let mut is_large = false;
             let checker = self.intake.checker().clone();
             let taken = match frames.next_frame(|bytes| checker.values().reserve(bytes)) {
+                Ok(Some(_)) if records < records_taken => {
+                    records += 1;
+                    continue;
+                }
                 Ok(Some((frame, _reservation))) => {
+                    records += 1;
                     is_large = frame.byte_length() > LARGE_FRAME_BYTES;
                     if is_large {
                         self.spool.note_attempt(attempt);
@@ -238,7 +315,7 @@ impl SpoolReader {
                 }
                 Ok(()) => {}
                 Err(ReadError::Io(error)) => {
-                    self.pass_over_unread(path, &error);
+                    self.keep_unread(path, &error, records);
                     return Ok(());
                 }
                 Err(ReadError::Damaged(problem)) => {
@@ -247,6 +324,9 @@ impl SpoolReader {
                     break;
                 }
             }
+        }
+        if let Some(Kept::Unread { .. }) = self.kept.remove(&path) {
+            info!(file = %path.display(), "a spool file could be read again and is taken in");
         }
         gathered.done.push(path);
         if gathered.is_full() { self.hand_over(gathered) } else { Ok(()) }
@@ -280,7 +360,10 @@ impl SpoolReader {
             if let Err(error) = std::fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
             {
-                self.pass_over(path, &error, "a file of the spool was taken in but can't be removed");
+                warn!(file = %path.display(), error = %error,
+                      "a spool file was taken in but can't be removed; correct the owner or mode of its folder");
+                let version = Version::of(&path);
+                self.kept.insert(path, Kept::TakenIn { version });
             }
         }
         Ok(())
@@ -298,19 +381,25 @@ impl SpoolReader {
         Ok(())
     }
 
-    fn pass_over_unread(&mut self, path: PathBuf, error: &io::Error) {
-        if error.kind() != io::ErrorKind::NotFound {
-            self.unread.files.fetch_add(1, Ordering::AcqRel);
+    /// Keeps a file for later that could not be read. Said once, until it could be.
+    fn keep_unread(&mut self, path: PathBuf, error: &io::Error, records_taken: u64) {
+        if error.kind() == io::ErrorKind::NotFound {
+            self.kept.remove(&path);
+            return;
         }
-        self.pass_over(path, error, "a file in the spool can't be read and stays there");
+        if !self.kept.contains_key(&path) {
+            warn!(file = %path.display(), error = %error,
+                  "a spool file could not be read and is tried again; correct its owner or mode, or remove it");
+        }
+        let version = Version::of(&path);
+        let error = error.to_string();
+        self.kept.insert(path, Kept::Unread { version, tried_at: Instant::now(), error, records_taken });
     }
+}
 
-    fn pass_over(&mut self, path: PathBuf, error: &io::Error, what: &str) {
-        if error.kind() != io::ErrorKind::NotFound {
-            warn!(file = %path.display(), error = %error, "{what}; mend its mode or remove it");
-            self.passed_over.insert(path);
-        }
-    }
+/// Whether a file is no longer under its name.
+fn is_done(removed: io::Result<()>) -> bool {
+    removed.map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
 }
 
 /// What goes into the queue together.
@@ -381,6 +470,10 @@ mod tests {
     }
 
     fn leave(spool: &Spool, session: &str) {
+        spool.leave(&record(session, "")).unwrap();
+    }
+
+    fn record(session: &str, message: &str) -> crate::intake::spool::Record {
         let arrival = hook::Arrival {
             id: EventId::new(),
             received_at: Timestamp::now(),
@@ -388,8 +481,9 @@ mod tests {
             working_directory: None,
             project_path: None,
         };
-        let input = format!(r#"{{"session_id":"{session}","cwd":"/app","hook_event_name":"Stop"}}"#);
-        spool.leave(&hook::record(input.as_bytes(), arrival, HookCapture::Summary, 1 << 20)).unwrap();
+        let input =
+            format!(r#"{{"session_id":"{session}","cwd":"/app","hook_event_name":"Stop","message":"{message}"}}"#);
+        hook::record(input.as_bytes(), arrival, HookCapture::Summary, 1 << 20)
     }
 
     fn sessions(intake: &Intake) -> Vec<String> {
@@ -403,7 +497,7 @@ mod tests {
     }
 
     fn take_in(spool: &Spool, intake: &Arc<Intake>) {
-        SpoolReader::new(spool.clone(), intake.clone(), Duration::ZERO).0.run_once().unwrap().unwrap();
+        SpoolReader::new(spool.clone(), intake.clone(), Duration::ZERO).0.look().unwrap();
     }
 
     #[test]
@@ -432,6 +526,66 @@ mod tests {
         let letters = intake.queue().dead_letters(None, 10).unwrap();
         assert_eq!(letters.len(), 1);
         assert_eq!(letters[0].failure.kind, FailureKind::Damaged);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_read_is_tried_again_when_it_changes_and_once_a_minute() {
+        let now = Instant::now();
+        let version = Version { inode: 7, changed_at: (100, 5) };
+        let kept = |records_taken| Kept::Unread {
+            version: Some(version),
+            tried_at: now,
+            error: "Too many open files".to_owned(),
+            records_taken,
+        };
+        let later = |seconds| now + Duration::from_secs(seconds);
+        assert_eq!(kept(3).step(Some(version), later(59)), Step::Nothing);
+        assert_eq!(kept(3).step(Some(version), later(60)), Step::Read(3));
+        let touched = Version { changed_at: (100, 6), ..version };
+        assert_eq!(kept(3).step(Some(touched), now), Step::Read(3));
+        let other = Version { inode: 8, ..version };
+        assert_eq!(kept(3).step(Some(other), now), Step::Read(0), "nothing of this one was taken");
+        // What is done with is never read again, whatever happens to it; another file of its name is.
+        for (kept, step) in [
+            (Kept::TakenIn { version: Some(version) }, Step::Remove),
+            (Kept::Fatal { version: Some(version) }, Step::MoveAside),
+        ] {
+            assert_eq!(kept.step(Some(version), later(3600)), step);
+            assert_eq!(kept.step(Some(touched), now), step);
+            assert_eq!(kept.step(Some(other), now), Step::Read(0));
+        }
+    }
+
+    #[test]
+    fn a_file_whose_reading_failed_in_the_middle_is_read_on_where_it_failed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (spool, intake) = scene(folder.path(), 1 << 30);
+        let mut draft = spool.draft().unwrap();
+        // The second lies beyond what is read at once.
+        for (session, bytes) in [("first", 1), ("second", 100_000)] {
+            draft.add(&record(session, &"x".repeat(bytes))).unwrap();
+        }
+        draft.commit(crate::intake::spool::Kind::Events).unwrap();
+        let path = spool.waiting().unwrap().remove(0);
+        let whole = std::fs::read(&path).unwrap();
+        let (mut reader, _handle) = SpoolReader::new(spool.clone(), intake.clone(), Duration::ZERO);
+        let frames = Frames::open(&path).unwrap();
+        // The disk fails now.
+        File::options().write(true).open(&path).unwrap().set_len(20_000).unwrap();
+        let mut gathered = Gathered::default();
+        let attempt = Attempt { file: path.file_name().unwrap().to_owned(), count: 1 };
+        reader.take_file(path.clone(), &attempt, frames, 0, &mut gathered).unwrap();
+        reader.hand_over(&mut gathered).unwrap();
+        assert_eq!(sessions(&intake), ["first"]);
+        let unread = reader.unread();
+        assert_eq!(unread.files, 1);
+        assert!(unread.error.unwrap().starts_with(&format!("{}: ", path.display())));
+        // And works again.
+        std::fs::write(&path, whole).unwrap();
+        reader.look().unwrap();
+        assert_eq!(sessions(&intake), ["first", "second"]);
+        assert!(spool.waiting().unwrap().is_empty());
+        assert_eq!(spool.unread(), UnreadSpool::default());
     }
 
     #[test]

@@ -53,6 +53,15 @@ fn hooks_that_are_missing_or_point_elsewhere_are_found() {
 }
 
 #[test]
+fn a_pattern_that_makes_redaction_slow_is_noted() {
+    let mut stage = Stage::with(None);
+    stage.set("redact.enabled", "true").set("redact.patterns", r"['\bACME-\d+']");
+    assert_says(&stage, 0, "note", r"write (?-u:\b)");
+    stage.set("redact.patterns", r"['(?-u:\b)ACME-\d+']");
+    assert_says(&stage, 0, "ok", "1 patterns beside the built-in ones");
+}
+
+#[test]
 fn a_queue_held_by_a_watcher_that_does_not_listen_there_is_found() {
     let mut stage = Stage::with(None);
     let watcher = stage.start();

@@ -255,35 +255,179 @@ fn a_hook_prints_nothing_and_exits_0_whatever_happens() {
     }
 }
 
-#[test]
-fn a_hook_whose_stdin_stays_open_ends_when_its_object_is_complete_or_nothing_more_comes() {
-    let stage = Stage::with(None);
-    for (text, left) in
-        [(input("SessionEnd", json!({"reason": "clear"})), 1), (String::new(), 0), ("{\"a\":".into(), 1)]
-    {
-        let before = spooled(&stage);
-        let begun = Instant::now();
-        let mut child = begin(&stage, &["hook"]);
-        let mut stdin = child.stdin.take().unwrap();
-        // In two pieces, the second a moment later.
-        let (head, tail) = text.split_at(text.len() / 2);
-        stdin.write_all(head.as_bytes()).unwrap();
-        stdin.flush().unwrap();
-        stdin.write_all(tail.as_bytes()).unwrap();
-        let mut status = None;
-        wait_until("it ends", SOON, || {
-            if !text.is_empty() && text.ends_with('}') {
-                // So that it is not the pause that ends it.
-                let _ = stdin.write_all(b" ");
-            }
-            status = child.try_wait().unwrap();
-            status.is_some()
-        });
-        assert_eq!(status.unwrap().code(), Some(0));
-        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}: {text}", begun.elapsed());
-        drop(stdin);
-        assert_eq!(spooled(&stage) - before, left, "{text}");
+/// The records in the spool, taken into a queue without a database: payloads of the events, messages of the dead letters.
+fn kept(stage: &Stage) -> (Vec<Value>, Vec<String>) {
+    let watcher = stage.start();
+    wait_until("the spool is empty", SOON, || spooled(stage) == 0);
+    let events = stage.run(&["queue-dump", "--format", "jsonl", "--payload"]).lines();
+    let letters = stage.run(&["queue-dump", "--dead-letters", "--format", "jsonl"]).lines();
+    drop(watcher);
+    (
+        events.into_iter().map(|mut event| event["payload"].take()).collect(),
+        letters.into_iter().map(|letter| letter["message"].as_str().unwrap().to_owned()).collect(),
+    )
+}
+
+/// Writes these pieces to a hook's stdin, each a while after the one before, then closes it or keeps it open. Gives how
+/// long it took.
+fn hook_in_pieces(stage: &Stage, pieces: &[(Duration, &str)], is_closed: bool) -> Duration {
+    let begun = Instant::now();
+    let mut child = begin(stage, &["hook"]);
+    let mut stdin = child.stdin.take().unwrap();
+    for (pause, piece) in pieces {
+        std::thread::sleep(*pause);
+        stdin.write_all(piece.as_bytes()).unwrap();
     }
+    let open = (!is_closed).then_some(stdin);
+    wait_until("it ends", SOON, || child.try_wait().unwrap().is_some());
+    drop(open);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
+    begun.elapsed()
+}
+
+#[test]
+fn a_hooks_input_that_comes_late_or_in_pieces_is_kept() {
+    let stage = Stage::with(None);
+    let text = input("Stop", json!({"prompt_id": "1"}));
+    let (head, tail) = text.split_at(text.len() / 2);
+    let long = Duration::from_millis(1300);
+    for is_closed in [true, false] {
+        hook_in_pieces(&stage, &[(long, &text)], is_closed);
+        hook_in_pieces(&stage, &[(Duration::ZERO, head), (long, tail)], is_closed);
+    }
+    let (payloads, letters) = kept(&stage);
+    assert_eq!((payloads.len(), letters.as_slice()), (4, &[][..]));
+    assert!(payloads.iter().all(|payload| payload["prompt_id"] == "1"));
+}
+
+#[test]
+fn a_hook_that_gets_no_complete_input_ends_before_claude_code_kills_it_and_leaves_a_dead_letter() {
+    let stage = Stage::with(None);
+    let installed = stage.run(&["hooks", "show"]).output();
+    let timeout = installed.lines().find_map(|line| line.trim().strip_prefix("\"timeout\": ")).unwrap();
+    let timeout = Duration::from_secs(timeout.trim_end_matches(',').parse().unwrap());
+    // All three at once: each takes as long as a hook may.
+    let took = std::thread::scope(|scope| {
+        let run = |text: &'static str| scope.spawn(|| hook_in_pieces(&stage, &[(Duration::ZERO, text)], false));
+        [run(""), run("{\"a\":"), run("garbage")].map(|thread| thread.join().unwrap())
+    });
+    assert!(took.iter().all(|took| *took < timeout), "{took:?}, Claude Code waits for {timeout:?}");
+    // Nobody who writes: there is no input, and nothing to be said of it.
+    hook(&stage, "");
+    let (payloads, mut letters) = kept(&stage);
+    letters.sort();
+    assert_eq!(payloads.len(), 0);
+    let seconds = timeout.as_secs() - 2;
+    let expected = [
+        format!(
+            "a hook got no complete JSON object within {seconds} s, only 5 bytes; it is kept only where hooks.capture is full"
+        ),
+        format!(
+            "a hook got no complete JSON object within {seconds} s, only 7 bytes; it is kept only where hooks.capture is full"
+        ),
+        format!("a hook got no input within {seconds} s"),
+    ];
+    assert_eq!(letters, expected);
+}
+
+#[test]
+fn a_hook_whose_stdin_stays_open_ends_when_its_object_is_complete() {
+    let stage = Stage::with(None);
+    let text = input("SessionEnd", json!({"reason": "clear"}));
+    let took = hook_in_pieces(&stage, &[(Duration::ZERO, &text)], false);
+    assert!(took < Duration::from_secs(5), "{took:?}: it has waited for more");
+    assert_eq!(spooled(&stage), 1);
+}
+
+#[test]
+fn nothing_that_follows_a_hooks_object_on_its_stdin_is_lost_without_a_word() {
+    let stage = Stage::with(None);
+    let first = input("Stop", json!({"prompt_id": "1"}));
+    let second = input("Stop", json!({"prompt_id": "2"}));
+    hook(&stage, format!("{first}{second}"));
+    hook(&stage, format!("{first}\n{second}\n"));
+    // In two writes, and left open.
+    hook_in_pieces(&stage, &[(Duration::ZERO, &first), (Duration::ZERO, &second)], false);
+    hook(&stage, format!("{first} and more"));
+    let (payloads, letters) = kept(&stage);
+    let ids: Vec<&str> = payloads.iter().map(|payload| payload["prompt_id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["1", "2", "1", "2", "1", "2", "1"]);
+    assert_eq!(letters, ["a hook's input of 8 bytes is no JSON object; it is kept only where hooks.capture is full"]);
+}
+
+#[test]
+fn the_dead_letter_of_garbage_says_how_much_came() {
+    let stage = Stage::with(None);
+    // Brackets, as in random bytes, are the end of nothing.
+    let noise = "x]}{y\u{fffd}".repeat(12_500);
+    for text in [noise.clone(), format!("{{]{noise}")] {
+        hook(&stage, &text);
+        let (payloads, letters) = kept(&stage);
+        assert_eq!(payloads.len(), 0);
+        assert!(
+            letters.last().unwrap().starts_with(&format!("a hook's input of {} bytes is no JSON object", text.len())),
+            "{letters:?}"
+        );
+    }
+}
+
+#[test]
+fn a_hook_without_a_configuration_leaves_nothing_where_the_agent_works() {
+    let stage = Stage::with(None);
+    let elsewhere = stage.folder().join("project");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let run = |has_home: bool| {
+        let mut command = stage.command(&["hook"]);
+        command.current_dir(&elsewhere).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if !has_home {
+            command.env_remove("HOME");
+        }
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input("Stop", json!({})).as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
+    };
+    for has_home in [true, false] {
+        run(has_home);
+        assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0, "home: {has_home}");
+    }
+    // Unless it is told where.
+    let told = stage.folder().join("told");
+    let mut command = stage.command(&["hook"]);
+    command.current_dir("/").env("HEADSPACE_QUEUE__SPOOL_PATH", &told).stdin(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input("Stop", json!({})).as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(&told).unwrap().count(), 1);
+    // Where a watcher has run with its defaults, the spool is there, and somebody reads it.
+    std::fs::create_dir_all(elsewhere.join("data/spool")).unwrap();
+    run(true);
+    assert_eq!(std::fs::read_dir(elsewhere.join("data/spool")).unwrap().count(), 1);
+}
+
+#[test]
+fn a_hook_on_a_terminal_on_which_nobody_types_ends_and_leaves_nothing() {
+    let stage = Stage::with(None);
+    let mut terminal = std::process::Command::new("script");
+    let program = env!("CARGO_BIN_EXE_headspace-watcher");
+    terminal.args(["-qec", &format!("{program} hook"), "/dev/null"]).current_dir(stage.folder());
+    // What script reads is typed on its terminal: nothing, and no end.
+    let Ok(mut child) = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
+        eprintln!("SKIPPED: no script, which makes a terminal");
+        return;
+    };
+    let stdin = child.stdin.take();
+    wait_until("it ends", SOON, || child.try_wait().unwrap().is_some());
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        (output.status.code(), output.stdout.len()),
+        (Some(0), 0),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    assert_eq!(spooled(&stage), 0);
 }
 
 #[test]

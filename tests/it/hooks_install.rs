@@ -1,9 +1,10 @@
 //! `hooks`: Claude Code calls the watcher, and nothing else in its settings is touched.
 
-use std::fs::Permissions;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -41,6 +42,13 @@ fn run(stage: &Stage, arguments: &[&str]) -> Ran {
 
 fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Writes the file as somebody did some time ago: an empty one that is younger is being written.
+fn written_long_ago(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
 }
 
 /// What is beside the settings in their folder.
@@ -117,7 +125,7 @@ fn what_was_empty_comes_back_as_it_was_and_what_was_changed_since_stays_changed(
     let stage = Stage::with(None);
     let path = settings(&stage);
     for text in ["", " \n", "{ }", "{\n\n}\n", "{\"hooks\": { }}", "{\"hooks\":{\"Stop\":[\n]}, \"a\":1}"] {
-        std::fs::write(&path, text).unwrap();
+        written_long_ago(&path, text);
         run(&stage, &["install"]);
         assert_eq!(commands(&read(&path), "Stop").len(), 1);
         run(&stage, &["uninstall"]);
@@ -384,4 +392,77 @@ fn without_a_home_no_settings_file_is_written_below_the_current_folder() {
     // A file that is named relatively is meant to be there.
     run(&stage, &["install", "--settings", "here.json"]);
     assert_eq!(commands(&read(&stage.folder().join("here.json")), "Stop").len(), 1);
+}
+
+/// Runs a command that must be refused with 74 and a sentence that holds `words`, and must leave the file and its folder alone.
+#[track_caller]
+fn refused(stage: &Stage, path: &Path, command: &str, words: &[&str]) {
+    let (before, others) = (std::fs::metadata(path).unwrap(), neighbours(path));
+    let ran = stage.run(&["hooks", command]);
+    assert_eq!(ran.code(), 74, "{}{}", ran.output(), ran.error());
+    for word in words {
+        assert!(ran.error().contains(word), "{word}: {}", ran.error());
+    }
+    assert_eq!(ran.output(), "", "it says nothing else");
+    let after = std::fs::metadata(path).unwrap();
+    assert_eq!((after.ino(), after.len(), after.nlink()), (before.ino(), before.len(), before.nlink()));
+    assert_eq!(neighbours(path), others, "no copy, no draft");
+}
+
+#[test]
+fn an_empty_file_that_was_just_written_is_being_written_and_is_left_to_its_writer() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    for command in ["install", "uninstall", "show"] {
+        // Another program has truncated the file and will write it in a moment. A loaded machine may take longer than
+        // that moment to start a program, so that the file is given a time that does not pass.
+        std::fs::write(&path, "").unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_millis(900)).unwrap();
+        refused(&stage, &path, command, &["is being written", "try again"]);
+    }
+    // One that has been empty for a while is just empty.
+    written_long_ago(&path, "");
+    run(&stage, &["install"]);
+    assert_eq!(commands(&read(&path), "Stop").len(), 1);
+}
+
+#[test]
+fn a_file_that_its_owner_may_not_write_is_not_replaced() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    std::fs::write(&path, SETTINGS).unwrap();
+    std::fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
+    refused(&stage, &path, "install", &["read-only (mode 0444)", "chmod u+w"]);
+    assert_eq!(read(&path), SETTINGS);
+    // Whoever has nothing to write may look, and find nothing to do.
+    run(&stage, &["show"]);
+    assert!(run(&stage, &["uninstall"]).output().starts_with("nothing to do"));
+    std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    run(&stage, &["install"]);
+    std::fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+    assert!(run(&stage, &["install"]).output().starts_with("nothing to do"));
+    refused(&stage, &path, "uninstall", &["read-only (mode 0400)"]);
+}
+
+#[test]
+fn a_file_with_a_second_name_is_not_cut_from_it() {
+    let stage = Stage::with(None);
+    let path = settings(&stage);
+    let twin = stage.folder().join("dotfiles.json");
+    std::fs::write(&path, SETTINGS).unwrap();
+    std::fs::hard_link(&path, &twin).unwrap();
+    refused(&stage, &path, "install", &["2 names", "hard link", "ln -s"]);
+    assert_eq!((read(&path), read(&twin)), (SETTINGS.to_owned(), SETTINGS.to_owned()));
+    run(&stage, &["show"]);
+    // As the message says: a symbolic link instead.
+    std::fs::remove_file(&path).unwrap();
+    symlink(&twin, &path).unwrap();
+    run(&stage, &["install"]);
+    assert_eq!(commands(&read(&twin), "Stop").len(), 2);
+    // A file of nothing but our hooks would be removed by uninstall: not one with a second name.
+    std::fs::remove_file(&path).unwrap();
+    run(&stage, &["install"]);
+    std::fs::hard_link(&path, stage.folder().join("other.json")).unwrap();
+    refused(&stage, &path, "uninstall", &["2 names"]);
 }

@@ -34,6 +34,7 @@ mod memory;
 mod metrics;
 mod moving_files;
 mod neighbours;
+mod odd_files;
 mod operator_errors;
 mod order;
 mod outages;

@@ -1,9 +1,11 @@
 //! The spool as others may leave it: odd files, a folder that can't be written, a file that ends the program.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use crate::stage::{SOON, Stage, Watcher, wait_until};
+use crate::starting::without_privileges;
 
 const HOOK: &str = r#"{"session_id":"s","cwd":"/app","hook_event_name":"Stop"}"#;
 
@@ -101,4 +103,100 @@ fn a_kill_while_the_queue_is_full_is_no_spool_files_fault() {
     let watcher = stage.start();
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0, "{}", watcher.log());
     assert!(names(&stage.folder().join("data/spool")).iter().all(|name| !name.ends_with(".failed")));
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn a_spool_file_that_could_not_be_read_is_taken_in_once_its_mode_is_corrected() {
+    let Some(mut stage) = without_privileges(Stage::with(None)) else { return };
+    stage.set("file_watcher.polling_interval", "0.2");
+    for _ in 0..2 {
+        assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    }
+    let spool = stage.folder().join("data/spool");
+    let unreadable = spool.join(names(&spool).remove(0));
+    set_mode(&unreadable, 0o000);
+    let watcher = stage.start();
+    wait_until("the other one is taken in", SOON, || pending(&watcher) == 1);
+    let unread = || watcher.health()["spool"]["unread_files"].as_u64();
+    wait_until("health says so", SOON, || unread() == Some(1));
+    let status = stage.run(&["status"]);
+    assert_eq!(status.code(), 0, "a warning");
+    for words in
+        ["1 file in the spool can't be read", "owner or mode", unreadable.to_str().unwrap(), "Permission denied"]
+    {
+        assert!(status.output().contains(words), "{words}: {}", status.output());
+    }
+    let gauge = |count: u32| format!("headspace_watcher_spool_unread_files {count}\n");
+    assert!(watcher.get("/metrics").unwrap().1.contains(&gauge(1)));
+    set_mode(&unreadable, 0o600);
+    wait_until("it is taken in", SOON, || pending(&watcher) == 2);
+    wait_until("health has nothing to say of it any more", SOON, || unread() == Some(0));
+    assert!(watcher.get("/metrics").unwrap().1.contains(&gauge(0)));
+    assert!(names(&spool).is_empty());
+    assert_eq!(watcher.logged("a spool file could not be read").len(), 1, "said once: {}", watcher.log());
+}
+
+#[test]
+fn a_spool_file_that_was_taken_in_but_can_not_be_removed_is_never_taken_in_again() {
+    let Some(mut stage) = without_privileges(Stage::with(None)) else { return };
+    stage.set("file_watcher.polling_interval", "0.1");
+    let watcher = stage.start();
+    let spool = stage.folder().join("data/spool");
+    // A folder in which the watcher may read but not remove: it would make its own one writable at the start, so this one
+    // comes in its place later.
+    stage.set("queue.spool_path", "locked");
+    for _ in 0..4 {
+        assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    }
+    let locked = stage.folder().join("locked");
+    let files = names(&locked).into_iter().map(|name| spool.join(name)).collect::<Vec<_>>();
+    let later = &files[1..];
+    later.iter().for_each(|file| set_mode(&locked.join(file.file_name().unwrap()), 0o000));
+    set_mode(&locked, 0o500);
+    std::fs::rename(&spool, stage.folder().join("former")).unwrap();
+    std::fs::rename(&locked, &spool).unwrap();
+    watcher.wait_for_log("can't be removed");
+    for (number, next) in (2..).zip(later) {
+        // A change of the file is no reason to take it in again. The next one's being taken in shows that it was looked at.
+        set_mode(&files[0], 0o640);
+        set_mode(next, 0o600);
+        wait_until("the next one is taken in", SOON, || pending(&watcher) >= number);
+        assert_eq!(pending(&watcher), number);
+    }
+    assert_eq!(watcher.logged("can't be removed").len(), 4, "said once of each: {}", watcher.log());
+    set_mode(&spool, 0o700);
+    wait_until("they are removed once they can be", SOON, || names(&spool).is_empty());
+    assert_eq!(pending(&watcher), 4);
+}
+
+#[test]
+fn until_idle_takes_in_what_it_could_not_read_at_first_when_that_is_corrected_meanwhile() {
+    let Some(mut stage) = without_privileges(Stage::with(None)) else { return };
+    stage.set("database.url", crate::stage::AWAY).set("file_watcher.polling_interval", "0.1");
+    assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    let spool = stage.folder().join("data/spool");
+    let unreadable = spool.join(names(&spool).remove(0));
+    set_mode(&unreadable, 0o000);
+    assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    let watcher = stage.start_with(&["--until-idle"]);
+    watcher.wait_for_log("a spool file could not be read");
+    set_mode(&unreadable, 0o600);
+    wait_until("both are taken in", SOON, || pending(&watcher) == 2);
+    assert_eq!(watcher.health()["spool"]["unread_files"], 0);
+}
+
+#[test]
+fn without_a_watcher_status_says_how_much_waits_in_the_spool() {
+    let stage = Stage::with(None);
+    for said in ["spool     1 file waits\n", "spool     2 files wait\n"] {
+        assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+        let ran = stage.run(&["status"]);
+        assert_eq!(ran.code(), 3);
+        assert!(ran.output().contains(said), "{}", ran.output());
+    }
+    assert_eq!(stage.run(&["status", "--json"]).lines()[0]["spool"]["waiting_files"], 2);
 }

@@ -398,6 +398,22 @@ impl Stage {
         Ran(child.wait_with_output().unwrap())
     }
 
+    /// Runs a command that might wait for ever; fails the test where it does.
+    #[track_caller]
+    pub fn run_within(&self, within: Duration, arguments: &[&str]) -> Ran {
+        let mut child = self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + within;
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("it has not ended within {within:?}: {arguments:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ran(child.wait_with_output().unwrap())
+    }
+
     /// Runs a command to its end.
     pub fn run(&self, arguments: &[&str]) -> Ran {
         Ran(self.command(arguments).output().unwrap())

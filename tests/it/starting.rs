@@ -314,7 +314,7 @@ fn a_task_that_ends_ends_the_process_with_an_error_that_names_it() {
 }
 
 /// A stage whose program reads only what the modes of files let it read; `None` where that can't be had.
-fn without_privileges(mut stage: Stage) -> Option<Stage> {
+pub fn without_privileges(mut stage: Stage) -> Option<Stage> {
     if fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0) {
         if Command::new("setpriv").arg("--version").output().is_err() {
             eprintln!("SKIPPED: root reads everything, and there is no setpriv to take that away");

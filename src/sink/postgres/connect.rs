@@ -40,6 +40,7 @@ use super::verdict::{session_outlives, step_error};
 use super::{Link, layout, no_answer, predecessor_missing, procedure};
 use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode, TableName};
 use crate::event::{Envelope, Timestamp};
+use crate::regular_file;
 use crate::sink::{DeliverError, Delivered, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
@@ -50,6 +51,9 @@ const SOURCES_KEPT_MAX: usize = 2048;
 
 /// How long a server that has not answered is given to say, when its statement is cancelled, what it was waiting for.
 const CANCEL_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// A larger file holds no certificate and no key: the trusted certificates of a system have some 250 kB.
+const PEM_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Clone)]
 pub struct ConnectSettings {
@@ -847,15 +851,16 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore, String> {
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let problem = |error: &dyn fmt::Display| format!("could not read certificates from {}: {error}", file.display());
-    let certificates = CertificateDer::pem_file_iter(file)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| problem(&error))?;
+    let bytes = regular_file::read(file, PEM_BYTES_MAX).map_err(|error| problem(&error))?;
+    let certificates =
+        CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>().map_err(|error| problem(&error))?;
     if certificates.is_empty() { Err(problem(&"it holds none")) } else { Ok(certificates) }
 }
 
 fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>, String> {
-    PrivateKeyDer::from_pem_file(file)
-        .map_err(|error| format!("could not read the private key {}: {error}", file.display()))
+    let problem = |error: &dyn fmt::Display| format!("could not read the private key {}: {error}", file.display());
+    let bytes = regular_file::read(file, PEM_BYTES_MAX).map_err(|error| problem(&error))?;
+    PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| problem(&error))
 }
 
 /// Encryption without proof of who is there: libpq's `prefer` and `require`.
