@@ -5,6 +5,7 @@
 //! same identities, whenever and in however many pieces they are read.
 
 use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,11 +43,18 @@ pub struct Source {
     pub active_max: Timestamp,
 }
 
-/// The latest time at which a transcript can have been active: when it was modified, and not in the future.
+/// The latest time at which a transcript can have been active: when it was last changed, and not in the future. To the
+/// millisecond, as lines have it.
 pub fn active_max(metadata: &Metadata) -> Timestamp {
+    // The time of modification may be set to any time, that of the change of status may not.
+    let changed = metadata.mtime().max(metadata.ctime()).saturating_add(1);
+    let now = now();
+    Timestamp::from_second(changed).map_or(now, |changed| changed.min(now))
+}
+
+pub fn now() -> Timestamp {
     let now = Timestamp::now();
-    let modified = metadata.modified().ok().and_then(|modified| Timestamp::try_from(modified).ok());
-    modified.map_or(now, |modified| modified.min(now))
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }
 
 /// How much later than [`active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
@@ -79,38 +87,29 @@ fn note(
 
 /// When the session of a transcript was copied from another, by the lines before a cursor; `None` where it was not, or
 /// where those lines do not tell yet. `head` is what comes before the cursor, or enough of it: `Err` asks for more.
-pub fn copied_at(
-    head: &[u8],
-    kind: &TranscriptKind,
-    cursor: &Cursor,
-    active_max: Timestamp,
-) -> Result<Option<Timestamp>, HeadTooShort> {
+pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<Option<Timestamp>, HeadTooShort> {
     let TranscriptKind::Main { session } = kind else { return Ok(None) };
     if cursor.session.last_activity.is_none() {
         return Ok(None);
     }
-    let mut replayed = START;
-    let mut copied_at = None;
+    let of_first_own_line = |line: &[u8]| {
+        let time = line_time(&claude_code::read_line(line, kind).ok()?, *session, Timestamp::MAX)?;
+        // The session began then, or when it was copied: what the cursor says is later than the line in a copy only.
+        (time.is_envelope && !time.is_inherited).then(|| cursor.session.began_at.filter(|began_at| *began_at > time.at))
+    };
     for piece in head.split_inclusive(|byte| *byte == b'\n') {
         let line = piece.strip_suffix(b"\n").unwrap_or(piece);
-        let times: Vec<LineTime> = match claude_code::read_line(line, kind) {
-            Ok(meaning) => line_time(&meaning, *session, active_max).into_iter().collect(),
+        let copied_at = match claude_code::read_line(line, kind) {
+            Ok(_) => of_first_own_line(line),
             // Cut off where the head ends.
             Err(_) if line.len() == piece.len() => break,
-            Err(_) => claude_code::salvage(line)
-                .into_iter()
-                .filter_map(|segment| match segment {
-                    Segment::Record(range) => claude_code::read_line(line.get(range)?, kind).ok(),
-                    Segment::Lost(_) => None,
-                })
-                .filter_map(|meaning| line_time(&meaning, *session, active_max))
-                .collect(),
+            Err(_) => claude_code::salvage(line).into_iter().find_map(|segment| match segment {
+                Segment::Record(range) => of_first_own_line(line.get(range)?),
+                Segment::Lost(_) => None,
+            }),
         };
-        for time in times {
-            note(time, &mut replayed, &mut copied_at, Duration::MAX);
-            if replayed.session.last_activity.is_some() {
-                return Ok(copied_at);
-            }
+        if let Some(copied_at) = copied_at {
+            return Ok(copied_at);
         }
     }
     Err(HeadTooShort)
@@ -119,6 +118,31 @@ pub fn copied_at(
 /// The lines that were looked at do not tell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HeadTooShort;
+
+/// What bytes without a newline at the end of a file are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LastLine {
+    /// Blanks, or NULs as a crash leaves them.
+    Blank,
+    /// One whole JSON object: nothing that could still follow would change it.
+    Complete,
+    Incomplete,
+}
+
+/// Judges the bytes behind the last newline of a file.
+pub fn last_line(line: &[u8], kind: &TranscriptKind) -> LastLine {
+    let is_blank = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
+    if line.iter().all(is_blank) {
+        LastLine::Blank
+    } else if line.trim_ascii_end().last() == Some(&b'}')
+        && !line.contains(&b'\n')
+        && claude_code::read_line(line, kind).is_ok()
+    {
+        LastLine::Complete
+    } else {
+        LastLine::Incomplete
+    }
+}
 
 /// What a line led to.
 pub enum Found {
@@ -332,7 +356,7 @@ mod tests {
             let mut file = String::new();
             for (number, line) in lines.iter().enumerate() {
                 if number == broken_off_at {
-                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor, Timestamp::MAX).unwrap();
+                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor).unwrap();
                 }
                 let offset = file.len() as u64;
                 source.read(line.trim_end().as_bytes(), offset, &mut cursor, &mut copied_at, |found| {
@@ -403,19 +427,11 @@ mod tests {
             source.read(line.as_bytes(), 0, &mut cursor, &mut None, |_| {});
         }
         for length in 0..file.len() - 1 {
-            assert_eq!(
-                copied_at(&file.as_bytes()[..length], &kind, &cursor, Timestamp::MAX),
-                Err(HeadTooShort),
-                "{length}"
-            );
+            assert_eq!(copied_at(&file.as_bytes()[..length], &kind, &cursor), Err(HeadTooShort), "{length}");
         }
         let whole = Ok(Some(at("12:00:00").parse().unwrap()));
-        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor, Timestamp::MAX), whole);
-        assert_eq!(
-            copied_at(file.trim_end().as_bytes(), &kind, &cursor, Timestamp::MAX),
-            whole,
-            "a last line without newline"
-        );
-        assert_eq!(copied_at(b"", &kind, &START, Timestamp::MAX), Ok(None), "nothing has been read");
+        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor), whole);
+        assert_eq!(copied_at(file.trim_end().as_bytes(), &kind, &cursor), whole, "a last line without newline");
+        assert_eq!(copied_at(b"", &kind, &START), Ok(None), "nothing has been read");
     }
 }

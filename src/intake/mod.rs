@@ -83,7 +83,7 @@ pub struct Intake {
     queue: Queue,
     metrics: Arc<Metrics>,
     /// Sessions whose SessionEnd hook has come, until the follower asks.
-    closings: Mutex<BTreeMap<Uuid, Timestamp>>,
+    closings: Mutex<BTreeMap<Uuid, sessions::Closing>>,
 }
 
 impl Intake {
@@ -182,9 +182,13 @@ impl Intake {
         batch.cursors.push((sessions::closing_path(session), Some(sessions::closing_note(at))));
     }
 
-    /// Says that the SessionEnd hook of `session` came at `at`: its end is told at the next rescan.
+    /// Says that the SessionEnd hook of `session`, which ran at `at`, has arrived: its end is emitted at the next rescan.
     pub fn session_closed(&self, session: Uuid, at: Timestamp) {
-        self.closings.lock().unwrap_or_else(PoisonError::into_inner).insert(session, at);
+        self.note_closing(session, sessions::Closing::arriving(at));
+    }
+
+    fn note_closing(&self, session: Uuid, closing: sessions::Closing) {
+        self.closings.lock().unwrap_or_else(PoisonError::into_inner).insert(session, closing);
     }
 
     /// Whether a SessionEnd hook has come of which the follower does not know yet.
@@ -193,7 +197,7 @@ impl Intake {
     }
 
     /// Takes them; if there are any, `first` is called before [`Intake::has_closings`] can say that there are none.
-    fn take_closings(&self, first: impl FnOnce()) -> BTreeMap<Uuid, Timestamp> {
+    fn take_closings(&self, first: impl FnOnce()) -> BTreeMap<Uuid, sessions::Closing> {
         let mut closings = self.closings.lock().unwrap_or_else(PoisonError::into_inner);
         if !closings.is_empty() {
             first();

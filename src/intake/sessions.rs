@@ -25,6 +25,7 @@ use super::claude_code::{COPY_DELAY_SECONDS_MIN, iso_8601};
 use super::lines::START;
 use super::schema::Candidate;
 use crate::event::{Cursor, EventId, ForeignKeys, Origin, SessionState, Timestamp};
+use crate::regular_file;
 
 /// Why a session has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -197,105 +198,114 @@ fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
 /// of Claude Code rewrite these files at each change of status, older ones write none.
 pub struct OpenSessions {
     folder: PathBuf,
-    /// The last look at the folder, and the first one.
-    looked_at: Instant,
-    began_at: Instant,
-    time: Timestamp,
-    /// Of running processes only.
-    files: HashMap<u32, ProcessFile>,
+    /// By process id.
+    processes: HashMap<u32, ProcessState>,
+    /// The sessions that were named in the last look.
     open: HashMap<Uuid, u32>,
-    /// Not all files could be listed in the last look.
-    is_partial: bool,
     is_unreadable_logged: bool,
 }
 
-/// The file of a running process.
-struct ProcessFile {
-    /// When it was there last.
-    present_at: Instant,
-    /// The session that it named in the last look.
-    session: Option<Uuid>,
+/// What the last look found of a process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ProcessState {
+    /// It has ended.
+    Ended,
+    /// Its file names a session.
+    Names,
+    /// It runs, and its file can't be read, or the folder can't.
+    SaysNothing,
+    /// It runs, and its file is missing since the look at this time. `since_second`: seconds since 1970.
+    Missing { since: Instant, since_second: i64 },
 }
 
 /// How long the file of a running process must have been missing before its session counts as closed.
 const FILE_MISSING_MIN: Duration = Duration::from_secs(1);
 
 impl OpenSessions {
-    /// Knows nothing before the first [`OpenSessions::look`].
-    pub fn new(folder: PathBuf) -> OpenSessions {
-        let now = Instant::now();
-        OpenSessions {
-            folder,
-            looked_at: now,
-            began_at: now,
-            time: Timestamp::now(),
-            files: HashMap::new(),
-            open: HashMap::new(),
-            is_partial: true,
-            is_unreadable_logged: false,
+    /// `known`: processes that had sessions open when an earlier run ended.
+    pub fn new(folder: PathBuf, known: impl IntoIterator<Item = u32>) -> OpenSessions {
+        let processes = known.into_iter().map(|pid| (pid, ProcessState::SaysNothing)).collect();
+        OpenSessions { folder, processes, open: HashMap::new(), is_unreadable_logged: false }
+    }
+
+    /// Reads the files. `known`: the processes that have sessions open by what was found before.
+    pub fn look(&mut self, known: impl IntoIterator<Item = u32>) {
+        self.open.clear();
+        let before = std::mem::take(&mut self.processes);
+        let is_complete = self.read_files();
+        let missing = ProcessState::Missing { since: Instant::now(), since_second: Timestamp::now().as_second() };
+        let not_ended = before.iter().filter(|(_, state)| **state != ProcessState::Ended).map(|(pid, _)| *pid);
+        for pid in known.into_iter().chain(not_ended) {
+            self.processes.entry(pid).or_insert_with(|| match before.get(&pid) {
+                _ if !is_running(pid) => ProcessState::Ended,
+                Some(since @ ProcessState::Missing { .. }) => *since,
+                _ if is_complete => missing,
+                _ => ProcessState::SaysNothing,
+            });
         }
     }
 
-    /// Reads the files.
-    pub fn look(&mut self) {
+    /// Reads the files of running processes. False: there may be more.
+    fn read_files(&mut self) -> bool {
         /// Processes that are looked at; far more than run at once.
         const FILES_MAX: usize = 4096;
-        self.looked_at = Instant::now();
-        self.time = Timestamp::now();
-        self.open.clear();
-        self.files.retain(|pid, _| is_running(*pid));
-        self.files.values_mut().for_each(|file| file.session = None);
         let mut entries = match std::fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(error) => {
-                self.is_partial = true;
                 // Older versions of Claude Code have no such folder.
                 if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut self.is_unreadable_logged, true) {
                     warn!(folder = %self.folder.display(), error = %error,
                           "the folder of running sessions can't be read; sessions end by their hooks or by inactivity");
                 }
-                return;
+                return false;
             }
         };
         self.is_unreadable_logged = false;
-        self.is_partial = false;
+        let mut is_complete = true;
         for entry in entries.by_ref().take(FILES_MAX) {
             match entry {
-                Ok(entry) => self.look_at(&entry.path()),
-                Err(_) => self.is_partial = true,
+                Ok(entry) => self.read_file(&entry.path()),
+                Err(_) => is_complete = false,
             }
         }
-        self.is_partial |= entries.next().is_some();
+        is_complete && entries.next().is_none()
     }
 
-    fn look_at(&mut self, path: &Path) {
+    fn read_file(&mut self, path: &Path) {
         let stem = path.file_stem().and_then(|stem| stem.to_str());
         let Some(pid) = stem.and_then(|stem| stem.parse().ok()).filter(|pid| is_running(*pid)) else { return };
         if path.extension().is_none_or(|extension| extension != "json") {
             return;
         }
         let session = session_named_in(path);
-        self.files.insert(pid, ProcessFile { present_at: self.looked_at, session });
+        let state = if session.is_some() { ProcessState::Names } else { ProcessState::SaysNothing };
+        self.processes.insert(pid, state);
         self.open.extend(session.map(|session| (session, pid)));
+    }
+
+    /// The process whose file names the session.
+    pub fn named(&self, session: Uuid) -> Option<u32> {
+        self.open.get(&session).copied()
     }
 
     /// The process that has the session open, as far as is known. `known`: the one that had it open before, whose
     /// transcripts were last modified at `modified` (seconds since 1970). It has it open until it ends, or its file names
-    /// another session, or was gone in two looks with nothing written since.
+    /// another session, or is missing in two looks with nothing written since the first.
     pub fn process(&self, session: Uuid, known: Option<u32>, modified: i64) -> Option<u32> {
-        if let Some(pid) = self.open.get(&session) {
-            return Some(*pid);
-        }
-        let known = known.filter(|pid| is_running(*pid))?;
-        let file = self.files.get(&known);
-        if file.is_some_and(|file| file.session.is_some()) {
-            return None;
-        }
-        let present_at = file.map_or(self.began_at, |file| file.present_at);
-        let missing = self.looked_at.saturating_duration_since(present_at);
-        let missing_since = self.time.saturating_sub(missing).map_or(i64::MIN, Timestamp::as_second);
-        let is_closed = !self.is_partial && missing >= FILE_MISSING_MIN && modified <= missing_since;
-        (!is_closed).then_some(known)
+        let has_open = |pid: &u32| match self.processes.get(pid) {
+            Some(ProcessState::Ended | ProcessState::Names) => false,
+            Some(ProcessState::Missing { since, since_second }) => {
+                since.elapsed() < FILE_MISSING_MIN || modified > *since_second
+            }
+            Some(ProcessState::SaysNothing) | None => true,
+        };
+        self.named(session).or_else(|| known.filter(has_open))
+    }
+
+    /// Whether another look will tell more than the last one: a file is missing and may be about to be replaced.
+    pub fn is_undecided(&self) -> bool {
+        let is_fresh = |state: &ProcessState| matches!(state, ProcessState::Missing { since, .. } if since.elapsed() < FILE_MISSING_MIN);
+        self.processes.values().any(is_fresh)
     }
 }
 
@@ -303,12 +313,48 @@ impl OpenSessions {
 fn session_named_in(path: &Path) -> Option<Uuid> {
     /// Bytes of one file that are read.
     const BYTES_MAX: u64 = 64 * 1024;
-    let metadata = std::fs::metadata(path).ok()?;
-    if !metadata.is_file() || metadata.len() > BYTES_MAX {
-        return None;
-    }
-    let value: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let value: Value = serde_json::from_slice(&regular_file::read(path, BYTES_MAX).ok()?).ok()?;
     value.get("sessionId")?.as_str()?.parse().ok()
+}
+
+/// A SessionEnd hook whose session's end was not emitted yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Closing {
+    /// When the hook ran; never in the future.
+    pub at: Timestamp,
+    /// When it arrived here. `None`: so long after it ran that its arrival says nothing about the order of things.
+    arrived: Option<Instant>,
+}
+
+/// How much later than a SessionEnd hook a line must be to count as said after it: the last lines and the hook are written
+/// at about the same time.
+const RESUMED_AFTER_MIN: Duration = Duration::from_secs(10);
+
+/// How soon after it ran a hook arrives where nothing holds it up.
+const ARRIVAL_TIME_MAX: Duration = Duration::from_secs(5);
+
+impl Closing {
+    /// A hook that has just arrived.
+    pub fn arriving(at: Timestamp) -> Closing {
+        let now = Timestamp::now();
+        let is_prompt = now.duration_since(at).unsigned_abs() <= ARRIVAL_TIME_MAX;
+        Closing { at: at.min(now), arrived: is_prompt.then(Instant::now) }
+    }
+
+    /// A hook that arrived in an earlier run.
+    pub fn noted(at: Timestamp) -> Closing {
+        Closing { at: at.min(Timestamp::now()), arrived: None }
+    }
+
+    /// Whether the session went on after the hook. A line said so by its time, unless it was read before the hook arrived
+    /// (`advanced_at`: when the latest activity was read) or its file was last modified before the hook ran (`modified`,
+    /// seconds since 1970): then the clock was wrong.
+    pub fn is_resumed(&self, last_activity: Option<Timestamp>, advanced_at: Option<Instant>, modified: i64) -> bool {
+        let is_later =
+            |last: Timestamp| last > self.at && last.duration_since(self.at).unsigned_abs() > RESUMED_AFTER_MIN;
+        let is_read_later = self.arrived.is_none_or(|arrived| advanced_at.is_some_and(|advanced| advanced > arrived));
+        last_activity.is_some_and(is_later) && is_read_later && modified >= self.at.as_second()
+    }
 }
 
 /// The folder of the notes about sessions whose SessionEnd hook has come and whose end was not told yet. Not a path on
@@ -452,25 +498,31 @@ mod tests {
         assert!(!is_running(child.id()));
     }
 
+    const SEVEN: Uuid = Uuid::from_u128(7);
+
     /// A folder of processes' files with one that says that this very process has session 7 open.
     fn open_session() -> (tempfile::TempDir, PathBuf, OpenSessions) {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(format!("{}.json", std::process::id()));
         std::fs::write(&file, format!(r#"{{"pid":1,"sessionId":"{SEVEN}","cwd":"/"}}"#)).unwrap();
-        let mut open = OpenSessions::new(folder.path().to_owned());
-        open.look();
+        let mut open = OpenSessions::new(folder.path().to_owned(), []);
+        open.look([]);
         assert_eq!(open.process(SEVEN, None, 0), Some(std::process::id()));
         (folder, file, open)
     }
 
-    const SEVEN: Uuid = Uuid::from_u128(7);
+    /// As if more than [`FILE_MISSING_MIN`] had passed since the last look.
+    fn let_time_pass(open: &mut OpenSessions) {
+        for state in open.processes.values_mut() {
+            if let ProcessState::Missing { since, .. } = state {
+                *since = since.checked_sub(2 * FILE_MISSING_MIN).unwrap();
+            }
+        }
+    }
 
-    /// Looks again as if more than [`FILE_MISSING_MIN`] had passed.
     fn look_later(open: &mut OpenSessions) {
-        let earlier = |at: Instant| at.checked_sub(2 * FILE_MISSING_MIN).unwrap();
-        open.began_at = earlier(open.began_at);
-        open.files.values_mut().for_each(|file| file.present_at = earlier(file.present_at));
-        open.look();
+        let_time_pass(open);
+        open.look([std::process::id()]);
     }
 
     #[test]
@@ -480,12 +532,12 @@ mod tests {
         write("4194999.json", format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8)));
         write("1.json", "garbage".to_owned());
         write("notes.txt", String::new());
-        open.look();
+        open.look([4_194_999]);
         assert_eq!(open.open, HashMap::from([(SEVEN, std::process::id())]));
         // A process that is gone has nothing open, whatever the folder says.
         assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
         std::fs::rename(folder.path(), folder.path().with_extension("away")).unwrap();
-        open.look();
+        open.look([4_194_999]);
         assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
     }
 
@@ -496,11 +548,13 @@ mod tests {
         for bytes in ["", "{\"pid\":", "{}", "garbage"] {
             std::fs::write(&file, bytes).unwrap();
             look_later(&mut open);
+            look_later(&mut open);
             assert_eq!(open.process(SEVEN, own, 0), own, "{bytes:?}");
             assert_eq!(open.process(SEVEN, None, 0), None, "{bytes:?}");
         }
         let away = file.parent().unwrap().with_extension("away");
         std::fs::rename(file.parent().unwrap(), &away).unwrap();
+        look_later(&mut open);
         look_later(&mut open);
         assert_eq!(open.process(SEVEN, own, 0), own, "the folder is missing");
         std::fs::rename(&away, file.parent().unwrap()).unwrap();
@@ -511,20 +565,51 @@ mod tests {
         let own = Some(std::process::id());
         let (_folder, file, mut open) = open_session();
         std::fs::remove_file(&file).unwrap();
-        open.look();
+        // However long ago the last look was that found it.
+        open.look([]);
         assert_eq!(open.process(SEVEN, own, 0), own, "it may be about to be replaced");
+        assert!(open.is_undecided());
         look_later(&mut open);
+        assert!(!open.is_undecided());
         assert_eq!(open.process(SEVEN, own, Timestamp::now().as_second() + 1), own, "it is written to");
         assert_eq!(open.process(SEVEN, own, 0), None);
+        // There in between: it counts anew.
+        std::fs::write(&file, "").unwrap();
+        look_later(&mut open);
+        assert_eq!(open.process(SEVEN, own, 0), own);
+        std::fs::remove_file(&file).unwrap();
+        open.look([]);
+        assert_eq!(open.process(SEVEN, own, 0), own);
         std::fs::write(&file, format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8))).unwrap();
-        open.look();
+        open.look([]);
         assert_eq!(open.process(SEVEN, own, i64::MAX), None, "the process went on to another session");
         // A watcher that has just started has not seen the file.
         std::fs::remove_file(&file).unwrap();
-        let mut open = OpenSessions::new(file.parent().unwrap().to_owned());
-        open.look();
+        let mut open = OpenSessions::new(file.parent().unwrap().to_owned(), own);
+        open.look([]);
         assert_eq!(open.process(SEVEN, own, 0), own);
         look_later(&mut open);
         assert_eq!(open.process(SEVEN, own, 0), None);
+    }
+
+    #[test]
+    fn a_session_is_resumed_by_what_was_said_written_and_read_after_its_hook() {
+        let now = Timestamp::now();
+        let after = |seconds: i64| Some(now + SignedDuration::from_secs(seconds));
+        let (hook, read_later) = (Closing::arriving(now), Some(Instant::now()));
+        let modified = now.as_second();
+        assert!(hook.is_resumed(after(60), read_later, modified));
+        assert!(!hook.is_resumed(after(5), read_later, modified), "at about the same time");
+        assert!(!hook.is_resumed(None, read_later, modified));
+        assert!(!hook.is_resumed(after(60), None, modified), "read before the hook came");
+        assert!(!hook.is_resumed(after(60), read_later, modified - 1), "written before the hook ran");
+        // One that comes late is placed by times alone, and so is one of an earlier run.
+        let old = now - SignedDuration::from_mins(40);
+        for late in [Closing::arriving(old), Closing::noted(old), Closing::noted(now)] {
+            assert!(late.is_resumed(after(60), None, modified));
+            assert!(!late.is_resumed(after(60), None, old.as_second() - 1));
+        }
+        let ahead = Closing::arriving(now + SignedDuration::from_hours(1));
+        assert!(ahead.at <= Timestamp::now(), "no end is in the future");
     }
 }

@@ -5,7 +5,7 @@
 //! bytes stay, also keys that come twice, odd blanks and strings that can't be decoded. Pure functions over text.
 //!
 //! ```text
-//! {"hooks": {"Stop": [{"matcher": "…", "hooks": [{"type": "command", "command": "…", "timeout": 10}]}]}}
+//! {"hooks": {"Stop": [{"matcher": "…", "hooks": [{"type": "command", "command": "…", "timeout": 12}]}]}}
 //!   member    event    group                      hook
 //! ```
 //!
@@ -41,7 +41,7 @@ pub const NEVER_HOOKED: &str = "WorktreeCreate";
 
 /// Seconds after which Claude Code kills a hook. Ours needs milliseconds, but waits for its input until shortly before
 /// that; without it the hooks at a session's end share 1.5 s.
-pub const TIMEOUT_SECONDS: u64 = 10;
+pub const TIMEOUT_SECONDS: u64 = 12;
 
 /// A larger file is not read: settings have some kilobytes.
 pub const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -529,7 +529,7 @@ mod tests {
         for event in EVENTS {
             assert_eq!(
                 value["hooks"][event],
-                json!([{"hooks": [{"type": "command", "command": COMMAND, "timeout": 10}]}]),
+                json!([{"hooks": [{"type": "command", "command": COMMAND, "timeout": 12}]}]),
                 "{event}"
             );
         }
@@ -542,9 +542,9 @@ mod tests {
         let four = "{\n    \"model\": \"opus\"\n}\n";
         assert_eq!(
             stop(four),
-            "{\n    \"model\": \"opus\",\n    \"hooks\": {\n        \"Stop\": [\n            {\n                \"hooks\": [\n                    {\n                        \"type\": \"command\",\n                        \"command\": \"/opt/headspace-watcher --config /etc/hw.yaml hook\",\n                        \"timeout\": 10\n                    }\n                ]\n            }\n        ]\n    }\n}\n"
+            "{\n    \"model\": \"opus\",\n    \"hooks\": {\n        \"Stop\": [\n            {\n                \"hooks\": [\n                    {\n                        \"type\": \"command\",\n                        \"command\": \"/opt/headspace-watcher --config /etc/hw.yaml hook\",\n                        \"timeout\": 12\n                    }\n                ]\n            }\n        ]\n    }\n}\n"
         );
-        let hook = r#"{"type":"command","command":"/opt/headspace-watcher --config /etc/hw.yaml hook","timeout":10}"#;
+        let hook = r#"{"type":"command","command":"/opt/headspace-watcher --config /etc/hw.yaml hook","timeout":12}"#;
         assert_eq!(stop(r#"{"a":1}"#), format!(r#"{{"a":1,"hooks":{{"Stop":[{{"hooks":[{hook}]}}]}}}}"#));
         assert_eq!(
             stop("{\"a\": 1, \"b\": 2}\n"),

@@ -129,8 +129,18 @@ fn a_last_line_that_is_incomplete_is_said_once_and_read_when_it_is_complete() {
     let lines = format!("{}\r{}\r", mac.prompt("three"), mac.prompt("four"));
     mac.append(&lines);
     wait_until("it is said", SOON, || watcher.logged(message).len() == 2);
+    // Blanks at the end, and what a crash leaves behind, are nothing to say; nor are a sub-agent's lines.
+    stage.transcript("-home-me-app", 3).append("  \t\0\0\0");
+    let mut whole = stage.transcript("-home-me-app", 4);
+    whole.append(whole.prompt("five") + " \r");
+    let mut agent = stage.transcript("-home-me-app", 5);
+    agent.path = agent.path.with_file_name("agent-1.jsonl");
+    agent.append(first);
     transcript.append(second);
-    wait_until("it is read", SOON, || stage.database().texts() == ["one", "two"]);
+    wait_until("they are read", SOON, || {
+        let texts = stage.database().texts();
+        texts.len() == 3 && texts.iter().any(|text| text == "two") && texts.iter().any(|text| text == "five")
+    });
     assert_eq!(watcher.logged(message).len(), 2);
     let report: serde_json::Value = serde_json::from_str(&stage.run(&["verify", "--json"]).output()).unwrap();
     assert_eq!(report["incomplete"], json!([{"path": mac.path, "offset": 0, "bytes": lines.len()}]));
@@ -147,7 +157,6 @@ fn a_line_rewritten_in_place_is_said() {
     let text = fs::read_to_string(&transcript.path).unwrap();
     let rewritten = text.replace(&texts[5], &texts[5].replace("x 5", "y 5"));
     assert_eq!(rewritten.len(), text.len());
-    // In place: the file stays the same.
     let mut file = File::options().write(true).open(&transcript.path).unwrap();
     std::io::Write::write_all(&mut file, rewritten.as_bytes()).unwrap();
     drop(file);

@@ -394,13 +394,24 @@ fn a_session_is_closed_when_its_process_goes_on_without_its_file() {
     let mut transcript = stage.transcript("-home-me-app", 1);
     say_now(&mut transcript, "one");
     let process = Process::open(&stage, &transcript);
-    let _watcher = stage.start();
+    let watcher = stage.start();
     stage.wait_for_rows(2);
+    wait_for_rescans(&watcher, 2);
     // Modified before its file went, to the second.
     let earlier = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
     fs::File::options().append(true).open(&transcript.path).unwrap().set_modified(earlier).unwrap();
     fs::remove_file(&process.file).unwrap();
     wait_for_ends(&stage, &["closed"]);
+    // Also from a run that ends when it is idle.
+    let mut transcript = stage.transcript("-home-me-app", 2);
+    say_now(&mut transcript, "two");
+    let process = Process::open(&stage, &transcript);
+    stage.wait_for_rows(5);
+    wait_for_rescans(&watcher, 2);
+    watcher.kill();
+    fs::remove_file(&process.file).unwrap();
+    stage.run_until_idle();
+    assert_eq!(reasons(&stage), ["closed", "closed"]);
 }
 
 #[test]
@@ -415,16 +426,34 @@ fn a_time_in_the_future_keeps_no_session_alive() {
     wait_for_rescans(&watcher, 2);
     process.kill();
     wait_for_ends(&stage, &["closed"]);
-    // A day ahead, in a file of two days ago.
-    let mut second = stage.transcript("-home-me-app", 2);
-    let tomorrow = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(24);
-    say_at(&mut second, "from tomorrow", &tomorrow.strftime("%Y-%m-%dT%H:%M:%S").to_string());
-    let file = fs::File::options().append(true).open(&second.path).unwrap();
-    file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(172_800)).unwrap();
-    wait_for_ends(&stage, &["closed", "timeout"]);
     let late =
         "SELECT count(*) FROM events WHERE event_type <> 'turn_detected' AND \"timestamp\" > now() + interval '1 min'";
     assert_eq!(stage.database().value(late), "0");
+}
+
+#[test]
+fn a_time_that_is_a_day_ahead_ends_its_session_in_time() {
+    let stage = with_timeout("2");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    let tomorrow = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(24);
+    say_at(&mut transcript, "one", &tomorrow.strftime("%Y-%m-%dT%H:%M:%S").to_string());
+    let _watcher = stage.start();
+    wait_for_ends(&stage, &["timeout"]);
+}
+
+#[test]
+fn a_time_of_modification_that_was_set_makes_no_difference() {
+    let stage = with_timeout("5400");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    say_at(&mut transcript, "one", "08:00");
+    say_at(&mut transcript, "two", "09:00");
+    // As in archives that are made to be the same each time.
+    let file = fs::File::options().append(true).open(&transcript.path).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1)).unwrap();
+    stage.run_until_idle();
+    let found = ends(&stage);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!((found[0].1.as_str(), &found[0].2["duration_seconds"]), ("2026-01-02 10:30:00", &json!(3600)));
 }
 
 #[test]
@@ -459,6 +488,53 @@ fn a_session_end_hook_counts_though_a_turn_before_it_has_a_later_time() {
     watcher.kill();
     say_at(&mut transcript, "two", &later.strftime("%Y-%m-%dT%H:%M:%S").to_string());
     end_by_hook(&stage, &transcript);
+    stage.run_until_idle();
+    assert_eq!(reasons(&stage), ["closed", "closed"]);
+}
+
+#[test]
+fn a_session_end_hook_and_what_comes_with_it_are_one_end() {
+    let mut stage = with_timeout("5400");
+    // A transcript that has nothing but a line without newline.
+    let mut first = stage.transcript("-home-me-app", 1);
+    let watcher = stage.start();
+    let now = jiff::Timestamp::now();
+    let line = first.prompt("one").replace("2026-01-02T03:04:05.678Z", &format!("{now:.3}"));
+    first.append(line);
+    end_by_hook(&stage, &first);
+    wait_for_ends(&stage, &["closed"]);
+    assert_eq!(stage.database().texts(), ["one"]);
+    assert_eq!(ends(&stage)[0].2["last_activity_at"], format!("{now:.3}"));
+    watcher.kill();
+    // One that is removed as its hook comes.
+    let mut second = stage.transcript("-home-me-app", 2);
+    say_now(&mut second, "two");
+    stage.run_until_idle();
+    stage.set("file_watcher.polling_interval", "1");
+    let _watcher = stage.start();
+    fs::remove_file(&second.path).unwrap();
+    end_by_hook(&stage, &second);
+    wait_until("its end", SOON, || reasons(&stage).len() >= 2);
+    let found = ends(&stage);
+    assert_eq!(found.len(), 2, "{found:?}");
+}
+
+#[test]
+fn while_the_projects_folder_is_unmounted_sessions_end_by_hook_and_process() {
+    let stage = with_timeout("5400");
+    let (mut first, mut second) = (stage.transcript("-home-me-app", 1), stage.transcript("-home-me-app", 2));
+    say_now(&mut first, "one");
+    say_now(&mut second, "two");
+    let process = Process::open(&stage, &first);
+    let watcher = stage.start();
+    stage.wait_for_rows(4);
+    wait_for_rescans(&watcher, 2);
+    fs::rename(first.path.parent().unwrap(), stage.folder().join("unmounted")).unwrap();
+    watcher.wait_for_log("the transcripts folder is empty");
+    process.kill();
+    wait_for_ends(&stage, &["closed"]);
+    watcher.kill();
+    end_by_hook(&stage, &second);
     stage.run_until_idle();
     assert_eq!(reasons(&stage), ["closed", "closed"]);
 }

@@ -58,12 +58,14 @@ struct IncompleteLine {
     bytes: u64,
 }
 
-/// A line with the uuid of another line whose text is different: one of the two is stored.
+/// Two lines with one uuid and different texts: one of the two is stored.
 #[derive(Serialize)]
-struct ConflictingLine {
+struct ConflictingLines {
+    event_id: String,
     path: String,
     offset: u64,
-    event_id: String,
+    other_path: String,
+    other_offset: u64,
 }
 
 /// A missing event.
@@ -211,15 +213,15 @@ impl Report {
             let IncompleteLine { path, offset, bytes } = line;
             writeln!(
                 out,
-                "warning: the last line of {path} is incomplete ({bytes} bytes from byte {offset} on, no newline, no whole \
-                 JSON object): it is not stored"
+                "warning: the last line of {path} is incomplete ({bytes} bytes from byte {offset} on): it is not stored"
             )?;
         }
-        for ConflictingLine { path, offset, event_id } in conflicting(inventory).take(LISTED_MAX) {
+        for lines in conflicting(inventory).take(LISTED_MAX) {
+            let ConflictingLines { event_id, path, offset, other_path, other_offset } = lines;
             writeln!(
                 out,
-                "warning: {path}:{offset} has the uuid of another line with another text (event {event_id}): the first that \
-                 was read is stored"
+                "warning: {path}:{offset} and {other_path}:{other_offset} have one uuid and different texts: only one of \
+                 them is stored (event {event_id})"
             )?;
         }
         for one in &self.expiring {
@@ -310,15 +312,17 @@ fn incomplete(inventory: &Inventory) -> impl Iterator<Item = IncompleteLine> {
     })
 }
 
-/// Each line whose text differs from that of the first line with its uuid.
-fn conflicting(inventory: &Inventory) -> impl Iterator<Item = ConflictingLine> {
+/// Each line whose text differs from that of the first line with its uuid, with that line.
+fn conflicting(inventory: &Inventory) -> impl Iterator<Item = ConflictingLines> {
     let groups = inventory.occurrences.chunk_by(|a, b| a.id == b.id);
     groups.filter_map(|group| Some((group.first()?, group))).flat_map(move |(first, group)| {
         let others = group.iter().filter(|one| !one.has_text_of(first));
-        others.map(move |one| ConflictingLine {
-            path: transcript_path(inventory, one),
-            offset: one.offset,
-            event_id: one.id.to_string(),
+        others.map(move |other| ConflictingLines {
+            event_id: first.id.to_string(),
+            path: transcript_path(inventory, first),
+            offset: first.offset,
+            other_path: transcript_path(inventory, other),
+            other_offset: other.offset,
         })
     })
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::super::claude_code::{self, TranscriptKind};
-use super::super::lines::{self, Found, Source};
+use super::super::lines::{self, Found, LastLine, Source};
 use super::super::schema::Candidate;
 use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
 use super::{DEPTH_MAX, head_order};
@@ -212,11 +212,10 @@ impl Look {
 
     /// A last line without newline counts when it is whole: then the follower takes it, too, once its file is quiet.
     fn unterminated(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
-        let is_whole = line.last() == Some(&b'}') && claude_code::read_line(line, &self.source.kind).is_ok();
-        if is_whole && line.len() as u64 <= self.line_bytes_max {
-            self.line(line, offset, seen);
-        } else if !line.is_empty() {
-            self.incomplete_at = Some(offset);
+        match lines::last_line(line, &self.source.kind) {
+            LastLine::Blank => {}
+            LastLine::Complete if line.len() as u64 <= self.line_bytes_max => self.line(line, offset, seen),
+            LastLine::Complete | LastLine::Incomplete => self.incomplete_at = Some(offset),
         }
     }
 

@@ -27,7 +27,7 @@ mod watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
-use std::fs::{File, Metadata};
+use std::fs::{DirEntry, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ use self::watching::Watch;
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
 use super::retention::Retention;
-use super::sessions::{self, End, EndReason, OpenSessions};
+use super::sessions::{self, Closing, End, EndReason, OpenSessions};
 use super::{Intake, Submission};
 use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timestamp};
 use crate::queue::{Batch, CursorId, QueueError};
@@ -76,10 +76,6 @@ const RESCAN_PAUSE_FACTOR: u32 = 4;
 
 /// Least pause between two rescans.
 const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
-
-/// A SessionEnd hook does not end its session when a line that was read after it is later by more than this: the session
-/// was resumed.
-const RESUMED_AFTER_MIN: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct FollowConfig {
@@ -114,25 +110,6 @@ struct Undo {
     closings: Vec<(Uuid, Closing)>,
 }
 
-/// A SessionEnd hook whose session's end was not told yet.
-#[derive(Clone, Copy, Debug)]
-struct Closing {
-    at: Timestamp,
-    /// The last activity that was read before the hook arrived.
-    active_before: Option<Timestamp>,
-}
-
-impl Closing {
-    /// Whether the session went on after the hook. What was read before it arrived came before it, whatever the clocks say.
-    fn is_resumed(&self, last_activity: Option<Timestamp>) -> bool {
-        last_activity.is_some_and(|last| {
-            Some(last) > self.active_before
-                && last > self.at
-                && last.duration_since(self.at).unsigned_abs() > RESUMED_AFTER_MIN
-        })
-    }
-}
-
 /// What a walk through the folder has come upon.
 struct Walk {
     /// Files that are awake.
@@ -165,8 +142,8 @@ pub struct Follower {
     moved: BTreeMap<Arc<Path>, (Cursor, Cursor)>,
     /// Files of which was said that their last line is incomplete.
     incomplete_logged: u32,
-    /// Said that a file was modified in place.
-    change_in_place_logged: bool,
+    /// Files of which was said that they were modified in place.
+    changes_logged: u32,
     buffer: Vec<u8>,
     /// Bytes that are read at once.
     chunk_bytes: usize,
@@ -179,6 +156,8 @@ pub struct Follower {
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
     projects_missing: bool,
+    /// There is no project folder left, though transcripts are known.
+    projects_emptied: bool,
     /// Folders of which was said that they can't be read.
     unreadable: BTreeSet<PathBuf>,
     /// Files are read to their end one after the other, so that originals come before their copies: at the first pass,
@@ -193,11 +172,13 @@ impl Follower {
     pub fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
         let mut resting = Resting::default();
         let mut strays = Vec::new();
+        let mut processes = Vec::new();
         // What an earlier run read may still wait in the queue.
         let newest = intake.queue().stats().last_sequence;
         intake.queue().for_each_cursor(|path, cursor| {
+            processes.extend(cursor.session.process);
             if let (Some(session), Some(at)) = (sessions::closing_of(&path), cursor.session.ended_through) {
-                intake.session_closed(session, at);
+                intake.note_closing(session, Closing::noted(at));
             } else if let Some(kind) = kind_of(&config.projects, &path) {
                 let rest = Rest::new(None, newest, cursor.project_path.is_some());
                 resting.insert(Group::of(&kind, &path), CursorId::of(&path), rest);
@@ -206,7 +187,7 @@ impl Follower {
             }
         })?;
         let retention = Retention::new(config.projects.parent().unwrap_or(&config.projects));
-        let open_sessions = OpenSessions::new(config.projects.with_file_name("sessions"));
+        let open_sessions = OpenSessions::new(config.projects.with_file_name("sessions"), processes);
         Ok(Follower {
             config,
             intake,
@@ -219,7 +200,7 @@ impl Follower {
             rewound: Vec::new(),
             moved: BTreeMap::new(),
             incomplete_logged: 0,
-            change_in_place_logged: false,
+            changes_logged: 0,
             buffer: Vec::new(),
             chunk_bytes: reading::CHUNK_BYTES,
             doorbell: Doorbell::new(),
@@ -229,6 +210,7 @@ impl Follower {
             open_sessions,
             seen_open: HashSet::new(),
             projects_missing: false,
+            projects_emptied: false,
             unreadable: BTreeSet::new(),
             in_order: true,
             cause: RescanCause::Start,
@@ -253,7 +235,9 @@ impl Follower {
                 more.extend(self.rescan()?);
                 self.await_tickets(0)?;
                 more.extend(std::mem::take(&mut self.again));
-                let idle = more.is_empty() && !self.files.values().any(|file| file.unterminated.is_some());
+                let idle = more.is_empty()
+                    && !self.open_sessions.is_undecided()
+                    && !self.files.values().any(|file| file.unterminated.is_some());
                 self.doorbell.set_idle(idle);
                 let now = Instant::now();
                 next_rescan = now + self.config.polling_interval;
@@ -287,11 +271,14 @@ impl Follower {
             if wants_rescan.is_some() || !more.is_empty() {
                 self.doorbell.set_idle(false);
             }
+            // Those that skip a line that is too long share one turn.
+            let mut has_skipped = false;
             for path in std::mem::take(&mut more) {
                 if self.doorbell.is_stopped() {
                     break;
                 }
-                if self.look_at(&path)? == Progress::More {
+                let waits = self.is_skipping(&path) && std::mem::replace(&mut has_skipped, true);
+                if waits || self.look_at(&path)? == Progress::More {
                     more.insert(path);
                 }
             }
@@ -306,9 +293,9 @@ impl Follower {
     /// Looks at every transcript. Gives those with more to read.
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
-        self.take_closings()?;
-        self.open_sessions.look();
-        let mut awake = Vec::new();
+        let mut awake = self.take_closings()?;
+        let followed = self.files.values().filter_map(|file| file.cursor.session.process);
+        self.open_sessions.look(followed.chain(self.resting.processes()));
         let Walk { met, changed, fresh, is_there } = self.walk();
         let mut vanished = Vec::new();
         if is_there {
@@ -327,7 +314,7 @@ impl Follower {
         self.forget(vanished, begun)?;
         self.end_sessions(&unfinished, begun)?;
         self.put_to_rest()?;
-        self.seen_open.extend(self.resting.open(&self.open_sessions));
+        self.seen_open.extend(self.resting.named(&self.open_sessions));
         for sessions in self.resting.due(begun, &self.open_sessions).chunks(FILES_AT_ONCE_MAX) {
             if self.doorbell.is_stopped() {
                 return Ok(unfinished);
@@ -347,15 +334,14 @@ impl Follower {
         Ok(unfinished)
     }
 
-    /// Takes in the SessionEnd hooks that have arrived, and wakes the transcripts of their sessions.
-    fn take_closings(&mut self) -> Result<(), QueueError> {
-        for (session, at) in self.intake.take_closings(|| self.doorbell.set_idle(false)) {
-            self.wake(Group::of_session(session))?;
-            let files = self.files.values().filter(|file| is_of(file, session));
-            let active_before = files.filter_map(|file| file.cursor.session.last_activity).max();
-            self.closings.insert(session, Closing { at, active_before });
+    /// Takes in the SessionEnd hooks that have arrived. Returns the transcripts of their sessions that were parked.
+    fn take_closings(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
+        let mut awake = Vec::new();
+        for (session, closing) in self.intake.take_closings(|| self.doorbell.set_idle(false)) {
+            awake.extend(self.wake(Group::of_session(session))?);
+            self.closings.insert(session, closing);
         }
-        Ok(())
+        Ok(awake)
     }
 
     /// Follows what `take_up` makes of the items, and looks at it, so many at a time that not all are in memory at once.
@@ -387,10 +373,13 @@ impl Follower {
             if self.doorbell.is_stopped() {
                 return Ok(unfinished);
             }
+            if self.is_skipping(&path) {
+                unfinished.push(path);
+                continue;
+            }
             let progress = self.look_at(&path)?;
             // What skips a line that is too long has no events that others could come after.
-            let is_skipping = |file: &Followed| file.is_skipping(self.config.line_bytes_max);
-            if !self.in_order || self.files.get(&path).is_some_and(|file| is_skipping(file)) {
+            if !self.in_order || self.is_skipping(&path) {
                 unfinished.extend((progress == Progress::More).then_some(path));
                 continue;
             }
@@ -407,6 +396,11 @@ impl Follower {
         self.flush_moved()?;
         self.await_tickets(0)?;
         Ok(unfinished)
+    }
+
+    /// Whether the file has more of a line that is too long to be read.
+    fn is_skipping(&self, path: &Path) -> bool {
+        self.files.get(path).is_some_and(|file| file.is_skipping(self.config.line_bytes_max))
     }
 
     /// Goes through the folder.
@@ -461,7 +455,13 @@ impl Follower {
         }
         self.unreadable = unreadable;
         // Removed while we looked, or unmounted: then what was not found says nothing.
-        walk.is_there = is_filled_folder(&self.config.projects);
+        walk.is_there = has_folders(&self.config.projects);
+        let is_emptied = !walk.is_there && (!self.files.is_empty() || !self.resting.is_empty());
+        if is_emptied && !std::mem::replace(&mut self.projects_emptied, true) {
+            warn!(folder = %self.config.projects.display(),
+                  "the transcripts folder is empty; is it unmounted? Its sessions end by hook, process or inactivity only");
+        }
+        self.projects_emptied = is_emptied;
         if walk.is_there && std::mem::take(&mut self.projects_missing) {
             info!(folder = %self.config.projects.display(), "the transcripts folder is there");
         }
@@ -578,6 +578,10 @@ impl Follower {
     /// Forgets files that are gone, and their cursors: should one come back it is read anew, which is harmless. A
     /// session whose last transcript this was has ended.
     fn forget(&mut self, vanished: Vec<PathBuf>, now: Timestamp) -> Result<(), QueueError> {
+        if vanished.is_empty() {
+            return Ok(());
+        }
+        let mut transcripts = self.transcripts_by_session();
         for paths in vanished.chunks(BATCH_SESSIONS_MAX) {
             if self.doorbell.is_stopped() {
                 break;
@@ -586,15 +590,28 @@ impl Follower {
             let mut batch = Batch::default();
             let mut undo = Undo::default();
             for path in paths {
+                let was_followed = self.files.contains_key(path.as_path());
                 let Some(cursor) = self.take_cursor(path)? else { continue };
                 debug!(file = %path.display(), "transcript gone");
+                if let Some(TranscriptKind::Main { session }) = self.kind_of(path).filter(|_| was_followed)
+                    && let Some(others) = transcripts.get_mut(&session)
+                {
+                    *others -= 1;
+                }
                 if let Some(TranscriptKind::Main { session }) = self.kind_of(path)
                     && cursor.project_path.is_some()
-                    && let Some(end) =
-                        cursor.session.end(now, self.config.inactivity_timeout, Some((EndReason::Unregistered, now)))
-                    && !self.has_other_transcript(session)
+                    && transcripts.get(&session).is_none_or(|others| *others == 0)
                 {
-                    self.admit_end(session, &end, path, &cursor, &mut batch);
+                    let closing = self.closings.remove(&session);
+                    let gone =
+                        closing.map_or((EndReason::Unregistered, now), |closing| (EndReason::Closed, closing.at));
+                    if let Some(end) = cursor.session.end(now, self.config.inactivity_timeout, Some(gone)) {
+                        self.admit_end(session, &end, path, &cursor, &mut batch);
+                    }
+                    if let Some(closing) = closing {
+                        batch.cursors.push((sessions::closing_path(session), None));
+                        undo.closings.push((session, closing));
+                    }
                 }
                 batch.cursors.push((path.clone(), None));
                 undo.remember.push((path.clone(), cursor));
@@ -611,8 +628,15 @@ impl Follower {
         (file.cursor.project_path.is_some() && is_live).then_some(session)
     }
 
-    fn has_other_transcript(&self, session: Uuid) -> bool {
-        self.files.values().any(|file| is_of(file, session))
+    /// How many transcripts each session has.
+    fn transcripts_by_session(&self) -> HashMap<Uuid, usize> {
+        let mut transcripts = HashMap::new();
+        for file in self.files.values() {
+            if let TranscriptKind::Main { session } = file.kind {
+                *transcripts.entry(session).or_default() += 1;
+            }
+        }
+        transcripts
     }
 
     fn admit_end(&self, session: Uuid, end: &End, path: &Path, cursor: &Cursor, batch: &mut Batch) {
@@ -647,7 +671,7 @@ impl Follower {
                 continue;
             }
             let process = self.open_sessions.process(session, standing.state.process, standing.modified);
-            if process.is_some() {
+            if self.open_sessions.named(session).is_some() {
                 self.seen_open.insert(session);
             }
             let closing = self.closings.remove(&session);
@@ -695,8 +719,9 @@ impl Follower {
         closing: Option<Closing>,
         now: Timestamp,
     ) -> Option<(EndReason, Timestamp)> {
-        let by_hook =
-            closing.filter(|closing| !closing.is_resumed(standing.state.last_activity)).map(|closing| closing.at);
+        let Standing { state, advanced_at, modified, .. } = standing;
+        let is_resumed = |closing: &Closing| closing.is_resumed(state.last_activity, *advanced_at, *modified);
+        let by_hook = closing.filter(|closing| !is_resumed(closing)).map(|closing| closing.at);
         let by_process = (process.is_none() && standing.state.process.is_some()).then(|| {
             // Noticed just now, or it went while nobody looked: then the file's last change is the last sign of life.
             let last_sign = Timestamp::from_second(standing.modified).unwrap_or(now);
@@ -715,7 +740,9 @@ impl Follower {
             .values()
             .filter_map(|file| match file.kind {
                 // One that was read and is not registered holds nothing but metadata.
-                TranscriptKind::Main { session } if file.cursor.project_path.is_some() || file.seen.is_none() => {
+                TranscriptKind::Main { session }
+                    if file.cursor.project_path.is_some() || file.seen.is_none() || file.unterminated.is_some() =>
+                {
                     Some(session)
                 }
                 _ => None,
@@ -845,11 +872,14 @@ struct Standing {
     is_read: bool,
     /// Seconds since 1970.
     modified: i64,
+    /// When the latest activity was read in this run.
+    advanced_at: Option<Instant>,
 }
 
 impl Default for Standing {
     fn default() -> Self {
-        Standing { state: SessionState::default(), paths: Vec::new(), is_read: true, modified: 0 }
+        let state = SessionState::default();
+        Standing { state, paths: Vec::new(), is_read: true, modified: 0, advanced_at: None }
     }
 }
 
@@ -858,8 +888,10 @@ impl Standing {
         self.state = self.state.merge(&file.cursor.session);
         self.paths.push(Arc::clone(&file.path));
         // A last line without newline may be read in a moment.
-        self.is_read &= !is_unfinished && (file.seen.is_some() || file.unreadable) && file.unterminated.is_none();
+        let is_read = file.seen.is_some() || file.unreadable || file.is_gone;
+        self.is_read &= !is_unfinished && is_read && file.unterminated.is_none();
         self.modified = self.modified.max(file.modified.unwrap_or(0));
+        self.advanced_at = self.advanced_at.max(file.advanced_at);
     }
 }
 
@@ -867,19 +899,16 @@ fn kind_of(projects: &Path, path: &Path) -> Option<TranscriptKind> {
     path.strip_prefix(projects).ok().and_then(claude_code::classify)
 }
 
-/// Whether there is such a folder, with anything in it. The folder below an unmounted file system is empty.
-fn is_filled_folder(path: &Path) -> bool {
-    std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some())
+/// Whether there are any project folders. There are none below an unmounted file system.
+fn has_folders(projects: &Path) -> bool {
+    let is_folder = |entry: io::Result<DirEntry>| entry.is_ok_and(|entry| entry.path().is_dir());
+    std::fs::read_dir(projects).is_ok_and(|mut entries| entries.any(is_folder))
 }
 
 /// Whether there is no such file for certain.
 fn is_gone(path: &Path) -> bool {
     let gone = |kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
     std::fs::metadata(path).is_err_and(|error| gone(error.kind()))
-}
-
-fn is_of(file: &Followed, session: Uuid) -> bool {
-    matches!(file.kind, TranscriptKind::Main { session: its } if its == session)
 }
 
 fn identity(metadata: &Metadata) -> FileIdentity {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::super::claude_code::{self, TranscriptKind};
-use super::super::lines::{self, Found, HeadTooShort, Source};
+use super::super::claude_code::TranscriptKind;
+use super::super::lines::{self, Found, HeadTooShort, LastLine, Source};
 use super::resting::Group;
 use super::{Follower, HEAD_BYTES, Undo, identity};
 use crate::event::{Cursor, Sequence, Timestamp};
@@ -46,8 +46,8 @@ const SCANNED_BYTES: u64 = 256;
 /// Warnings about one file's bad lines in one go; the rest is counted.
 const WARNINGS_PER_LOOK_MAX: u64 = 5;
 
-/// Warnings about incomplete last lines in one run.
-const INCOMPLETE_WARNINGS_MAX: u32 = 5;
+/// Files of which one run logs that their last line is incomplete, and that they were modified in place.
+const FILE_WARNINGS_MAX: u32 = 5;
 
 /// One transcript that is followed.
 pub struct Followed {
@@ -69,8 +69,12 @@ pub struct Followed {
     pub unterminated: Option<Instant>,
     /// Said already that it can't be read.
     pub unreadable: bool,
+    /// It was not there when it was last looked at.
+    pub is_gone: bool,
     /// Where the last line begins of which was said that it is not complete.
     incomplete_at: Option<u64>,
+    /// When a line was read in this run that is its session's latest activity.
+    pub advanced_at: Option<Instant>,
     /// The newest event that came from it in this run.
     pub newest: Option<Sequence>,
     /// When its session was copied from another, by the lines before the cursor. The cursor does not keep it: it is
@@ -152,7 +156,9 @@ impl Followed {
             modified: None,
             unterminated: None,
             unreadable: false,
+            is_gone: false,
             incomplete_at: None,
+            advanced_at: None,
             newest: None,
             copied_at: None,
             knows_copied_at: false,
@@ -275,19 +281,14 @@ const LOOKED_AT_MAX: u64 = 16 << 20;
 
 /// When the session of a file that was read up to the cursor was copied from another, if it was. Mostly its first lines
 /// tell; of a file that begins with another session's lines all of those are looked at.
-fn look_up_copied_at(
-    handle: &File,
-    kind: &TranscriptKind,
-    cursor: &Cursor,
-    active_max: Timestamp,
-) -> io::Result<Option<Timestamp>> {
+fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> io::Result<Option<Timestamp>> {
     let mut head = Vec::new();
     let mut wanted = HEAD_BYTES as u64;
     while cursor.session.last_activity.is_some() {
         let length = usize::try_from(wanted.min(cursor.offset)).unwrap_or(usize::MAX);
         head.resize(length, 0);
         handle.read_exact_at(&mut head, 0)?;
-        match lines::copied_at(&head, kind, cursor, active_max) {
+        match lines::copied_at(&head, kind, cursor) {
             Ok(copied_at) => return Ok(copied_at),
             Err(HeadTooShort) if wanted < cursor.offset.min(LOOKED_AT_MAX) => wanted *= 4,
             // A last line that was read without its newline, or more of another session's than is kept in memory: it counts
@@ -336,8 +337,9 @@ impl Follower {
             Err(ReadError::File(error)) => {
                 file.seen = None;
                 file.unterminated = None;
-                // Gone is no error: the next rescan forgets it.
-                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut file.unreadable, true) {
+                // Gone is no error: the next rescan forgets it, unless its folder is unmounted.
+                file.is_gone = error.kind() == io::ErrorKind::NotFound;
+                if !file.is_gone && !std::mem::replace(&mut file.unreadable, true) {
                     warn!(file = %path.display(), error = %error,
                           "a transcript can't be read; trying again at every rescan");
                 }
@@ -360,25 +362,24 @@ impl Follower {
         let (handle, metadata) = open(&file.path)?;
         #[cfg(test)]
         cut::opened(&file.path);
+        file.is_gone = false;
         if std::mem::take(&mut file.unreadable) {
             info!(file = %file.path.display(), "the transcript can be read again");
         }
         let stamp = Stamp::of(&metadata);
         let mut place = self.find_place(file, &handle, &metadata)?;
         if !file.knows_copied_at && file.cursor.offset < stamp.size {
-            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor, lines::active_max(&metadata))?;
+            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor)?;
             file.knows_copied_at = true;
         }
         self.note_change_in_place(file, &stamp);
         let source = self.source(file, &metadata);
-        let mut look = Look { handle, source, warnings: 0, work: 0 };
-        let begun = Instant::now();
+        let mut look = Look { handle, source, warnings: 0, work: 0, begun: Instant::now() };
         while file.cursor.offset < stamp.size {
             if self.doorbell.is_stopped() {
                 return Ok(Progress::End);
             }
-            let is_over = look.work >= TURN_BYTES_MAX || begun.elapsed() >= TURN_TIME_MAX;
-            if is_over && (!self.in_order || file.is_skipping(self.config.line_bytes_max)) {
+            if self.is_turn_over(&look, file) {
                 look.sum_up_warnings();
                 return Ok(Progress::More);
             }
@@ -396,25 +397,35 @@ impl Follower {
         Ok(Progress::End)
     }
 
+    /// Whether others have their turn now.
+    fn is_turn_over(&self, look: &Look, file: &Followed) -> bool {
+        let is_over = look.work >= TURN_BYTES_MAX || look.begun.elapsed() >= TURN_TIME_MAX;
+        is_over && (!self.in_order || file.is_skipping(self.config.line_bytes_max))
+    }
+
     fn source(&self, file: &Followed, metadata: &Metadata) -> Source {
+        // What was written since the last look was written just now, whatever the file system's clock says.
+        let is_growing = file.seen.is_some_and(|seen| seen.inode == metadata.ino() && seen.size < metadata.len());
         Source {
             kind: file.kind,
             path: file.path.to_string_lossy().into(),
             inactivity_timeout: self.config.inactivity_timeout,
-            active_max: lines::active_max(metadata),
+            active_max: if is_growing { lines::now() } else { lines::active_max(metadata) },
         }
     }
 
-    /// Says once that a file may hold other lines before the place where reading goes on: those are not read again.
+    /// Logs that lines of a file may have been rewritten in place: those are not read again.
     fn note_change_in_place(&mut self, file: &Followed, stamp: &Stamp) {
         let is_changed = file.seen.is_some_and(|seen| {
             (seen.inode, seen.size) == (stamp.inode, stamp.size) && seen.modified() != stamp.modified()
         });
-        if is_changed && file.cursor.offset > 0 && !std::mem::replace(&mut self.change_in_place_logged, true) {
-            warn!(file = %file.path.display(),
-                  "a transcript was modified without new bytes; lines rewritten in place are not read again: \
-                   \"headspace-watcher verify\" finds them (logged once, for the first such file)");
+        if !is_changed || file.cursor.offset == 0 || self.changes_logged >= FILE_WARNINGS_MAX {
+            return;
         }
+        self.changes_logged += 1;
+        warn!(file = %file.path.display(),
+              "a transcript was modified without new bytes; if lines were rewritten in place, they are not read again: \
+               \"headspace-watcher verify\" finds them");
     }
 
     /// Starts anew where the bytes before the cursor are not those that were read.
@@ -519,6 +530,10 @@ impl Follower {
                 place.advance(lines.get(handed..start).unwrap_or_default());
                 handed = start;
                 self.hand_over(std::mem::take(&mut batch), before, place, file)?;
+                // The rest is read again when its turn comes.
+                if self.doorbell.is_stopped() || self.is_turn_over(look, file) {
+                    return Ok(());
+                }
                 before = file.cursor.clone();
                 batch_bytes = 0;
             }
@@ -531,11 +546,15 @@ impl Follower {
     fn take_line(&self, line: &[u8], look: &mut Look, file: &mut Followed, batch: &mut Batch) {
         let metrics = self.intake.metrics();
         let offset = file.cursor.offset;
+        let active_before = file.cursor.session.last_activity;
         let Followed { cursor, copied_at, .. } = file;
         let report = look.source.read(line, offset, cursor, copied_at, |found| match found {
             Found::Event(candidate) => self.intake.admit(candidate, batch),
             Found::Unreadable(rejection) => batch.rejections.push(rejection),
         });
+        if file.cursor.session.last_activity != active_before {
+            file.advanced_at = Some(Instant::now());
+        }
         if !report.is_blank {
             metrics.lines_read.add(1);
         }
@@ -562,7 +581,7 @@ impl Follower {
         batch.rejections.push(look.source.too_long(line_bytes, offset));
     }
 
-    /// Reads a last line that has no newline, once its file is quiet and if it is one whole object. Says once where it is not.
+    /// Reads a last line that has no newline, once its file is quiet and if it is one whole object. Logs once where it is not.
     fn read_unterminated(
         &mut self,
         look: &mut Look,
@@ -582,44 +601,39 @@ impl Follower {
             return Ok(());
         }
         file.unterminated = None;
-        let Some(line) = self.complete_line(look, file, length)? else {
+        if length > self.config.line_bytes_max {
             self.note_incomplete(file, length);
             return Ok(());
-        };
-        let before = file.cursor.clone();
-        let mut batch = Batch::default();
-        self.take_line(&line, look, file, &mut batch);
-        file.cursor.offset = start + length;
-        place.advance(&line);
-        self.hand_over(batch, before, place, file)
-    }
-
-    /// The last bytes of a file where they are one whole object.
-    fn complete_line(&self, look: &Look, file: &Followed, length: u64) -> io::Result<Option<Vec<u8>>> {
-        if length > self.config.line_bytes_max {
-            return Ok(None);
-        }
-        let mut last = [0];
-        look.handle.read_exact_at(&mut last, file.cursor.offset + length - 1)?;
-        if last != *b"}" {
-            return Ok(None);
         }
         let mut line = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
-        look.handle.read_exact_at(&mut line, file.cursor.offset)?;
-        let is_complete = !line.contains(&b'\n') && claude_code::read_line(&line, &file.kind).is_ok();
-        Ok(is_complete.then_some(line))
+        look.handle.read_exact_at(&mut line, start)?;
+        match lines::last_line(&line, &file.kind) {
+            LastLine::Blank => Ok(()),
+            LastLine::Incomplete => {
+                self.note_incomplete(file, length);
+                Ok(())
+            }
+            LastLine::Complete => {
+                let before = file.cursor.clone();
+                let mut batch = Batch::default();
+                self.take_line(&line, look, file, &mut batch);
+                file.cursor.offset = start + length;
+                place.advance(&line);
+                self.hand_over(batch, before, place, file)
+            }
+        }
     }
 
-    /// Says that the last bytes of a quiet file are no complete line; of each file once, and of a few files.
+    /// Logs that the last line of a quiet session's transcript is incomplete; of each file once, and of a few files.
     fn note_incomplete(&mut self, file: &mut Followed, length: u64) {
         let offset = file.cursor.offset;
-        if file.incomplete_at.replace(offset) == Some(offset) || self.incomplete_logged >= INCOMPLETE_WARNINGS_MAX {
+        let is_logged = file.incomplete_at.replace(offset) == Some(offset);
+        if is_logged || file.kind == TranscriptKind::SubAgent || self.incomplete_logged >= FILE_WARNINGS_MAX {
             return;
         }
         self.incomplete_logged += 1;
         warn!(file = %file.path.display(), offset, bytes = length,
-              "the last line of a transcript is incomplete (no newline, no whole JSON object); it is read when its newline \
-               comes. \"headspace-watcher verify\" lists all such files");
+              "the last line of a transcript is incomplete and not stored; \"headspace-watcher verify\" lists all such files");
     }
 
     /// Hands a batch to the queue together with the file's cursor, which was at `before` when the batch began.
@@ -667,6 +681,7 @@ struct Look {
     warnings: u64,
     /// Bytes that were read, and bytes that were made of them.
     work: u64,
+    begun: Instant,
 }
 
 impl Look {

@@ -136,12 +136,18 @@ impl Resting {
         self.live.iter().filter(|(session, live)| is_due(session, live)).map(|(session, _)| *session).collect()
     }
 
-    /// The sessions that have not ended and that the process has open which had them open before.
-    pub fn open(&self, open: &OpenSessions) -> impl Iterator<Item = Uuid> {
-        let is_open = |(session, live): &(&Uuid, &Live)| {
-            live.process.is_some() && live.process == open.process(**session, live.process, live.modified)
-        };
-        self.live.iter().filter(is_open).map(|(session, _)| *session)
+    /// The sessions that have not ended and that a process's file names.
+    pub fn named(&self, open: &OpenSessions) -> impl Iterator<Item = Uuid> {
+        self.live.keys().copied().filter(|session| open.named(*session).is_some())
+    }
+
+    /// The processes that have sessions open.
+    pub fn processes(&self) -> impl Iterator<Item = u32> {
+        self.live.values().filter_map(|live| live.process)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
     }
 
     /// The files that were looked at in this run.
