@@ -120,12 +120,14 @@ fn a_statement_that_is_given_up_does_pgbouncer_no_harm() {
         assert_eq!(stage.run(&["migrate"]).code(), 0);
         let watcher = stage.start();
         std::thread::scope(|scope| {
-            scope.spawn(|| database.query("BEGIN; LOCK TABLE events; SELECT pg_sleep(4); COMMIT"));
+            // Until it is ended below.
+            scope.spawn(|| database.try_query("BEGIN; LOCK TABLE events; SELECT pg_sleep(60); COMMIT"));
             wait_until("the table is locked", SOON, || {
                 database.value("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'events'::regclass") != "0"
             });
             stage.transcript("-home-me-app", 1).say("held up");
             wait_until("it is given up", SOON, || watcher.health()["writes"]["failed"].as_u64().unwrap() > 1);
+            database.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK TABLE%'");
         });
         wait_until("it is delivered", SOON, || database.texts() == ["held up"]);
         assert!(!pooler.log().contains("FATAL"), "{}", pooler.log());
