@@ -105,8 +105,9 @@ impl Invocation {
             let record = match piece {
                 Piece::Object(bytes) => match keeper.record(&bytes, received_at) {
                     Record::Event(event) if number <= OBJECTS_MAX => Record::Event(event),
+                    Record::Event(_) => hook::too_many(OBJECTS_MAX),
                     // Brackets that close, but no object: its end says nothing, so all of it is one piece.
-                    _ => match input.rest(bytes) {
+                    Record::Rejected(_) => match input.rest(bytes) {
                         Piece::TooLarge => hook::too_large(INPUT_BYTES_MAX),
                         Piece::Object(bytes) | Piece::End(bytes) | Piece::TimeIsOver(bytes) => {
                             return keeper.keep(keeper.record(&bytes, received_at));
@@ -154,7 +155,8 @@ impl Keeper {
         // Without a configuration the spool is in the folder where the agent works. Where no watcher has made it, nobody
         // would ever read what is left there.
         let folder = &config.queue.spool_path;
-        let is_named = loaded.file.is_some() || loaded.variables.iter().any(|name| name == SPOOL_VARIABLE);
+        let is_set = std::env::var_os(SPOOL_VARIABLE).is_some_and(|value| !value.is_empty());
+        let is_named = loaded.file.is_some() || is_set;
         let is_wanted = is_named || !folder.starts_with(environment.folder()) || folder.is_dir();
         let spool = is_wanted.then(|| Spool::new(folder));
         Keeper { config, redactor, capture, spool }
@@ -212,8 +214,7 @@ impl Input {
     fn next(&mut self, patience: Duration) -> Piece {
         let (mut scan, mut scanned) = (Scan::default(), 0);
         loop {
-            let blanks = self.read.len() - without_byte_order_mark(&self.read).trim_ascii_start().len();
-            self.read.drain(..blanks);
+            self.drop_blanks();
             // Only what begins as an object may end as one.
             if self.read.first() == Some(&b'{') {
                 if let Some(length) = scan.feed(self.read.get(scanned..).unwrap_or_default()) {
@@ -222,19 +223,36 @@ impl Input {
                 }
                 scanned = self.read.len();
             }
-            let patience = if self.read.is_empty() { patience } else { INPUT_TIME_MAX };
+            // The rest of an object that has begun is on its way.
+            let patience = if self.read.first() == Some(&b'{') { INPUT_TIME_MAX } else { patience };
             if let Some(end) = self.read_more(patience) {
                 return end;
             }
         }
     }
 
-    /// `begun` and all that follows it, up to the end.
+    /// Blanks, byte order marks, and the NUL that some writers put behind a text.
+    fn drop_blanks(&mut self) {
+        let is_blank = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
+        loop {
+            let marked = self.read.len() - without_byte_order_mark(&self.read).len();
+            let blanks = self.read.iter().skip(marked).take_while(|byte| is_blank(byte)).count();
+            if marked + blanks == 0 {
+                return;
+            }
+            self.read.drain(..marked + blanks);
+        }
+    }
+
+    /// `begun` and what follows it at once.
     fn rest(&mut self, begun: Vec<u8>) -> Piece {
         self.read.splice(..0, begun);
         loop {
-            if let Some(end) = self.read_more(INPUT_TIME_MAX) {
-                return end;
+            match self.read_more(MORE_TIME_MAX) {
+                // What is there may be all that its writer has to say.
+                Some(Piece::TimeIsOver(bytes)) => return Piece::End(bytes),
+                Some(end) => return end,
+                None => {}
             }
         }
     }
@@ -244,7 +262,12 @@ impl Input {
         if self.read.len() > INPUT_BYTES_MAX {
             return Some(Piece::TooLarge);
         }
-        let patience = patience.min(INPUT_TIME_MAX.saturating_sub(self.begun.elapsed()));
+        let left = INPUT_TIME_MAX.saturating_sub(self.begun.elapsed());
+        // Also where there is always more to read.
+        if left.is_zero() {
+            return Some(Piece::TimeIsOver(std::mem::take(&mut self.read)));
+        }
+        let patience = patience.min(left);
         let mut descriptors = [PollFd::from_borrowed_fd(self.stdin.as_fd(), PollFlags::IN)];
         let timeout = rustix::event::Timespec::try_from(patience).ok();
         match rustix::event::poll(&mut descriptors, timeout.as_ref()) {

@@ -254,6 +254,9 @@ impl SettingsFile {
                 "it is read-only (mode {:04o}); \"chmod u+w {path}\", then run this again",
                 metadata.mode() & 0o7777
             )
+        } else if rustix::fs::access(&self.path, rustix::fs::Access::WRITE_OK).is_err() {
+            "you may not write to it (another user's file, or a read-only file system); run this as its owner"
+                .to_owned()
         } else if metadata.nlink() > 1 {
             format!(
                 "it has {} names (a hard link), and replacing it would cut it off from the others; make it a symbolic link \
@@ -381,7 +384,9 @@ impl SettingsFile {
 
     fn io(&self, what: &str, error: &io::Error) -> Failure {
         let way_out = match error.kind() {
-            io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory => "remove it, or name a file with --settings",
+            io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory => {
+                "name a file with --settings, or move it out of the way"
+            }
             _ => "correct its owner or mode",
         };
         Failure::new(Exit::Io, format!("could not {what} {}: {error}; {way_out}", self.path.display()))

@@ -98,7 +98,7 @@ enum Command {
     Emit(EmitArguments),
     /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
     #[command(
-        after_help = "Example:\n  headspace-watcher --config ~/watcher/config.yaml hook < hook-input.json   # as \"hooks install\" sets it up\n\nWaits for its input for 8 s at most. Without a configuration file it keeps nothing,\nunless a watcher has run with its defaults in the current folder."
+        after_help = "Example:\n  headspace-watcher --config ~/watcher/config.yaml hook < hook-input.json   # as \"hooks install\" sets it up\n\nWaits for its input for 10 s at most. Without a configuration file it keeps nothing,\nunless a watcher has run with its defaults in the current folder."
     )]
     Hook,
     /// Have Claude Code call this program at its hooks, or no longer

@@ -57,8 +57,8 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     );
     page.gauge(
         "spool_unread_files",
-        "Files in the spool that can't be read; GET /health says why.",
-        health.spool.unread_files,
+        "Files in the spool that can't be read; 1 and more where its folder can't be; GET /health says why.",
+        health.spool.unread_files + u64::from(health.spool.folder_unread),
     );
     let status = match health.status {
         Status::Pass => 0,

@@ -143,6 +143,12 @@ pub fn too_large(bytes_max: usize) -> Record {
     Record::Rejected(rejection(FailureKind::TooLarge, message, Vec::new()))
 }
 
+/// The record of what follows as many objects as one hook may have.
+pub fn too_many(objects_max: usize) -> Record {
+    let message = format!("a hook's input has more than {objects_max} objects; the others were not kept");
+    Record::Rejected(rejection(FailureKind::TooLarge, message, Vec::new()))
+}
+
 fn rejection(kind: FailureKind, message: String, bytes: Vec<u8>) -> Rejection {
     Rejection {
         failure: Failure { kind, message, sqlstate: None },

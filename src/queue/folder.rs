@@ -42,6 +42,7 @@ use super::store::{self, Changes, Copying, Store, StoreRepair};
 use super::{QueueConfig, QueueError, block, faults, reader, salvage};
 use crate::event::{Sequence, Timestamp};
 use crate::private_folder::{self, Ensured, FolderError};
+use crate::regular_file;
 
 /// Version of the layout of the folder that CURRENT speaks of: 2 since there is a journal, which a program that knows 1
 /// would pass over.
@@ -810,8 +811,11 @@ enum Pointer {
     Unreadable,
 }
 
+/// It has two short lines.
+const POINTER_BYTES_MAX: u64 = 4096;
+
 fn read_pointer(path: &Path) -> Result<Pointer, QueueError> {
-    let text = match fs::read(path.join("CURRENT")) {
+    let text = match regular_file::read(&path.join("CURRENT"), POINTER_BYTES_MAX) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Pointer::Missing),
         Err(error) => return Err(storage(path, &error)),

@@ -23,6 +23,7 @@ use uuid::Uuid;
 use walkdir::WalkDir;
 
 use super::{QueueError, folder};
+use crate::regular_file;
 
 /// How the name of each copy begins.
 const PREFIX: &str = "headspace-watcher-look-";
@@ -52,7 +53,7 @@ impl LockStamp {
     /// [`QueueError::InUse`] where somebody holds it.
     pub fn of(path: &Path) -> Result<LockStamp, QueueError> {
         let failed = |error: io::Error| look_error(path, format!("could not read its lock: {error}"));
-        let mut file = match File::open(path.join("lock")) {
+        let mut file = match regular_file::open(&path.join("lock")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LockStamp(None)),
             opened => opened.map_err(failed)?,
         };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{Dice, SOON, Stage, Watcher, project, rounds, signal, wait_until};
+use crate::stage::{Dice, SOON, Stage, Watcher, project, rounds, signal, wait_until, when_busy};
 
 const SESSION: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -354,6 +354,29 @@ fn nothing_that_follows_a_hooks_object_on_its_stdin_is_lost_without_a_word() {
     let ids: Vec<&str> = payloads.iter().map(|payload| payload["prompt_id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["1", "2", "1", "2", "1", "2", "1"]);
     assert_eq!(letters, ["a hook's input of 8 bytes is no JSON object; it is kept only where hooks.capture is full"]);
+}
+
+#[test]
+fn what_stands_around_a_hooks_objects_costs_neither_events_nor_time() {
+    let stage = Stage::with(None);
+    let object = |number: u32| input("Stop", json!({"prompt_id": number.to_string()}));
+    let begun = Instant::now();
+    // Left open, each.
+    for behind in ["\0", ",", "\n\0\n"] {
+        hook_in_pieces(&stage, &[(Duration::ZERO, &(object(1) + behind))], false);
+    }
+    hook_in_pieces(&stage, &[(Duration::ZERO, "{a:1}")], false);
+    hook_in_pieces(&stage, &[(Duration::ZERO, &format!("\n\u{feff}\n\u{feff}{}", object(2)))], false);
+    assert!(begun.elapsed() < when_busy(Duration::from_secs(5)), "{:?}", begun.elapsed());
+    hook(&stage, format!("\u{feff}{}\n\u{feff}{}\n\u{feff}{}", object(3), object(4), object(5)));
+    let (payloads, letters) = kept(&stage);
+    let ids: Vec<&str> = payloads.iter().map(|payload| payload["prompt_id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["1", "1", "1", "2", "3", "4", "5"]);
+    assert_eq!(letters.len(), 2, "the comma, and what is no JSON: {letters:?}");
+    hook(&stage, (0..102).map(object).collect::<String>());
+    let (payloads, letters) = kept(&stage);
+    assert_eq!(payloads.len(), 107);
+    assert_eq!(letters.last().unwrap(), "a hook's input has more than 100 objects; the others were not kept");
 }
 
 #[test]

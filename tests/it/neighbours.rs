@@ -127,7 +127,8 @@ fn a_statement_that_is_given_up_does_pgbouncer_no_harm() {
             });
             stage.transcript("-home-me-app", 1).say("held up");
             wait_until("it is given up", SOON, || watcher.health()["writes"]["failed"].as_u64().unwrap() > 1);
-            database.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK TABLE%'");
+            database
+                .query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK TABLE%'");
         });
         wait_until("it is delivered", SOON, || database.texts() == ["held up"]);
         assert!(!pooler.log().contains("FATAL"), "{}", pooler.log());
