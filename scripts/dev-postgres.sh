@@ -457,20 +457,38 @@ start() {
   ! misread_by_pg_ctl "$dir" ||
     die 78 "will not run a server in $dir: pg_ctl misreads a path with \", \$, \`, \\ or a newline in it; give another folder"
   choose_owner "$dir"
+  keep_permanent
   if accepts_connections; then return; fi
   trap 'end_start $?' EXIT
   prepare_folder
-  [ -z "$throwaway" ] || as_owner touch "$dir/throwaway"
   local major=''
   [ ! -f "$dir/cluster/PG_VERSION" ] || major=$(cat "$dir/cluster/PG_VERSION")
   need_bin "$major"
   # Installing may have made the user `postgres`, who gets the folder then.
   prepare_folder
   lock_starting
+  mark_throwaway
   [ -d "$dir/cluster" ] || make_cluster
   start_server
   unlock_starting
   trap - EXIT
+}
+
+# A permanent cluster never becomes a throw-away one: `stop` would delete its data.
+keep_permanent() {
+  if [ -n "$throwaway" ] && [ -d "$dir/cluster" ] && [ ! -f "$dir/throwaway" ]; then
+    die 73 "will not make the cluster in $dir a throw-away one: stop would delete its data; give an empty folder, or start it without --throwaway"
+  fi
+}
+
+# DIR/throwaway is set before the cluster is made, under the lock. A mark without a cluster is what a killed start left.
+mark_throwaway() {
+  keep_permanent
+  if [ -n "$throwaway" ]; then
+    as_owner touch "$dir/throwaway"
+  elif [ ! -d "$dir/cluster" ]; then
+    as_owner rm -f "$dir/throwaway"
+  fi
 }
 
 # Never without a word, whatever failed.

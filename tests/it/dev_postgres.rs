@@ -193,3 +193,32 @@ fn stop_leaves_nothing_of_a_throwaway_that_was_moved() {
     assert_eq!(output.status.code(), Some(0), "{}", error(&output));
     assert!(!folder.exists() && !elsewhere.exists());
 }
+
+#[test]
+fn a_permanent_cluster_never_becomes_a_throwaway_one() {
+    let place = Place::new();
+    let folder = place.path("server");
+    assert!(place.run(&["start", text(&folder)]).status.success());
+    let refused = |state: &str| {
+        let output = place.run(&["start", "--throwaway", text(&folder)]);
+        assert_eq!(output.status.code(), Some(73), "{state}: {}", error(&output));
+        assert!(error(&output).contains("stop would delete its data"), "{state}: {}", error(&output));
+    };
+    refused("running");
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    refused("stopped");
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    assert!(folder.join("cluster").exists(), "its data stay");
+}
+
+#[test]
+fn what_a_killed_start_of_a_throwaway_left_makes_no_later_cluster_a_throwaway_one() {
+    let place = Place::new();
+    let folder = place.path("server");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("throwaway"), "").unwrap();
+    let output = place.run(&["start", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    assert!(folder.join("cluster").exists(), "its data stay");
+}
