@@ -55,7 +55,12 @@ log() { # LEVEL MESSAGE
   {
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
     # A name may hold anything: newlines are escaped, other control characters become blanks.
-    message=$(printf '%s\n' "$2" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
+    # JSON is UTF-8: in a name that is not, each byte outside of ASCII becomes a question mark.
+    message=$2
+    if command -v iconv >/dev/null && ! printf '%s' "$message" | iconv -f UTF-8 -t UTF-8 >/dev/null; then
+      message=$(printf '%s' "$message" | LC_ALL=C tr '\200-\377' '?')
+    fi
+    message=$(printf '%s\n' "$message" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
       LC_ALL=C awk 'NR > 1 { printf "%s", "\\n" } { printf "%s", $0 }')
   } 2>/dev/null
   if [ "$format" = json ]; then
@@ -212,16 +217,31 @@ refuse_earlier_version() { # FOLDER
 
 # The watcher of a killed supervisor holds the queue, and would keep the next one out. It loses nothing by being stopped.
 stop_orphan() {
-  local orphan pid turns=$((kill_after_seconds * 20))
+  local orphan pid
   orphan=$(cat "$lock/watcher" 2>/dev/null)
   is_alive "$orphan" || return 0
   pid=${orphan%% *}
   log WARN "the last supervisor was killed, but its watcher (pid $pid) still runs; stopping it"
   kill -s TERM "$pid" 2>/dev/null
-  while is_alive "$orphan"; do
-    handle_early_signal
-    [ "$turns" -ne 0 ] || kill -s KILL "$pid" 2>/dev/null
-    [ "$turns" -gt -100 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+  # In the background, because bash 5.2 may lose a signal that comes while it reads a $( ); one that comes in a wait it
+  # handles at once.
+  set -m
+  (await_end "$orphan") </dev/null 9<&- &
+  asked=$!
+  set +m
+  handle_early_signal
+  wait_for "$asked"
+  asked=''
+  handle_early_signal
+  [ "$status" -eq 0 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+}
+
+# Kills it when its time is over.
+await_end() { # RECORD
+  local turns=$((kill_after_seconds * 20))
+  while is_alive "$1"; do
+    [ "$turns" -ne 0 ] || kill -s KILL "${1%% *}" 2>/dev/null
+    [ "$turns" -gt -100 ] || return 1
     turns=$((turns - 1))
     sleep 0.05
   done

@@ -4,7 +4,9 @@
 //! ending can be had at will. Everything happens in a project folder of its own, with spaces in its path.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -812,6 +814,12 @@ fn a_log_line_is_one_json_object_whatever_a_name_holds() {
     assert_eq!(log.lines().count(), 1, "{log}");
     let (_, message) = parse(log.trim_end()).unwrap_or_else(|| panic!("{log}"));
     assert!(message.contains("/no\nsuch \"file\" \\ä\n.yaml"), "{message}");
+
+    fs::remove_file(project.path("log")).unwrap();
+    let mut command = project.command();
+    command.arg("--config").arg(OsStr::from_bytes(b"/no\xffsuch\xe4.yaml"));
+    assert_eq!(project.start_as(&mut command).wait().code(), Some(78));
+    assert!(messages(&project, "ERROR").concat().contains("/no?such?.yaml"), "{}", project.read("log"));
 }
 
 #[test]
