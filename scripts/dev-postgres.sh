@@ -7,7 +7,7 @@
 #
 # DIR/cluster   the data                  DIR/log      the server's log
 # DIR/socket    where it listens          DIR/moved    instead of all these: where the cluster is (see prepare_folder)
-# DIR/starting  the lock of `start`
+# DIR/starting  the lock of `start` and `stop`
 #
 # Written for bash 3.2, which is what macOS has.
 #
@@ -382,15 +382,19 @@ release_stale_locks() {
   as_owner sh -c 'sed "1s/.*/$2/" "$1" >"$1.stale" && mv "$1.stale" "$1"' sh "$file" "$NO_SUCH_PID"
 }
 
-# One start at a time in a folder: two would take each other's unfinished work for leftovers. The server itself, which
-# outlives the start, must not inherit the lock.
-lock_starting() {
+# One start or stop at a time in a folder: two starts would take each other's unfinished work for leftovers, and a stop
+# would miss the server of a start that is under way. The server itself, which outlives the start, must not inherit the lock.
+lock_starting() { # VERB
   local code turns=0
   as_owner mkdir -p "$dir/starting" || die 77 "could not write in $dir: run this as user $(owner_of "$dir") or as root"
   while code=0; try_lock "$dir/starting" || code=$?; [ "$code" -ne 0 ]; do
-    [ "$code" -ne 2 ] || die 74 "could not write in $dir/starting: is there space on the disk?"
+    if [ "$code" -eq 2 ]; then
+      # A full disk keeps no server from being stopped.
+      [ "$1" != stop ] || return 0
+      die 74 "could not write in $dir/starting: is there space on the disk?"
+    fi
     [ "$turns" -lt $((START_SECONDS_MAX * 10)) ] ||
-      die 69 "could not start PostgreSQL in $dir: another start (pid ${lock_holder:-unknown}) has been at it for more than $START_SECONDS_MAX s; wait for it, or end it"
+      die 69 "could not $1 PostgreSQL in $dir: another start or stop (pid ${lock_holder:-unknown}) has taken more than $START_SECONDS_MAX s; wait for it, or end it"
     turns=$((turns + 1))
     sleep 0.1
   done
@@ -457,20 +461,41 @@ start() {
   ! misread_by_pg_ctl "$dir" ||
     die 78 "will not run a server in $dir: pg_ctl misreads a path with \", \$, \`, \\ or a newline in it; give another folder"
   choose_owner "$dir"
+  keep_permanent
   if accepts_connections; then return; fi
   trap 'end_start $?' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  trap 'exit 129' HUP
   prepare_folder
-  [ -z "$throwaway" ] || as_owner touch "$dir/throwaway"
   local major=''
   [ ! -f "$dir/cluster/PG_VERSION" ] || major=$(cat "$dir/cluster/PG_VERSION")
   need_bin "$major"
   # Installing may have made the user `postgres`, who gets the folder then.
   prepare_folder
-  lock_starting
+  lock_starting start
+  mark_throwaway
   [ -d "$dir/cluster" ] || make_cluster
   start_server
   unlock_starting
-  trap - EXIT
+  trap - EXIT INT TERM HUP
+}
+
+# A permanent cluster never becomes a throw-away one: `stop` would delete its data.
+keep_permanent() {
+  if [ -n "$throwaway" ] && [ -d "$dir/cluster" ] && [ ! -f "$dir/throwaway" ]; then
+    die 73 "will not make the cluster in $dir a throw-away one: stop would delete its data; give an empty folder, or start it without --throwaway"
+  fi
+}
+
+# DIR/throwaway is set before the cluster is made, under the lock. A mark without a cluster is what a killed start left.
+mark_throwaway() {
+  keep_permanent
+  if [ -n "$throwaway" ]; then
+    as_owner touch "$dir/throwaway"
+  elif [ ! -d "$dir/cluster" ]; then
+    as_owner rm -f "$dir/throwaway"
+  fi
 }
 
 # Never without a word, whatever failed.
@@ -480,8 +505,13 @@ end_start() { # EXIT_CODE
 }
 
 stop() {
-  if [ -d "$dir/cluster" ]; then
+  # Nothing is made in a folder that is none of ours.
+  if [ -d "$dir/cluster" ] || [ -d "$dir/starting" ]; then
     choose_owner "$dir"
+    trap unlock_starting EXIT
+    lock_starting stop
+  fi
+  if [ -d "$dir/cluster" ]; then
     local pid output
     if pid=$(postmaster); then
       if [ -f "$dir/throwaway" ]; then mode=immediate; fi

@@ -4,11 +4,12 @@
 # A lock is a folder. Its file `holder` is the record of the process that has it: process id, start time, boot. A process
 # id alone names nobody: ids are used again, in a container at every start.
 #
-# With flock(1), the lock is a flock of the folder on descriptor 9. The kernel releases it however its holder ends.
-# Processes that the holder starts inherit the descriptor: those that may outlive it are started with 9<&-.
+# The lock is the file `holder`, made complete by link(2). A dead process's file is removed only by the process that has
+# `holder.stale`, a lock of the same kind: what it removes is the file that it has read.
 #
-# Without flock(1) (macOS), the lock is the file `holder`, made complete by link(2). A dead process's file is removed only by
-# the process that has `holder.stale`, a lock of the same kind: what it removes is the file that it has read.
+# With flock(1), a flock of the folder on descriptor 9 comes first. The kernel releases it however its holder ends. Processes
+# that the holder starts inherit the descriptor: those that may outlive it are started with 9<&-. `holder` is taken all the
+# same, because another process may find no flock in its PATH (macOS has none); only a full disk is no reason to give up.
 #
 # The script that sources this defines as_owner, which runs a command as the user to whom the folder belongs.
 
@@ -46,40 +47,50 @@ is_alive() { # RECORD
   [ -n "$1" ] && [ "${1%% *}" != $$ ] && [ "$(process_record "${1%% *}")" = "$1" ]
 }
 
-lock_holder='' # the process id of who has the lock, where that could be found out
+lock_holder='' # the process id of the lock's holder, where it is known
 
-# Exit code 0: the lock is ours; 1: another process has it; 2: its folder can't be written.
+# Exit code 0: the lock is ours; 1: another process has it, or its folder was replaced; 2: its folder can't be written.
 try_lock() { # FOLDER
-  local record code=127
+  local record code=127 flocked=''
   lock_holder=''
   if { exec 9<"$1"; } 2>/dev/null; then
     code=0
     flock -n 9 2>/dev/null || code=$?
   fi
   record=$(cat "$1/holder" 2>/dev/null) || true
-  case $code in
-    0)
-      # A process that found no flock in its PATH may have the lock all the same.
-      if ! is_alive "$record"; then
-        # Only messages need the record: a full disk keeps nobody out.
-        write_record "$1/holder" || true
-        return 0
-      fi
-      ;;
-    1) ;;
-    *)
-      # No flock here, or a file system without it.
-      exec 9<&-
-      code=0
-      write_record "$1/holder.$$" || return 2
-      link_lock "$1/holder.$$" "$1/holder" || code=$?
-      as_owner rm -f "$1/holder.$$"
-      return $code
-      ;;
-  esac
+  if [ "$code" -eq 1 ]; then
+    exec 9<&-
+    if is_alive "$record"; then lock_holder=${record%% *}; fi
+    return 1
+  fi
+  # Otherwise there is no flock here, or the file system has none.
+  if [ "$code" -eq 0 ]; then
+    flocked=1
+    is_locked_folder "$1" || { exec 9<&-; return 1; }
+  fi
+  code=0
+  if write_record "$1/holder.$$"; then
+    link_lock "$1/holder.$$" "$1/holder" || code=$?
+  elif [ -z "$flocked" ]; then
+    code=2
+  elif is_alive "$record"; then
+    lock_holder=${record%% *}
+    code=1
+  fi
+  as_owner rm -f "$1/holder.$$" 2>/dev/null || true
+  if [ "$code" -eq 0 ] && [ -n "$flocked" ]; then
+    is_locked_folder "$1" && return 0
+    # Only our own: the new folder may be locked by another process.
+    [ "$(cat "$1/holder" 2>/dev/null)" != "$(process_record $$)" ] || as_owner rm -f "$1/holder"
+    code=1
+  fi
   exec 9<&-
-  if is_alive "$record"; then lock_holder=${record%% *}; fi
-  return 1
+  return "$code"
+}
+
+# Whether descriptor 9 is still the folder of that name: somebody may have removed it between opening and locking it.
+is_locked_folder() { # FOLDER
+  [ "$1" -ef /dev/fd/9 ]
 }
 
 write_record() { # FILE
@@ -87,7 +98,7 @@ write_record() { # FILE
   as_owner sh -c 'printf "%s\n" "$2" >"$1"' sh "$1" "$(process_record $$)" 2>/dev/null
 }
 
-# Makes FILE a link to RECORD_FILE, as the lock without flock is taken.
+# Makes FILE a link to RECORD_FILE.
 link_lock() { # RECORD_FILE FILE
   local record again tries=0
   until as_owner ln "$1" "$2" 2>/dev/null; do

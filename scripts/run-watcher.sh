@@ -55,7 +55,12 @@ log() { # LEVEL MESSAGE
   {
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
     # A name may hold anything: newlines are escaped, other control characters become blanks.
-    message=$(printf '%s\n' "$2" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
+    # JSON is UTF-8: in a name that is not, each byte outside of ASCII becomes a question mark.
+    message=$2
+    if command -v iconv >/dev/null && ! printf '%s' "$message" | iconv -f UTF-8 -t UTF-8 >/dev/null; then
+      message=$(printf '%s' "$message" | LC_ALL=C tr '\200-\377' '?')
+    fi
+    message=$(printf '%s\n' "$message" | LC_ALL=C tr '\001-\011\013-\037\177' ' ' | LC_ALL=C sed 's/\\/\\\\/g; s/"/\\"/g' |
       LC_ALL=C awk 'NR > 1 { printf "%s", "\\n" } { printf "%s", $0 }')
   } 2>/dev/null
   if [ "$format" = json ]; then
@@ -101,39 +106,47 @@ write_rotating() { # FILE
 
 config='' # the file, where there is one
 
-# Where the program gives no answer.
+# Where the program gives no answer. An empty database_url stands for a database that may be configured.
 restarts_max=5 kill_after_seconds=3 database_url=null
 
-# Asks the program for its effective values: it alone reads config.yaml and the environment as the watcher does.
+readonly CONFIGURATION_SECONDS_MAX=5
+
+# Asks the program for its effective values: it alone reads config.yaml and the environment as the watcher does. In the
+# background and in a group of its own, as the build. One that does not know the command may run for ever: it is killed.
 read_configuration() {
-  local answer code=0 timeout
-  answer=$(ask config get event_system.max_restarts_per_minute event_system.shutdown_timeout_seconds database.url) || code=$?
-  case $code in
+  local answer timeout
+  set -m
+  "${program[@]}" config get event_system.max_restarts_per_minute event_system.shutdown_timeout_seconds database.url \
+    </dev/null 2>/dev/null >"$lock/configuration" 9<&- &
+  asked=$!
+  set +m
+  start_killer "$asked" "$CONFIGURATION_SECONDS_MAX"
+  handle_early_signal
+  wait_for "$asked"
+  asked=''
+  stop_killer
+  handle_early_signal
+  answer=$(cat "$lock/configuration" 2>/dev/null)
+  rm -f "$lock/configuration"
+  case $status in
     0)
       restarts_max=$(whole_number "${answer%%$'\n'*}" 5)
       answer=${answer#*$'\n'}
       timeout=$(whole_number "${answer%%$'\n'*}" 2)
+      case ${answer%%$'\n'*} in
+        *.*[1-9]*) timeout=$((timeout + 1)) ;;
+      esac
       kill_after_seconds=$((timeout + 1))
       database_url=${answer#*$'\n'}
       ;;
     # The configuration is wrong: the watcher says how and ends with 78. It needs no database for that.
     78) database_url='' ;;
+    *)
+      # A database may be configured: a private one beside it would take its events.
+      database_url=''
+      log WARN "could not read the configuration: \"$binary config get\" ended with $(reason "$status"); using the defaults, and no private PostgreSQL"
+      ;;
   esac
-}
-
-# Prints what the program prints. One that does not know the command may run forever: it is killed after 5 s.
-ask() { # ARGUMENT...
-  local asked turns=0
-  set -m
-  "${program[@]}" "$@" </dev/null 2>/dev/null 9<&- &
-  asked=$!
-  set +m
-  while kill -0 "$asked" 2>/dev/null && [ "$turns" -lt 100 ]; do
-    sleep 0.05
-    turns=$((turns + 1))
-  done
-  kill -s KILL -- "-$asked" 2>/dev/null
-  wait "$asked" 2>/dev/null
 }
 
 # The whole part of a number; DEFAULT where it is none.
@@ -161,38 +174,74 @@ absolute() {
 
 # The lock's folder stays where it is. Beside the lock it holds, while a supervisor runs:
 #   watcher    the record of its watcher      postgres   when it has started the private PostgreSQL
-#   log        the FIFO to the log file
-lock=''   # the folder, once the lock is ours
-orphan='' # the record of the watcher that a killed supervisor left behind
+#   log        the FIFO to the log file   configuration  what the program says is configured
+lock='' # the folder, once the lock is ours
 
 take_lock() { # FOLDER
   local code tries=0
-  { mkdir -p "$(dirname "$1")" && { mkdir -m 0700 "$1" || [ -d "$1" ]; }; } 2>/dev/null ||
-    die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
-  while code=0; try_lock "$1" || code=$?; [ "$code" -ne 0 ]; do
+  while
+    refuse_earlier_version "$1"
+    # Each time, because a supervisor of an earlier version removes the folder at its end.
+    { mkdir -p "$(dirname "$1")" && { mkdir -m 0700 "$1" || [ -d "$1" ]; }; } 2>/dev/null ||
+      die 74 "could not make $1: is $(dirname "$1") writable, and is there space on the disk?"
+    code=0
+    try_lock "$1" || code=$?
+    [ "$code" -ne 0 ]
+  do
     [ "$code" -ne 2 ] || die 74 "could not write in $1: run this as its owner; is there space on the disk?"
     [ -z "$lock_holder" ] ||
-      die 69 "another supervisor (pid $lock_holder) runs the watcher already; stop it with \"kill $lock_holder\", or let it be"
+      die 69 "another supervisor (pid $lock_holder) runs the watcher already; to stop it: kill $lock_holder"
     # It has not written its id yet, or a command of one that was killed is just ending.
     tries=$((tries + 1))
     [ "$tries" -lt 20 ] ||
-      die 69 "another supervisor, which cannot be seen from here (in a container?), runs the watcher already: it has the lock $1"
+      die 69 "another supervisor, which cannot be seen from here (in a container?), runs the watcher already: it holds the lock $1"
     sleep 0.1
   done
   lock=$1
-  orphan=$(cat "$lock/watcher" 2>/dev/null)
+  rm -f "$lock/pid"
   [ ! -e "$lock/postgres" ] || postgres_is_ours=1
+}
+
+# An earlier version kept its bare process id in FOLDER/pid, and held no lock that is seen today.
+refuse_earlier_version() { # FOLDER
+  local pid command_line
+  pid=$(cat "$1/pid" 2>/dev/null) || return 0
+  [ "$pid" != $$ ] && [ -n "$(process_record "$pid")" ] || return 0
+  command_line=$(ps -o command= -p "$pid" 2>/dev/null || tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline")
+  case $command_line in
+    bash\ *run-watcher.sh* | */bash\ *run-watcher.sh*)
+      die 69 "a supervisor of an earlier version (pid $pid) runs the watcher already; stop it, then try again: kill $pid"
+      ;;
+  esac
 }
 
 # The watcher of a killed supervisor holds the queue, and would keep the next one out. It loses nothing by being stopped.
 stop_orphan() {
-  local pid=${orphan%% *} turns=$((kill_after_seconds * 20))
+  local orphan pid
+  orphan=$(cat "$lock/watcher" 2>/dev/null)
   is_alive "$orphan" || return 0
+  pid=${orphan%% *}
   log WARN "the last supervisor was killed, but its watcher (pid $pid) still runs; stopping it"
   kill -s TERM "$pid" 2>/dev/null
-  while is_alive "$orphan"; do
-    [ "$turns" -ne 0 ] || kill -s KILL "$pid" 2>/dev/null
-    [ "$turns" -gt -100 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+  # In the background, because bash 5.2 may lose a signal that comes while it reads a $( ); one that comes in a wait it
+  # handles at once.
+  set -m
+  (await_end "$orphan") </dev/null 9<&- &
+  asked=$!
+  set +m
+  handle_early_signal
+  wait_for "$asked"
+  asked=''
+  handle_early_signal
+  [ "$status" -eq 0 ] || die 69 "could not stop the old watcher (pid $pid): stop it by hand"
+}
+
+# Kills it when its time is over.
+await_end() { # RECORD
+  local turns=$((kill_after_seconds * 20))
+  while is_alive "$1"; do
+    [ "$turns" -ne 0 ] || kill -s KILL "${1%% *}" 2>/dev/null
+    [ "$turns" -gt -100 ] || return 1
     turns=$((turns - 1))
     sleep 0.05
   done
@@ -205,7 +254,7 @@ binary=''
 find_binary() {
   if [ -n "${HEADSPACE_WATCHER_BIN-}" ]; then
     binary=$(absolute "$HEADSPACE_WATCHER_BIN")
-    [ -x "$binary" ] || die 78 "could not run $binary, which HEADSPACE_WATCHER_BIN names: give the path of a program"
+    { [ -f "$binary" ] && [ -x "$binary" ]; } || die 78 "could not run $binary, which HEADSPACE_WATCHER_BIN names: give the path of a program"
     return
   fi
   local target=${CARGO_TARGET_DIR:-target}
@@ -228,10 +277,10 @@ find_binary() {
   (cd "$project" && exec cargo build --release --locked) </dev/null 9<&- &
   build=$!
   set +m
-  heed_early_signal
+  handle_early_signal
   wait_for "$build"
   build=''
-  heed_early_signal
+  handle_early_signal
   [ "$status" -eq 0 ] || die 70 "could not build headspace-watcher: the compiler's words are above$(
     command -v cc >/dev/null 2>&1 || printf '%s' "; no C compiler (cc) is installed, which some parts need: install gcc or clang"
   )"
@@ -244,7 +293,7 @@ stop_signal=''    # TERM or INT, once it came; HUP when it came between two runs
 hung_up=''        # HUP was passed on to this watcher
 undelivered=''    # came while the watcher was being started
 trap_ran=''       # wait was, or may have been, cut short
-pauser='' killer='' build=''
+pauser='' killer='' build='' asked=''
 early=1           # no watcher has been started yet
 
 on_signal() { # NAME
@@ -252,6 +301,7 @@ on_signal() { # NAME
   [ "$1" = HUP ] || stop_signal=$1
   if [ -n "$early" ]; then
     stop_signal=$1
+    end_early_programs
   elif [ -n "$watcher" ]; then
     deliver "$1"
   elif [ -n "$pauser" ]; then
@@ -262,10 +312,15 @@ on_signal() { # NAME
   fi
 }
 
-# Before there is a watcher, a signal ends the supervisor between two steps.
-heed_early_signal() {
-  [ -n "$stop_signal" ] || return 0
+end_early_programs() {
   [ -z "$build" ] || kill -s TERM -- "-$build" 2>/dev/null
+  [ -z "$asked" ] || kill -s KILL -- "-$asked" 2>/dev/null
+}
+
+# Before there is a watcher, a signal ends the supervisor between two steps.
+handle_early_signal() {
+  [ -n "$stop_signal" ] || return 0
+  end_early_programs
   log INFO "SIG$stop_signal came before the watcher was started; ending"
   exit $((128 + $(kill -l "$stop_signal")))
 }
@@ -276,14 +331,18 @@ deliver() { # NAME
   if [ "$1" = HUP ]; then
     hung_up=1
   elif [ -z "$killer" ]; then
-    set -m
-    (
-      sleep "$kill_after_seconds"
-      kill -s KILL -- "-$watcher"
-    ) </dev/null >/dev/null 2>&1 9<&- &
-    killer=$!
-    set +m
+    start_killer "$watcher" "$kill_after_seconds"
   fi
+}
+
+start_killer() { # GROUP SECONDS
+  set -m
+  (
+    sleep "$2"
+    kill -s KILL -- "-$1"
+  ) </dev/null >/dev/null 2>&1 9<&- &
+  killer=$!
+  set +m
 }
 
 stop_killer() {
@@ -299,11 +358,16 @@ start_watcher() {
   hung_up=''
   # Job control for this one start gives the watcher a process group of its own: Ctrl-C on a terminal goes to the whole
   # group, so it would come twice, once from the terminal and once from here, and the second one ends it at once.
+  # It records itself before its program runs, so that it is found however soon the supervisor is killed.
   set -m
-  "${command[@]}" </dev/null 9<&- &
+  (
+    # $$ is the supervisor.
+    pid=$(exec sh -c 'echo $PPID')
+    { process_record "$pid" >"$lock/watcher.new" && mv -f "$lock/watcher.new" "$lock/watcher"; } 2>/dev/null
+    exec "${command[@]}"
+  ) </dev/null 9<&- &
   watcher=$!
   set +m
-  process_record "$watcher" 2>/dev/null >"$lock/watcher"
   if [ -n "$undelivered" ]; then
     deliver "$undelivered"
     undelivered=''
@@ -320,7 +384,7 @@ wait_for() { # PID
     wait "$1" 2>/dev/null
     status=$?
     [ -n "$trap_ran" ] || return 0
-    [ -z "$early" ] || heed_early_signal
+    [ -z "$early" ] || handle_early_signal
     if kill -0 "$1" 2>/dev/null; then continue; fi
     # It ended about when the trap ran: its status is either the one at hand, or still to be fetched.
     wait "$1" 2>/dev/null
@@ -376,7 +440,8 @@ finish() {
   trap '' TERM INT HUP
   stop_killer
   [ -z "$watcher" ] || kill -s TERM "$watcher" 2>/dev/null
-  # After the watcher, so that its stop is not held up.
+  # After the watcher, so that its stop is not held up. A start under way comes first: its server would stay behind.
+  [ -z "$postgres_start" ] || wait "$postgres_start" 2>/dev/null
   [ -z "$postgres_is_ours" ] || "$postgres" stop >/dev/null 9<&-
   if [ -n "$logger" ]; then
     exec >/dev/null 2>&1
@@ -387,7 +452,9 @@ finish() {
     done
   fi
   if [ -n "$lock" ]; then
-    rm -f "$lock/watcher" "$lock/postgres" "$lock/log"
+    rm -f "$lock/watcher.new" "$lock/configuration" "$lock/postgres" "$lock/log"
+    # One that still runs is left to the next supervisor.
+    is_alive "$(cat "$lock/watcher" 2>/dev/null)" || rm -f "$lock/watcher"
     unlock "$lock"
   fi
   exit "$code"
@@ -395,7 +462,7 @@ finish() {
 
 # ---- from the top ----------------------------------------------------------------------------------------------------
 
-log_file='' log_level='' logger='' postgres_is_ours='' private_postgres=''
+log_file='' log_level='' logger='' postgres_is_ours='' private_postgres='' postgres_start=''
 run=(run)
 while [ $# -gt 0 ]; do
   case $1 in
@@ -432,6 +499,8 @@ done
 lock_name='run-watcher.lock'
 if [ -n "$config" ]; then
   [ -f "$config" ] || die 78 "no configuration file $config: give the path of an existing file to --config"
+  # One file, one lock, however its path is written.
+  config=$(cd "${config%/*}/" && pwd -P)/${config##*/}
   # Another configuration has another queue; side by side they are no harm to each other.
   [ "$config" -ef "$project/config.yaml" ] || lock_name=run-watcher-$(printf '%s' "$config" | cksum | awk '{ print $1 }').lock
 elif [ -f "$project/config.yaml" ]; then
@@ -449,7 +518,7 @@ trap 'on_signal TERM' TERM
 trap 'on_signal INT' INT
 trap 'on_signal HUP' HUP
 take_lock "$project/data/$lock_name"
-heed_early_signal
+handle_early_signal
 
 if [ -n "$log_file" ]; then
   { : >>"$log_file"; } 2>/dev/null || die 74 "could not write $log_file: give --log-file a file in a folder you may write to"
@@ -465,7 +534,7 @@ find_binary
 program=("$binary")
 [ -z "$config" ] || program+=(--config "$config")
 read_configuration
-heed_early_signal
+stop_orphan
 
 command=("${program[@]}")
 [ "$log_format" = auto ] || command+=(--log-format "$log_format")
@@ -479,17 +548,16 @@ if ! database_is_configured; then
   [ -z "$postgres_is_ours" ] || : >"$lock/postgres"
   # A server that was there and does not start today is an outage, which the watcher gets over; one that cannot be had
   # at all is for the user to fix.
-  heed_early_signal
-  DATABASE_URL=$("$postgres" start 9<&-) || heed_early_signal
+  handle_early_signal
+  DATABASE_URL=$("$postgres" start 9<&-) || handle_early_signal
   [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null 9<&-) ||
     die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); fix that, or set database.url in config.yaml"
   export DATABASE_URL
   log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
 fi
 
-stop_orphan
 early=''
-heed_early_signal
+handle_early_signal
 
 recent=0 storage_failures=0
 while :; do
@@ -552,7 +620,12 @@ while :; do
   esac
 
   # In the background: the watcher captures without a database, and must be back soon.
-  if [ -n "$private_postgres" ]; then "$postgres" start </dev/null >/dev/null 9<&- & fi
+  if [ -n "$private_postgres" ]; then
+    if [ -z "$postgres_start" ] || ! kill -0 "$postgres_start" 2>/dev/null; then
+      "$postgres" start </dev/null >/dev/null 9<&- &
+      postgres_start=$!
+    fi
+  fi
   pause "$delay"
   if [ -n "$stop_signal" ]; then
     log INFO "SIG$stop_signal came while the watcher was not running; nothing to stop"

@@ -193,3 +193,58 @@ fn stop_leaves_nothing_of_a_throwaway_that_was_moved() {
     assert_eq!(output.status.code(), Some(0), "{}", error(&output));
     assert!(!folder.exists() && !elsewhere.exists());
 }
+
+#[test]
+fn a_permanent_cluster_never_becomes_a_throwaway_one() {
+    let place = Place::new();
+    let folder = place.path("server");
+    assert!(place.run(&["start", text(&folder)]).status.success());
+    let refused = |state: &str| {
+        let output = place.run(&["start", "--throwaway", text(&folder)]);
+        assert_eq!(output.status.code(), Some(73), "{state}: {}", error(&output));
+        assert!(error(&output).contains("stop would delete its data"), "{state}: {}", error(&output));
+    };
+    refused("running");
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    refused("stopped");
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    assert!(folder.join("cluster").exists(), "its data stay");
+}
+
+#[test]
+fn what_a_killed_start_of_a_throwaway_left_makes_no_later_cluster_a_throwaway_one() {
+    let place = Place::new();
+    let folder = place.path("server");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("throwaway"), "").unwrap();
+    let output = place.run(&["start", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    assert!(place.run(&["stop", text(&folder)]).status.success());
+    assert!(folder.join("cluster").exists(), "its data stay");
+}
+
+#[test]
+fn stop_waits_for_a_start_that_is_under_way_and_stops_its_server() {
+    let place = Place::new();
+    let folder = place.path("server");
+    let starting = spawn(Command::new(script()).arg("start").arg(&folder));
+    let begun = Instant::now();
+    while fs::read_to_string(folder.join("starting/holder")).unwrap_or_default().is_empty() {
+        assert!(begun.elapsed() < PATIENCE, "the start takes no lock");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let output = place.run(&["stop", text(&folder)]);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    let output = finish(starting);
+    assert_eq!(output.status.code(), Some(0), "{}", error(&output));
+    assert_eq!(place.run(&["status", text(&folder)]).status.code(), Some(3), "the server is stopped");
+}
+
+#[test]
+fn stop_makes_nothing_in_a_folder_without_a_cluster() {
+    let place = Place::new();
+    let folder = place.path("mine");
+    fs::create_dir(&folder).unwrap();
+    assert_eq!(place.run(&["stop", text(&folder)]).status.code(), Some(0));
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+}

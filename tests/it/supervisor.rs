@@ -4,7 +4,9 @@
 //! ending can be had at will. Everything happens in a project folder of its own, with spaces in its path.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, getpgid, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group, test_kill_process};
 use tempfile::TempDir;
 
 use crate::stage::{processes_with_open, programs_without, rounds};
@@ -483,10 +485,98 @@ fn signals_no_process_that_is_not_its_watcher() {
     }
 }
 
+/// An upgrade while the supervisor of an earlier version runs: its lock is the file `pid`.
+#[test]
+fn refuses_to_run_beside_a_supervisor_that_keeps_only_ids() {
+    let project = Project::new(&["stay 0"]);
+    let (old, lock) = (project.path("old/run-watcher.sh"), project.path("data/run-watcher.lock"));
+    fs::create_dir(project.path("old")).unwrap();
+    fs::write(&old, "while :; do sleep 0.05; done\n").unwrap();
+    let mut earlier = Stranger(Command::new("bash").arg(&old).stdin(Stdio::null()).spawn().expect("start the old one"));
+    fs::create_dir_all(&lock).unwrap();
+    fs::write(lock.join("pid"), format!("{}\n", earlier.pid())).unwrap();
+    fs::write(lock.join("watcher"), "2147483646\n").unwrap();
+    assert_eq!(project.start().wait().code(), Some(69), "{}", project.read("log"));
+    let errors = messages(&project, "ERROR").concat();
+    assert!(errors.contains(&format!("kill {}", earlier.pid())), "{errors}");
+    assert!(lock.join("pid").exists() && lock.join("watcher").exists(), "its files stay");
+    assert!(earlier.is_alive());
+    drop(earlier);
+
+    let mut supervisor = project.start();
+    project.wait_for_run(1, PATIENCE);
+    assert!(!lock.join("pid").exists());
+    assert_eq!(supervisor.stop(), Some(0));
+}
+
+/// A supervisor of an earlier version removes the folder at its end.
+#[test]
+fn a_lock_whose_folder_was_replaced_meanwhile_is_not_taken() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let script = "as_owner() { \"$@\"; }; . \"$1\"; mkdir \"$2\"
+                  lock=$2
+                  flock() { mv \"$lock\" \"$lock.old\"; mkdir \"$lock\"; }
+                  try_lock \"$lock\"; echo $?
+                  unset -f flock; try_lock \"$lock\"; echo $?";
+    let output = Command::new("bash")
+        .args(["-c", script, "bash"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/lock.sh"))
+        .arg(folder.path().join("lock"))
+        .output()
+        .expect("run lock.sh");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "1\n0\n", "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Else the watcher of a supervisor that was killed just then is never found.
+#[test]
+fn the_watcher_is_recorded_before_its_program_runs() {
+    let project = Project::new(&[]);
+    let programs = project.path("slow programs");
+    fs::create_dir(&programs).unwrap();
+    let executable = |path: PathBuf, text: &str| {
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    // A slow look at the process.
+    executable(programs.join("cat"), "#!/bin/sh\ncase $1 in /proc/*) sleep 0.2 ;; esac\nexec /bin/cat \"$@\"\n");
+    executable(
+        project.path("stand-in"),
+        "#!/bin/sh\ncase \" $* \" in *\" config get \"*) exit 0 ;; esac\nhere=$(dirname \"$0\")\n\
+         /bin/cat \"$here/data/run-watcher.lock/watcher\" >\"$here/record\"\necho $$ >>\"$here/pids\"\nexit 0\n",
+    );
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("PATH"));
+    assert_eq!(project.start_as(project.command().env("PATH", path)).wait().code(), Some(0));
+    let (record, pid) = (project.read("record"), project.runs()[0]);
+    assert!(record.starts_with(&format!("{} ", pid.as_raw_pid())) && record.ends_with('\n'), "{pid:?}: {record:?}");
+}
+
+#[test]
+fn a_start_that_ends_early_leaves_the_orphan_to_the_next_one() {
+    let project = Project::new(&["deaf", "stay 0"]);
+    let mut killed = project.start();
+    project.wait_for_run(1, PATIENCE);
+    killed.signal(Signal::KILL);
+    killed.wait();
+    // Before it stops the orphan, and while it does.
+    let mut command = project.command();
+    command.env("HEADSPACE_WATCHER_BIN", project.path("none"));
+    assert_eq!(project.start_as(&mut command).wait().code(), Some(78));
+    let timeout = "HEADSPACE_EVENT_SYSTEM__SHUTDOWN_TIMEOUT_SECONDS";
+    let mut stopping = project.start_as(project.command().env(timeout, "60"));
+    project.wait_for_log("still runs; stopping it");
+    assert_eq!(stopping.stop(), Some(143));
+    let mut next = project.start_as(project.command().env(timeout, "0.2"));
+    project.wait_for_run(2, PATIENCE);
+    assert_eq!(project.read("signals"), "TERM\nTERM\n");
+    assert_eq!(next.stop(), Some(0));
+}
+
 /// After a crash cron, a login shell and systemd may all start it.
 #[test]
 fn of_many_starts_at_once_after_a_kill_exactly_one_goes_on() {
-    for lock in LOCKS {
+    // All with flock, all without, and mixed.
+    for locks in [[Lock::Flock; 2], [Lock::Link; 2], LOCKS] {
+        let lock = locks[0];
         let rounds = rounds(3) as usize;
         let project = Project::new(&vec!["stay 0"; rounds * 6 + 1]);
         let mut first = project.start_as(&mut project.command_with(lock));
@@ -495,12 +585,13 @@ fn of_many_starts_at_once_after_a_kill_exactly_one_goes_on() {
         first.wait();
         for round in 1..=rounds {
             let _ = fs::remove_file(project.path("log"));
-            let mut started: Vec<_> = (0..6).map(|_| project.start_as(&mut project.command_with(lock))).collect();
+            let mut started: Vec<_> =
+                (0..6).map(|n| project.start_as(&mut project.command_with(locks[n % 2]))).collect();
             project.wait("five ends", PATIENCE, || {
                 started.retain_mut(|supervisor| match supervisor.child.try_wait().expect("wait for a supervisor") {
                     None => true,
                     Some(status) => {
-                        assert_eq!(status.code(), Some(69), "{lock:?}, round {round}: {}", project.read("log"));
+                        assert_eq!(status.code(), Some(69), "{locks:?}, round {round}: {}", project.read("log"));
                         false
                     }
                 });
@@ -509,12 +600,12 @@ fn of_many_starts_at_once_after_a_kill_exactly_one_goes_on() {
             // The orphan of the round before was stopped; only the new one runs.
             project.wait_for_run(round + 1, PATIENCE);
             thread::sleep(Duration::from_millis(50));
-            assert_eq!(project.runs().len(), round + 1, "{lock:?}: {}", project.read("log"));
+            assert_eq!(project.runs().len(), round + 1, "{locks:?}: {}", project.read("log"));
             let mut winner = started.pop().expect("one goes on");
             assert!(winner.child.try_wait().expect("wait for the winner").is_none());
             let errors = messages(&project, "ERROR");
             let expected = format!("another supervisor (pid {}) runs the watcher already", winner.pid());
-            assert_eq!(errors.iter().filter(|error| error.contains(&expected)).count(), 5, "{lock:?}: {errors:?}");
+            assert_eq!(errors.iter().filter(|error| error.contains(&expected)).count(), 5, "{locks:?}: {errors:?}");
             winner.signal(Signal::KILL);
             winner.wait();
         }
@@ -619,6 +710,27 @@ fn brings_up_a_private_postgres_where_no_database_is_configured() {
 }
 
 #[test]
+fn the_private_postgres_is_stopped_after_a_start_that_is_still_under_way() {
+    let project = Project::new(&["exit 1", "stay 0"]);
+    // A stand-in whose second start is slow.
+    let server = r#"#!/usr/bin/env bash
+calls=$(dirname "$0")/../calls
+case $1 in
+  status) exit 3 ;;
+  start) echo start >>"$calls"; [ "$(grep -c '^start' "$calls")" -eq 1 ] || sleep 1; echo up >>"$calls"; echo postgresql:///none ;;
+  stop) echo stop >>"$calls" ;;
+esac
+"#;
+    fs::write(project.path("scripts/dev-postgres.sh"), server).unwrap();
+    let mut supervisor = project.start_as(project.command().env_remove("DATABASE_URL"));
+    project.wait("second start", PATIENCE, || (project.read("calls").lines().count() >= 3).then_some(()));
+    project.wait_for_run(2, PATIENCE);
+    assert_eq!(supervisor.stop(), Some(0));
+    project.wait("end of the start", PATIENCE, || (project.read("calls").lines().count() >= 5).then_some(()));
+    assert_eq!(project.read("calls"), "start\nup\nstart\nup\nstop\n");
+}
+
+#[test]
 fn starts_no_private_postgres_where_a_database_is_configured() {
     let configured = "database: {url: \"postgresql://nobody.invalid/none\"}\n";
     for (config, variable) in [
@@ -658,13 +770,38 @@ fn a_program_that_does_not_answer_what_is_configured_runs_with_the_defaults() {
     fs::write(project.path("config.yaml"), "").unwrap();
     let program = "#!/usr/bin/env bash\necho $$ >>\"$(dirname \"$0\")/pids\"\nwhile :; do sleep 0.05; done\n";
     fs::write(project.path("stand-in"), program).unwrap();
-    let mut supervisor = project.start();
+    let mut supervisor = project.start_as(project.command().env_remove("DATABASE_URL"));
     let asked = project.wait_for_run(1, PATIENCE);
     let watcher = project.wait_for_run(2, PATIENCE);
     assert!(test_kill_process(asked).is_err(), "the one that was asked is gone");
+    assert!(messages(&project, "WARN").concat().contains("could not read the configuration"));
+    assert!(!project.path("data/postgres").exists(), "a database may be configured");
     kill_process(watcher, Signal::KILL).unwrap();
     project.wait_for_log("restart 1 of at most 5");
     supervisor.stop();
+}
+
+/// Ctrl-C goes to the whole group of the terminal, TERM to the supervisor alone.
+#[test]
+fn a_signal_ends_it_at_once_while_the_program_does_not_answer_what_is_configured() {
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let project = Project::new(&[]);
+        let program = "#!/usr/bin/env bash\ntrap '' INT TERM\necho $$ >>\"$(dirname \"$0\")/pids\"\nwhile :; do sleep 0.05; done\n";
+        fs::write(project.path("stand-in"), program).unwrap();
+        let mut supervisor = project.start_as(project.command().process_group(0));
+        let asked = project.wait_for_run(1, PATIENCE);
+        let begun = Instant::now();
+        if signal == Signal::INT {
+            kill_process_group(supervisor.pid(), signal).unwrap();
+        } else {
+            supervisor.signal(signal);
+        }
+        assert_eq!(supervisor.wait().code(), Some(code), "{}", project.read("log"));
+        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        project.wait("end of the asked program", PATIENCE, || test_kill_process(asked).is_err().then_some(()));
+        assert_eq!(project.runs().len(), 1);
+        assert_eq!(fs::read_dir(project.path("data/run-watcher.lock")).unwrap().count(), 0);
+    }
 }
 
 #[test]
@@ -677,6 +814,12 @@ fn a_log_line_is_one_json_object_whatever_a_name_holds() {
     assert_eq!(log.lines().count(), 1, "{log}");
     let (_, message) = parse(log.trim_end()).unwrap_or_else(|| panic!("{log}"));
     assert!(message.contains("/no\nsuch \"file\" \\ä\n.yaml"), "{message}");
+
+    fs::remove_file(project.path("log")).unwrap();
+    let mut command = project.command();
+    command.arg("--config").arg(OsStr::from_bytes(b"/no\xffsuch\xe4.yaml"));
+    assert_eq!(project.start_as(&mut command).wait().code(), Some(78));
+    assert!(messages(&project, "ERROR").concat().contains("/no?such?.yaml"), "{}", project.read("log"));
 }
 
 #[test]
