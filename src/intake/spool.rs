@@ -350,6 +350,7 @@ enum NameSync {
 }
 
 impl NameSync {
+    #[cfg_attr(not(target_os = "linux"), allow(unused_variables))]
     fn open(folder: &Path, file: &File) -> io::Result<NameSync> {
         match File::open(folder) {
             Ok(folder) => Ok(NameSync::Folder(folder)),
