@@ -8,6 +8,7 @@
 //! ([`is_exempt`]), at any depth, and the kept bytes of rejected input. Off by default, and then it costs nothing.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use regex::{Regex, RegexSet};
 use serde_json::{Map, Value};
@@ -19,9 +20,14 @@ use crate::config::RedactConfig;
 /// What stands where a secret stood.
 const REPLACEMENT: &str = "[redacted]";
 
+/// How often the built-in patterns are searched for: what stands beside a secret may be one only once that is replaced.
+const ROUNDS_MAX: usize = 4;
+
 /// Known forms of secrets, then words that announce one. No match of one may be matched again once it is replaced.
 ///
-/// `\b` in them is an ASCII word boundary ([`built_in`]).
+/// `\b` in them is an ASCII word boundary ([`built_in`]). It finds whatever a Unicode one would, as long as what stands on
+/// its inner side is always `[A-Za-z0-9_]`: no `-`, and under `(?i)` neither `s` nor `k`, which are also `ſ` and the Kelvin
+/// sign.
 const BUILT_IN: &[&str] = &[
     // Private keys in PEM, to their end or to the end of the text.
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)",
@@ -42,15 +48,15 @@ const BUILT_IN: &[&str] = &[
     r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
     r"https://hooks\.slack\.com/services/(?P<secret>[A-Za-z0-9/_+-]{20,})",
     r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
-    r"\b[0-9]{8,10}:[A-Za-z0-9_-]{35}\b",
+    r"\b[0-9]{8,10}:[A-Za-z0-9_-]{34}(?:-|[A-Za-z0-9_]\b)",
     // JSON Web Tokens.
     r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
     // Authorization: Bearer … and Basic …
     r"(?i)\b(?:bearer|basic)\s+(?P<secret>[A-Za-z0-9._~+/=-]{16,})",
     // The password of a URL: scheme://user:password@host
     r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@]*:(?P<secret>[^\s/@]+)@",
-    // NAME=value and "name": "value" where the name says what it is.
-    r#"(?i)\b[a-z0-9_.-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|passphrase|token|credentials?)[a-z0-9_]*["']?\s*[:=]\s*["']?(?P<secret>[^\s"',;&\[\]{}]{6,})"#,
+    // NAME=value and "name": "value" where the end of the name says what it is. A part of the value may be replaced already.
+    r#"(?i)(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|passphrase|token|credentials?)[a-z0-9_]*["']?\s*[:=]\s*["']?(?P<secret>[^\s"',;&\[\]{}]{6,}(?:\[redacted\][^\s"',;&\[\]{}]*)*|[^\s"',;&\[\]{}]*(?:\[redacted\][^\s"',;&\[\]{}]*)+)"#,
 ];
 
 /// A pattern of the configuration is no regular expression, or one that is too large.
@@ -87,6 +93,41 @@ impl Patterns {
         let set = regex::RegexSetBuilder::new(&all).size_limit(256 << 20).build().unwrap_or_else(|_| RegexSet::empty());
         Patterns { set, each }
     }
+
+    /// `text` with every match of each pattern replaced; `None` where there is none. All are searched for in the text as it
+    /// is, so that a secret within another one does not hide the ends of that.
+    fn strike(&self, text: &str) -> Option<String> {
+        let matching: Vec<usize> = if self.set.is_empty() {
+            (0..self.each.len()).collect()
+        } else {
+            self.set.matches(text).into_iter().collect()
+        };
+        let mut found: Vec<Range<usize>> = Vec::new();
+        for pattern in matching.into_iter().filter_map(|index| self.each.get(index)) {
+            found.extend(secrets(pattern, text));
+        }
+        if found.is_empty() {
+            return None;
+        }
+        found.sort_unstable_by_key(|range| range.start);
+        let mut struck = String::new();
+        let mut copied = 0;
+        for range in found {
+            if range.start >= copied {
+                struck.push_str(text.get(copied..range.start).unwrap_or_default());
+                struck.push_str(REPLACEMENT);
+            }
+            copied = copied.max(range.end);
+        }
+        struck.push_str(text.get(copied..).unwrap_or_default());
+        Some(struck)
+    }
+}
+
+/// What a pattern strikes out of a text.
+fn secrets(pattern: &Regex, text: &str) -> impl Iterator<Item = Range<usize>> {
+    let found = pattern.captures_iter(text).filter_map(|captures| captures.name("secret").or_else(|| captures.get(0)));
+    found.filter(|found| !found.is_empty() && found.as_str() != REPLACEMENT).map(|found| found.range())
 }
 
 /// The built-in patterns with ASCII word boundaries: what they look for is ASCII. A Unicode `\b` beside other text is known
@@ -130,13 +171,10 @@ impl Redactor {
     /// `text` without secrets; borrowed where there are none.
     pub fn text<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut redacted = Cow::Borrowed(text);
-        for Patterns { set, each } in &self.patterns {
-            let matching: Vec<usize> =
-                if set.is_empty() { (0..each.len()).collect() } else { set.matches(text).into_iter().collect() };
-            for pattern in matching.into_iter().filter_map(|index| each.get(index)) {
-                if let Some(replaced) = strike(pattern, &redacted) {
-                    redacted = Cow::Owned(replaced);
-                }
+        for (patterns, rounds) in self.patterns.iter().zip([ROUNDS_MAX, 1]) {
+            for _ in 0..rounds {
+                let Some(replaced) = patterns.strike(&redacted) else { break };
+                redacted = Cow::Owned(replaced);
             }
         }
         redacted
@@ -212,26 +250,6 @@ fn is_exempt(name: &str, value: &Value) -> bool {
         || ["_id", "_uuid", "_at", "_timestamp"].iter().any(|end| name.ends_with(end))
         // A session's reason is a word, a denial's may be a sentence.
         || (name == "reason" && value.as_str().is_some_and(is_word))
-}
-
-/// `text` with every match replaced; `None` where there is none.
-fn strike(pattern: &Regex, text: &str) -> Option<String> {
-    let mut struck = String::new();
-    let mut copied = 0;
-    for captures in pattern.captures_iter(text) {
-        let Some(found) = captures.name("secret").or_else(|| captures.get(0)) else { continue };
-        if found.is_empty() || found.as_str() == REPLACEMENT {
-            continue;
-        }
-        struck.push_str(text.get(copied..found.start()).unwrap_or_default());
-        struck.push_str(REPLACEMENT);
-        copied = found.end();
-    }
-    if copied == 0 {
-        return None;
-    }
-    struck.push_str(text.get(copied..).unwrap_or_default());
-    Some(struck)
 }
 
 /// What regex says is a drawing of several lines; the last one is the cause.
@@ -335,13 +353,6 @@ mod tests {
         assert_eq!(Redactor::careful(&["(open".into(), "x+".into()]).text("xx"), "[redacted]");
     }
 
-    /// What a pattern strikes out of a text, as ranges of its bytes.
-    fn struck(pattern: &Regex, text: &str) -> Vec<std::ops::Range<usize>> {
-        let found =
-            |captures: regex::Captures<'_>| captures.name("secret").or_else(|| captures.get(0)).unwrap().range();
-        pattern.captures_iter(text).map(found).collect()
-    }
-
     #[test]
     fn a_secret_beside_letters_that_are_not_ascii_is_found() {
         let redactor = redactor(&[]);
@@ -366,6 +377,38 @@ mod tests {
     }
 
     #[test]
+    fn a_token_that_ends_in_a_hyphen_is_found_whatever_follows() {
+        let redactor = redactor(&[]);
+        for after in ["", " ", "é", "-", "a", "です"] {
+            let text = format!("123456789:{}-{after}", "Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fGh");
+            assert_eq!(redactor.text(&text), format!("[redacted]{after}"));
+        }
+    }
+
+    #[test]
+    fn a_value_with_a_token_in_it_is_struck_out_as_a_whole() {
+        let redactor = redactor(&[]);
+        let (sk, aws) = (token("sk-", "abcdefghijklmnopqrstu"), token("AKIA", "ABCDEFGHIJKLMNOP"));
+        let key = format!("-----BEGIN {0} KEY-----\nMIIE\n-----END {0} KEY-----", "PRIVATE");
+        for (before, value, after) in [
+            ("password=", format!("geheimü{sk}ÄRestgeheim"), " x"),
+            ("password=", format!("ab-{aws}.rest"), ""),
+            ("\"api_key\": \"", format!("схема{aws}секрет12345"), "\""),
+            ("https://me:", format!("ab:{aws}:cd"), "@host"),
+            ("secret=", key.clone(), "\nMIIE"),
+            ("secret=", format!("ab{key}cd"), " MIIE"),
+            ("secret=", format!("{aws}{key}{aws}cd"), " MIIE"),
+            ("\u{17f}ecret=", "hunter2222".to_owned(), ""),
+            ("to\u{212a}en: ", "hunter2222".to_owned(), ""),
+        ] {
+            let text = format!("{before}{value}{after}");
+            let expected = format!("{before}[redacted]{after}");
+            assert_eq!(redactor.text(&text), expected, "{text}");
+            assert_eq!(redactor.text(&expected), expected);
+        }
+    }
+
+    #[test]
     fn no_built_in_pattern_makes_text_that_is_not_ascii_slow() {
         let redactor = redactor(&[]);
         for pattern in redactor.patterns.iter().flat_map(|patterns| &patterns.each) {
@@ -381,6 +424,8 @@ mod tests {
     fn pieces() -> impl Strategy<Value = String> {
         let letters = "Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fGh7jKl0n";
         let mut pieces = Vec::from([
+            format!("{}-", &letters[..34]),
+            format!("123456789:{}-", &letters[..34]),
             token("sk-", letters),
             token("ghp_", letters),
             token("AKIA", "ABCDEFGHIJKLMNOP"),
@@ -419,6 +464,11 @@ mod tests {
             "toKen",
             "api_key",
             "secret",
+            "\u{17f}ecret=",
+            "TO\u{212a}EN: ",
+            "password=geheim\u{fc}",
+            "\u{444}\u{44b}\u{432}\u{430}\u{444}\u{44b}\u{432}",
+            "https://me:",
             "abcdef",
             "123456789:",
         ];
@@ -432,19 +482,31 @@ mod tests {
 
         #[test]
         fn whatever_unicode_word_boundaries_would_find_is_found(text in pieces()) {
-            static PATTERNS: std::sync::LazyLock<(Vec<Regex>, Redactor)> = std::sync::LazyLock::new(|| {
-                (BUILT_IN.iter().map(|pattern| Regex::new(pattern).unwrap()).collect(), redactor(&[]))
+            static BOTH: std::sync::LazyLock<(Patterns, Redactor)> = std::sync::LazyLock::new(|| {
+                // Without a set: it would only say which of them to search for.
+                let each = BUILT_IN.iter().map(|pattern| Regex::new(pattern).unwrap()).collect();
+                (Patterns { set: RegexSet::empty(), each }, redactor(&[]))
             });
-            let (unicode, redactor) = &*PATTERNS;
-            let ours = redactor.patterns.iter().flat_map(|patterns| &patterns.each);
-            for (unicode, ours) in unicode.iter().zip(ours) {
-                let found = struck(ours, &text);
-                for secret in struck(unicode, &text) {
-                    let is_found = found.iter().any(|range| range.start <= secret.start && secret.end <= range.end);
-                    prop_assert!(is_found, "{} leaves {:?} of {text:?}", ours, &text[secret]);
-                }
-            }
+            let (unicode, redactor) = &*BOTH;
+            let ours = redactor.text(&text);
+            let theirs = unicode.strike(&text).unwrap_or_else(|| text.clone());
+            prop_assert!(is_left_of(&ours, &theirs), "{text:?} becomes {ours:?}, and not {theirs:?}");
         }
+    }
+
+    /// Whether what is left in `ours` is also left, in that order, in `theirs`.
+    fn is_left_of(ours: &str, theirs: &str) -> bool {
+        let mut left = theirs.split(REPLACEMENT).peekable();
+        ours.split(REPLACEMENT).filter(|piece| !piece.is_empty()).all(|piece| {
+            while let Some(rest) = left.peek_mut() {
+                if let Some(at) = rest.find(piece) {
+                    *rest = &rest[at + piece.len()..];
+                    return true;
+                }
+                left.next();
+            }
+            false
+        })
     }
 
     /// Speed beside that of ASCII text, in one run. To be run by hand, in a release build:

@@ -32,7 +32,7 @@
 //! Numbers are little-endian. Files have mode 0600, the folder 0700.
 
 use std::ffi::OsString;
-use std::fs::{self, DirEntry, File, OpenOptions};
+use std::fs::{self, DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -323,7 +323,8 @@ impl Draft {
         self.bytes
     }
 
-    /// Makes it durable and gives it its name; gives a reader of what is in it, for who must tell what was accepted.
+    /// Makes it durable and gives it its name; gives a reader of what is in it, for who must tell what was accepted. After
+    /// an error no file has the name, so that the caller may send the records another way.
     pub fn commit(mut self, kind: Kind) -> io::Result<Frames> {
         let count = self.frames.to_le_bytes();
         self.file.write_all(&0u32.to_le_bytes())?;
@@ -332,10 +333,53 @@ impl Draft {
         self.file.flush()?;
         self.file.get_ref().sync_data()?;
         let frames = Frames::open(&self.path)?;
-        fs::rename(&self.path, self.folder.join(format!("{}.{}", Uuid::now_v7(), kind.extension())))?;
+        let name = NameSync::open(&self.folder, self.file.get_ref())?;
+        let path = self.folder.join(format!("{}.{}", Uuid::now_v7(), kind.extension()));
+        rename_durably(&self.path, &path, || name.sync())?;
         self.path = PathBuf::new();
-        File::open(&self.folder)?.sync_all()?;
         Ok(frames)
+    }
+}
+
+/// What makes a new name durable; opened before there is the name, so that only the disk can fail afterwards.
+enum NameSync {
+    Folder(File),
+    /// In a folder that may be written but not read: all of its file system, through a file in it.
+    #[cfg(target_os = "linux")]
+    FileSystem(File),
+}
+
+impl NameSync {
+    #[cfg_attr(not(target_os = "linux"), allow(unused_variables))]
+    fn open(folder: &Path, file: &File) -> io::Result<NameSync> {
+        match File::open(folder) {
+            Ok(folder) => Ok(NameSync::Folder(folder)),
+            #[cfg(target_os = "linux")]
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(NameSync::FileSystem(file.try_clone()?))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self {
+            NameSync::Folder(folder) => folder.sync_all(),
+            #[cfg(target_os = "linux")]
+            NameSync::FileSystem(file) => Ok(rustix::fs::syncfs(file)?),
+        }
+    }
+}
+
+/// Renames a file and makes that durable. Where it can't be made durable the new name is removed again: nobody may find
+/// what the caller, told of the error, sends another way. Where that fails too, or somebody has taken the file already,
+/// it counts as renamed.
+fn rename_durably(from: &Path, to: &Path, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fs::rename(from, to)?;
+    let Err(error) = sync() else { return Ok(()) };
+    match fs::remove_file(to) {
+        Ok(()) => Err(error),
+        Err(_) => Ok(()),
     }
 }
 
@@ -371,6 +415,11 @@ impl Frames {
         let file = open_own(path)?;
         let left = file.metadata()?.len();
         Ok(Frames { file: BufReader::new(file), read: 0, left, started: false })
+    }
+
+    /// The metadata of the file that is read, whatever its path leads to now.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.file.get_ref().metadata()
     }
 
     /// The next frame; `None` at the end. `reserve` is called with its size before it is read.
@@ -669,6 +718,20 @@ mod tests {
         assert_eq!(spool.backlog_bytes(), waiting[1].metadata().unwrap().len());
         assert_eq!(spool.folder().metadata().unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(waiting[0].metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_name_that_can_not_be_made_durable_is_taken_back_before_the_error_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let [draft, named] = ["draft", "named"].map(|name| folder.path().join(name));
+        fs::write(&draft, "").unwrap();
+        let error = rename_durably(&draft, &named, || Err(io::Error::from_raw_os_error(5))).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(5));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        // One that its reader has taken already is no error: it must not come in a second time.
+        fs::write(&draft, "").unwrap();
+        let taken = || fs::remove_file(&named).and(Err(io::Error::from_raw_os_error(5)));
+        rename_durably(&draft, &named, taken).unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! in parts; see `spool` for what is promised. When the queue is full it waits for room: the files are the buffer.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,10 @@ const UNREAD_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// How often a stop is looked for while there is no room.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Files whose state is kept though the last look did not find them: their folder may have been renamed, or moved away,
+/// for a while. Above this, those that are gone the longest are forgotten.
+const GONE_FILES_MAX: usize = 10_000;
+
 /// Why a pass over the spool ended early.
 #[derive(Debug)]
 enum Interruption {
@@ -55,19 +59,30 @@ pub struct SpoolReader {
     stop: Arc<AtomicBool>,
     idle: watch::Sender<bool>,
     /// Files that stay in the spool though they were looked at.
-    kept: HashMap<PathBuf, Kept>,
+    kept: HashMap<PathBuf, KeptFile>,
+    /// How often the files were listed.
+    listings: u64,
     /// The file that was being processed when the program ended last, if it did not end by itself.
     interrupted: Option<Attempt>,
+}
+
+/// A file that stays in the spool.
+struct KeptFile {
+    kept: Kept,
+    /// As it was when it was read or last looked at. `None` where that could not be told, and nothing of it was read.
+    version: Option<Version>,
+    /// The first listing in which it was missing, since it was seen last.
+    gone_since: Option<u64>,
 }
 
 /// Why a file stays in the spool.
 enum Kept {
     /// It can't be read.
-    Unread { version: Option<Version>, tried_at: Instant, error: String, records_taken: u64 },
+    Unread { tried_at: Instant, error: String, records_taken: u64 },
     /// All of it is in the queue, but it can't be removed.
-    TakenIn { version: Option<Version> },
+    TakenIn,
     /// It ends the program and is a dead letter, but can't be renamed.
-    Fatal { version: Option<Version> },
+    Fatal,
 }
 
 /// What of a file changes when somebody replaces it, writes to it, or changes its owner or mode.
@@ -81,12 +96,13 @@ struct Version {
 impl Version {
     /// `None` where there is no such file, or its folder may not be searched.
     fn of(path: &Path) -> Option<Version> {
-        let metadata = path.symlink_metadata().ok()?;
-        Some(Version { inode: metadata.ino(), changed_at: (metadata.ctime(), metadata.ctime_nsec()) })
+        Some(Version::from(&path.symlink_metadata().ok()?))
     }
+}
 
-    fn is_same_file(before: Option<Version>, now: Option<Version>) -> bool {
-        before.map(|version| version.inode) == now.map(|version| version.inode)
+impl From<&Metadata> for Version {
+    fn from(metadata: &Metadata) -> Version {
+        Version { inode: metadata.ino(), changed_at: (metadata.ctime(), metadata.ctime_nsec()) }
     }
 }
 
@@ -100,20 +116,32 @@ enum Step {
     Nothing,
 }
 
-impl Kept {
-    fn step(&self, path_now: Option<Version>, now: Instant) -> Step {
-        match self {
-            Kept::Unread { version, tried_at, records_taken, .. } => {
-                let is_due = *version != path_now || now.saturating_duration_since(*tried_at) >= UNREAD_RETRY_INTERVAL;
-                let same = Version::is_same_file(*version, path_now);
-                if is_due { Step::Read(if same { *records_taken } else { 0 }) } else { Step::Nothing }
+impl KeptFile {
+    fn new(kept: Kept, version: Option<Version>) -> KeptFile {
+        KeptFile { kept, version, gone_since: None }
+    }
+
+    /// What is to be done now that the last listing has its name. `found` is what is there.
+    fn step(&mut self, found: Option<Version>, now: Instant) -> Step {
+        // Whatever is there can't be reached: it may be this file or another one.
+        let Some(found) = found else { return Step::Nothing };
+        let is_same = self.version.is_none_or(|version| match self.gone_since {
+            None => version.inode == found.inode,
+            // The inode may have been used again meanwhile.
+            Some(_) => version == found,
+        });
+        if !is_same {
+            return Step::Read(0);
+        }
+        let is_changed = self.version.replace(found) != Some(found);
+        self.gone_since = None;
+        match self.kept {
+            Kept::Unread { tried_at, records_taken, .. } => {
+                let is_due = is_changed || now.saturating_duration_since(tried_at) >= UNREAD_RETRY_INTERVAL;
+                if is_due { Step::Read(records_taken) } else { Step::Nothing }
             }
-            // Its name now leads to another file.
-            Kept::TakenIn { version } | Kept::Fatal { version } if !Version::is_same_file(*version, path_now) => {
-                Step::Read(0)
-            }
-            Kept::TakenIn { .. } => Step::Remove,
-            Kept::Fatal { .. } => Step::MoveAside,
+            Kept::TakenIn => Step::Remove,
+            Kept::Fatal => Step::MoveAside,
         }
     }
 }
@@ -149,7 +177,7 @@ impl SpoolReader {
         let (idle, is_idle) = watch::channel(false);
         let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle };
         let (interrupted, kept) = (spool.attempt(), HashMap::new());
-        (SpoolReader { spool, intake, polling_interval, stop, idle, kept, interrupted }, handle)
+        (SpoolReader { spool, intake, polling_interval, stop, idle, kept, listings: 0, interrupted }, handle)
     }
 
     /// Takes in what waits, again and again. Blocks until stopped; an error is the queue's.
@@ -190,9 +218,9 @@ impl SpoolReader {
 
     /// The files that can't be read.
     fn unread(&self) -> UnreadSpool {
-        let unread = self.kept.iter().filter_map(|(path, kept)| match kept {
-            Kept::Unread { error, .. } => Some((path, error)),
-            Kept::TakenIn { .. } | Kept::Fatal { .. } => None,
+        let unread = self.kept.iter().filter_map(|(path, file)| match &file.kept {
+            Kept::Unread { error, .. } if file.gone_since.is_none() => Some((path, error)),
+            Kept::Unread { .. } | Kept::TakenIn | Kept::Fatal => None,
         });
         let first = unread.clone().min();
         UnreadSpool {
@@ -206,24 +234,52 @@ impl SpoolReader {
         self.stop.load(Ordering::Acquire)
     }
 
+    /// Notes which files the listing `paths` lacks, and forgets those that are gone the longest where there are too many.
+    fn note_gone(&mut self, paths: &[PathBuf]) {
+        self.listings += 1;
+        let mut gone = Vec::new();
+        for (path, file) in &mut self.kept {
+            if paths.binary_search(path).is_err() {
+                gone.push(*file.gone_since.get_or_insert(self.listings));
+            }
+        }
+        if let Some(excess) = gone.len().checked_sub(GONE_FILES_MAX).filter(|excess| *excess > 0) {
+            gone.sort_unstable();
+            let first_kept = gone.get(excess).copied().unwrap_or_default();
+            self.kept.retain(|_, file| file.gone_since.is_none_or(|since| since >= first_kept));
+            // Of those that are gone for the same time, any.
+            let mut excess =
+                self.kept.values().filter(|file| file.gone_since.is_some()).count().saturating_sub(GONE_FILES_MAX);
+            self.kept.retain(|_, file| {
+                let is_excess = excess > 0 && file.gone_since == Some(first_kept);
+                excess -= usize::from(is_excess);
+                !is_excess
+            });
+        }
+    }
+
     fn take_in(&mut self, paths: Vec<PathBuf>) -> Result<(), Interruption> {
-        self.kept.retain(|path, _| paths.binary_search(path).is_ok());
+        self.note_gone(&paths);
         let mut gathered = Gathered::default();
         for path in paths {
             if self.stopped() {
                 return Err(Interruption::Stopped);
             }
-            let kept = self.kept.get(&path);
-            let records_taken = match kept.map_or(Step::Read(0), |kept| kept.step(Version::of(&path), Instant::now())) {
+            let step = match self.kept.get_mut(&path) {
+                Some(file) => file.step(Version::of(&path), Instant::now()),
+                None => Step::Read(0),
+            };
+            let records_taken = match step {
                 Step::Read(records_taken) => records_taken,
+                // One that is not found may come back: its folder may just have been renamed.
                 Step::Remove => {
-                    if is_done(std::fs::remove_file(&path)) {
+                    if std::fs::remove_file(&path).is_ok() {
                         self.kept.remove(&path);
                     }
                     continue;
                 }
                 Step::MoveAside => {
-                    if is_done(self.spool.move_aside(&path)) {
+                    if self.spool.move_aside(&path).is_ok() {
                         self.kept.remove(&path);
                     }
                     continue;
@@ -232,15 +288,16 @@ impl SpoolReader {
             };
             self.idle.send_replace(false);
             let Some(attempt) = self.begin_attempt(&path, &mut gathered)? else { continue };
-            match Frames::open(&path) {
-                Ok(frames) => {
-                    let taken = self.take_file(path, &attempt, frames, records_taken, &mut gathered);
+            match Frames::open(&path).and_then(|frames| Ok((Version::from(&frames.metadata()?), frames))) {
+                Ok((version, frames)) => {
+                    let file = OpenFile { path, version, frames };
+                    let taken = self.take_file(file, &attempt, records_taken, &mut gathered);
                     self.spool.clear_attempt();
                     taken?;
                 }
                 Err(error) => {
                     self.spool.clear_attempt();
-                    self.keep_unread(path, &error, records_taken);
+                    self.keep_unread(path, None, &error, records_taken);
                 }
             }
         }
@@ -264,10 +321,12 @@ impl SpoolReader {
         // Its dead letter first: if the program ends between the two, there are two of them and not none.
         self.spool.clear_attempt();
         self.hand_over(gathered)?;
+        let version = Version::of(path);
+        self.kept.remove(path);
         if let Err(error) = self.spool.move_aside(path) {
             warn!(file = %path.display(), error = %error,
                   "a spool file ends the program and can't be renamed; correct the owner or mode of its folder, or remove it");
-            self.kept.insert(path.to_owned(), Kept::Fatal { version: Version::of(path) });
+            self.kept.insert(path.to_owned(), KeptFile::new(Kept::Fatal, version));
         }
         Ok(None)
     }
@@ -278,12 +337,12 @@ impl SpoolReader {
     /// blame; if it ends while the queue is written, it is not.
     fn take_file(
         &mut self,
-        path: PathBuf,
+        file: OpenFile,
         attempt: &Attempt,
-        mut frames: Frames,
         records_taken: u64,
         gathered: &mut Gathered,
     ) -> Result<(), Interruption> {
+        let OpenFile { path, version, mut frames } = file;
         let mut records = 0;
         loop {
             let mut is_large = false;
@@ -315,7 +374,7 @@ impl SpoolReader {
                 }
                 Ok(()) => {}
                 Err(ReadError::Io(error)) => {
-                    self.keep_unread(path, &error, records);
+                    self.keep_unread(path, Some(version), &error, records);
                     return Ok(());
                 }
                 Err(ReadError::Damaged(problem)) => {
@@ -325,10 +384,10 @@ impl SpoolReader {
                 }
             }
         }
-        if let Some(Kept::Unread { .. }) = self.kept.remove(&path) {
+        if let Some(KeptFile { kept: Kept::Unread { .. }, .. }) = self.kept.remove(&path) {
             info!(file = %path.display(), "a spool file could be read again and is taken in");
         }
-        gathered.done.push(path);
+        gathered.done.push((path, version));
         if gathered.is_full() { self.hand_over(gathered) } else { Ok(()) }
     }
 
@@ -356,15 +415,16 @@ impl SpoolReader {
         for (session, at) in closed {
             self.intake.session_closed(session, at);
         }
-        for path in done {
-            if let Err(error) = std::fs::remove_file(&path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
+        for (path, version) in done {
+            let Err(error) = std::fs::remove_file(&path) else { continue };
+            let mut file = KeptFile::new(Kept::TakenIn, Some(version));
+            if error.kind() == io::ErrorKind::NotFound {
+                file.gone_since = Some(self.listings);
+            } else {
                 warn!(file = %path.display(), error = %error,
                       "a spool file was taken in but can't be removed; correct the owner or mode of its folder");
-                let version = Version::of(&path);
-                self.kept.insert(path, Kept::TakenIn { version });
             }
+            self.kept.insert(path, file);
         }
         Ok(())
     }
@@ -381,25 +441,28 @@ impl SpoolReader {
         Ok(())
     }
 
-    /// Keeps a file for later that could not be read. Said once, until it could be.
-    fn keep_unread(&mut self, path: PathBuf, error: &io::Error, records_taken: u64) {
+    /// Keeps a file for later that could not be read. Said once, until it could be. `version` is that of what was read.
+    fn keep_unread(&mut self, path: PathBuf, version: Option<Version>, error: &io::Error, records_taken: u64) {
         if error.kind() == io::ErrorKind::NotFound {
-            self.kept.remove(&path);
             return;
         }
-        if !self.kept.contains_key(&path) {
+        let before = self.kept.get(&path);
+        if before.is_none() {
             warn!(file = %path.display(), error = %error,
                   "a spool file could not be read and is tried again; correct its owner or mode, or remove it");
         }
-        let version = Version::of(&path);
-        let error = error.to_string();
-        self.kept.insert(path, Kept::Unread { version, tried_at: Instant::now(), error, records_taken });
+        // What can't be reached any more is the file that was kept, as far as is known.
+        let version = version.or_else(|| Version::of(&path)).or(before.and_then(|file| file.version));
+        let kept = Kept::Unread { tried_at: Instant::now(), error: error.to_string(), records_taken };
+        self.kept.insert(path, KeptFile::new(kept, version));
     }
 }
 
-/// Whether a file is no longer under its name.
-fn is_done(removed: io::Result<()>) -> bool {
-    removed.map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
+/// A file that is being read.
+struct OpenFile {
+    path: PathBuf,
+    version: Version,
+    frames: Frames,
 }
 
 /// What goes into the queue together.
@@ -408,7 +471,7 @@ struct Gathered {
     batch: Batch,
     bytes: usize,
     /// Files that are wholly in this batch or in one before it.
-    done: Vec<PathBuf>,
+    done: Vec<(PathBuf, Version)>,
     /// Sessions whose end is told in this batch.
     closed: Vec<(Uuid, Timestamp)>,
 }
@@ -532,28 +595,60 @@ mod tests {
     fn a_file_that_could_not_be_read_is_tried_again_when_it_changes_and_once_a_minute() {
         let now = Instant::now();
         let version = Version { inode: 7, changed_at: (100, 5) };
-        let kept = |records_taken| Kept::Unread {
-            version: Some(version),
-            tried_at: now,
-            error: "Too many open files".to_owned(),
-            records_taken,
+        let unread = |records_taken| {
+            let error = "Too many open files".to_owned();
+            KeptFile::new(Kept::Unread { tried_at: now, error, records_taken }, Some(version))
         };
         let later = |seconds| now + Duration::from_secs(seconds);
-        assert_eq!(kept(3).step(Some(version), later(59)), Step::Nothing);
-        assert_eq!(kept(3).step(Some(version), later(60)), Step::Read(3));
+        assert_eq!(unread(3).step(Some(version), later(59)), Step::Nothing);
+        assert_eq!(unread(3).step(Some(version), later(60)), Step::Read(3));
         let touched = Version { changed_at: (100, 6), ..version };
-        assert_eq!(kept(3).step(Some(touched), now), Step::Read(3));
+        assert_eq!(unread(3).step(Some(touched), now), Step::Read(3));
         let other = Version { inode: 8, ..version };
-        assert_eq!(kept(3).step(Some(other), now), Step::Read(0), "nothing of this one was taken");
+        assert_eq!(unread(3).step(Some(other), now), Step::Read(0), "nothing of this one was taken");
+        assert_eq!(unread(3).step(None, later(60)), Step::Nothing, "it can't be reached");
+        let gone = |kept: KeptFile| KeptFile { gone_since: Some(1), ..kept };
+        assert_eq!(gone(unread(3)).step(Some(version), later(60)), Step::Read(3), "it came back");
+        assert_eq!(gone(unread(3)).step(Some(touched), later(60)), Step::Read(0), "perhaps another one of its inode");
         // What is done with is never read again, whatever happens to it; another file of its name is.
-        for (kept, step) in [
-            (Kept::TakenIn { version: Some(version) }, Step::Remove),
-            (Kept::Fatal { version: Some(version) }, Step::MoveAside),
-        ] {
-            assert_eq!(kept.step(Some(version), later(3600)), step);
-            assert_eq!(kept.step(Some(touched), now), step);
-            assert_eq!(kept.step(Some(other), now), Step::Read(0));
+        let done = [
+            (KeptFile::new(Kept::TakenIn, Some(version)), Step::Remove),
+            (KeptFile::new(Kept::Fatal, Some(version)), Step::MoveAside),
+        ];
+        for (mut file, step) in done {
+            assert_eq!(file.step(Some(version), later(3600)), step);
+            assert_eq!(file.step(None, now), Step::Nothing);
+            assert_eq!(file.step(Some(touched), now), step);
+            file.gone_since = Some(1);
+            assert_eq!(file.step(None, now), Step::Nothing);
+            assert_eq!(file.step(Some(touched), now), step, "its last change was seen before it was gone");
+            assert_eq!(file.step(Some(other), now), Step::Read(0));
+            file.gone_since = Some(1);
+            assert_eq!(file.step(Some(version), now), Step::Read(0));
         }
+    }
+
+    #[test]
+    fn of_files_that_are_gone_the_latest_ten_thousand_are_remembered() {
+        let folder = tempfile::tempdir().unwrap();
+        let (spool, intake) = scene(folder.path(), 1 << 30);
+        let (mut reader, _handle) = SpoolReader::new(spool, intake, Duration::ZERO);
+        let version = Version { inode: 7, changed_at: (100, 5) };
+        let keep = |reader: &mut SpoolReader, names: std::ops::Range<usize>| {
+            for name in names {
+                reader.kept.insert(format!("{name:05}").into(), KeptFile::new(Kept::TakenIn, Some(version)));
+            }
+        };
+        keep(&mut reader, 0..10);
+        reader.note_gone(&["00003".into()]);
+        keep(&mut reader, 10..GONE_FILES_MAX);
+        reader.note_gone(&["00003".into()]);
+        assert_eq!(reader.kept.len(), GONE_FILES_MAX);
+        keep(&mut reader, GONE_FILES_MAX..GONE_FILES_MAX + 100);
+        reader.note_gone(&["00003".into()]);
+        assert_eq!(reader.kept.len(), GONE_FILES_MAX + 1);
+        let has = |name: &str| reader.kept.contains_key(Path::new(name));
+        assert!(has("00003") && !has("00000") && !has("00009") && has("10050"));
     }
 
     #[test]
@@ -570,11 +665,13 @@ mod tests {
         let whole = std::fs::read(&path).unwrap();
         let (mut reader, _handle) = SpoolReader::new(spool.clone(), intake.clone(), Duration::ZERO);
         let frames = Frames::open(&path).unwrap();
+        let version = Version::from(&frames.metadata().unwrap());
         // The disk fails now.
         File::options().write(true).open(&path).unwrap().set_len(20_000).unwrap();
         let mut gathered = Gathered::default();
         let attempt = Attempt { file: path.file_name().unwrap().to_owned(), count: 1 };
-        reader.take_file(path.clone(), &attempt, frames, 0, &mut gathered).unwrap();
+        let file = OpenFile { path: path.clone(), version, frames };
+        reader.take_file(file, &attempt, 0, &mut gathered).unwrap();
         reader.hand_over(&mut gathered).unwrap();
         assert_eq!(sessions(&intake), ["first"]);
         let unread = reader.unread();

@@ -149,7 +149,7 @@ fn a_spool_file_that_was_taken_in_but_can_not_be_removed_is_never_taken_in_again
     // A folder in which the watcher may read but not remove: it would make its own one writable at the start, so this one
     // comes in its place later.
     stage.set("queue.spool_path", "locked");
-    for _ in 0..4 {
+    for _ in 0..7 {
         assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
     }
     let locked = stage.folder().join("locked");
@@ -160,17 +160,56 @@ fn a_spool_file_that_was_taken_in_but_can_not_be_removed_is_never_taken_in_again
     std::fs::rename(&spool, stage.folder().join("former")).unwrap();
     std::fs::rename(&locked, &spool).unwrap();
     watcher.wait_for_log("can't be removed");
+    let unread = || watcher.health()["spool"]["unread_files"].as_u64();
+    let elsewhere = stage.folder().join("elsewhere");
     for (number, next) in (2..).zip(later) {
-        // A change of the file is no reason to take it in again. The next one's being taken in shows that it was looked at.
-        set_mode(&files[0], 0o640);
+        // A change of the file is no reason to take it in again, nor is it that it was out of reach for a while. The next
+        // one's being taken in shows that it was looked at.
+        match number {
+            3 | 6 => {
+                // Its name is seen, it is not. Nothing tells that this was looked at: five times the polling interval.
+                set_mode(&spool, 0o400);
+                std::thread::sleep(std::time::Duration::from_millis(500));
+                set_mode(&spool, 0o500);
+            }
+            4 => {
+                std::fs::rename(&spool, &elsewhere).unwrap();
+                wait_until("the folder is gone", SOON, || unread() == Some(0));
+                std::fs::rename(&elsewhere, &spool).unwrap();
+            }
+            5 => {}
+            _ => set_mode(&files[0], 0o640),
+        }
         set_mode(next, 0o600);
         wait_until("the next one is taken in", SOON, || pending(&watcher) >= number);
         assert_eq!(pending(&watcher), number);
     }
-    assert_eq!(watcher.logged("can't be removed").len(), 4, "said once of each: {}", watcher.log());
+    assert_eq!(watcher.logged("can't be removed").len(), 7, "said once of each: {}", watcher.log());
     set_mode(&spool, 0o700);
     wait_until("they are removed once they can be", SOON, || names(&spool).is_empty());
-    assert_eq!(pending(&watcher), 4);
+    assert_eq!(pending(&watcher), 7);
+}
+
+#[test]
+fn what_is_left_in_a_spool_that_can_not_be_listed_is_taken_in_once() {
+    let Some(mut stage) = without_privileges(Stage::with(None)) else { return };
+    stage.set("file_watcher.polling_interval", "0.1");
+    let watcher = stage.start();
+    let spool = stage.folder().join("data/spool");
+    assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    wait_until("the folder is there", SOON, || pending(&watcher) == 1);
+    set_mode(&spool, 0o300);
+    assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    assert_eq!(watcher.ask("POST", "/hook/stop", &[], HOOK).code, 200);
+    set_mode(&spool, 0o700);
+    wait_until("all of it is taken in", SOON, || pending(&watcher) >= 3 && names(&spool).is_empty());
+    assert_eq!(pending(&watcher), 3);
+    // Without a watcher, it waits for one.
+    assert!(watcher.stop().0.success());
+    set_mode(&spool, 0o300);
+    assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
+    set_mode(&spool, 0o700);
+    assert_eq!(names(&spool).len(), 1);
 }
 
 #[test]
