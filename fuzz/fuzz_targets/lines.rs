@@ -81,7 +81,12 @@ fuzz_target!(|file: &[u8]| {
 });
 
 fn source(kind: TranscriptKind) -> Source {
-    Source { kind, path: Arc::from("/p/a.jsonl"), inactivity_timeout: Duration::from_secs(60) }
+    Source {
+        kind,
+        path: Arc::from("/p/a.jsonl"),
+        inactivity_timeout: Duration::from_secs(60),
+        active_max: Timestamp::MAX,
+    }
 }
 
 /// The lines that are complete, without their newlines.
