@@ -92,19 +92,19 @@ pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<
     if cursor.session.last_activity.is_none() {
         return Ok(None);
     }
-    let of_first_own_line = |line: &[u8]| {
-        let time = line_time(&claude_code::read_line(line, kind).ok()?, *session, Timestamp::MAX)?;
+    let of_first_own_line = |meaning: &LineMeaning| {
+        let time = line_time(meaning, *session, Timestamp::MAX)?;
         // The session began then, or when it was copied: what the cursor says is later than the line in a copy only.
         (time.is_envelope && !time.is_inherited).then(|| cursor.session.began_at.filter(|began_at| *began_at > time.at))
     };
     for piece in head.split_inclusive(|byte| *byte == b'\n') {
         let line = piece.strip_suffix(b"\n").unwrap_or(piece);
         let copied_at = match claude_code::read_line(line, kind) {
-            Ok(_) => of_first_own_line(line),
+            Ok(meaning) => of_first_own_line(&meaning),
             // Cut off where the head ends.
             Err(_) if line.len() == piece.len() => break,
             Err(_) => claude_code::salvage(line).into_iter().find_map(|segment| match segment {
-                Segment::Record(range) => of_first_own_line(line.get(range)?),
+                Segment::Record(range) => of_first_own_line(&claude_code::read_line(line.get(range)?, kind).ok()?),
                 Segment::Lost(_) => None,
             }),
         };

@@ -330,14 +330,20 @@ fn wait_for_rescans(watcher: &Watcher, more: u64) {
     wait_until(&format!("{more} rescans"), SOON, || rescans() >= before + more);
 }
 
-#[test]
-fn process_files_that_can_not_be_read_end_no_session() {
+/// A session with a turn that is stored, open in a process, and the watcher that has read it.
+fn running_session() -> (Stage, Transcript, Process, Watcher) {
     let stage = with_timeout("5400");
     let mut transcript = stage.transcript("-home-me-app", 1);
     say_now(&mut transcript, "one");
     let process = Process::open(&stage, &transcript);
     let watcher = stage.start();
     stage.wait_for_rows(2);
+    (stage, transcript, process, watcher)
+}
+
+#[test]
+fn process_files_that_can_not_be_read_end_no_session() {
+    let (stage, _transcript, process, watcher) = running_session();
     wait_for_rescans(&watcher, 2);
     let folder = stage.folder().join("sessions");
     let text = fs::read(&process.file).unwrap();
@@ -364,12 +370,7 @@ fn process_files_that_can_not_be_read_end_no_session() {
 
 #[test]
 fn a_process_file_that_is_written_again_and_again_ends_no_session() {
-    let stage = with_timeout("5400");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    say_now(&mut transcript, "one");
-    let process = Process::open(&stage, &transcript);
-    let watcher = stage.start();
-    stage.wait_for_rows(2);
+    let (stage, mut transcript, process, watcher) = running_session();
     let text = fs::read(&process.file).unwrap();
     let is_done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -390,12 +391,7 @@ fn a_process_file_that_is_written_again_and_again_ends_no_session() {
 
 #[test]
 fn a_session_is_closed_when_its_process_goes_on_without_its_file() {
-    let stage = with_timeout("5400");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    say_now(&mut transcript, "one");
-    let process = Process::open(&stage, &transcript);
-    let watcher = stage.start();
-    stage.wait_for_rows(2);
+    let (stage, transcript, process, watcher) = running_session();
     wait_for_rescans(&watcher, 2);
     // Modified before its file went, to the second.
     let earlier = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
