@@ -2,7 +2,7 @@
 # Measurements, each beside what it is to be compared with, in the same run. Numbers alone say little on a machine that
 # does other things too; what counts is the ratio.
 #
-# Usage: scripts/bench.sh                 all of it, in some six minutes; writes docs/benchmarks.md and docs/benchmarks.tsv
+# Usage: scripts/bench.sh                 all of it, in some eight minutes; writes docs/benchmarks.md and docs/benchmarks.tsv
 #        scripts/bench.sh --quick         the same in small, in under a minute, to see that everything works; writes nothing
 #        scripts/bench.sh PART [--quick]  one part
 #        scripts/bench.sh ratio --check   fails where the drain falls under half of its published ratio to pgbench
@@ -14,6 +14,7 @@
 #   backfill 23    200,000 turns from file into Postgres, twice
 #   rsyslog 24     the same job by rsyslog
 #   latency 35     from a line appended to its row visible, at 1, 100 and 1,000 lines a second
+#   unnotified 125 the same without file notifications, and what checking a thousand transcripts costs
 #   outage 62      a minute without Postgres at 500 lines a second
 #   restart 6      kill -9 with 100,000 pending
 #   capture 86     a million turns captured with Postgres away, drained, verified; stops in all kinds of trouble
@@ -29,7 +30,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 postgres=$root/scripts/dev-postgres.sh
-readonly PARTS='queue drain backfill rsyslog latency outage restart capture idle hook'
+readonly PARTS='queue drain backfill rsyslog latency unnotified outage restart capture idle hook'
 
 die() {
   printf 'bench: %s\n' "$2" >&2

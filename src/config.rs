@@ -51,7 +51,8 @@ pub struct Config {
 /// Section `claude`: where Claude Code keeps what is watched.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClaudeConfig {
-    pub projects_path: PathBuf,
+    /// At least one; none of them is or lies in another.
+    pub projects_paths: Vec<PathBuf>,
 }
 
 /// Section `file_watcher`: how transcripts are followed.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  ~/.claude/projects/**/*.jsonl
-//!         │ notify wakes, rescan finds
+//!         │ notified, checked, rescanned
 //!         ▼
 //!  intake/transcripts ─► claude_code ─► Intake ◄── schemas/*.json
 //!                                         │ events + rejections + cursor: one commit, one real fsync

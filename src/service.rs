@@ -188,8 +188,9 @@ impl Service {
         let result = match started {
             Ok(None) => Ok(()),
             Ok(Some(input)) => {
+                let projects = config.claude.projects_paths.iter().map(|projects| projects.display().to_string());
                 info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
-                      projects = %config.claude.projects_path.display(), queue = %config.queue.path.display(),
+                      projects = projects.collect::<Vec<_>>().join(", "), queue = %config.queue.path.display(),
                       pending = queue.stats().pending, "ready");
                 systemd.tell(Notice::Ready);
                 self.wait(&input, &mut parts).await
@@ -282,7 +283,7 @@ impl Service {
         }
         let follower = Follower::new(
             FollowConfig {
-                projects: config.claude.projects_path.clone(),
+                projects: config.claude.projects_paths.clone(),
                 polling_interval: config.file_watcher.polling_interval,
                 debounce: config.file_watcher.debounce_interval,
                 line_bytes_max: config.file_watcher.max_line_bytes,

@@ -67,7 +67,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
 }
 
 /// A connection whose notifications arrive with their time.
-async fn listen(url: &str) -> Result<(Client, mpsc::UnboundedReceiver<Instant>)> {
+pub async fn listen(url: &str) -> Result<(Client, mpsc::UnboundedReceiver<Instant>)> {
     let (client, mut connection) = tokio_postgres::connect(url, NoTls).await?;
     let (sender, receiver) = mpsc::unbounded_channel();
     tokio::spawn(async move {
@@ -82,7 +82,7 @@ async fn listen(url: &str) -> Result<(Client, mpsc::UnboundedReceiver<Instant>)>
 }
 
 /// Appends lines at a rate; rows come in the order of lines, so the n-th notice is the n-th line's, after `beside` others.
-async fn one_by_one(
+pub async fn one_by_one(
     transcript: &mut Transcript,
     notices: &mut mpsc::UnboundedReceiver<Instant>,
     lines: usize,

@@ -20,6 +20,7 @@ mod restart;
 mod rows;
 mod rsyslog;
 mod stage;
+mod unnotified;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -32,13 +33,14 @@ use self::stage::{Bench, Server};
 type Part = fn(&mut Bench) -> Result<()>;
 
 /// What is measured, in this order, and how it is called in the table.
-const PARTS: [(&str, &str, Part); 11] = [
+const PARTS: [(&str, &str, Part); 12] = [
     ("queue", "The queue beside the disk it is on", queue::measure),
     ("drain", "The drainer beside the database it writes to", drain::measure),
     ("ratio", "What CI checks", drain::ratio),
     ("backfill", "From file to Postgres, all there at the start", backfill::measure),
     ("rsyslog", "rsyslog, same file, same table", rsyslog::measure),
     ("latency", "From a line's end to its row", latency::measure),
+    ("unnotified", "Without notifications", unnotified::measure),
     ("outage", "After an outage", outage::measure),
     ("restart", "After kill -9", restart::measure),
     ("capture", "A backlog: captured with Postgres away, then drained", capture::measure),

@@ -343,6 +343,11 @@ impl Scene {
         Ok(())
     }
 
+    /// Sets a variable of the program's environment.
+    pub fn add_variable(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
     pub fn projects(&self) -> PathBuf {
         self.folder.join("projects")
     }

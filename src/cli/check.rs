@@ -6,9 +6,11 @@ use std::time::Duration;
 use headspace_watcher::config::{Config, HttpConfig};
 use headspace_watcher::http::token;
 use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::retention::{Retention, WARN_DAYS};
+use headspace_watcher::intake::retention::{Retention, WARN_DAYS, settings_beside};
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::intake::settings;
+use headspace_watcher::intake::transcripts::do_notifications_arrive;
+use headspace_watcher::intake::transcripts::polling::CHECK_INTERVAL;
 use headspace_watcher::private_folder::{self, FolderError, Privacy};
 use headspace_watcher::queue::QueueError;
 use headspace_watcher::regular_file;
@@ -39,13 +41,13 @@ enum Finding {
 
 pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
     let config = context.config();
-    let mut findings = vec![
-        ("configuration", configuration(context)),
-        ("schemas", schemas(config)),
-        ("redact", redact(config)),
-        ("transcripts", transcripts(&config.claude.projects_path)),
-        ("retention", retention(&config.claude.projects_path)),
-        ("notifications", notifications(&config.claude.projects_path)),
+    let mut findings =
+        vec![("configuration", configuration(context)), ("schemas", schemas(config)), ("redact", redact(config))];
+    let projects = &config.claude.projects_paths;
+    findings.extend(projects.iter().map(|projects| ("transcripts", transcripts(projects))));
+    findings.extend(projects.iter().map(|projects| ("retention", retention(projects))));
+    findings.extend([
+        ("notifications", notifications(projects)),
         ("hooks", hooks(context)),
         ("queue", folder(&config.queue.path, "queue.path")),
         ("queue", held(config)),
@@ -54,7 +56,7 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("spool", folder(&config.queue.spool_path, "queue.spool_path")),
         ("socket", socket(&config.http.socket)?),
         ("token", token(&config.http)),
-    ];
+    ]);
     if !arguments.no_database {
         findings.extend(database(context)?.into_iter().map(|finding| ("database", finding)));
     }
@@ -139,8 +141,8 @@ fn transcripts(folder: &Path) -> Finding {
 
 /// How long Claude Code keeps transcripts: what was not captured by then is gone for good.
 fn retention(projects: &Path) -> Finding {
-    let folder = projects.parent().unwrap_or(projects);
-    judge_retention(Retention::new(folder).period().as_secs() / (24 * 60 * 60), &folder.join("settings.json"))
+    let period = Retention::new(&[projects.to_owned()]).period();
+    judge_retention(period.as_secs() / (24 * 60 * 60), &settings_beside(projects))
 }
 
 fn judge_retention(days: u64, settings: &Path) -> Finding {
@@ -302,22 +304,46 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
     findings
 }
 
-/// Notifications make new lines seen at once; where they can't be had, rescanning finds them.
-fn notifications(projects: &Path) -> Finding {
+/// Notifications make new lines seen at once; where there are none, checks and rescans find them.
+fn notifications(projects: &[PathBuf]) -> Finding {
+    let instead = format!(
+        "lines of active transcripts are found within {} ms by checking them, new transcripts by rescanning",
+        CHECK_INTERVAL.as_millis()
+    );
+    match do_notifications_arrive() {
+        Ok(true) => {}
+        Ok(false) => return Finding::Note(format!("no file notifications arrive on this system; {instead}")),
+        Err(error) => return Finding::Note(format!("file notifications fail: {error}; {instead}{RAISE_LIMITS}")),
+    }
+    for folder in projects {
+        if let Some(kind) = network_file_system(folder) {
+            let shown = folder.display();
+            return Finding::Note(format!("{shown} is on {kind}: file notifications may not arrive; {instead}"));
+        }
+    }
+    if cfg!(target_os = "macos") {
+        return Finding::Fine(format!("macOS reports a file when its writer closes it; {instead}"));
+    }
     let limit = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_watches");
     let Some(limit) = limit.ok().and_then(|limit| limit.trim().parse::<u64>().ok()) else {
         return Finding::Fine("this system needs no watch for each folder".to_owned());
     };
-    let entries = walkdir::WalkDir::new(projects).max_depth(8).into_iter().flatten();
-    judge_watches(entries.filter(|entry| entry.file_type().is_dir()).count() as u64, limit)
+    let walks = projects.iter().flat_map(|projects| walkdir::WalkDir::new(projects).max_depth(8));
+    judge_watches(walks.flatten().filter(|entry| entry.file_type().is_dir()).count() as u64, limit)
 }
+
+const RAISE_LIMITS: &str = if cfg!(target_os = "linux") {
+    "; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+} else {
+    ""
+};
 
 fn judge_watches(folders: u64, limit: u64) -> Finding {
     let text = format!("{folders} folders to watch, fs.inotify.max_user_watches is {limit}");
     // Editors and others of this user take from the same limit.
     if folders.saturating_mul(4) > limit.saturating_mul(3) {
         let way_out = format!("sudo sysctl fs.inotify.max_user_watches={}", (folders * 4).max(524_288));
-        return Finding::Wrong(format!("{text}: too low, new lines would wait for the rescan; {way_out}"));
+        return Finding::Note(format!("{text}: too low, some files would be checked instead of notified; {way_out}"));
     }
     Finding::Fine(text)
 }
@@ -395,40 +421,48 @@ fn held(config: &Config) -> Finding {
     }
 }
 
-#[cfg(target_os = "linux")]
 fn file_system(folder: &Path) -> Finding {
-    let existing = existing(folder);
-    match rustix::fs::statfs(existing) {
-        Ok(found) => judge_file_system(found.f_type as u64, existing),
-        Err(error) => Finding::Note(format!("the file system of {} is not known: {error}", existing.display())),
-    }
+    judge_file_system(network_file_system(folder), existing(folder))
 }
 
-#[cfg(not(target_os = "linux"))]
-fn file_system(folder: &Path) -> Finding {
-    Finding::Fine(format!("{}: keep it on a local disk", folder.display()))
+/// The name of the network file system, or of FUSE, that `folder` is on.
+fn network_file_system(folder: &Path) -> Option<String> {
+    let found = rustix::fs::statfs(existing(folder)).ok()?;
+    #[cfg(target_os = "linux")]
+    return network_file_system_of(found.f_type as u64).map(str::to_owned);
+    #[cfg(not(target_os = "linux"))]
+    {
+        let name = found.f_fstypename.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte as u8));
+        let name: String = name.collect();
+        ["nfs", "smbfs", "afpfs", "webdav", "macfuse", "osxfuse"].contains(&name.as_str()).then_some(name)
+    }
 }
 
 /// `magic`: the number of the kind of file system, of statfs(2).
 #[cfg(target_os = "linux")]
-fn judge_file_system(magic: u64, folder: &Path) -> Finding {
-    let kind = match magic & 0xffff_ffff {
+fn network_file_system_of(magic: u64) -> Option<&'static str> {
+    Some(match magic & 0xffff_ffff {
         0x6969 => "NFS",
         0x517b | 0xfe53_4d42 | 0xff53_4d42 => "SMB",
         0x0102_1997 => "9P",
         0x00c3_6400 => "Ceph",
         0x5346_414f | 0x6b41_4653 => "AFS",
-        0x6573_5546 => {
-            let text =
-                format!("{} is on FUSE: make sure it is a local disk; locks and syncs must be real", folder.display());
-            return Finding::Note(text);
+        0x6573_5546 => "FUSE",
+        _ => return None,
+    })
+}
+
+fn judge_file_system(kind: Option<String>, folder: &Path) -> Finding {
+    let shown = folder.display();
+    match kind.as_deref() {
+        None => Finding::Fine("on a local file system".to_owned()),
+        Some(kind @ ("FUSE" | "macfuse" | "osxfuse")) => {
+            Finding::Note(format!("{shown} is on {kind}: make sure it is a local disk; locks and syncs must be real"))
         }
-        _ => return Finding::Fine("on a local file system".to_owned()),
-    };
-    Finding::Wrong(format!(
-        "{} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk",
-        folder.display()
-    ))
+        Some(kind) => Finding::Wrong(format!(
+            "{shown} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk"
+        )),
+    }
 }
 
 fn disk(folder: &Path, pending_bytes_max: u64) -> Finding {
@@ -522,17 +556,18 @@ mod tests {
         assert!(matches!(judge_retention(30, here), Finding::Fine(text) if text.contains("30 days")));
         assert!(matches!(judge_retention(1, here), Finding::Note(text) if text.contains("raise it in /here")));
         assert!(matches!(judge_watches(100, 8192), Finding::Fine(_)));
-        assert!(matches!(judge_watches(7000, 8192), Finding::Wrong(text) if text.contains("sysctl")));
+        assert!(matches!(judge_watches(7000, 8192), Finding::Note(text) if text.contains("sysctl")));
     }
 
     #[cfg(target_os = "linux")]
     #[test]
+    #[cfg(target_os = "linux")]
     fn a_network_file_system_is_told_by_its_number() {
-        let here = Path::new("/here");
+        let judge = |magic| judge_file_system(network_file_system_of(magic).map(str::to_owned), Path::new("/here"));
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
-            assert!(matches!(judge_file_system(magic, here), Finding::Wrong(text) if text.contains(expected)));
+            assert!(matches!(judge(magic), Finding::Wrong(text) if text.contains(expected)));
         }
-        assert!(matches!(judge_file_system(0x6573_5546, here), Finding::Note(_)));
-        assert!(matches!(judge_file_system(0xef53, here), Finding::Fine(_)), "ext4");
+        assert!(matches!(judge(0x6573_5546), Finding::Note(_)));
+        assert!(matches!(judge(0xef53), Finding::Fine(_)), "ext4");
     }
 }

@@ -49,6 +49,11 @@ pub(super) enum Kind {
     Path {
         set: fn(&mut Config, PathBuf),
     },
+    /// One path, or a list of 1 to `entries_max`; none of them lies in another.
+    Paths {
+        entries_max: usize,
+        set: fn(&mut Config, Vec<PathBuf>),
+    },
     OptionalPath {
         set: fn(&mut Config, Option<PathBuf>),
     },
@@ -107,6 +112,7 @@ impl Key {
             Kind::Milliseconds { min, max, .. } => format!("a whole number of milliseconds from {min} to {max}"),
             Kind::Flag { .. } => "true or false".to_owned(),
             Kind::Path { .. } => "a path".to_owned(),
+            Kind::Paths { entries_max, .. } => format!("a path or a list of 1 to {entries_max} paths"),
             Kind::OptionalPath { .. } => "a path or null".to_owned(),
             Kind::Text { expected, nullable: true, .. } => format!("{expected}, or null"),
             Kind::Text { expected, nullable: false, .. } => expected.to_owned(),
@@ -142,10 +148,10 @@ pub(super) const KEYS: &[Key] = &[
         name: "projects_path",
         default: "~/.claude/projects",
         about: &[
-            "Folder of the transcripts, a folder for each project in it.",
-            "CLAUDE_CONFIG_DIR moves ~/.claude, here too.",
+            "Folder of the transcripts, with a folder for each project in it; or a list of such folders.",
+            "If CLAUDE_CONFIG_DIR is set, it replaces ~/.claude.",
         ],
-        kind: Kind::Path { set: |config, path| config.claude.projects_path = path },
+        kind: Kind::Paths { entries_max: 16, set: |config, paths| config.claude.projects_paths = paths },
     },
     Key {
         section: "file_watcher",

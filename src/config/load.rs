@@ -142,16 +142,17 @@ impl Given {
         }
     }
 
-    /// What an environment variable means for `key`. Lists are `a,b` or, when it starts with `[`, as in YAML.
+    /// What an environment variable means for `key`. Lists are as in YAML when it starts with `[`; lists of texts may also
+    /// be `a,b`, lists of paths may not, since a path may hold a comma.
     fn from_variable(key: &Key, text: &str) -> Given {
+        let trimmed = text.trim();
+        if matches!(key.kind, Kind::Texts { .. } | Kind::Paths { .. }) && trimmed.starts_with('[') {
+            return match yaml::parse(trimmed) {
+                Ok(Some(node)) => Given::from_node(&node),
+                Ok(None) | Err(_) => Given::Text { text: text.to_owned(), plain: true },
+            };
+        }
         if let Kind::Texts { .. } = key.kind {
-            let trimmed = text.trim();
-            if trimmed.starts_with('[') {
-                return match yaml::parse(trimmed) {
-                    Ok(Some(node)) => Given::from_node(&node),
-                    Ok(None) | Err(_) => Given::Text { text: text.to_owned(), plain: true },
-                };
-            }
             let items = trimmed.split(',').map(str::trim).filter(|item| !item.is_empty());
             return Given::List(items.map(|item| Some(item.to_owned())).collect());
         }
@@ -164,11 +165,19 @@ impl Given {
 
     /// The value as `config.yaml` would have it, with paths absolute and lists as JSON.
     fn shown(&self, key: &Key, folder: &Path, environment: &Environment) -> String {
+        let located = |text: &String| match environment.locate(text, folder) {
+            Ok(path) => path.display().to_string(),
+            Err(_) => text.clone(),
+        };
         match (self, &key.kind) {
-            (Given::Text { text, .. }, Kind::Path { .. } | Kind::OptionalPath { .. }) => {
-                environment.locate(text, folder).map_or_else(|_| text.clone(), |path| path.display().to_string())
+            (Given::Text { text, .. }, Kind::Path { .. } | Kind::OptionalPath { .. } | Kind::Paths { .. }) => {
+                located(text)
             }
             (Given::Text { text, .. }, _) => text.clone(),
+            (Given::List(items), Kind::Paths { .. }) => {
+                let paths: Vec<Option<String>> = items.iter().map(|item| item.as_ref().map(located)).collect();
+                serde_json::json!(paths).to_string()
+            }
             (Given::List(items), _) => serde_json::json!(items).to_string(),
             (Given::Null | Given::Mapping, _) => "null".to_owned(),
         }
@@ -466,6 +475,31 @@ fn accept(
             _ => return Err(Refusal::Other),
         },
         Kind::Path { set } => set(config, path(text, giver.folder, environment)?),
+        Kind::Paths { entries_max, set } => {
+            let mut paths = Vec::new();
+            match given {
+                Given::List(items) if (1..=*entries_max).contains(&items.len()) => {
+                    for item in items {
+                        let path = path(item.as_deref(), giver.folder, environment)?;
+                        // CLAUDE_CONFIG_DIR can make one of two.
+                        if !paths.contains(&path) {
+                            paths.push(path);
+                        }
+                    }
+                }
+                Given::List(items) => {
+                    let found = format!("expected {}, found {} entries", key.expected(), items.len());
+                    return Err(Refusal::Because(found));
+                }
+                _ => paths.push(path(text, giver.folder, environment)?),
+            }
+            let nested = |path: &&PathBuf| paths.iter().any(|other| other != *path && lies_in(path, other));
+            if let Some(inner) = paths.iter().find(nested) {
+                let found = format!("expected folders outside of each other, found {} inside another", inner.display());
+                return Err(Refusal::Because(found));
+            }
+            set(config, paths);
+        }
         Kind::OptionalPath { set } => match given {
             Given::Null => set(config, None),
             _ => set(config, Some(path(text, giver.folder, environment)?)),
@@ -586,7 +620,7 @@ pub(super) fn unknown_key(key: &str) -> String {
 fn blank() -> Config {
     let (time, path) = (Duration::ZERO, PathBuf::new());
     Config {
-        claude: ClaudeConfig { projects_path: path.clone() },
+        claude: ClaudeConfig { projects_paths: Vec::new() },
         file_watcher: FileWatcherConfig {
             polling_interval: time,
             inactivity_timeout: time,

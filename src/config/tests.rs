@@ -68,7 +68,7 @@ fn without_a_file_the_defaults_of_the_contract_serve() {
     assert_eq!(loaded.file, None);
     assert!(loaded.variables.is_empty());
     let expected = Config {
-        claude: ClaudeConfig { projects_path: "/home/ada/.claude/projects".into() },
+        claude: ClaudeConfig { projects_paths: vec!["/home/ada/.claude/projects".into()] },
         file_watcher: FileWatcherConfig {
             polling_interval: Duration::from_secs(2),
             inactivity_timeout: Duration::from_secs(5400),
@@ -213,7 +213,7 @@ fn values_land_in_their_fields() {
          redact: {enabled: true, patterns: ['a{1,2}', \"b\"]}\n",
     );
     let Config { claude, file_watcher, event_system, database, queue, http, schemas, hooks, redact } = desk.config();
-    assert_eq!(claude.projects_path, Path::new("/srv/projects"));
+    assert_eq!(claude.projects_paths, [Path::new("/srv/projects")]);
     assert_eq!(file_watcher.polling_interval, Duration::from_millis(250));
     assert_eq!(file_watcher.inactivity_timeout, Duration::from_millis(90_500));
     assert_eq!(file_watcher.debounce_interval, Duration::from_millis(500));
@@ -607,27 +607,59 @@ fn without_a_home_the_tilde_is_refused_where_it_stands() {
         ]
     );
     let desk = Desk { variables: Vec::new(), ..Desk::with("claude:\n  projects_path: /p\n") };
-    assert_eq!(desk.config().claude.projects_path, Path::new("/p"));
+    assert_eq!(desk.config().claude.projects_paths, [Path::new("/p")]);
 }
 
 #[test]
 fn claude_config_dir_moves_what_lies_in_the_claude_folder() {
-    let moved = |text: &str| Desk::with(text).set("CLAUDE_CONFIG_DIR", "/srv/claude").config().claude.projects_path;
-    assert_eq!(moved(""), Path::new("/srv/claude/projects"));
-    assert_eq!(moved("claude: {projects_path: ~/.claude/projects}\n"), Path::new("/srv/claude/projects"));
-    assert_eq!(moved("claude: {projects_path: ~/.claude/}\n"), Path::new("/srv/claude"));
-    assert_eq!(moved("claude: {projects_path: ~/.claude-2/projects}\n"), Path::new("/home/ada/.claude-2/projects"));
-    assert_eq!(moved("claude: {projects_path: /other}\n"), Path::new("/other"));
+    let moved = |text: &str| Desk::with(text).set("CLAUDE_CONFIG_DIR", "/srv/claude").config().claude.projects_paths;
+    assert_eq!(moved(""), [Path::new("/srv/claude/projects")]);
+    assert_eq!(moved("claude: {projects_path: ~/.claude/projects}\n"), [Path::new("/srv/claude/projects")]);
+    assert_eq!(moved("claude: {projects_path: ~/.claude/}\n"), [Path::new("/srv/claude")]);
+    assert_eq!(moved("claude: {projects_path: ~/.claude-2/projects}\n"), [Path::new("/home/ada/.claude-2/projects")]);
+    assert_eq!(moved("claude: {projects_path: /other}\n"), [Path::new("/other")]);
     let desk = Desk::new().set("CLAUDE_CONFIG_DIR", "/srv/claude").set("HEADSPACE_CLAUDE__PROJECTS_PATH", "/other");
-    assert_eq!(desk.config().claude.projects_path, Path::new("/other"));
+    assert_eq!(desk.config().claude.projects_paths, [Path::new("/other")]);
     // Also where there is no home at all.
     let desk = Desk { variables: Vec::new(), ..Desk::new() }.set("CLAUDE_CONFIG_DIR", "claude");
-    assert_eq!(desk.config().claude.projects_path, desk.path("claude/projects"));
+    assert_eq!(desk.config().claude.projects_paths, [desk.path("claude/projects")]);
     assert_eq!(desk.environment().claude_folder(), Some(desk.path("claude")));
     assert_eq!(
-        Desk::new().set("CLAUDE_CONFIG_DIR", "").config().claude.projects_path,
-        Path::new("/home/ada/.claude/projects")
+        Desk::new().set("CLAUDE_CONFIG_DIR", "").config().claude.projects_paths,
+        [Path::new("/home/ada/.claude/projects")]
     );
+}
+
+#[test]
+fn transcripts_may_lie_in_several_folders() {
+    let paths = |text: &str| Desk::with(text).config().claude.projects_paths;
+    let two = [Path::new("/home/ada/.claude/projects"), Path::new("/srv/work/projects")];
+    assert_eq!(paths("claude:\n  projects_path:\n    - ~/.claude/projects\n    - /srv/work/projects\n"), two);
+    assert_eq!(paths("claude: {projects_path: [~/.claude/projects, /srv/work/projects, /srv/work/projects]}\n"), two);
+    let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "[\"~/.claude/projects\", /srv/work/projects]");
+    assert_eq!(desk.config().claude.projects_paths, two);
+    // In a variable a comma is part of the path.
+    let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "/a,b");
+    assert_eq!(desk.config().claude.projects_paths, [Path::new("/a,b")]);
+    // CLAUDE_CONFIG_DIR can make one of two.
+    let desk = Desk::with("claude: {projects_path: [~/.claude/projects, /srv/claude/projects]}\n")
+        .set("CLAUDE_CONFIG_DIR", "/srv/claude");
+    assert_eq!(desk.config().claude.projects_paths, [Path::new("/srv/claude/projects")]);
+}
+
+#[test]
+fn folders_of_transcripts_do_not_lie_in_each_other() {
+    let refused = |list: &str, message: &str| {
+        refuses(
+            &format!("claude:\n  projects_path: {list}\n"),
+            &[&format!("config.yaml:2: claude.projects_path: {message}")],
+        );
+    };
+    refused("[/p, /p/q]", "expected folders outside of each other, found /p/q inside another");
+    refused("[/p/q, /r, /q/../p]", "expected folders outside of each other, found /p/q inside another");
+    refused("[]", "expected a path or a list of 1 to 16 paths, found 0 entries");
+    refused("[/p, {a: b}]", "expected a path or a list of 1 to 16 paths, found a list");
+    refused("{a: b}", "expected a path or a list of 1 to 16 paths, found a section");
 }
 
 // Keys together.

@@ -22,17 +22,19 @@ const READ_INTERVAL: Duration = Duration::from_secs(60);
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Knows from when on transcripts are about to be deleted.
+/// Knows from when on transcripts are about to be deleted. Of several projects folders the shortest time counts for all:
+/// a warning that comes early does no harm.
 pub struct Retention {
-    settings: PathBuf,
+    settings: Vec<PathBuf>,
     period: Duration,
     read_at: Option<Instant>,
 }
 
 impl Retention {
-    /// `folder`: Claude Code's own, with `settings.json` in it.
-    pub fn new(folder: &Path) -> Retention {
-        Retention { settings: folder.join("settings.json"), period: Duration::ZERO, read_at: None }
+    /// `projects`: the projects folders; Claude Code's `settings.json` is beside each.
+    pub fn new(projects: &[PathBuf]) -> Retention {
+        let settings = projects.iter().map(|projects| settings_beside(projects)).collect();
+        Retention { settings, period: Duration::ZERO, read_at: None }
     }
 
     /// Transcripts that were last changed before this are deleted within [`WARN_DAYS`], or overdue.
@@ -46,10 +48,17 @@ impl Retention {
     pub fn period(&mut self) -> Duration {
         if self.read_at.is_none_or(|at| at.elapsed() >= READ_INTERVAL) {
             self.read_at = Some(Instant::now());
-            self.period = DAY.saturating_mul(u32::try_from(cleanup_period_days(&self.settings)).unwrap_or(u32::MAX));
+            let days = self.settings.iter().map(|settings| cleanup_period_days(settings)).min();
+            let days = days.unwrap_or(CLEANUP_PERIOD_DAYS);
+            self.period = DAY.saturating_mul(u32::try_from(days).unwrap_or(u32::MAX));
         }
         self.period
     }
+}
+
+/// Claude Code's settings for the sessions of a projects folder.
+pub fn settings_beside(projects: &Path) -> PathBuf {
+    projects.with_file_name("settings.json")
 }
 
 /// What the settings say; the default where they can't be read.
@@ -69,7 +78,7 @@ mod tests {
             std::fs::write(folder.path().join("settings.json"), settings).unwrap();
         }
         let now: Timestamp = "2026-06-01T00:00:00Z".parse().unwrap();
-        let before = Retention::new(folder.path()).expires_before(now);
+        let before = Retention::new(&[folder.path().join("projects")]).expires_before(now);
         now.duration_since(before).as_hours() / 24
     }
 
@@ -88,6 +97,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let endless = format!("{{\"cleanupPeriodDays\": {}}}", u64::MAX);
         std::fs::write(folder.path().join("settings.json"), endless).unwrap();
-        assert_eq!(Retention::new(folder.path()).expires_before(Timestamp::now()), Timestamp::MIN);
+        assert_eq!(Retention::new(&[folder.path().join("projects")]).expires_before(Timestamp::now()), Timestamp::MIN);
     }
 }

@@ -192,16 +192,25 @@ fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
     opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
 }
 
-/// Which sessions running processes have open, by the files `sessions/<pid>.json` below Claude Code's own folder.
+/// Which sessions running processes have open, by the files `sessions/<pid>.json` below Claude Code's own folders.
 ///
 /// A file that is empty, half written or unreadable says nothing, nor does a folder that can't be listed: newer versions
 /// of Claude Code rewrite these files at each change of status, older ones write none.
 pub struct OpenSessions {
-    folder: PathBuf,
+    folders: Vec<SessionFolder>,
     /// By process id.
     processes: HashMap<u32, ProcessState>,
+    /// In which of the folders the file of a process was last seen.
+    seen_in: HashMap<u32, usize>,
     /// The sessions that were named in the last look.
     open: HashMap<Uuid, u32>,
+}
+
+/// A folder of files `<pid>.json`.
+struct SessionFolder {
+    path: PathBuf,
+    /// Whether the last look saw all of its files.
+    is_complete: bool,
     is_unreadable_logged: bool,
 }
 
@@ -223,55 +232,70 @@ const FILE_MISSING_MIN: Duration = Duration::from_secs(1);
 
 impl OpenSessions {
     /// `known`: processes that had sessions open when an earlier run ended.
-    pub fn new(folder: PathBuf, known: impl IntoIterator<Item = u32>) -> OpenSessions {
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>, known: impl IntoIterator<Item = u32>) -> OpenSessions {
+        let folder = |path| SessionFolder { path, is_complete: false, is_unreadable_logged: false };
+        let folders = folders.into_iter().map(folder).collect();
         let processes = known.into_iter().map(|pid| (pid, ProcessState::SaysNothing)).collect();
-        OpenSessions { folder, processes, open: HashMap::new(), is_unreadable_logged: false }
+        OpenSessions { folders, processes, seen_in: HashMap::new(), open: HashMap::new() }
     }
 
     /// Reads the files. `known`: the processes that have sessions open by what was found before.
     pub fn look(&mut self, known: impl IntoIterator<Item = u32>) {
         self.open.clear();
         let before = std::mem::take(&mut self.processes);
-        let is_complete = self.read_files();
+        for index in 0..self.folders.len() {
+            self.read_files(index);
+        }
+        // The file of a process that an earlier run knew may have been in any of them.
+        let is_all_complete = self.folders.iter().all(|folder| folder.is_complete);
+        let is_complete = |pid: u32| match self.seen_in.get(&pid).and_then(|index| self.folders.get(*index)) {
+            Some(folder) => folder.is_complete,
+            None => is_all_complete,
+        };
         let missing = ProcessState::Missing { since: Instant::now(), since_second: Timestamp::now().as_second() };
         let not_ended = before.iter().filter(|(_, state)| **state != ProcessState::Ended).map(|(pid, _)| *pid);
         for pid in known.into_iter().chain(not_ended) {
             self.processes.entry(pid).or_insert_with(|| match before.get(&pid) {
                 _ if !is_running(pid) => ProcessState::Ended,
                 Some(since @ ProcessState::Missing { .. }) => *since,
-                _ if is_complete => missing,
+                _ if is_complete(pid) => missing,
                 _ => ProcessState::SaysNothing,
             });
         }
+        self.seen_in.retain(|pid, _| self.processes.contains_key(pid));
     }
 
-    /// Reads the files of running processes. False: there may be more.
-    fn read_files(&mut self) -> bool {
+    /// Reads the files of running processes in one of the folders.
+    fn read_files(&mut self, index: usize) {
         /// Processes that are looked at; far more than run at once.
         const FILES_MAX: usize = 4096;
-        let mut entries = match std::fs::read_dir(&self.folder) {
+        let Some(folder) = self.folders.get_mut(index) else { return };
+        folder.is_complete = false;
+        let mut entries = match std::fs::read_dir(&folder.path) {
             Ok(entries) => entries,
             Err(error) => {
                 // Older versions of Claude Code have no such folder.
-                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut self.is_unreadable_logged, true) {
-                    warn!(folder = %self.folder.display(), error = %error,
+                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut folder.is_unreadable_logged, true)
+                {
+                    warn!(folder = %folder.path.display(), error = %error,
                           "the folder of running sessions can't be read; sessions end by their hooks or by inactivity");
                 }
-                return false;
+                return;
             }
         };
-        self.is_unreadable_logged = false;
+        folder.is_unreadable_logged = false;
         let mut is_complete = true;
         for entry in entries.by_ref().take(FILES_MAX) {
             match entry {
-                Ok(entry) => self.read_file(&entry.path()),
+                Ok(entry) => self.read_file(index, &entry.path()),
                 Err(_) => is_complete = false,
             }
         }
-        is_complete && entries.next().is_none()
+        is_complete &= entries.next().is_none();
+        self.folders.get_mut(index).into_iter().for_each(|folder| folder.is_complete = is_complete);
     }
 
-    fn read_file(&mut self, path: &Path) {
+    fn read_file(&mut self, index: usize, path: &Path) {
         let stem = path.file_stem().and_then(|stem| stem.to_str());
         let Some(pid) = stem.and_then(|stem| stem.parse().ok()).filter(|pid| is_running(*pid)) else { return };
         if path.extension().is_none_or(|extension| extension != "json") {
@@ -280,6 +304,7 @@ impl OpenSessions {
         let session = session_named_in(path);
         let state = if session.is_some() { ProcessState::Names } else { ProcessState::SaysNothing };
         self.processes.insert(pid, state);
+        self.seen_in.insert(pid, index);
         self.open.extend(session.map(|session| (session, pid)));
     }
 
@@ -505,7 +530,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(format!("{}.json", std::process::id()));
         std::fs::write(&file, format!(r#"{{"pid":1,"sessionId":"{SEVEN}","cwd":"/"}}"#)).unwrap();
-        let mut open = OpenSessions::new(folder.path().to_owned(), []);
+        let mut open = OpenSessions::new([folder.path().to_owned()], []);
         open.look([]);
         assert_eq!(open.process(SEVEN, None, 0), Some(std::process::id()));
         (folder, file, open)
@@ -585,7 +610,7 @@ mod tests {
         assert_eq!(open.process(SEVEN, own, i64::MAX), None, "the process went on to another session");
         // A watcher that has just started has not seen the file.
         std::fs::remove_file(&file).unwrap();
-        let mut open = OpenSessions::new(file.parent().unwrap().to_owned(), own);
+        let mut open = OpenSessions::new([file.parent().unwrap().to_owned()], own);
         open.look([]);
         assert_eq!(open.process(SEVEN, own, 0), own);
         look_later(&mut open);

@@ -27,6 +27,8 @@ pub struct Inventory {
     pub sub_agents: u64,
     /// What can't be read, and why.
     pub unreadable: Vec<(PathBuf, String)>,
+    /// Projects folders that do not exist.
+    pub missing_folders: Vec<PathBuf>,
     /// Sorted by identity, then in the order of reading.
     pub occurrences: Vec<Occurrence>,
     /// Postgres has told of all of them.
@@ -120,8 +122,8 @@ impl Inventory {
     /// Reads every transcript.
     pub async fn take(context: &Context, since: Option<Timestamp>) -> Result<Inventory, Failure> {
         let config = context.config();
-        let projects = config.claude.projects_path.clone();
-        let retention = Retention::new(projects.parent().unwrap_or(&projects));
+        let projects = config.claude.projects_paths.clone();
+        let retention = Retention::new(&projects);
         let census = Census {
             projects,
             line_bytes_max: config.file_watcher.max_line_bytes,
@@ -136,6 +138,7 @@ impl Inventory {
             files: Files::new(),
             sub_agents: found.sub_agents,
             unreadable: found.unreadable,
+            missing_folders: found.missing_folders,
             occurrences: Vec::new(),
             is_asked: false,
             retention,

@@ -144,6 +144,7 @@ impl Report {
             ("transcripts", inventory.transcripts.len().into()),
             ("sub_agent_transcripts", inventory.sub_agents.into()),
             ("unreadable", unreadable.collect()),
+            ("missing_folders", inventory.missing_folders.iter().map(|path| path.to_string_lossy()).collect()),
             ("expiring", serde_json::to_value(&self.expiring)?),
             ("incomplete", serde_json::to_value(incomplete(inventory).collect::<Vec<_>>())?),
             ("conflicting", serde_json::to_value(conflicting(inventory).collect::<Vec<_>>())?),
@@ -208,6 +209,9 @@ impl Report {
         }
         for (path, error) in &inventory.unreadable {
             writeln!(out, "can't be read, so nothing is proved of it: {}: {error}", path.display())?;
+        }
+        for path in &inventory.missing_folders {
+            writeln!(out, "warning: {} does not exist: transcripts that were in it are not verified", path.display())?;
         }
         for line in incomplete(inventory).take(LISTED_MAX) {
             let IncompleteLine { path, offset, bytes } = line;

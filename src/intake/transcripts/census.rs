@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::super::claude_code::{self, TranscriptKind};
+use super::super::claude_code::TranscriptKind;
 use super::super::lines::{self, Found, LastLine, Source};
 use super::super::schema::Candidate;
 use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
@@ -18,7 +18,8 @@ use crate::event::{Cursor, Origin, Timestamp};
 /// How transcripts are found and read: as the follower does.
 #[derive(Clone, Debug)]
 pub struct Census {
-    pub projects: PathBuf,
+    /// The folders that hold project folders, outside of each other.
+    pub projects: Vec<PathBuf>,
     pub line_bytes_max: u64,
     pub inactivity_timeout: Duration,
 }
@@ -34,6 +35,8 @@ pub struct Transcripts {
     pub bytes: u64,
     /// Folders that can't be looked into, and why.
     pub unreadable: Vec<(PathBuf, String)>,
+    /// Projects folders that do not exist.
+    pub missing_folders: Vec<PathBuf>,
 }
 
 /// A turn, or a session's registration, that stands on disk.
@@ -65,7 +68,8 @@ impl Census {
     pub fn find(&self) -> Transcripts {
         let mut found = Transcripts::default();
         let mut main = Vec::new();
-        for entry in walkdir::WalkDir::new(&self.projects).follow_links(true).max_depth(DEPTH_MAX) {
+        let walks = self.projects.iter().map(walkdir::WalkDir::new);
+        for entry in walks.flat_map(|walk| walk.follow_links(true).max_depth(DEPTH_MAX)) {
             match entry {
                 Ok(entry) if entry.file_type().is_file() => match self.kind_of(entry.path()) {
                     Some(TranscriptKind::SubAgent) => found.sub_agents += 1,
@@ -78,8 +82,14 @@ impl Census {
                 Ok(_) => {}
                 Err(error) => {
                     let kind = error.io_error().map(io::Error::kind);
-                    if let (Some(io::ErrorKind::PermissionDenied), Some(path)) = (kind, error.path()) {
-                        found.unreadable.push((path.to_owned(), error.to_string()));
+                    match (kind, error.path()) {
+                        (Some(io::ErrorKind::PermissionDenied), Some(path)) => {
+                            found.unreadable.push((path.to_owned(), error.to_string()));
+                        }
+                        (Some(io::ErrorKind::NotFound), Some(path)) if error.depth() == 0 => {
+                            found.missing_folders.push(path.to_owned());
+                        }
+                        _ => {}
                     }
                 }
             }
@@ -90,7 +100,7 @@ impl Census {
     }
 
     fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
-        path.strip_prefix(&self.projects).ok().and_then(claude_code::classify)
+        super::kind_of(&self.projects, path)
     }
 
     /// Reads one transcript up to the size it has now. `cursor`: the follower's, as it stood before. `Ok(None)`: it is
@@ -250,7 +260,7 @@ mod tests {
         let path = projects.join("-app").join(format!("{}.jsonl", Uuid::from_u128(1)));
         std::fs::create_dir(path.parent().unwrap()).unwrap();
         std::fs::write(&path, bytes).unwrap();
-        let census = Census { projects, line_bytes_max, inactivity_timeout: Duration::from_secs(60) };
+        let census = Census { projects: vec![projects], line_bytes_max, inactivity_timeout: Duration::from_secs(60) };
         assert_eq!(census.find().main, [path.as_path()]);
         let mut found = Vec::new();
         census

@@ -1,10 +1,13 @@
 //! Follows the transcripts: discovers files, reads whole lines from where it left off, notices replacement, and tells
 //! when a session has ended.
 //!
-//! `watching`: notify is a doorbell only, it says that something may have changed. The truth is the rescan by size every
-//! `polling_interval`; it finds what notifications miss (overflow, limits, network homes, files born before their watch).
-//! What rings and is not known yet leads to a rescan, so that new files are read in the right order: copies of a session
-//! after what they were copied from.
+//! `watching`: notifications are hints. Correctness relies on the rescan by size every `polling_interval`; it finds what
+//! notifications miss (overflow, limits, network homes, files created before their watch). A notified path that is not
+//! known yet leads to a rescan, so that new files are read in the right order: copies of a session after what they were
+//! copied from.
+//!
+//! `polling`: active transcripts are checked several times a second, for the systems where notifications come late or not
+//! at all.
 //!
 //! `reading`: a file's cursor moves in the same queue transaction as the events of the lines before it, so it never runs
 //! ahead of them. A line ends with its newline; a last line without one waits for it. Only when such a line is one
@@ -19,6 +22,7 @@
 //! Runs on a thread of its own. The only user of notify.
 
 pub mod census;
+pub mod polling;
 mod reading;
 mod resting;
 #[cfg(test)]
@@ -38,11 +42,12 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 pub use self::reading::UNTERMINATED_QUIET;
-pub use self::watching::{Doorbell, Unread};
+pub use self::watching::{Doorbell, Unread, do_notifications_arrive};
 
+use self::polling::Active;
 use self::reading::{Followed, Progress, Stamp, open, read_full_at};
 use self::resting::{Group, Met, Rest, Resting};
-use self::watching::Watch;
+use self::watching::{Silence, Watch};
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
 use super::retention::Retention;
@@ -79,8 +84,9 @@ const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
 
 #[derive(Clone, Debug)]
 pub struct FollowConfig {
-    /// The folder that holds the project folders. Beside it Claude Code keeps `sessions/` and `settings.json`.
-    pub projects: PathBuf,
+    /// The folders that hold project folders, outside of each other. Beside each Claude Code keeps `sessions/` and
+    /// `settings.json`.
+    pub projects: Vec<PathBuf>,
     pub polling_interval: Duration,
     /// Time to gather notifications before files are read; zero reads at once.
     pub debounce: Duration,
@@ -110,18 +116,28 @@ struct Undo {
     closings: Vec<(Uuid, Closing)>,
 }
 
-/// What a walk through the folder has come upon.
+/// What is known of one of the folders that hold project folders.
+#[derive(Clone, Default)]
+struct Root {
+    /// Whether the last walk found project folders in it. If not, what is missing below it is not known to be gone.
+    is_there: bool,
+    /// Logged: it can't be read.
+    is_missing: bool,
+    /// Logged: there is no project folder left, though transcripts are known.
+    is_emptied: bool,
+    silence: Silence,
+}
+
+/// What a walk through the folders has come upon.
 struct Walk {
     /// Files that are awake.
     met: Vec<Arc<Path>>,
     /// What rests and has changed.
     changed: BTreeSet<Group>,
     fresh: Vec<PathBuf>,
-    /// Whether the projects folder is there at all.
-    is_there: bool,
 }
 
-/// Follows all transcripts below one folder.
+/// Follows all transcripts below the projects folders.
 pub struct Follower {
     config: FollowConfig,
     intake: Arc<Intake>,
@@ -149,15 +165,15 @@ pub struct Follower {
     chunk_bytes: usize,
     doorbell: Doorbell,
     watch: Watch,
+    active: Active,
     retention: Retention,
     /// SessionEnd hooks that are to be looked at.
     closings: BTreeMap<Uuid, Closing>,
     open_sessions: OpenSessions,
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
-    projects_missing: bool,
-    /// There is no project folder left, though transcripts are known.
-    projects_emptied: bool,
+    /// In the order of [`FollowConfig::projects`].
+    roots: Vec<Root>,
     /// Folders of which was said that they can't be read.
     unreadable: BTreeSet<PathBuf>,
     /// Files are read to their end one after the other, so that originals come before their copies: at the first pass,
@@ -179,15 +195,20 @@ impl Follower {
             processes.extend(cursor.session.process);
             if let (Some(session), Some(at)) = (sessions::closing_of(&path), cursor.session.ended_through) {
                 intake.note_closing(session, Closing::noted(at));
-            } else if let Some(kind) = kind_of(&config.projects, &path) {
-                let rest = Rest::new(None, newest, cursor.project_path.is_some());
-                resting.insert(Group::of(&kind, &path), CursorId::of(&path), rest);
-            } else if path.starts_with(&config.projects) {
-                strays.push(path);
+            } else if let Some(root) = root_of(&config.projects, &path) {
+                match kind_of(&config.projects, &path) {
+                    Some(kind) => {
+                        let rest = Rest::new(root, None, newest, cursor.project_path.is_some());
+                        resting.insert(Group::of(&kind, &path), CursorId::of(&path), rest);
+                    }
+                    None => strays.push(path),
+                }
             }
         })?;
-        let retention = Retention::new(config.projects.parent().unwrap_or(&config.projects));
-        let open_sessions = OpenSessions::new(config.projects.with_file_name("sessions"), processes);
+        let retention = Retention::new(&config.projects);
+        let session_folders = config.projects.iter().map(|projects| projects.with_file_name("sessions"));
+        let open_sessions = OpenSessions::new(session_folders, processes);
+        let roots = vec![Root::default(); config.projects.len()];
         Ok(Follower {
             config,
             intake,
@@ -205,12 +226,12 @@ impl Follower {
             chunk_bytes: reading::CHUNK_BYTES,
             doorbell: Doorbell::new(),
             watch: Watch::default(),
+            active: Active::default(),
             retention,
             closings: BTreeMap::new(),
             open_sessions,
             seen_open: HashSet::new(),
-            projects_missing: false,
-            projects_emptied: false,
+            roots,
             unreadable: BTreeSet::new(),
             in_order: true,
             cause: RescanCause::Start,
@@ -231,7 +252,7 @@ impl Follower {
             self.intake.metrics().reading.beat();
             if Instant::now() >= next_rescan {
                 let begun = Instant::now();
-                self.watch.renew(&self.config.projects, &self.doorbell, self.config.polling_interval);
+                self.watch.renew(&self.config.projects, &self.doorbell);
                 more.extend(self.rescan()?);
                 self.await_tickets(0)?;
                 more.extend(std::mem::take(&mut self.again));
@@ -243,15 +264,19 @@ impl Follower {
                 next_rescan = now + self.config.polling_interval;
                 not_before = now + (RESCAN_PAUSE_FACTOR * begun.elapsed()).max(RESCAN_PAUSE_MIN);
             }
+            let next_look = self.active.next_check().map_or(next_rescan, |check| check.min(next_rescan));
             let patience =
-                if more.is_empty() { next_rescan.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
+                if more.is_empty() { next_look.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
             let rung = self.doorbell.wait(patience, self.config.debounce);
-            self.watch.heed(&rung, &self.config.projects, self.config.polling_interval);
+            self.watch.heed(&rung);
             let mut wants_rescan = None;
             if rung.rescan {
                 wants_rescan = Some(RescanCause::Overflow);
             }
             for path in rung.paths {
+                if let Some(root) = self.root_mut(&path) {
+                    root.silence = Silence::default();
+                }
                 self.wake_file(&path)?;
                 match self.files.get(path.as_path()) {
                     Some(file) => drop(more.insert(Arc::clone(&file.path))),
@@ -260,6 +285,11 @@ impl Follower {
                         wants_rescan = Some(RescanCause::NewFolder);
                     }
                     None => {}
+                }
+            }
+            for path in self.check_active() {
+                if more.insert(Arc::clone(&path)) {
+                    self.note_silence(&path);
                 }
             }
             if let Some(cause) = wants_rescan
@@ -296,12 +326,9 @@ impl Follower {
         let mut awake = self.take_closings()?;
         let followed = self.files.values().filter_map(|file| file.cursor.session.process);
         self.open_sessions.look(followed.chain(self.resting.processes()));
-        let Walk { met, changed, fresh, is_there } = self.walk();
-        let mut vanished = Vec::new();
-        if is_there {
-            awake.extend(self.wake_vanished()?);
-            vanished = self.vanished(&met);
-        }
+        let Walk { met, changed, fresh } = self.walk();
+        awake.extend(self.wake_vanished()?);
+        let vanished = self.vanished(&met);
         let vanished = self.adopt_moved(&fresh, vanished)?;
         let fresh = self.in_order_of_reading(fresh);
         awake.extend(met);
@@ -328,9 +355,9 @@ impl Follower {
             self.end_sessions(&unfinished, begun)?;
             self.put_to_rest()?;
         }
+        self.note_open_sessions();
         self.report();
-        // Also after the whole folder was away.
-        self.in_order = !is_there;
+        self.in_order = false;
         Ok(unfinished)
     }
 
@@ -403,16 +430,52 @@ impl Follower {
         self.files.get(path).is_some_and(|file| file.is_skipping(self.config.line_bytes_max))
     }
 
-    /// Goes through the folder.
+    /// Goes through the folders.
     fn walk(&mut self) -> Walk {
-        let mut walk = Walk { met: Vec::new(), changed: BTreeSet::new(), fresh: Vec::new(), is_there: false };
+        let mut walk = Walk { met: Vec::new(), changed: BTreeSet::new(), fresh: Vec::new() };
         let mut unreadable = BTreeSet::new();
         self.resting.begin_walk();
-        for entry in walkdir::WalkDir::new(&self.config.projects).follow_links(true).max_depth(DEPTH_MAX) {
+        for index in 0..self.config.projects.len() {
+            let Some(projects) = self.config.projects.get(index).cloned() else { break };
+            let is_walked = self.walk_root(&projects, &mut walk, &mut unreadable);
+            if !is_walked {
+                unreadable.extend(self.unreadable.iter().filter(|folder| folder.starts_with(&projects)).cloned());
+            }
+            // Removed during the walk, or unmounted: then what was not found says nothing.
+            let is_there = is_walked && has_folders(&projects);
+            let is_known =
+                || self.files.keys().any(|path| path.starts_with(&projects)) || self.resting.is_any_below(index);
+            let is_emptied = is_walked && !is_there && is_known();
+            let Some(root) = self.roots.get_mut(index) else { break };
+            if is_emptied && !std::mem::replace(&mut root.is_emptied, true) {
+                warn!(folder = %projects.display(),
+                      "the transcripts folder is empty; is it unmounted? Its sessions end by hook, process or inactivity only");
+            }
+            root.is_emptied = is_emptied || !is_walked && root.is_emptied;
+            // At the start, and after the whole folder was away.
+            self.in_order |= is_there && !root.is_there;
+            root.is_there = is_there;
+            if is_there && std::mem::take(&mut root.is_missing) {
+                info!(folder = %projects.display(), "the transcripts folder is there");
+            }
+        }
+        for folder in unreadable.difference(&self.unreadable) {
+            warn!(folder = %folder.display(), "a folder can't be read; trying again at every rescan");
+        }
+        for folder in self.unreadable.difference(&unreadable) {
+            info!(folder = %folder.display(), "the folder can be read again");
+        }
+        self.unreadable = unreadable;
+        walk
+    }
+
+    /// Goes through one of the folders. False: it can't be read, or the follower was stopped.
+    fn walk_root(&mut self, projects: &Path, walk: &mut Walk, unreadable: &mut BTreeSet<PathBuf>) -> bool {
+        for entry in walkdir::WalkDir::new(projects).follow_links(true).max_depth(DEPTH_MAX) {
             // Many entries on a slow file system are no hang.
             self.intake.metrics().reading.beat();
             if self.doorbell.is_stopped() {
-                return walk;
+                return false;
             }
             match entry {
                 Ok(entry) if entry.file_type().is_file() => {
@@ -430,11 +493,11 @@ impl Follower {
                 }
                 Ok(_) => {}
                 Err(error) if error.depth() == 0 => {
-                    if !std::mem::replace(&mut self.projects_missing, true) {
-                        warn!(folder = %self.config.projects.display(), error = %error,
+                    if self.root_mut(projects).is_some_and(|root| !std::mem::replace(&mut root.is_missing, true)) {
+                        warn!(folder = %projects.display(), error = %error,
                               "the transcripts folder can't be read; looking for it again at every rescan");
                     }
-                    return walk;
+                    return false;
                 }
                 Err(error) => {
                     let is_denied =
@@ -447,29 +510,30 @@ impl Follower {
                 }
             }
         }
-        for folder in unreadable.difference(&self.unreadable) {
-            warn!(folder = %folder.display(), "a folder can't be read; trying again at every rescan");
-        }
-        for folder in self.unreadable.difference(&unreadable) {
-            info!(folder = %folder.display(), "the folder can be read again");
-        }
-        self.unreadable = unreadable;
-        // Removed while we looked, or unmounted: then what was not found says nothing.
-        walk.is_there = has_folders(&self.config.projects);
-        let is_emptied = !walk.is_there && (!self.files.is_empty() || !self.resting.is_empty());
-        if is_emptied && !std::mem::replace(&mut self.projects_emptied, true) {
-            warn!(folder = %self.config.projects.display(),
-                  "the transcripts folder is empty; is it unmounted? Its sessions end by hook, process or inactivity only");
-        }
-        self.projects_emptied = is_emptied;
-        if walk.is_there && std::mem::take(&mut self.projects_missing) {
-            info!(folder = %self.config.projects.display(), "the transcripts folder is there");
-        }
-        walk
+        true
     }
 
     fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
         kind_of(&self.config.projects, path)
+    }
+
+    fn root_mut(&mut self, path: &Path) -> Option<&mut Root> {
+        root_of(&self.config.projects, path).and_then(|index| self.roots.get_mut(index))
+    }
+
+    /// Notes that a check has found this file to have changed, and no notification.
+    fn note_silence(&mut self, path: &Path) {
+        let Some(index) = root_of(&self.config.projects, path) else { return };
+        let (Some(folder), Some(root)) = (self.config.projects.get(index), self.roots.get_mut(index)) else { return };
+        if root.silence.is_certain() {
+            self.watch.log_silence(folder);
+        }
+    }
+
+    /// Whether the projects folder that holds this path was there at the last walk.
+    fn is_root_there(&self, path: &Path) -> bool {
+        let root = root_of(&self.config.projects, path).and_then(|index| self.roots.get(index));
+        root.is_some_and(|root| root.is_there)
     }
 
     /// The transcripts that are gone for certain.
@@ -477,7 +541,8 @@ impl Follower {
         let met: HashSet<&Path> = met.iter().map(AsRef::as_ref).collect();
         let strays = self.strays.iter().map(PathBuf::as_path);
         let followed = self.files.keys().map(AsRef::as_ref).filter(|path| !met.contains(path));
-        let vanished: Vec<PathBuf> = strays.chain(followed).filter(|path| is_gone(path)).map(Path::to_owned).collect();
+        let is_gone = |path: &&Path| self.is_root_there(path) && is_gone(path);
+        let vanished: Vec<PathBuf> = strays.chain(followed).filter(is_gone).map(Path::to_owned).collect();
         for path in &vanished {
             // It stays awake until it is forgotten.
             if let Some(file) = self.files.get_mut(path.as_path()) {
@@ -557,12 +622,12 @@ impl Follower {
 
     /// Keeps in mind a file that is gone, and whose cursor could not be removed.
     fn remember(&mut self, path: &Path, cursor: &Cursor) {
-        match self.kind_of(path) {
-            Some(kind) => {
-                let rest = Rest::new(None, None, cursor.project_path.is_some());
+        match (root_of(&self.config.projects, path), self.kind_of(path)) {
+            (Some(root), Some(kind)) => {
+                let rest = Rest::new(root, None, None, cursor.project_path.is_some());
                 self.resting.insert(Group::of(&kind, path), CursorId::of(path), rest);
             }
-            None => self.strays.push(path.to_owned()),
+            _ => self.strays.push(path.to_owned()),
         }
     }
 
@@ -788,10 +853,11 @@ impl Follower {
                 .count();
         metrics.transcripts_expiring.set(expiring as u64);
         // What does not exist has nothing to be read.
-        let is_hidden = self.projects_missing && !is_gone(&self.config.projects);
+        let roots = self.config.projects.iter().zip(&self.roots);
+        let hidden = roots.filter(|(projects, root)| root.is_missing && !is_gone(projects)).count();
         self.doorbell.set_unread(Unread {
             files: self.files.values().filter(|file| file.unreadable).count(),
-            folders: self.unreadable.len() + usize::from(is_hidden),
+            folders: self.unreadable.len() + hidden,
         });
         metrics.rescanned(std::mem::replace(&mut self.cause, RescanCause::Interval), now);
     }
@@ -895,8 +961,13 @@ impl Standing {
     }
 }
 
-fn kind_of(projects: &Path, path: &Path) -> Option<TranscriptKind> {
-    path.strip_prefix(projects).ok().and_then(claude_code::classify)
+/// Which of the projects folders holds this path.
+fn root_of(projects: &[PathBuf], path: &Path) -> Option<usize> {
+    projects.iter().position(|projects| path.starts_with(projects))
+}
+
+fn kind_of(projects: &[PathBuf], path: &Path) -> Option<TranscriptKind> {
+    projects.iter().find_map(|projects| path.strip_prefix(projects).ok()).and_then(claude_code::classify)
 }
 
 /// Whether there are any project folders. There are none below an unmounted file system.

@@ -358,6 +358,10 @@ impl Follower {
         {
             return Ok(Progress::End);
         }
+        let stamp = Stamp::of(&metadata);
+        if file.seen != Some(stamp) {
+            self.active.note_change(file, &stamp);
+        }
         file.read_at = Some(Instant::now());
         let (handle, metadata) = open(&file.path)?;
         #[cfg(test)]

@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::super::claude_code::TranscriptKind;
 use super::super::sessions::OpenSessions;
 use super::reading::{Followed, Stamp};
-use super::{Follower, Standing, is_gone};
+use super::{Follower, Standing, is_gone, root_of};
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{CursorId, QueueError};
 
@@ -41,6 +41,8 @@ impl Group {
 /// What is known of a file that rests.
 #[derive(Clone, Copy, Debug)]
 pub struct Rest {
+    /// Which of the projects folders it lies below.
+    root: usize,
     /// How it was when it was read to its end. `None`: known from an earlier run only, and not looked at in this one.
     pub seen: Option<Stamp>,
     /// The newest event that came from it.
@@ -52,8 +54,8 @@ pub struct Rest {
 }
 
 impl Rest {
-    pub fn new(seen: Option<Stamp>, newest: Option<Sequence>, is_registered: bool) -> Rest {
-        Rest { seen, newest, is_registered, walk: 0 }
+    pub fn new(root: usize, seen: Option<Stamp>, newest: Option<Sequence>, is_registered: bool) -> Rest {
+        Rest { root, seen, newest, is_registered, walk: 0 }
     }
 }
 
@@ -122,9 +124,10 @@ impl Resting {
         if rest.seen.is_some() && rest.seen == stamp() { Met::Unchanged } else { Met::Changed }
     }
 
-    /// Those that the walk did not come upon.
-    pub fn unmet(&self) -> Vec<(Group, CursorId)> {
-        self.files.iter().filter(|(_, rest)| rest.walk != self.walk).map(|(key, _)| *key).collect()
+    /// Those that the walk did not come upon, of the projects folders that were there.
+    pub fn unmet(&self, is_there: impl Fn(usize) -> bool) -> Vec<(Group, CursorId)> {
+        let is_unmet = |rest: &Rest| rest.walk != self.walk && is_there(rest.root);
+        self.files.iter().filter(|(_, rest)| is_unmet(rest)).map(|(key, _)| *key).collect()
     }
 
     /// The sessions that are to be looked at: their time is up, or another process has them open than before, or none.
@@ -146,8 +149,9 @@ impl Resting {
         self.live.values().filter_map(|live| live.process)
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.files.is_empty()
+    /// Whether there are any below this projects folder.
+    pub fn is_any_below(&self, root: usize) -> bool {
+        self.files.values().any(|rest| rest.root == root)
     }
 
     /// The files that were looked at in this run.
@@ -190,7 +194,7 @@ impl Follower {
 
     /// Wakes what rests and was not met, if it is gone for certain: not what merely can't be looked at.
     pub(super) fn wake_vanished(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
-        let unmet = self.resting.unmet();
+        let unmet = self.resting.unmet(|root| self.roots.get(root).is_some_and(|root| root.is_there));
         let mut awake = Vec::new();
         for (group, id) in &unmet {
             if self.doorbell.is_stopped() {
@@ -268,8 +272,9 @@ impl Follower {
             live = live.or(self.live_session(file));
         }
         for path in paths {
+            let Some(root) = root_of(&self.config.projects, path) else { continue };
             let Some(file) = self.files.remove(path) else { continue };
-            let rest = Rest::new(file.seen, file.newest, file.cursor.project_path.is_some());
+            let rest = Rest::new(root, file.seen, file.newest, file.cursor.project_path.is_some());
             self.resting.insert(file.group(), CursorId::of(path), rest);
         }
         if let Some(session) = live {

@@ -3,15 +3,19 @@
 //! What rings is gathered in one place of bounded size; while the follower is busy more of it only means a rescan.
 
 use std::collections::BTreeSet;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use notify::{RecursiveMode, Watcher};
 use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 use super::identity;
+use super::polling::CHECK_INTERVAL;
 use crate::event::FileIdentity;
 
 /// Paths that are remembered between two looks. More of them: a rescan finds them all.
@@ -138,14 +142,15 @@ impl Doorbell {
     }
 }
 
-/// The watch on the projects folder.
+/// The watch on the projects folders.
 #[derive(Default)]
 pub struct Watch {
     watcher: Option<notify::RecommendedWatcher>,
-    /// Which folder is watched: it may be removed and made anew.
-    watched: Option<FileIdentity>,
-    /// Said already that there are no notifications, or not all.
-    said: bool,
+    /// Which folders are watched: each may be removed and made again.
+    watched: Vec<Option<FileIdentity>>,
+    /// Logged: there are no notifications, or not all.
+    is_failure_logged: bool,
+    is_silence_logged: bool,
     /// When a watch that failed is tried again.
     again_at: Option<Instant>,
 }
@@ -154,58 +159,134 @@ pub struct Watch {
 const AGAIN_AFTER: Duration = Duration::from_secs(300);
 
 impl Watch {
-    /// Sets the watch where it is missing: at the start, after the folder was replaced, and now and then where it failed.
-    pub fn renew(&mut self, folder: &Path, doorbell: &Doorbell, polling_interval: Duration) {
-        let identity = std::fs::metadata(folder).map(|metadata| identity(&metadata)).ok();
+    /// Sets the watch where it is missing: at the start, after a folder was replaced, and now and then where it failed.
+    pub fn renew(&mut self, folders: &[PathBuf], doorbell: &Doorbell) {
+        let identity_of = |folder: &PathBuf| std::fs::metadata(folder).map(|metadata| identity(&metadata)).ok();
+        let identities: Vec<_> = folders.iter().map(identity_of).collect();
         let is_due = self.again_at.is_some_and(|at| at <= Instant::now());
-        if identity == self.watched && !is_due {
+        if identities == self.watched && !is_due {
             return;
         }
         self.watcher = None;
-        self.watched = identity;
         self.again_at = None;
-        if identity.is_none() {
-            return;
+        let there: Vec<_> = folders.iter().zip(&identities).filter(|(_, identity)| identity.is_some()).collect();
+        if !there.is_empty() {
+            let ringer = doorbell.clone();
+            // FSEvents names files by their real paths, wherever links lead there.
+            let real_path = |folder: &PathBuf| (folder.canonicalize().unwrap_or(folder.clone()), folder.clone());
+            let real_paths: Vec<_> = there.iter().map(|(folder, _)| real_path(folder)).collect();
+            let watched: Vec<_> = real_paths.iter().map(|(real, _)| real.clone()).collect();
+            let mut failure = None;
+            match notify::recommended_watcher(move |event| ringer.ring(as_configured(event, &real_paths))) {
+                Ok(mut watcher) => {
+                    for folder in watched {
+                        // Also after a failure: some of its folders may be watched.
+                        failure = watcher.watch(&folder, RecursiveMode::Recursive).err().or(failure);
+                    }
+                    self.watcher = Some(watcher);
+                }
+                Err(error) => failure = Some(error),
+            }
+            match failure {
+                Some(error) => {
+                    self.again_at = Some(Instant::now() + AGAIN_AFTER);
+                    self.log_failure(&error.to_string());
+                }
+                None if std::mem::take(&mut self.is_failure_logged) => info!("file notifications work again"),
+                None => {}
+            }
         }
-        let ringer = doorbell.clone();
-        let watcher = notify::recommended_watcher(move |event| ringer.ring(event));
-        let failure = match watcher {
-            Ok(mut watcher) => {
-                let failure = watcher.watch(folder, RecursiveMode::Recursive).err();
-                // Also after a failure: some of its folders may be watched.
-                self.watcher = Some(watcher);
-                failure
-            }
-            Err(error) => Some(error),
-        };
-        match failure {
-            Some(error) => {
-                self.again_at = Some(Instant::now() + AGAIN_AFTER);
-                self.say_once(folder, polling_interval, &error.to_string());
-            }
-            None if std::mem::take(&mut self.said) => {
-                info!(folder = %folder.display(), "changed files are notified now");
-            }
-            None => {}
-        }
+        self.watched = identities;
     }
 
     /// Takes note of what rang about the watch itself.
-    pub fn heed(&mut self, rung: &Rung, folder: &Path, polling_interval: Duration) {
+    pub fn heed(&mut self, rung: &Rung) {
         if rung.limit_reached {
             self.again_at.get_or_insert_with(|| Instant::now() + AGAIN_AFTER);
-            self.say_once(folder, polling_interval, "the limit of watches is reached");
+            self.log_failure("the limit of watches is reached");
         }
     }
 
-    fn say_once(&mut self, folder: &Path, polling_interval: Duration, error: &str) {
-        if std::mem::replace(&mut self.said, true) {
-            debug!(error, "still not all changed files are notified");
+    fn log_failure(&mut self, error: &str) {
+        if std::mem::replace(&mut self.is_failure_logged, true) {
+            debug!(error, "file notifications still fail");
             return;
         }
-        warn!(error, folder = %folder.display(), polling_interval_seconds = polling_interval.as_secs_f64(),
-              "changed files are not all notified; new lines are found by rescanning. On Linux raise \
-               fs.inotify.max_user_watches and fs.inotify.max_user_instances");
+        warn!(
+            error,
+            check_interval_ms = CHECK_INTERVAL.as_millis(),
+            "file notifications fail; active transcripts are checked instead, and new ones found by rescanning. On Linux \
+               raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+        );
+    }
+
+    /// Logs once that no notifications arrive for the files below `folder`, though nothing has failed.
+    pub fn log_silence(&mut self, folder: &Path) {
+        if self.is_failure_logged || std::mem::replace(&mut self.is_silence_logged, true) {
+            return;
+        }
+        let check_interval_ms = CHECK_INTERVAL.as_millis();
+        // On macOS that is how it works.
+        if cfg!(target_os = "macos") {
+            info!(folder = %folder.display(), check_interval_ms, "{SILENCE}");
+        } else {
+            warn!(folder = %folder.display(), check_interval_ms, "{SILENCE}");
+        }
+    }
+}
+
+const SILENCE: &str = "no file notifications arrive, as on network file systems; active transcripts are checked instead, and \
+                       new ones found by rescanning";
+
+/// Replaces the real paths of the folders by those under which they are known here.
+fn as_configured(
+    event: notify::Result<notify::Event>,
+    real_paths: &[(PathBuf, PathBuf)],
+) -> notify::Result<notify::Event> {
+    event.map(|mut event| {
+        for path in &mut event.paths {
+            let found = real_paths.iter().find_map(|(real, known)| Some(known.join(path.strip_prefix(real).ok()?)));
+            *path = found.unwrap_or(std::mem::take(path));
+        }
+        event
+    })
+}
+
+/// Whether this system notifies of files at all: makes one in a temporary folder. The error says why it can't.
+pub fn do_notifications_arrive() -> Result<bool, String> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let folder = std::env::temp_dir().join(format!("headspace-watcher-{}", Uuid::now_v7()));
+    DirBuilder::new().mode(0o700).create(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let (sender, receiver) = mpsc::channel();
+    let arrived = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // The receiver is gone when nobody waits any more.
+        let _ = sender.send(event.is_ok());
+    })
+    .and_then(|mut watcher| {
+        watcher.watch(&folder, RecursiveMode::Recursive)?;
+        std::fs::write(folder.join("file"), "")?;
+        Ok(receiver.recv_timeout(PATIENCE).unwrap_or(false))
+    });
+    // What stays is one empty file in a temporary folder.
+    let _ = std::fs::remove_dir_all(&folder);
+    arrived.map_err(|error| error.to_string())
+}
+
+/// Changes of files that no notification came for. While notifications work a check may be the first to find a change,
+/// but the notification follows.
+#[derive(Clone, Default)]
+pub struct Silence {
+    changes: u32,
+    since: Option<Instant>,
+}
+
+impl Silence {
+    /// Notes a change that was found. Whether it is certain now that no notifications arrive.
+    pub fn is_certain(&mut self) -> bool {
+        const CHANGES_MIN: u32 = 3;
+        const TIME_MIN: Duration = Duration::from_secs(2);
+        self.changes += 1;
+        self.changes >= CHANGES_MIN && self.since.get_or_insert_with(Instant::now).elapsed() >= TIME_MIN
     }
 }
 

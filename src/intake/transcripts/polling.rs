@@ -1,0 +1,120 @@
+//! Transcripts that are being written are checked by `stat` several times a second.
+//!
+//! Notifications come late or not at all on macOS (FSEvents reports a file when its writer closes it), on network file
+//! systems and in WSL's shared folders; there the rescan would find a new line only after up to `polling_interval`. A
+//! transcript is active, and checked, for [`ACTIVE_FOR`] after its last change, and while a running process says that it
+//! has the session open. New files are left to the rescan.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::claude_code::TranscriptKind;
+use super::Follower;
+use super::reading::{Followed, Stamp};
+use crate::event::Timestamp;
+
+/// How long after its last change a transcript is checked.
+pub const ACTIVE_FOR: Duration = Duration::from_secs(600);
+
+/// Time between two checks of the active transcripts, for each [`FILES_PER_INTERVAL`] of them.
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// With more active transcripts the interval grows, so that checks never take more than a thousandth of a processor.
+const FILES_PER_INTERVAL: u32 = 100;
+
+/// The transcripts that are checked.
+#[derive(Default)]
+pub struct Active {
+    /// Until when.
+    until: BTreeMap<Arc<Path>, Instant>,
+    /// `None`: nothing was checked yet.
+    next_check: Option<Instant>,
+}
+
+impl Active {
+    /// When the next check is due; `None`: nothing is active.
+    pub fn next_check(&self) -> Option<Instant> {
+        (!self.until.is_empty()).then(|| self.next_check.unwrap_or_else(Instant::now))
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        !self.until.is_empty() && self.next_check.is_none_or(|at| at <= now)
+    }
+
+    fn insert(&mut self, path: &Arc<Path>, until: Instant) {
+        self.until.entry(Arc::clone(path)).and_modify(|known| *known = until.max(*known)).or_insert(until);
+    }
+
+    /// Notes that a look at this file found it to be as `stamp` says, and not as before.
+    pub fn note_change(&mut self, file: &Followed, stamp: &Stamp) {
+        let now = Instant::now();
+        let until = if file.seen.is_some() {
+            Some(now + ACTIVE_FOR)
+        } else {
+            // Not looked at before: its age by its own clock, which on a network file system may differ from ours.
+            let age = Timestamp::now().as_second().abs_diff(stamp.modified);
+            ACTIVE_FOR.checked_sub(Duration::from_secs(age)).filter(|left| !left.is_zero()).map(|left| now + left)
+        };
+        if let Some(until) = until {
+            self.insert(&file.path, until);
+        }
+    }
+}
+
+impl Follower {
+    /// Keeps those active whose session a process has open.
+    pub(super) fn note_open_sessions(&mut self) {
+        let until = Instant::now() + ACTIVE_FOR;
+        for file in self.files.values() {
+            if let TranscriptKind::Main { session } = file.kind
+                && self.open_sessions.named(session).is_some()
+            {
+                self.active.insert(&file.path, until);
+            }
+        }
+    }
+
+    /// Checks the active transcripts if that is due. Returns those that have changed.
+    pub(super) fn check_active(&mut self) -> Vec<Arc<Path>> {
+        let begun = Instant::now();
+        let mut changed = Vec::new();
+        if !self.active.is_due(begun) {
+            return changed;
+        }
+        self.active.until.retain(|path, until| {
+            // A parked one is left to the rescan, which makes it active again when it has changed.
+            let Some(file) = self.files.get(path).filter(|_| *until > begun) else { return false };
+            self.intake.metrics().reading.beat();
+            if let Some(seen) = file.seen
+                && !self.doorbell.is_stopped()
+                && std::fs::metadata(path).is_ok_and(|metadata| Stamp::of(&metadata) != seen)
+            {
+                changed.push(Arc::clone(path));
+            }
+            true
+        });
+        let interval = check_interval(self.active.until.len(), self.config.polling_interval);
+        self.active.next_check = Some(Instant::now() + interval);
+        changed
+    }
+}
+
+/// Time until the next check of so many files. Above `polling_interval` the rescan is as soon.
+fn check_interval(files: usize, polling_interval: Duration) -> Duration {
+    let intervals = u32::try_from(files).unwrap_or(u32::MAX) / FILES_PER_INTERVAL;
+    CHECK_INTERVAL.saturating_mul(1 + intervals).min(polling_interval.max(CHECK_INTERVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_more_are_active_the_rarer_each_is_checked() {
+        let interval = |files| check_interval(files, Duration::from_secs(2)).as_millis();
+        assert_eq!([0, 10, 99, 100, 450, 900, usize::MAX].map(interval), [200, 200, 200, 400, 1000, 2000, 2000]);
+        assert_eq!(check_interval(10, Duration::from_millis(50)), CHECK_INTERVAL);
+    }
+}
