@@ -319,16 +319,7 @@ postmaster() {
   local pid
   pid=$(head -n 1 "$dir/cluster/postmaster.pid" 2>/dev/null) || return 1
   [ -n "$pid" ] || return 1
-  if [ -d "/proc/$pid" ]; then
-    [ "$(readlink "/proc/$pid/cwd" 2>/dev/null)" = "$(cd "$dir/cluster" && pwd -P)" ] || return 1
-    # A zombie has a folder in /proc, but serves nobody.
-    ! grep -q '^State:[[:space:]]*Z' "/proc/$pid/status" 2>/dev/null || return 1
-  else
-    case $(ps -o command= -p "$pid" 2>/dev/null) in
-      *"$dir/cluster"*) ;;
-      *) return 1 ;;
-    esac
-  fi
+  is_server_of "$pid" "$dir/cluster" || return 1
   printf '%s\n' "$pid"
 }
 
