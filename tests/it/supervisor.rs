@@ -190,7 +190,10 @@ impl Drop for Stranger {
 
 impl Drop for Project {
     fn drop(&mut self) {
-        for pid in self.runs() {
+        // Of a test that failed the watcher may be left as well.
+        let watcher = self.read("data/run-watcher.lock/watcher");
+        let watcher = watcher.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        for pid in self.runs().into_iter().chain(watcher) {
             let _ = kill_process(pid, Signal::KILL);
         }
         // Only a test that failed half-way leaves one running.
