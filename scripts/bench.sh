@@ -37,6 +37,10 @@ die() {
   exit "$1"
 }
 
+needs_linux() {
+  [ -d /proc/self/task ] || die 69 "this needs Linux: what it measures of processes it reads from /proc"
+}
+
 parts='' quick='' profile=release published=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -56,6 +60,7 @@ while [ $# -gt 0 ]; do
         *)
           [ -f "scripts/bench/$1.sh" ] || die 64 "no part $1; see scripts/bench.sh --help"
           [ -z "$parts" ] || die 64 "$1 is run on its own"
+          needs_linux
           part=$1
           shift
           exec bash "scripts/bench/$part.sh" "$@" ${quick:+"$quick"}
@@ -70,7 +75,7 @@ if [ -z "$parts" ]; then
   everything=1
   parts=$PARTS
 fi
-[ -d /proc/self/task ] || die 69 "this needs Linux: what it measures of processes it reads from /proc"
+needs_linux
 
 # What a caller has set for other servers and other watchers must not steer these.
 # shellcheck disable=SC2086 # a list of names

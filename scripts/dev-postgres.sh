@@ -109,16 +109,33 @@ quoted() {
 
 # ---- PostgreSQL's programs -------------------------------------------------------------------------------------------
 
-# Folders that may hold the server's programs, best first.
+# Where Homebrew may be: as its own variable or PATH says, on Apple silicon, on Intel, on Linux.
+homebrew_folders() {
+  local brew
+  [ -z "${HOMEBREW_PREFIX-}" ] || printf '%s\n' "$HOMEBREW_PREFIX"
+  if brew=$(command -v brew); then printf '%s\n' "${brew%/bin/brew}"; fi
+  printf '%s\n' /opt/homebrew /usr/local /home/linuxbrew/.linuxbrew
+}
+
+# Folders that may hold the server's programs, best first: what is in PATH, then the newest version. The version is the
+# number in the last name: 17, pgsql-17, postgresql17 or postgresql@17.
 bin_candidates() {
-  local programs
+  local programs folder
   programs=$(command -v initdb || true)
   [ -z "$programs" ] || dirname "$programs"
   {
-    ls -d /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/libexec/postgresql* 2>/dev/null
-    ls -d /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin /home/linuxbrew/.linuxbrew/opt/postgresql*/bin 2>/dev/null
-    ls -d /Applications/Postgres.app/Contents/Versions/*/bin 2>/dev/null
-  } | awk '{ version = $0; gsub(/[^0-9]/, "", version); print version + 0 "\t" $0 }' | sort -rn | cut -f2- || true
+    ls -d /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/libexec/postgresql* || true
+    homebrew_folders | while IFS= read -r folder; do
+      ls -d "$folder"/opt/postgresql*/bin "$folder/bin" || true
+    done
+    # Postgres.app, EnterpriseDB's installer, MacPorts
+    ls -d /Applications/Postgres.app/Contents/Versions/*/bin /Library/PostgreSQL/*/bin /opt/local/lib/postgresql*/bin || true
+  } 2>/dev/null | awk '{
+    version = $0
+    sub("/bin$", "", version)
+    sub(".*/[^0-9/]*", "", version)
+    print version + 0 "\t" $0
+  }' | sort -rn | cut -f2- || true
 }
 
 major_of() { # BIN
@@ -159,8 +176,12 @@ INSTALL
     echo "pacman -Sy --noconfirm --needed postgresql"
   elif command -v apk >/dev/null 2>&1; then
     echo "apk add --quiet postgresql postgresql-client"
-  elif command -v brew >/dev/null 2>&1; then
-    echo "brew install --quiet postgresql@${1:-17}"
+  else
+    # cron and launchd have no brew in their PATH.
+    local folder
+    homebrew_folders | while IFS= read -r folder; do
+      if [ -x "$folder/bin/brew" ]; then echo "$folder/bin/brew install --quiet postgresql@${1:-17}"; fi
+    done | sed -n 1p
   fi
 }
 
@@ -173,7 +194,7 @@ install_hint() { # [MAJOR]
     line=$(install_command "${1-}")
     case $line in
       '') echo "your system's package of the PostgreSQL server" ;;
-      brew*) echo "$line" ;;
+      *brew\ install*) echo "$line" ;;
       *) echo "sudo $line" ;;
     esac
   fi
@@ -186,7 +207,7 @@ install_postgres() { # [MAJOR]
     die 69 "PostgreSQL is not installed and no known package manager (apt-get, dnf, pacman, apk, brew) is here: install the PostgreSQL server and put its initdb into PATH"
   local -a sudo
   case $script in
-    brew*)
+    *brew\ install*)
       [ "$(id -u)" -ne 0 ] || die 69 "PostgreSQL is not installed and brew does not run as root: run \"$script\" as the user who owns Homebrew"
       sudo=(env)
       ;;
@@ -202,7 +223,7 @@ install_postgres() { # [MAJOR]
       fi
       ;;
   esac
-  say "installing PostgreSQL through the system's package manager"
+  say "PostgreSQL${1:+ $1} is not installed; installing it, as by: $(install_hint "${1-}")"
   local output
   # Kept back unless it fails: pages of a package manager's progress hide what matters.
   if ! output=$("${sudo[@]}" sh -c "$script" 2>&1 </dev/null); then
@@ -319,16 +340,7 @@ postmaster() {
   local pid
   pid=$(head -n 1 "$dir/cluster/postmaster.pid" 2>/dev/null) || return 1
   [ -n "$pid" ] || return 1
-  if [ -d "/proc/$pid" ]; then
-    [ "$(readlink "/proc/$pid/cwd" 2>/dev/null)" = "$(cd "$dir/cluster" && pwd -P)" ] || return 1
-    # A zombie has a folder in /proc, but serves nobody.
-    ! grep -q '^State:[[:space:]]*Z' "/proc/$pid/status" 2>/dev/null || return 1
-  else
-    case $(ps -o command= -p "$pid" 2>/dev/null) in
-      *"$dir/cluster"*) ;;
-      *) return 1 ;;
-    esac
-  fi
+  is_server_of "$pid" "$dir/cluster" || return 1
   printf '%s\n' "$pid"
 }
 
@@ -359,12 +371,14 @@ make_cluster() {
 }
 
 write_settings() {
+  local folder
   # Twice quoted: the list wants double quotes around each folder, the file single ones around the list.
+  folder=$(socket_folder | sed "s/\"/\"\"/g; s/'/''/g")
   as_owner sh -c 'cat >"$1"' sh "$dir/cluster/headspace.conf" <<SETTINGS
 # Written by scripts/dev-postgres.sh at each start; own settings belong into postgresql.conf, below its include line.
 listen_addresses = ''
 port = 5432
-unix_socket_directories = '"$(socket_folder | sed "s/\"/\"\"/g; s/'/''/g")"'
+unix_socket_directories = '"$folder"'
 unix_socket_permissions = 0700
 cluster_name = 'headspace-watcher'
 SETTINGS

@@ -38,4 +38,4 @@ if [ "$status" -ne 0 ]; then
 fi
 # How far it got: coverage, inputs kept, runs.
 grep 'DONE ' "$log" || true
-grep 'number_of_executed_units\|average_exec_per_sec\|peak_rss_mb' "$log" || true
+grep -E 'number_of_executed_units|average_exec_per_sec|peak_rss_mb' "$log" || true

@@ -207,7 +207,7 @@ refuse_earlier_version() { # FOLDER
   local pid command_line
   pid=$(cat "$1/pid" 2>/dev/null) || return 0
   [ "$pid" != $$ ] && [ -n "$(process_record "$pid")" ] || return 0
-  command_line=$(ps -o command= -p "$pid" 2>/dev/null || tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline")
+  command_line=$(process_arguments "$pid")
   case $command_line in
     bash\ *run-watcher.sh* | */bash\ *run-watcher.sh*)
       die 69 "a supervisor of an earlier version (pid $pid) runs the watcher already; stop it, then try again: kill $pid"
@@ -411,13 +411,6 @@ pause() { # SECONDS
   [ -z "$stop_signal" ] || kill "$pauser" 2>/dev/null
   while kill -0 "$pauser" 2>/dev/null; do wait "$pauser" 2>/dev/null; done
   pauser=''
-}
-
-# Seconds since the system's start, which nobody sets back; without /proc those that bash counts, by the clock.
-seconds=0
-read_time() {
-  { read -r seconds _ </proc/uptime; } 2>/dev/null || seconds=$SECONDS
-  seconds=${seconds%%.*}
 }
 
 # The times of the restarts within the last minute.

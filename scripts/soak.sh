@@ -13,6 +13,7 @@
 #            file's turns in order
 #   flat     memory, descriptors and disk, by samples taken every two seconds; scripts/soak/judge.sh says by which rule
 #
+# Needs Linux: what it counts of processes it reads from /proc.
 # SOAK_PROFILE names another cargo profile than release; SOAK_KEEP=1 keeps the folder of the run, for judge.sh.
 # Exit 0 when all of this holds. A run of 30 minutes or more writes its report to docs/soak.md.
 set -euo pipefail
@@ -25,6 +26,10 @@ case $minutes$seed in
     exit 64
     ;;
 esac
+[ -d /proc/self/task ] || {
+  printf 'soak: this needs Linux: what it counts of processes it reads from /proc\n' >&2
+  exit 69
+}
 
 cd "$root"
 command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH

@@ -11,6 +11,7 @@ mod stage;
 
 mod architecture;
 mod bad_events;
+mod bsd_tools;
 mod capture;
 mod check;
 mod commands;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group, test_kill_process};
 use tempfile::TempDir;
 
+use crate::bsd_tools::Mac;
 use crate::stage::{processes_with_open, programs_without, rounds};
 
 /// For what is not itself under test; generous, because other tests run at the same time.
@@ -46,7 +47,7 @@ esac
 "#;
 
 /// A project with the real scripts, and a stand-in for the program.
-struct Project {
+pub struct Project {
     folder: TempDir,
 }
 
@@ -72,16 +73,16 @@ impl Project {
         project
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn read(&self, name: &str) -> String {
+    pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap_or_default()
     }
 
     /// The supervisor's command, seeing nothing of the environment the tests run in.
-    fn command(&self) -> Command {
+    pub fn command(&self) -> Command {
         let mut command = Command::new(self.path("scripts/run-watcher.sh"));
         command.env_clear();
         for name in ["PATH", "HOME", "TMPDIR"] {
@@ -106,6 +107,11 @@ impl Project {
                 command.env("PATH", programs_without("flock", self.folder.path()));
                 command
             }
+            Lock::MacOs => {
+                let mut command = self.command();
+                Mac::new(self.folder.path()).put(&mut command);
+                command
+            }
         }
     }
 
@@ -113,7 +119,7 @@ impl Project {
         self.start_as(&mut self.command())
     }
 
-    fn start_as(&self, command: &mut Command) -> Supervisor<'_> {
+    pub fn start_as(&self, command: &mut Command) -> Supervisor<'_> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).expect("open the log");
         let also = log.try_clone().expect("share the log");
         let child = command.stdout(log).stderr(also).spawn().expect("start the supervisor");
@@ -146,14 +152,16 @@ impl Project {
     }
 }
 
-/// What the supervisor's lock is made of: flock(1), or link(2) where there is none.
+/// What the supervisor's lock is made of: flock(1), or link(2) where there is none, or that with what macOS has, where ps
+/// says which processes live.
 #[derive(Clone, Copy, Debug)]
 enum Lock {
     Flock,
     Link,
+    MacOs,
 }
 
-const LOCKS: [Lock; 2] = [Lock::Flock, Lock::Link];
+const LOCKS: [Lock; 3] = [Lock::Flock, Lock::Link, Lock::MacOs];
 
 /// A process that is not ours, with a command line that could be; killed when dropped.
 struct Stranger(Child);
@@ -182,7 +190,10 @@ impl Drop for Stranger {
 
 impl Drop for Project {
     fn drop(&mut self) {
-        for pid in self.runs() {
+        // Of a test that failed the watcher may be left as well.
+        let watcher = self.read("data/run-watcher.lock/watcher");
+        let watcher = watcher.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        for pid in self.runs().into_iter().chain(watcher) {
             let _ = kill_process(pid, Signal::KILL);
         }
         // Only a test that failed half-way leaves one running.
@@ -192,26 +203,26 @@ impl Drop for Project {
     }
 }
 
-struct Supervisor<'a> {
+pub struct Supervisor<'a> {
     project: &'a Project,
     child: Child,
 }
 
 impl Supervisor<'_> {
-    fn pid(&self) -> Pid {
+    pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("signal the supervisor");
     }
 
-    fn wait(&mut self) -> ExitStatus {
+    pub fn wait(&mut self) -> ExitStatus {
         let project = self.project;
         project.wait("end of the supervisor", PATIENCE, || self.child.try_wait().expect("wait for the supervisor"))
     }
 
-    fn stop(&mut self) -> Option<i32> {
+    pub fn stop(&mut self) -> Option<i32> {
         self.signal(Signal::TERM);
         self.wait().code()
     }
@@ -379,9 +390,13 @@ fn the_watcher_has_a_process_group_of_its_own() {
 
 #[test]
 fn refuses_a_second_supervisor_naming_its_pid() {
-    for (of_first, of_second) in
-        [(Lock::Flock, Lock::Flock), (Lock::Link, Lock::Link), (Lock::Flock, Lock::Link), (Lock::Link, Lock::Flock)]
-    {
+    for (of_first, of_second) in [
+        (Lock::Flock, Lock::Flock),
+        (Lock::Link, Lock::Link),
+        (Lock::Flock, Lock::Link),
+        (Lock::Link, Lock::Flock),
+        (Lock::MacOs, Lock::MacOs),
+    ] {
         let project = Project::new(&["stay 0", "stay 0"]);
         let mut first = project.start_as(&mut project.command_with(of_first));
         project.wait_for_run(1, PATIENCE);
@@ -574,8 +589,8 @@ fn a_start_that_ends_early_leaves_the_orphan_to_the_next_one() {
 /// After a crash cron, a login shell and systemd may all start it.
 #[test]
 fn of_many_starts_at_once_after_a_kill_exactly_one_goes_on() {
-    // All with flock, all without, and mixed.
-    for locks in [[Lock::Flock; 2], [Lock::Link; 2], LOCKS] {
+    // All with flock, all without, and mixed; a Mac has one kind only.
+    for locks in [[Lock::Flock; 2], [Lock::Link; 2], [Lock::Flock, Lock::Link], [Lock::MacOs; 2]] {
         let lock = locks[0];
         let rounds = rounds(3) as usize;
         let project = Project::new(&vec!["stay 0"; rounds * 6 + 1]);
@@ -837,12 +852,12 @@ fn a_log_file_that_is_no_regular_file_is_refused() {
 }
 
 /// The real program under the real supervisor, with transcripts and no database.
-struct Real {
-    project: Project,
+pub struct Real {
+    pub project: Project,
 }
 
 impl Real {
-    fn new() -> Real {
+    pub fn new() -> Real {
         let project = Project::new(&[]);
         fs::create_dir(project.path("projects")).expect("mkdir projects");
         let config = "claude:\n  projects_path: projects\nhttp:\n  listen: null\n";
@@ -856,7 +871,7 @@ impl Real {
     }
 
     /// The watcher that takes events in, other than `before`.
-    fn watcher(&self, before: Option<Pid>, limit: Duration) -> Pid {
+    pub fn watcher(&self, before: Option<Pid>, limit: Duration) -> Pid {
         self.project.wait("new watcher", limit, || {
             let pid =
                 Pid::from_raw(self.project.read("data/run-watcher.lock/watcher").split(' ').next()?.parse().ok()?)?;
@@ -896,7 +911,7 @@ impl Real {
         lines.lines().map(|line| event(line)["event_id"].as_str().expect("an event_id").to_owned()).collect()
     }
 
-    fn wait_until_it_is_ready(&self, pid: Pid) {
+    pub fn wait_until_it_is_ready(&self, pid: Pid) {
         self.project.wait("readiness", PATIENCE, || {
             let status = self.status();
             (status["pid"] == pid.as_raw_pid() && status["ready"] == true).then_some(())
@@ -963,81 +978,10 @@ fn a_second_watcher_beside_a_supervised_one_is_refused_with_its_pid() {
     assert_eq!(supervisor.stop(), Some(0));
 }
 
-/// macOS has bash 3.2, which knows nothing of these; most of them it takes for something else without a word.
-#[test]
-fn the_scripts_use_nothing_that_bash_3_2_does_not_have() {
-    let newer = [
-        "mapfile",
-        "readarray",
-        "declare -A",
-        "local -A",
-        "typeset -A",
-        "declare -n",
-        "local -n",
-        "declare -g",
-        "wait -n",
-        "coproc",
-        "|&",
-        "&>>",
-        ";;&",
-        "[[ -v",
-        "-v ${",
-        ",,}",
-        "^^}",
-        ",}",
-        "^}",
-        "@Q}",
-        "@U}",
-        "@L}",
-        "printf '%(",
-        "printf \"%(",
-        "EPOCHSECONDS",
-        "EPOCHREALTIME",
-        "BASHPID",
-        "SRANDOM",
-        "shopt -s globstar",
-        "shopt -s lastpipe",
-        "read -N",
-        "${BASH_ARGV0",
-        "PIPESTATUS[-1]",
-        "[-1]",
-        "{fd}",
-    ];
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts");
-    let mut scripts = 0;
-    for entry in fs::read_dir(folder).expect("read scripts") {
-        let path = entry.expect("an entry").path();
-        // Those of development, in scripts/bench, run on Linux.
-        if path.extension().is_none_or(|extension| extension != "sh") {
-            continue;
-        }
-        scripts += 1;
-        let text = fs::read_to_string(&path).expect("read a script");
-        let code = || text.lines().filter(|line| !line.trim_start().starts_with('#'));
-        for line in code() {
-            let found = newer.iter().find(|word| line.contains(**word));
-            assert!(found.is_none(), "{}: {found:?} in {line:?}", path.display());
-        }
-        // Under `set -u` bash 3.2 takes "${list[@]}" of an empty list for an unset variable.
-        for (at, _) in text.match_indices("[@]}") {
-            let Some(name) = text[..at].rsplit("${").next().filter(|name| !name.starts_with(['#', '!'])) else {
-                continue;
-            };
-            let filled = code().any(|line| {
-                let begin = line.find(&format!("{name}=(")).map(|begin| &line[begin + name.len() + 2..]);
-                begin.is_some_and(|rest| !rest.starts_with(')') && !line.contains(&format!("+{name}")))
-            });
-            let guarded = text[..at].ends_with(&format!("{name}[@]+\"${{{name}"));
-            assert!(filled || guarded, "{}: ${{{name}[@]}} may be empty", path.display());
-        }
-    }
-    assert!(scripts >= 4, "{scripts}");
-}
-
 /// bash's SECONDS follows the clock, which may be set back.
 #[test]
 fn no_deadline_of_the_scripts_depends_on_the_clock() {
-    for (name, uses) in [("run-watcher.sh", 1), ("dev-postgres.sh", 0), ("lock.sh", 0)] {
+    for (name, uses) in [("run-watcher.sh", 0), ("dev-postgres.sh", 0), ("lock.sh", 1)] {
         let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name)).unwrap();
         let code = text.lines().filter_map(|line| line.split("# ").next());
         let words = code.flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
