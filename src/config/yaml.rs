@@ -1,10 +1,10 @@
 //! YAML text as a tree whose nodes know their line: what configuration errors need and serde does not keep.
 //!
-//! The only user of serde-saphyr, and of it only the event parser that it is built on: the raw text of each value stays
+//! The only user of granit-parser, which yields events: the raw text of each value stays
 //! at hand for messages, and one wrong key does not hide the next one. Anchors, aliases and tags are refused by name,
 //! so a tree is never larger than its text.
 
-use serde_saphyr::granit_parser::{Event, Parser, ScalarStyle, Span};
+use granit_parser::{Event, Parser, ScalarStyle, Span};
 
 /// Levels of nesting that are read; a configuration has three.
 const DEPTH_MAX: usize = 16;
@@ -58,7 +58,7 @@ pub(super) fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
     let mut open: Vec<Open> = Vec::new();
     let mut documents = 0;
     // An alias without its anchor then arrives as an event, and its name, which may be a secret, stays out of messages.
-    let options = serde_saphyr::granit_parser::options! { emit_unresolved_aliases: true, emit_comments: false };
+    let options = granit_parser::options! { emit_unresolved_aliases: true, emit_comments: false };
     for next in Parser::new_from_str_with_options(text, options) {
         let (event, span) = next.map_err(|error| {
             let marker = error.marker();

@@ -94,7 +94,7 @@ fn an_outside_crate_is_known_in_one_place() {
         ("bb8_postgres::", "sink/postgres"),
         ("rustls::", "sink/postgres"),
         ("axum::", "http"),
-        ("serde_saphyr::", "config"),
+        ("granit_parser::", "config"),
         ("getrandom::", "http/token.rs"),
     ] {
         let found = mentions(name);
