@@ -270,7 +270,11 @@ find_binary() {
   command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
   command -v cargo >/dev/null 2>&1 ||
     die 69 "could not build headspace-watcher: cargo is not installed; get Rust from https://rustup.rs, then try again"
-  log INFO "building headspace-watcher"
+  if [ -x "$binary" ]; then
+    log INFO "building headspace-watcher: its sources have changed"
+  else
+    log INFO "building headspace-watcher with all it depends on: some minutes, this once; the compiler's progress follows"
+  fi
   # In the project's folder, so that settings of the caller's folder stay out of it. In the background, because a trap
   # waits for what runs in the foreground, and a build is long; in a group of its own, to be ended as a whole.
   set -m

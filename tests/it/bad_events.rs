@@ -109,7 +109,7 @@ fn one_in_the_middle_of_a_backlog_that_the_server_can_not_even_read_is_found() {
     let name = format!("latin_{}", uuid::Uuid::now_v7().simple());
     owner.query(&format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"));
     let url = owner.url.replace(&owner.value("SELECT current_database()"), &name);
-    let stage = Stage::with(Some(Database { url }));
+    let stage = Stage::with(Some(Database::at(url)));
     let mut transcript = stage.transcript("-home-me-app", 1);
     let mut texts = transcript.say_many("before", 40);
     transcript.say("a crab \u{1f980}");

@@ -86,7 +86,7 @@ fn a_database_that_can_not_be_used_is_found() {
     owner.query(&format!("CREATE ROLE {role} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}"));
     let (server, parameters) = owner.url.split_once('?').unwrap();
     let parameters: Vec<&str> = parameters.split('&').filter(|parameter| !parameter.starts_with("user=")).collect();
-    stage.database = Some(Database { url: format!("{server}?{}&user={role}", parameters.join("&")) });
+    stage.database = Some(Database::at(format!("{server}?{}&user={role}", parameters.join("&"))));
     assert_says(&stage, 78, "WRONG", "lacks INSERT on events, INSERT on event_receipts");
     assert_says(&stage, 78, "WRONG", "USAGE on public.events_id_seq, USAGE on public.event_sources_id_seq; GRANT it");
     owner.query(&format!("GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}"));
@@ -106,6 +106,6 @@ fn a_database_that_can_not_be_used_is_found() {
     stage.set("database.events_table", "nowhere.events");
     assert_says(&stage, 78, "WRONG", "CREATE SCHEMA");
     owner.query(&format!("DROP OWNED BY {role}; DROP ROLE {role}"));
-    stage.database = Some(Database { url: "postgresql://127.0.0.1:1/nowhere?user=me".to_owned() });
+    stage.database = Some(Database::at("postgresql://127.0.0.1:1/nowhere?user=me".to_owned()));
     assert_says(&stage, 78, "WRONG", "127.0.0.1:1");
 }

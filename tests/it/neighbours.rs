@@ -56,7 +56,7 @@ impl Pooler {
         let child = command.arg(&config).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let url = database.url.replace(server, folder.path().to_str().unwrap());
         let url = url.replace("port=5432", &format!("port={port}"));
-        let pooler = Pooler { child, folder, database: Database { url } };
+        let pooler = Pooler { child, folder, database: Database::at(url) };
         wait_until("the pooler answers", SOON, || pooler.database.try_query("SELECT 1").is_ok());
         Some(pooler)
     }

@@ -45,7 +45,7 @@ fn assert_mended(database: &Database, watcher: &Watcher) {
 fn role(database: &Database, options: &str) -> (String, Database) {
     let role = format!("watcher_{}", uuid::Uuid::now_v7().simple());
     database.query(&format!("CREATE ROLE {role} LOGIN {options}"));
-    (role.clone(), Database { url: database.url.replace("user=headspace", &format!("user={role}")) })
+    (role.clone(), Database::at(database.url.replace("user=headspace", &format!("user={role}"))))
 }
 
 fn stage(database: &Database, url: &str) -> Stage {
@@ -59,11 +59,11 @@ fn an_unknown_database() {
     let database = Database::new();
     let name = format!("later_{}", uuid::Uuid::now_v7().simple());
     let url = database.url.replace(&database.value("SELECT current_database()"), &name);
-    let stage = stage(&Database { url: url.clone() }, &url);
+    let stage = stage(&Database::at(url.clone()), &url);
     let watcher = stage.start();
     assert_says(&told(&stage, &watcher), &[&name, "does not exist", "create the database", "3D000"]);
     database.query(&format!("CREATE DATABASE {name}"));
-    assert_mended(&Database { url }, &watcher);
+    assert_mended(&Database::at(url), &watcher);
 }
 
 #[test]

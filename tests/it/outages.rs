@@ -91,7 +91,7 @@ fn terminate(database: &Database, which: &str) {
 fn plain_role(database: &Database) -> (String, Database) {
     let role = format!("watcher_{}", uuid::Uuid::now_v7().simple());
     database.query(&format!("CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}"));
-    (role.clone(), Database { url: database.url.replace("user=headspace", &format!("user={role}")) })
+    (role.clone(), Database::at(database.url.replace("user=headspace", &format!("user={role}"))))
 }
 
 #[test]

@@ -63,8 +63,8 @@ impl Drop for EndOnDrop<'_> {
 
 #[test]
 fn a_long_queue_is_dumped_in_constant_memory_while_events_come_and_go() {
-    // A million in a long run of 34 rounds and more.
-    let count = rounds(1).clamp(1, 34) * 30_000;
+    // A million in a long run of 84 rounds and more.
+    let count = rounds(1).clamp(1, 84) * 12_000;
     let server = Server::start();
     let mut stage = Stage::with(Some(server.database.another()));
     // Else all would be delivered before a dump has ended.
@@ -73,8 +73,8 @@ fn a_long_queue_is_dumped_in_constant_memory_while_events_come_and_go() {
     let watcher = stage.start();
     let mut transcript = stage.transcript("-home-me-app", 1);
     let text = "a text of some length, ".repeat(20);
-    for first in (0..count).step_by(30_000) {
-        transcript.say_many(&format!("{text}{first}"), 30_000);
+    for first in (0..count).step_by(12_000) {
+        transcript.say_many(&format!("{text}{first}"), 12_000);
     }
     wait_until("all is queued", SOON * rounds(1).max(4), || {
         watcher.health()["queue"]["pending"].as_u64().unwrap() > u64::from(count)

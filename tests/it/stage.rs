@@ -8,14 +8,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio_postgres::{NoTls, SimpleQueryMessage};
+use tokio::runtime::Runtime;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use uuid::Uuid;
 
 /// A database's address where no Postgres is.
@@ -27,13 +28,15 @@ pub const SOON: Duration = Duration::from_secs(30);
 /// Waits until `condition` gives something, or fails the test saying `what` did not happen.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + within;
+    let begun = Instant::now();
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within {within:?}: {what}");
-        std::thread::sleep(Duration::from_millis(5));
+        let waited = begun.elapsed();
+        assert!(waited < within, "not within {within:?}: {what}");
+        // What takes long is asked for less often: the question takes the time of what it waits for.
+        std::thread::sleep((waited / 20).clamp(Duration::from_millis(5), Duration::from_millis(50)));
     }
 }
 
@@ -62,9 +65,39 @@ pub fn unique() -> String {
 }
 
 /// A database, spoken to in plain SQL.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Database {
     pub url: String,
+    /// For what only reads, and is asked again and again: a new connection takes Postgres more time than the question.
+    reader: Arc<Mutex<Option<Connection>>>,
+}
+
+struct Connection {
+    runtime: Runtime,
+    client: Client,
+}
+
+impl Connection {
+    fn open(url: &str) -> Result<Connection, tokio_postgres::Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let client = runtime.block_on(async {
+            let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+            tokio::spawn(connection);
+            Ok(client)
+        })?;
+        Ok(Connection { runtime, client })
+    }
+
+    fn query(&self, sql: &str) -> Result<Vec<Vec<Option<String>>>, tokio_postgres::Error> {
+        let messages = self.runtime.block_on(self.client.simple_query(sql))?;
+        let rows = messages.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => {
+                Some((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
+            }
+            _ => None,
+        });
+        Ok(rows.collect())
+    }
 }
 
 impl Database {
@@ -72,7 +105,11 @@ impl Database {
     pub fn new() -> Database {
         let url = std::env::var("HEADSPACE_TEST_DATABASE_URL")
             .expect("HEADSPACE_TEST_DATABASE_URL is not set: run the tests with scripts/test.sh");
-        Database { url }.another()
+        Database::at(url).another()
+    }
+
+    pub fn at(url: String) -> Database {
+        Database { url, reader: Arc::default() }
     }
 
     /// A new one beside this one.
@@ -81,28 +118,21 @@ impl Database {
         self.query(&format!("CREATE DATABASE {name}"));
         let (server, parameters) = self.url.split_once('?').map_or((&*self.url, ""), |(server, rest)| (server, rest));
         let (address, _) = server.rsplit_once('/').expect("a URL has a path");
-        Database { url: format!("{address}/{name}?{parameters}") }
+        Database::at(format!("{address}/{name}?{parameters}"))
     }
 
     /// The rows as text, or the server's error.
     pub fn try_query(&self, sql: &str) -> Result<Vec<Vec<Option<String>>>, tokio_postgres::Error> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let (client, connection) = tokio_postgres::connect(&self.url, NoTls).await?;
-            let connection = tokio::spawn(connection);
-            let messages = client.simple_query(sql).await?;
-            drop(client);
-            let _ = connection.await;
-            Ok(messages
-                .iter()
-                .filter_map(|message| match message {
-                    SimpleQueryMessage::Row(row) => {
-                        Some((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
-                    }
-                    _ => None,
-                })
-                .collect())
-        })
+        // What a connection of its own might change for later ones gets one of its own.
+        if !sql.starts_with("SELECT") || sql.contains("pg_") {
+            return Connection::open(&self.url)?.query(sql);
+        }
+        let mut reader = self.reader.lock().unwrap();
+        // The server may have ended it since.
+        if let Some(rows) = reader.as_ref().and_then(|connection| connection.query(sql).ok()) {
+            return Ok(rows);
+        }
+        reader.insert(Connection::open(&self.url)?).query(sql)
     }
 
     #[track_caller]
@@ -142,7 +172,7 @@ impl Server {
         let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
         // Another user runs the server when the tests run as root, and must get in.
         std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let mut server = Server { folder, database: Database { url: String::new() } };
+        let mut server = Server { folder, database: Database::at(String::new()) };
         server.script(&["start"]);
         server.database.url = server.script(&["url"]);
         server
@@ -153,7 +183,7 @@ impl Server {
     pub fn standby(&self, name: &str) -> Server {
         let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
         std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let mut standby = Server { folder, database: Database { url: String::new() } };
+        let mut standby = Server { folder, database: Database::at(String::new()) };
         let programs = std::env::var("HEADSPACE_TEST_PG_BIN").expect("run the tests with scripts/test.sh");
         // The folder may hold links to the programs, and not to all of them.
         let programs = Path::new(&programs).join("postgres").canonicalize().unwrap();

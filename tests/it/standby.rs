@@ -215,7 +215,7 @@ impl Pair {
         let database = primary.database.another();
         let standby = primary.standby("standby_1");
         let name = database.value("SELECT current_database()");
-        let standby_database = Database { url: standby.database.url.replace("/headspace?", &format!("/{name}?")) };
+        let standby_database = Database::at(standby.database.url.replace("/headspace?", &format!("/{name}?")));
         primary.database.query("ALTER SYSTEM SET synchronous_commit = remote_apply");
         require(&primary, "standby_1");
         let sync = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";

@@ -108,7 +108,7 @@ fn it_stops_in_time_with_200_clients_and_half_a_huge_line_and_a_database_that_ne
     // Takes connections and says nothing, for ever: as behind a firewall that drops what comes back.
     let silence = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgresql://me@127.0.0.1:{}/db?sslmode=disable", silence.local_addr().unwrap().port());
-    let mut stage = Stage::with(Some(Database { url }));
+    let mut stage = Stage::with(Some(Database::at(url)));
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     stage.set("http.listen", &format!("127.0.0.1:{port}"));
     let mut transcript = stage.transcript("-home-me-app", 1);

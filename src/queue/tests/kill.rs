@@ -243,7 +243,7 @@ fn nothing_acknowledged_is_lost_when_it_dies_at_a_fault_point() {
     let mut random = Random(seed);
     let points: Vec<_> = faults::POINTS.iter().filter(|point| !point.starts_with("damage-")).collect();
     let count = u32::try_from(points.len()).unwrap();
-    let each = rounds(count * 2).div_ceil(count);
+    let each = rounds(count).div_ceil(count);
     for point in &points {
         let mut folder = TempDir::new().unwrap();
         let mut said = Said::default();
