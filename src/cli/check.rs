@@ -395,36 +395,56 @@ fn held(config: &Config) -> Finding {
     }
 }
 
-#[cfg(target_os = "linux")]
 fn file_system(folder: &Path) -> Finding {
     let existing = existing(folder);
     match rustix::fs::statfs(existing) {
-        Ok(found) => judge_file_system(found.f_type as u64, existing),
+        Ok(found) => judge_file_system(&kind_of_file_system(&found), existing),
         Err(error) => Finding::Note(format!("the file system of {} is not known: {error}", existing.display())),
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-fn file_system(folder: &Path) -> Finding {
-    Finding::Fine(format!("{}: keep it on a local disk", folder.display()))
+/// The name of a network file system, "FUSE", or nothing for a local one.
+#[cfg(target_os = "linux")]
+fn kind_of_file_system(found: &rustix::fs::StatFs) -> String {
+    name_of_magic(found.f_type as u64).to_owned()
 }
 
-/// `magic`: the number of the kind of file system, of statfs(2).
+/// By the name and the flags of statfs(2): Linux has numbers instead of them.
+#[cfg(not(target_os = "linux"))]
+fn kind_of_file_system(found: &rustix::fs::StatFs) -> String {
+    const MNT_LOCAL: u32 = 0x1000;
+    let letters = found.f_fstypename.iter().map(|letter| *letter as u8).take_while(|letter| *letter != 0);
+    let name: String = letters.map(char::from).collect();
+    match name.contains("fuse") {
+        true => "FUSE".to_owned(),
+        false if found.f_flags & MNT_LOCAL == 0 => name,
+        false => String::new(),
+    }
+}
+
 #[cfg(target_os = "linux")]
-fn judge_file_system(magic: u64, folder: &Path) -> Finding {
-    let kind = match magic & 0xffff_ffff {
+fn name_of_magic(magic: u64) -> &'static str {
+    match magic & 0xffff_ffff {
         0x6969 => "NFS",
         0x517b | 0xfe53_4d42 | 0xff53_4d42 => "SMB",
         0x0102_1997 => "9P",
         0x00c3_6400 => "Ceph",
         0x5346_414f | 0x6b41_4653 => "AFS",
-        0x6573_5546 => {
+        0x6573_5546 => "FUSE",
+        _ => "",
+    }
+}
+
+fn judge_file_system(kind: &str, folder: &Path) -> Finding {
+    match kind {
+        "" => return Finding::Fine("on a local file system".to_owned()),
+        "FUSE" => {
             let text =
                 format!("{} is on FUSE: make sure it is a local disk; locks and syncs must be real", folder.display());
             return Finding::Note(text);
         }
-        _ => return Finding::Fine("on a local file system".to_owned()),
-    };
+        _ => {}
+    }
     Finding::Wrong(format!(
         "{} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk",
         folder.display()
@@ -530,9 +550,10 @@ mod tests {
     fn a_network_file_system_is_told_by_its_number() {
         let here = Path::new("/here");
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
-            assert!(matches!(judge_file_system(magic, here), Finding::Wrong(text) if text.contains(expected)));
+            let found = judge_file_system(name_of_magic(magic), here);
+            assert!(matches!(found, Finding::Wrong(text) if text.contains(expected)));
         }
-        assert!(matches!(judge_file_system(0x6573_5546, here), Finding::Note(_)));
-        assert!(matches!(judge_file_system(0xef53, here), Finding::Fine(_)), "ext4");
+        assert!(matches!(judge_file_system(name_of_magic(0x6573_5546), here), Finding::Note(_)));
+        assert!(matches!(judge_file_system(name_of_magic(0xef53), here), Finding::Fine(_)), "ext4");
     }
 }
