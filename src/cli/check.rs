@@ -316,7 +316,8 @@ fn notifications(projects: &[PathBuf]) -> Finding {
         Err(error) => return Finding::Note(format!("file notifications fail: {error}; {instead}{RAISE_LIMITS}")),
     }
     for folder in projects {
-        if let Some(kind) = network_file_system(folder) {
+        let found = rustix::fs::statfs(existing(folder)).ok();
+        if let Some(kind) = found.and_then(|found| network_file_system(&found)) {
             let shown = folder.display();
             return Finding::Note(format!("{shown} is on {kind}: file notifications may not arrive; {instead}"));
         }
@@ -422,25 +423,34 @@ fn held(config: &Config) -> Finding {
 }
 
 fn file_system(folder: &Path) -> Finding {
-    judge_file_system(network_file_system(folder), existing(folder))
+    let existing = existing(folder);
+    match rustix::fs::statfs(existing) {
+        Ok(found) => judge_file_system(network_file_system(&found), existing),
+        Err(error) => Finding::Note(format!("the file system of {} is not known: {error}", existing.display())),
+    }
 }
 
-/// The name of the network file system, or of FUSE, that `folder` is on.
-fn network_file_system(folder: &Path) -> Option<String> {
-    let found = rustix::fs::statfs(existing(folder)).ok()?;
-    #[cfg(target_os = "linux")]
-    return network_file_system_of(found.f_type as u64).map(str::to_owned);
-    #[cfg(not(target_os = "linux"))]
-    {
-        let name = found.f_fstypename.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte as u8));
-        let name: String = name.collect();
-        ["nfs", "smbfs", "afpfs", "webdav", "macfuse", "osxfuse"].contains(&name.as_str()).then_some(name)
+/// The name of a network file system, or "FUSE"; `None` for a local one.
+#[cfg(target_os = "linux")]
+fn network_file_system(found: &rustix::fs::StatFs) -> Option<String> {
+    name_of_magic(found.f_type as u64).map(str::to_owned)
+}
+
+/// By the name and the flags of statfs(2): Linux has numbers instead of them.
+#[cfg(not(target_os = "linux"))]
+fn network_file_system(found: &rustix::fs::StatFs) -> Option<String> {
+    const MNT_LOCAL: u32 = 0x1000;
+    let letters = found.f_fstypename.iter().map(|letter| *letter as u8).take_while(|letter| *letter != 0);
+    let name: String = letters.map(char::from).collect();
+    match name.contains("fuse") {
+        true => Some("FUSE".to_owned()),
+        false => (found.f_flags & MNT_LOCAL == 0).then_some(name),
     }
 }
 
 /// `magic`: the number of the kind of file system, of statfs(2).
 #[cfg(target_os = "linux")]
-fn network_file_system_of(magic: u64) -> Option<&'static str> {
+fn name_of_magic(magic: u64) -> Option<&'static str> {
     Some(match magic & 0xffff_ffff {
         0x6969 => "NFS",
         0x517b | 0xfe53_4d42 | 0xff53_4d42 => "SMB",
@@ -456,8 +466,8 @@ fn judge_file_system(kind: Option<String>, folder: &Path) -> Finding {
     let shown = folder.display();
     match kind.as_deref() {
         None => Finding::Fine("on a local file system".to_owned()),
-        Some(kind @ ("FUSE" | "macfuse" | "osxfuse")) => {
-            Finding::Note(format!("{shown} is on {kind}: make sure it is a local disk; locks and syncs must be real"))
+        Some("FUSE") => {
+            Finding::Note(format!("{shown} is on FUSE: make sure it is a local disk; locks and syncs must be real"))
         }
         Some(kind) => Finding::Wrong(format!(
             "{shown} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk"
@@ -563,7 +573,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn a_network_file_system_is_told_by_its_number() {
-        let judge = |magic| judge_file_system(network_file_system_of(magic).map(str::to_owned), Path::new("/here"));
+        let judge = |magic| judge_file_system(name_of_magic(magic).map(str::to_owned), Path::new("/here"));
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
             assert!(matches!(judge(magic), Finding::Wrong(text) if text.contains(expected)));
         }

@@ -11,7 +11,8 @@ use hyper::http::request::Builder;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::io::FdFlags;
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
@@ -68,7 +69,7 @@ async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Respons
 /// so at once.
 pub fn ring(socket: &Path) -> rustix::io::Result<()> {
     let connection = connect(socket)?;
-    rustix::net::send(&connection, RING, SendFlags::NOSIGNAL)?;
+    rustix::net::send(&connection, RING, SendFlags::empty())?;
     Ok(())
 }
 
@@ -86,17 +87,20 @@ pub fn hand_over(socket: &Path, record: &[u8], patience: Duration) -> rustix::io
             if rustix::event::poll(&mut descriptors, Timespec::try_from(left).ok().as_ref())? == 0 {
                 return Err(rustix::io::Errno::TIMEDOUT);
             }
-            let sent = rustix::net::send(&connection, rest, SendFlags::NOSIGNAL)?;
+            let sent = rustix::net::send(&connection, rest, SendFlags::empty())?;
             rest = rest.get(sent..).unwrap_or_default();
         }
     }
     Ok(())
 }
 
+/// A connection on which nothing waits. Rust's runtime ignores SIGPIPE: a watcher that is gone is an error of `send`.
 fn connect(socket: &Path) -> rustix::io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(socket)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let connection = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // In calls of their own: macOS takes no flags when a socket is made.
+    let connection = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+    rustix::io::fcntl_setfd(&connection, FdFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&connection, true)?;
     rustix::net::connect(&connection, &address)?;
     Ok(connection)
 }

@@ -133,8 +133,7 @@ pub(super) fn absolute(base: &Path, path: &Path) -> PathBuf {
 ///
 /// For containers, which often set no `USER`.
 fn user_of_process() -> Option<String> {
-    use std::os::unix::fs::MetadataExt;
-    let uid = std::fs::metadata("/proc/self").ok()?.uid().to_string();
+    let uid = rustix::process::geteuid().as_raw().to_string();
     let users = std::fs::read_to_string("/etc/passwd").ok()?;
     users.lines().find_map(|line| {
         let mut fields = line.split(':');

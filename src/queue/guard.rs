@@ -192,6 +192,7 @@ mod tests {
         assert!(said.contains("outside") && !said.contains("inside"), "{said}");
     }
 
+    #[cfg(target_os = "linux")] // as the guard itself
     #[test]
     fn the_processor_time_of_a_thread_grows_with_its_work() {
         let thread = thread_id();

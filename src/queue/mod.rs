@@ -181,15 +181,16 @@ fn holder(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
 }
 
-/// What someone can do about an error of the system.
+/// What someone can do about an error of the system, in the words of glibc, musl or macOS.
 fn way_out(cause: &str) -> &'static str {
     const KNOWN: &[(&str, &str)] = &[
         ("No space left", "free space"),
-        ("quota exceeded", "free space"),
+        ("uota exceeded", "free space"),
         ("Permission denied", "mend its owner or mode, or set queue.path"),
         ("Operation not permitted", "mend its owner or mode, or set queue.path"),
         ("Read-only file system", "make it writable, or set queue.path"),
         ("Too many open files", "raise the limit of open files (ulimit -n)"),
+        ("No file descriptors available", "raise the limit of open files (ulimit -n)"),
     ];
     KNOWN.iter().find(|(words, _)| cause.contains(words)).map_or("free space or mend the disk", |(_, way_out)| way_out)
 }

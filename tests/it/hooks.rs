@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{Dice, SOON, Stage, Watcher, project, rounds, signal, wait_until, when_busy};
+use crate::stage::{Dice, SOON, Stage, Watcher, busy_socket, project, rounds, signal, wait_until, when_busy};
 
 const SESSION: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -506,23 +506,9 @@ fn hooks_over_http_are_answered_with_nothing_and_named_by_their_path() {
 
 #[test]
 fn a_hook_does_not_wait_for_a_watcher_that_hangs() {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let stage = Stage::with(None);
     std::fs::create_dir(stage.folder().join("data")).unwrap();
-    // Nobody accepts here, and once its backlog is full, whoever connects and can wait does so for ever.
-    let address = SocketAddrUnix::new(stage.folder().join("data/watcher.sock")).unwrap();
-    let socket = |flags| rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
-    let listener = socket(SocketFlags::CLOEXEC);
-    rustix::net::bind(&listener, &address).unwrap();
-    rustix::net::listen(&listener, 0).unwrap();
-    let mut waiting = Vec::new();
-    loop {
-        let connection = socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-        if rustix::net::connect(&connection, &address).is_err() {
-            break;
-        }
-        waiting.push(connection);
-    }
+    let _busy = busy_socket(&stage.folder().join("data/watcher.sock"));
     let mut child = begin(&stage, &["hook"]);
     child.stdin.take().unwrap().write_all(input("Stop", json!({})).as_bytes()).unwrap();
     wait_until("it ends", SOON, || child.try_wait().unwrap().is_some());

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Stage, Writer, wait_until};
+use crate::stage::{Database, SOON, Stage, Writer, is_root, wait_until};
 
 /// PgBouncer in front of a database.
 pub struct Pooler {
@@ -71,10 +71,6 @@ impl Drop for Pooler {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn is_root() -> bool {
-    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n")
 }
 
 /// Events flow through the pooler, exactly once and in order, also while its server connections are cut.

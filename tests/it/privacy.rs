@@ -5,7 +5,7 @@ use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, wait_until};
+use crate::stage::{SOON, Stage, lacks_proc, wait_until};
 
 /// Made of parts, so that no scanner takes this file for a leak.
 fn secret() -> String {
@@ -100,6 +100,9 @@ fn umask(pid: u32) -> Option<String> {
 
 #[test]
 fn whatever_writes_makes_files_that_are_private_from_birth() {
+    if lacks_proc() {
+        return;
+    }
     let stage = Stage::with(None);
     let begin = |arguments: &[&str]| -> Child {
         // Under a umask that would let everybody in. Its stdin stays open: it runs on.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::io::FdFlags;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use rustix::process::{Pid, test_kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -52,6 +56,41 @@ pub fn when_busy(within: Duration) -> Duration {
     let load: f64 = load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(1.0);
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     within.mul_f64((load / processors as f64).clamp(1.0, 20.0))
+}
+
+/// Whether this system has no `/proc`, which alone tells what a test has to know; says then that the test is skipped.
+pub fn lacks_proc() -> bool {
+    let lacks = !Path::new("/proc/self/status").exists();
+    if lacks {
+        eprintln!("SKIPPED: needs /proc");
+    }
+    lacks
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A socket on which nobody accepts and whose backlog is full: whoever connects and can wait does so for ever. It is busy
+/// for as long as what this gives is kept.
+pub fn busy_socket(path: &Path) -> Vec<OwnedFd> {
+    let address = SocketAddrUnix::new(path).unwrap();
+    let new = || {
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::io::fcntl_setfd(&socket, FdFlags::CLOEXEC).unwrap();
+        socket
+    };
+    let mut kept = vec![new()];
+    rustix::net::bind(&kept[0], &address).unwrap();
+    rustix::net::listen(&kept[0], 0).unwrap();
+    loop {
+        let connection = new();
+        rustix::io::ioctl_fionbio(&connection, true).unwrap();
+        if rustix::net::connect(&connection, &address).is_err() {
+            return kept;
+        }
+        kept.push(connection);
+    }
 }
 
 /// The project's folder.
@@ -230,13 +269,14 @@ impl Server {
     pub fn kill(&self) {
         let pid = self.postmaster();
         signal(pid, "KILL");
-        wait_until("the postmaster is gone", SOON, || !Path::new(&format!("/proc/{pid}")).exists());
+        let process = Pid::from_raw(pid.cast_signed()).unwrap();
+        wait_until("the postmaster is gone", SOON, || test_kill_process(process).is_err());
     }
 
     /// SIGSTOP (`pause` true) or SIGCONT to the postmaster and all its children.
     pub fn pause(&self, pause: bool) {
         let postmaster = self.postmaster();
-        let children = Command::new("ps").args(["-o", "pid=", "--ppid", &postmaster.to_string()]).output().unwrap();
+        let children = Command::new("pgrep").args(["-P", &postmaster.to_string()]).output().unwrap();
         let children = String::from_utf8(children.stdout).unwrap();
         let pids = children.split_whitespace().map(|pid| pid.parse().unwrap()).chain([postmaster]);
         for pid in pids {

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 
 use crate::proxy::Proxy;
-use crate::stage::{Database, Dice, SOON, Stage, rounds, signal, wait_for, wait_until};
+use crate::stage::{
+    Database, Dice, SOON, Stage, busy_socket, is_root, lacks_proc, rounds, signal, wait_for, wait_until,
+};
 
 /// What a whole stop may take.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -109,31 +110,14 @@ fn sockets_that_belong_to_another_program_are_left_alone() {
         let mut kept: Vec<Box<dyn std::any::Any>> = Vec::new();
         match kind {
             "datagram" => kept.push(Box::new(UnixDatagram::bind(&path).unwrap())),
-            // Nobody accepts, and its backlog is full: whoever connects and can wait does so for ever.
-            "busy" => {
-                let address = SocketAddrUnix::new(&path).unwrap();
-                let new =
-                    |flags| rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
-                let listener = new(SocketFlags::CLOEXEC);
-                rustix::net::bind(&listener, &address).unwrap();
-                rustix::net::listen(&listener, 0).unwrap();
-                kept.push(Box::new(listener));
-                loop {
-                    let connection = new(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-                    if rustix::net::connect(&connection, &address).is_err() {
-                        break;
-                    }
-                    kept.push(Box::new(connection));
-                }
-            }
+            "busy" => kept.push(Box::new(busy_socket(&path))),
             // One that may not be connected to: whether somebody listens can't be told.
             _ => {
-                let is_root = fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0);
-                if is_root && Command::new("setpriv").arg("--version").output().is_err() {
+                if is_root() && Command::new("setpriv").arg("--version").output().is_err() {
                     eprintln!("SKIPPED: root connects to everything, and there is no setpriv to take that away");
                     continue;
                 }
-                if is_root {
+                if is_root() {
                     let wrapped = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"];
                     stage.wrapped_by = wrapped.map(str::to_owned).to_vec();
                 }
@@ -266,6 +250,9 @@ fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on()
 
 #[test]
 fn a_stop_at_any_moment_of_a_salvage_loses_nothing() {
+    if lacks_proc() {
+        return;
+    }
     let mut dice = Dice::new("salvage");
     for round in 0..rounds(3) {
         let (stage, texts) = damaged();
@@ -283,6 +270,9 @@ fn a_stop_at_any_moment_of_a_salvage_loses_nothing() {
 
 #[test]
 fn a_stop_while_a_held_queue_is_waited_for_ends_with_0() {
+    if lacks_proc() {
+        return;
+    }
     let stage = Stage::with(None);
     let queue = stage.folder().join("data/queue");
     fs::create_dir_all(&queue).unwrap();
@@ -315,7 +305,7 @@ fn a_task_that_ends_ends_the_process_with_an_error_that_names_it() {
 
 /// A stage whose program reads only what the modes of files let it read; `None` where that can't be had.
 pub fn without_privileges(mut stage: Stage) -> Option<Stage> {
-    if fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0) {
+    if is_root() {
         if Command::new("setpriv").arg("--version").output().is_err() {
             eprintln!("SKIPPED: root reads everything, and there is no setpriv to take that away");
             return None;
