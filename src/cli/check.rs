@@ -146,12 +146,12 @@ fn retention(projects: &Path) -> Finding {
 }
 
 fn judge_retention(days: u64, settings: &Path) -> Finding {
-    let text = format!("Claude Code deletes transcripts {days} days after their last change (cleanupPeriodDays)");
+    let text = format!(
+        "Claude Code deletes transcripts {days} days after their last change (cleanupPeriodDays in {})",
+        settings.display()
+    );
     if days <= WARN_DAYS {
-        return Finding::Note(format!(
-            "{text}: what the watcher has not captured by then is lost; raise it in {}",
-            settings.display()
-        ));
+        return Finding::Note(format!("{text}: what the watcher has not captured by then is lost; raise it"));
     }
     Finding::Fine(text)
 }

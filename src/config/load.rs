@@ -175,7 +175,8 @@ impl Given {
             }
             (Given::Text { text, .. }, _) => text.clone(),
             (Given::List(items), Kind::Paths { .. }) => {
-                let paths: Vec<Option<String>> = items.iter().map(|item| item.as_ref().map(located)).collect();
+                let mut paths: Vec<String> = items.iter().flatten().map(located).collect();
+                paths.dedup();
                 serde_json::json!(paths).to_string()
             }
             (Given::List(items), _) => serde_json::json!(items).to_string(),
@@ -480,9 +481,17 @@ fn accept(
             match given {
                 Given::List(items) if (1..=*entries_max).contains(&items.len()) => {
                     for item in items {
-                        let path = path(item.as_deref(), giver.folder, environment)?;
+                        let located = path(item.as_deref(), giver.folder, environment);
+                        let path = located.map_err(|refusal| match refusal {
+                            Refusal::Other => Refusal::Because(format!(
+                                "expected {}, found no path as entry {}",
+                                key.expected(),
+                                paths.len() + 1
+                            )),
+                            because => because,
+                        })?;
                         // CLAUDE_CONFIG_DIR can make one of two.
-                        if !paths.contains(&path) {
+                        if !paths.iter().any(|other| lies_in(&path, other) && lies_in(other, &path)) {
                             paths.push(path);
                         }
                     }
@@ -491,6 +500,8 @@ fn accept(
                     let found = format!("expected {}, found {} entries", key.expected(), items.len());
                     return Err(Refusal::Because(found));
                 }
+                // A list that is not closed.
+                _ if text.is_some_and(|text| text.starts_with('[')) => return Err(Refusal::Other),
                 _ => paths.push(path(text, giver.folder, environment)?),
             }
             let nested = |path: &&PathBuf| paths.iter().any(|other| other != *path && lies_in(path, other));

@@ -638,6 +638,8 @@ fn transcripts_may_lie_in_several_folders() {
     assert_eq!(paths("claude: {projects_path: [~/.claude/projects, /srv/work/projects, /srv/work/projects]}\n"), two);
     let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "[\"~/.claude/projects\", /srv/work/projects]");
     assert_eq!(desk.config().claude.projects_paths, two);
+    // However the same folder is spelt.
+    assert_eq!(paths("claude: {projects_path: [/srv/work/../work/projects, /srv/work/projects]}\n").len(), 1);
     // In a variable a comma is part of the path.
     let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "/a,b");
     assert_eq!(desk.config().claude.projects_paths, [Path::new("/a,b")]);
@@ -658,8 +660,10 @@ fn folders_of_transcripts_do_not_lie_in_each_other() {
     refused("[/p, /p/q]", "expected folders outside of each other, found /p/q inside another");
     refused("[/p/q, /r, /q/../p]", "expected folders outside of each other, found /p/q inside another");
     refused("[]", "expected a path or a list of 1 to 16 paths, found 0 entries");
-    refused("[/p, {a: b}]", "expected a path or a list of 1 to 16 paths, found a list");
+    refused("[/p, {a: b}]", "expected a path or a list of 1 to 16 paths, found no path as entry 2");
     refused("{a: b}", "expected a path or a list of 1 to 16 paths, found a section");
+    let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "[\"/p\", ");
+    assert!(desk.errors()[0].contains("expected a path or a list of 1 to 16 paths, found"), "{:?}", desk.errors());
 }
 
 // Keys together.

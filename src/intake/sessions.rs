@@ -192,25 +192,80 @@ fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
     opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
 }
 
-/// Which sessions running processes have open, by the files `sessions/<pid>.json` below Claude Code's own folders.
+/// Which of the projects folders something is in.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Roots(u32);
+
+impl Roots {
+    pub fn of(root: usize) -> Roots {
+        Roots(1u32.checked_shl(u32::try_from(root).unwrap_or(u32::MAX)).unwrap_or(0))
+    }
+
+    pub fn union(self, other: Roots) -> Roots {
+        Roots(self.0 | other.0)
+    }
+
+    fn contains(self, root: usize) -> bool {
+        self.0 & Roots::of(root).0 != 0
+    }
+}
+
+/// Which sessions running processes have open: beside each projects folder Claude Code keeps files `sessions/<pid>.json`.
+/// Those of one folder say nothing about the transcripts of another: they may be of another version, machine or container.
+pub struct OpenSessions {
+    /// In the order of the projects folders.
+    folders: Vec<SessionFolder>,
+}
+
+impl OpenSessions {
+    /// `known`: processes that had sessions open when an earlier run ended, and where those sessions' transcripts are.
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>, known: &[(Roots, u32)]) -> OpenSessions {
+        let folders = folders.into_iter().enumerate();
+        let folders = folders.map(|(root, path)| SessionFolder::new(path, of_root(known.iter().copied(), root)));
+        OpenSessions { folders: folders.collect() }
+    }
+
+    /// Reads the files. `known`: the processes that have sessions open by what was found before.
+    pub fn look(&mut self, known: &[(Roots, u32)]) {
+        for (root, folder) in self.folders.iter_mut().enumerate() {
+            folder.look(of_root(known.iter().copied(), root));
+        }
+    }
+
+    /// The process whose file names the session.
+    pub fn named(&self, session: Uuid) -> Option<u32> {
+        self.folders.iter().find_map(|folder| folder.open.get(&session).copied())
+    }
+
+    /// The process that has the session open, as far as is known. `known`: the one that had it open before, whose
+    /// transcripts are in `roots` and were last modified at `modified` (seconds since 1970). It has it open until it ends,
+    /// or its file names another session, or is missing in two looks with nothing written since the first.
+    pub fn process(&self, session: Uuid, roots: Roots, known: Option<u32>, modified: i64) -> Option<u32> {
+        let folders = || self.folders.iter().enumerate().filter(|(root, _)| roots.contains(*root));
+        let has_open = |pid: &u32| folders().all(|(_, folder)| folder.has_open(*pid, modified));
+        self.named(session).or_else(|| known.filter(has_open))
+    }
+
+    /// Whether another look will tell more than the last one: a file is missing and may be about to be replaced.
+    pub fn is_undecided(&self) -> bool {
+        self.folders.iter().any(SessionFolder::is_undecided)
+    }
+}
+
+fn of_root(known: impl Iterator<Item = (Roots, u32)>, root: usize) -> impl Iterator<Item = u32> {
+    known.filter(move |(roots, _)| roots.contains(root)).map(|(_, pid)| pid)
+}
+
+/// The files of one folder `sessions/`.
 ///
 /// A file that is empty, half written or unreadable says nothing, nor does a folder that can't be listed: newer versions
 /// of Claude Code rewrite these files at each change of status, older ones write none.
-pub struct OpenSessions {
-    folders: Vec<SessionFolder>,
+struct SessionFolder {
+    folder: PathBuf,
     /// By process id.
     processes: HashMap<u32, ProcessState>,
-    /// In which of the folders the file of a process was last seen.
-    seen_in: HashMap<u32, usize>,
     /// The sessions that were named in the last look.
     open: HashMap<Uuid, u32>,
-}
-
-/// A folder of files `<pid>.json`.
-struct SessionFolder {
-    path: PathBuf,
-    /// Whether the last look saw all of its files.
-    is_complete: bool,
     is_unreadable_logged: bool,
 }
 
@@ -230,72 +285,57 @@ enum ProcessState {
 /// How long the file of a running process must have been missing before its session counts as closed.
 const FILE_MISSING_MIN: Duration = Duration::from_secs(1);
 
-impl OpenSessions {
+impl SessionFolder {
     /// `known`: processes that had sessions open when an earlier run ended.
-    pub fn new(folders: impl IntoIterator<Item = PathBuf>, known: impl IntoIterator<Item = u32>) -> OpenSessions {
-        let folder = |path| SessionFolder { path, is_complete: false, is_unreadable_logged: false };
-        let folders = folders.into_iter().map(folder).collect();
+    fn new(folder: PathBuf, known: impl IntoIterator<Item = u32>) -> SessionFolder {
         let processes = known.into_iter().map(|pid| (pid, ProcessState::SaysNothing)).collect();
-        OpenSessions { folders, processes, seen_in: HashMap::new(), open: HashMap::new() }
+        SessionFolder { folder, processes, open: HashMap::new(), is_unreadable_logged: false }
     }
 
     /// Reads the files. `known`: the processes that have sessions open by what was found before.
-    pub fn look(&mut self, known: impl IntoIterator<Item = u32>) {
+    fn look(&mut self, known: impl IntoIterator<Item = u32>) {
         self.open.clear();
         let before = std::mem::take(&mut self.processes);
-        for index in 0..self.folders.len() {
-            self.read_files(index);
-        }
-        // The file of a process that an earlier run knew may have been in any of them.
-        let is_all_complete = self.folders.iter().all(|folder| folder.is_complete);
-        let is_complete = |pid: u32| match self.seen_in.get(&pid).and_then(|index| self.folders.get(*index)) {
-            Some(folder) => folder.is_complete,
-            None => is_all_complete,
-        };
+        let is_complete = self.read_files();
         let missing = ProcessState::Missing { since: Instant::now(), since_second: Timestamp::now().as_second() };
         let not_ended = before.iter().filter(|(_, state)| **state != ProcessState::Ended).map(|(pid, _)| *pid);
         for pid in known.into_iter().chain(not_ended) {
             self.processes.entry(pid).or_insert_with(|| match before.get(&pid) {
                 _ if !is_running(pid) => ProcessState::Ended,
                 Some(since @ ProcessState::Missing { .. }) => *since,
-                _ if is_complete(pid) => missing,
+                _ if is_complete => missing,
                 _ => ProcessState::SaysNothing,
             });
         }
-        self.seen_in.retain(|pid, _| self.processes.contains_key(pid));
     }
 
-    /// Reads the files of running processes in one of the folders.
-    fn read_files(&mut self, index: usize) {
+    /// Reads the files of running processes. False: there may be more.
+    fn read_files(&mut self) -> bool {
         /// Processes that are looked at; far more than run at once.
         const FILES_MAX: usize = 4096;
-        let Some(folder) = self.folders.get_mut(index) else { return };
-        folder.is_complete = false;
-        let mut entries = match std::fs::read_dir(&folder.path) {
+        let mut entries = match std::fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(error) => {
                 // Older versions of Claude Code have no such folder.
-                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut folder.is_unreadable_logged, true)
-                {
-                    warn!(folder = %folder.path.display(), error = %error,
+                if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut self.is_unreadable_logged, true) {
+                    warn!(folder = %self.folder.display(), error = %error,
                           "the folder of running sessions can't be read; sessions end by their hooks or by inactivity");
                 }
-                return;
+                return false;
             }
         };
-        folder.is_unreadable_logged = false;
+        self.is_unreadable_logged = false;
         let mut is_complete = true;
         for entry in entries.by_ref().take(FILES_MAX) {
             match entry {
-                Ok(entry) => self.read_file(index, &entry.path()),
+                Ok(entry) => self.read_file(&entry.path()),
                 Err(_) => is_complete = false,
             }
         }
-        is_complete &= entries.next().is_none();
-        self.folders.get_mut(index).into_iter().for_each(|folder| folder.is_complete = is_complete);
+        is_complete && entries.next().is_none()
     }
 
-    fn read_file(&mut self, index: usize, path: &Path) {
+    fn read_file(&mut self, path: &Path) {
         let stem = path.file_stem().and_then(|stem| stem.to_str());
         let Some(pid) = stem.and_then(|stem| stem.parse().ok()).filter(|pid| is_running(*pid)) else { return };
         if path.extension().is_none_or(|extension| extension != "json") {
@@ -304,31 +344,22 @@ impl OpenSessions {
         let session = session_named_in(path);
         let state = if session.is_some() { ProcessState::Names } else { ProcessState::SaysNothing };
         self.processes.insert(pid, state);
-        self.seen_in.insert(pid, index);
         self.open.extend(session.map(|session| (session, pid)));
     }
 
-    /// The process whose file names the session.
-    pub fn named(&self, session: Uuid) -> Option<u32> {
-        self.open.get(&session).copied()
-    }
-
-    /// The process that has the session open, as far as is known. `known`: the one that had it open before, whose
-    /// transcripts were last modified at `modified` (seconds since 1970). It has it open until it ends, or its file names
-    /// another session, or is missing in two looks with nothing written since the first.
-    pub fn process(&self, session: Uuid, known: Option<u32>, modified: i64) -> Option<u32> {
-        let has_open = |pid: &u32| match self.processes.get(pid) {
+    /// Whether the process has its session open, whose transcripts were last modified at `modified`, as far as is known.
+    fn has_open(&self, pid: u32, modified: i64) -> bool {
+        match self.processes.get(&pid) {
             Some(ProcessState::Ended | ProcessState::Names) => false,
             Some(ProcessState::Missing { since, since_second }) => {
                 since.elapsed() < FILE_MISSING_MIN || modified > *since_second
             }
             Some(ProcessState::SaysNothing) | None => true,
-        };
-        self.named(session).or_else(|| known.filter(has_open))
+        }
     }
 
     /// Whether another look will tell more than the last one: a file is missing and may be about to be replaced.
-    pub fn is_undecided(&self) -> bool {
+    fn is_undecided(&self) -> bool {
         let is_fresh = |state: &ProcessState| matches!(state, ProcessState::Missing { since, .. } if since.elapsed() < FILE_MISSING_MIN);
         self.processes.values().any(is_fresh)
     }

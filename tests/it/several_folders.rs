@@ -148,3 +148,56 @@ fn a_session_ends_with_its_process_in_whichever_folder_it_is() {
     process.kill().unwrap();
     process.wait().unwrap();
 }
+
+#[test]
+fn a_file_of_the_same_process_id_in_another_folder_ends_no_session() {
+    let stage = stage();
+    let mut first = stage.transcript("-home-me-app", 1);
+    first.say("a");
+    let mut other = transcript_in_second(&stage, 2);
+    other.say("b");
+    // A container's process may have the same id, and a file of an earlier one may be left.
+    let mut process = Command::new("sleep").arg("600").spawn().unwrap();
+    let write = |folder: &str, session: &str| {
+        let sessions = stage.folder().join(folder);
+        fs::create_dir_all(&sessions).unwrap();
+        let file = sessions.join(format!("{}.json", process.id()));
+        fs::write(&file, json!({"pid": process.id(), "sessionId": session, "cwd": "/"}).to_string()).unwrap();
+    };
+    write("sessions", &first.session);
+    write("second/sessions", &other.session);
+    let watcher = stage.start();
+    wait_for_texts(&stage, &["a", "b"]);
+    fs::rename(stage.folder().join("sessions"), stage.folder().join("sessions-away")).unwrap();
+    first.say("c");
+    wait_for_texts(&stage, &["a", "b", "c"]);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let ends = "SELECT count(*) FROM events WHERE event_type = 'session_ended'";
+    assert_eq!(stage.database().value(ends), "0", "{}", watcher.log());
+    process.kill().unwrap();
+    process.wait().unwrap();
+    let ends = "SELECT string_agg(payload->>'reason', ',') FROM events WHERE event_type = 'session_ended'";
+    wait_until("both end with it", SOON, || stage.database().value(ends) == "closed,closed");
+}
+
+#[test]
+fn a_folder_under_two_names_is_followed_once_and_one_that_is_no_folder_is_missing() {
+    let mut stage = stage();
+    std::os::unix::fs::symlink(stage.projects(), stage.folder().join("alias")).unwrap();
+    fs::write(stage.folder().join("file"), "").unwrap();
+    stage.set("claude.projects_path", "[projects, alias, file]");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("a");
+    let watcher = stage.start();
+    wait_for_texts(&stage, &["a"]);
+    watcher.wait_for_log("two of the transcripts folders are the same one");
+    watcher.wait_for_log("the transcripts folder is no folder");
+    transcript.say("b");
+    wait_for_texts(&stage, &["a", "b"]);
+    assert_eq!(watcher.health()["watcher"]["files"], 1);
+    assert_eq!(times_logged(&watcher, "two of the transcripts folders are the same one"), 1);
+    assert_eq!(times_logged(&watcher, "the transcripts folder is no folder"), 1);
+    let ran = stage.run(&["verify"]);
+    assert_eq!(ran.code(), 1, "nothing is proved of a folder that can't be read");
+    assert!(ran.output().contains("file: it is no folder"), "{}", ran.output());
+}

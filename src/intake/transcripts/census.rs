@@ -71,6 +71,9 @@ impl Census {
         let walks = self.projects.iter().map(walkdir::WalkDir::new);
         for entry in walks.flat_map(|walk| walk.follow_links(true).max_depth(DEPTH_MAX)) {
             match entry {
+                Ok(entry) if entry.depth() == 0 && !entry.file_type().is_dir() => {
+                    found.unreadable.push((entry.into_path(), "it is no folder".to_owned()));
+                }
                 Ok(entry) if entry.file_type().is_file() => match self.kind_of(entry.path()) {
                     Some(TranscriptKind::SubAgent) => found.sub_agents += 1,
                     Some(kind) => {
@@ -83,11 +86,14 @@ impl Census {
                 Err(error) => {
                     let kind = error.io_error().map(io::Error::kind);
                     match (kind, error.path()) {
+                        (Some(io::ErrorKind::NotFound), Some(path)) if error.depth() == 0 => {
+                            found.missing_folders.push(path.to_owned());
+                        }
                         (Some(io::ErrorKind::PermissionDenied), Some(path)) => {
                             found.unreadable.push((path.to_owned(), error.to_string()));
                         }
-                        (Some(io::ErrorKind::NotFound), Some(path)) if error.depth() == 0 => {
-                            found.missing_folders.push(path.to_owned());
+                        (_, Some(path)) if error.depth() == 0 => {
+                            found.unreadable.push((path.to_owned(), error.to_string()));
                         }
                         _ => {}
                     }

@@ -51,7 +51,7 @@ use self::watching::{Silence, Watch};
 use super::claude_code::{self, HeadOrder, TranscriptKind};
 use super::lines;
 use super::retention::Retention;
-use super::sessions::{self, Closing, End, EndReason, OpenSessions};
+use super::sessions::{self, Closing, End, EndReason, OpenSessions, Roots};
 use super::{Intake, Submission};
 use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timestamp};
 use crate::queue::{Batch, CursorId, QueueError};
@@ -125,6 +125,8 @@ struct Root {
     is_missing: bool,
     /// Logged: there is no project folder left, though transcripts are known.
     is_emptied: bool,
+    /// It is another of the folders.
+    is_second_name: bool,
     silence: Silence,
 }
 
@@ -192,10 +194,10 @@ impl Follower {
         // What an earlier run read may still wait in the queue.
         let newest = intake.queue().stats().last_sequence;
         intake.queue().for_each_cursor(|path, cursor| {
-            processes.extend(cursor.session.process);
             if let (Some(session), Some(at)) = (sessions::closing_of(&path), cursor.session.ended_through) {
                 intake.note_closing(session, Closing::noted(at));
             } else if let Some(root) = root_of(&config.projects, &path) {
+                processes.extend(cursor.session.process.map(|pid| (Roots::of(root), pid)));
                 match kind_of(&config.projects, &path) {
                     Some(kind) => {
                         let rest = Rest::new(root, None, newest, cursor.project_path.is_some());
@@ -207,7 +209,7 @@ impl Follower {
         })?;
         let retention = Retention::new(&config.projects);
         let session_folders = config.projects.iter().map(|projects| projects.with_file_name("sessions"));
-        let open_sessions = OpenSessions::new(session_folders, processes);
+        let open_sessions = OpenSessions::new(session_folders, &processes);
         let roots = vec![Root::default(); config.projects.len()];
         Ok(Follower {
             config,
@@ -324,8 +326,9 @@ impl Follower {
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
         let mut awake = self.take_closings()?;
-        let followed = self.files.values().filter_map(|file| file.cursor.session.process);
-        self.open_sessions.look(followed.chain(self.resting.processes()));
+        let followed = self.files.values().filter_map(|file| Some((file.roots, file.cursor.session.process?)));
+        let known: Vec<_> = followed.chain(self.resting.processes()).collect();
+        self.open_sessions.look(&known);
         let Walk { met, changed, fresh } = self.walk();
         awake.extend(self.wake_vanished()?);
         let vanished = self.vanished(&met);
@@ -355,7 +358,7 @@ impl Follower {
             self.end_sessions(&unfinished, begun)?;
             self.put_to_rest()?;
         }
-        self.note_open_sessions();
+        self.note_open_sessions()?;
         self.report();
         self.in_order = false;
         Ok(unfinished)
@@ -437,7 +440,8 @@ impl Follower {
         self.resting.begin_walk();
         for index in 0..self.config.projects.len() {
             let Some(projects) = self.config.projects.get(index).cloned() else { break };
-            let is_walked = self.walk_root(&projects, &mut walk, &mut unreadable);
+            let is_walked =
+                !self.is_second_name(index, &projects) && self.walk_root(&projects, &mut walk, &mut unreadable);
             if !is_walked {
                 unreadable.extend(self.unreadable.iter().filter(|folder| folder.starts_with(&projects)).cloned());
             }
@@ -469,6 +473,23 @@ impl Follower {
         walk
     }
 
+    /// Whether this folder is one that comes before it in the list, under another name.
+    fn is_second_name(&mut self, index: usize, projects: &Path) -> bool {
+        let identity_of = |folder: &Path| std::fs::metadata(folder).map(|metadata| identity(&metadata)).ok();
+        let own = identity_of(projects);
+        let before = self.config.projects.get(..index).unwrap_or_default();
+        let first = before.iter().find(|folder| own.is_some() && identity_of(folder) == own);
+        let Some(root) = self.roots.get_mut(index) else { return false };
+        if let Some(first) = first
+            && !root.is_second_name
+        {
+            warn!(folder = %projects.display(), first = %first.display(),
+                  "two of the transcripts folders are the same one; it is followed by the first name");
+        }
+        root.is_second_name = first.is_some();
+        root.is_second_name
+    }
+
     /// Goes through one of the folders. False: it can't be read, or the follower was stopped.
     fn walk_root(&mut self, projects: &Path, walk: &mut Walk, unreadable: &mut BTreeSet<PathBuf>) -> bool {
         for entry in walkdir::WalkDir::new(projects).follow_links(true).max_depth(DEPTH_MAX) {
@@ -478,6 +499,13 @@ impl Follower {
                 return false;
             }
             match entry {
+                Ok(entry) if entry.depth() == 0 && !entry.file_type().is_dir() => {
+                    if self.root_mut(projects).is_some_and(|root| !std::mem::replace(&mut root.is_missing, true)) {
+                        warn!(folder = %projects.display(),
+                              "the transcripts folder is no folder; looking for it again at every rescan");
+                    }
+                    return false;
+                }
                 Ok(entry) if entry.file_type().is_file() => {
                     if let Some(file) = self.files.get(entry.path()) {
                         walk.met.push(Arc::clone(&file.path));
@@ -517,6 +545,10 @@ impl Follower {
         kind_of(&self.config.projects, path)
     }
 
+    fn roots_of(&self, path: &Path) -> Roots {
+        root_of(&self.config.projects, path).map_or(Roots::default(), Roots::of)
+    }
+
     fn root_mut(&mut self, path: &Path) -> Option<&mut Root> {
         root_of(&self.config.projects, path).and_then(|index| self.roots.get_mut(index))
     }
@@ -525,8 +557,11 @@ impl Follower {
     fn note_silence(&mut self, path: &Path) {
         let Some(index) = root_of(&self.config.projects, path) else { return };
         let (Some(folder), Some(root)) = (self.config.projects.get(index), self.roots.get_mut(index)) else { return };
-        if root.silence.is_certain() {
-            self.watch.log_silence(folder);
+        // No watch reports what a link leads to elsewhere.
+        let is_inside = |path: PathBuf| folder.canonicalize().is_ok_and(|folder| path.starts_with(folder));
+        if path.canonicalize().is_ok_and(is_inside) && root.silence.is_certain() {
+            root.silence = Silence::default();
+            self.watch.note_silence(folder);
         }
     }
 
@@ -612,7 +647,7 @@ impl Follower {
         let adopted = self.adopted.remove(path);
         let is_known = adopted.is_some();
         let path: Arc<Path> = path.into();
-        let mut file = Followed::new(Arc::clone(&path), kind, adopted.unwrap_or(lines::START));
+        let mut file = Followed::new(self.roots_of(&path), Arc::clone(&path), kind, adopted.unwrap_or(lines::START));
         // What was read at its place before may still wait in the queue.
         file.newest = self.intake.queue().stats().last_sequence.filter(|_| is_known);
         self.files.insert(Arc::clone(&path), Box::new(file));
@@ -735,7 +770,8 @@ impl Follower {
             if !standing.is_read {
                 continue;
             }
-            let process = self.open_sessions.process(session, standing.state.process, standing.modified);
+            let process =
+                self.open_sessions.process(session, standing.roots, standing.state.process, standing.modified);
             if self.open_sessions.named(session).is_some() {
                 self.seen_open.insert(session);
             }
@@ -933,6 +969,7 @@ impl Follower {
 /// How a session stands by all of its transcripts.
 struct Standing {
     state: SessionState,
+    roots: Roots,
     paths: Vec<Arc<Path>>,
     /// All of them were read to their end.
     is_read: bool,
@@ -945,13 +982,14 @@ struct Standing {
 impl Default for Standing {
     fn default() -> Self {
         let state = SessionState::default();
-        Standing { state, paths: Vec::new(), is_read: true, modified: 0, advanced_at: None }
+        Standing { state, roots: Roots::default(), paths: Vec::new(), is_read: true, modified: 0, advanced_at: None }
     }
 }
 
 impl Standing {
     fn add(&mut self, file: &Followed, is_unfinished: bool) {
         self.state = self.state.merge(&file.cursor.session);
+        self.roots = self.roots.union(file.roots);
         self.paths.push(Arc::clone(&file.path));
         // A last line without newline may be read in a moment.
         let is_read = file.seen.is_some() || file.unreadable || file.is_gone;

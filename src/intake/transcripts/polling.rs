@@ -6,6 +6,7 @@
 //! has the session open. New files are left to the rescan.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,13 +14,18 @@ use std::time::{Duration, Instant};
 use super::super::claude_code::TranscriptKind;
 use super::Follower;
 use super::reading::{Followed, Stamp};
+use super::resting::Group;
 use crate::event::Timestamp;
+use crate::queue::QueueError;
 
 /// How long after its last change a transcript is checked.
 pub const ACTIVE_FOR: Duration = Duration::from_secs(600);
 
 /// Time between two checks of the active transcripts, for each [`FILES_PER_INTERVAL`] of them.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How long one check may hold up what is notified.
+const CHECK_TIME_MAX: Duration = Duration::from_millis(50);
 
 /// With more active transcripts the interval grows, so that checks never take more than a thousandth of a processor.
 const FILES_PER_INTERVAL: u32 = 100;
@@ -31,12 +37,18 @@ pub struct Active {
     until: BTreeMap<Arc<Path>, Instant>,
     /// `None`: nothing was checked yet.
     next_check: Option<Instant>,
+    /// Where a check goes on that was not finished.
+    checked_to: Option<Arc<Path>>,
 }
 
 impl Active {
     /// When the next check is due; `None`: nothing is active.
     pub fn next_check(&self) -> Option<Instant> {
         (!self.until.is_empty()).then(|| self.next_check.unwrap_or_else(Instant::now))
+    }
+
+    pub fn contains(&self, path: &Path) -> bool {
+        self.until.contains_key(path)
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -65,7 +77,11 @@ impl Active {
 
 impl Follower {
     /// Keeps those active whose session a process has open.
-    pub(super) fn note_open_sessions(&mut self) {
+    pub(super) fn note_open_sessions(&mut self) -> Result<(), QueueError> {
+        let parked: Vec<_> = self.resting.named(&self.open_sessions).collect();
+        for session in parked {
+            self.wake(Group::of_session(session))?;
+        }
         let until = Instant::now() + ACTIVE_FOR;
         for file in self.files.values() {
             if let TranscriptKind::Main { session } = file.kind
@@ -74,6 +90,7 @@ impl Follower {
                 self.active.insert(&file.path, until);
             }
         }
+        Ok(())
     }
 
     /// Checks the active transcripts if that is due. Returns those that have changed.
@@ -83,21 +100,39 @@ impl Follower {
         if !self.active.is_due(begun) {
             return changed;
         }
-        self.active.until.retain(|path, until| {
-            // A parked one is left to the rescan, which makes it active again when it has changed.
-            let Some(file) = self.files.get(path).filter(|_| *until > begun) else { return false };
+        // A parked one is left to the rescan, which makes it active again when it has changed.
+        self.active.until.retain(|path, until| *until > begun && self.files.contains_key(path));
+        let first = self.active.checked_to.take().map_or(Bound::Unbounded, Bound::Excluded);
+        for path in self.active.until.range::<Arc<Path>, _>((first, Bound::Unbounded)).map(|(path, _)| path) {
+            if self.doorbell.is_stopped() {
+                break;
+            }
             self.intake.metrics().reading.beat();
-            if let Some(seen) = file.seen
-                && !self.doorbell.is_stopped()
-                && std::fs::metadata(path).is_ok_and(|metadata| Stamp::of(&metadata) != seen)
+            if let Some(file) = self.files.get(path)
+                && has_changed(file)
             {
                 changed.push(Arc::clone(path));
             }
-            true
-        });
+            // On a slow file system the others come next time: what is notified is not to wait for them.
+            if begun.elapsed() > CHECK_TIME_MAX {
+                self.active.checked_to = Some(Arc::clone(path));
+                break;
+            }
+        }
         let interval = check_interval(self.active.until.len(), self.config.polling_interval);
+        let interval = if self.active.checked_to.is_some() { CHECK_INTERVAL } else { interval };
         self.active.next_check = Some(Instant::now() + interval);
         changed
+    }
+}
+
+/// Whether the file is not as it was when it was read to its end.
+fn has_changed(file: &Followed) -> bool {
+    let metadata = || std::fs::metadata(&file.path).ok().filter(|metadata| metadata.is_file());
+    match file.seen {
+        Some(seen) => metadata().is_some_and(|metadata| Stamp::of(&metadata) != seen),
+        // It was not there; any other that was not read to its end is looked at by the rescan.
+        None => file.is_gone && metadata().is_some(),
     }
 }
 

@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::claude_code::TranscriptKind;
 use super::super::lines::{self, Found, HeadTooShort, LastLine, Source};
+use super::super::sessions::Roots;
 use super::resting::Group;
 use super::{Follower, HEAD_BYTES, Undo, identity};
 use crate::event::{Cursor, Sequence, Timestamp};
@@ -52,6 +53,8 @@ const FILE_WARNINGS_MAX: u32 = 5;
 /// One transcript that is followed.
 pub struct Followed {
     pub kind: TranscriptKind,
+    /// Which of the projects folders it lies below.
+    pub roots: Roots,
     pub path: Arc<Path>,
     pub cursor: Cursor,
     /// How the file was when it was last read to its end. `None`: there may be more to read.
@@ -143,9 +146,10 @@ impl From<QueueError> for ReadError {
 }
 
 impl Followed {
-    pub fn new(path: Arc<Path>, kind: TranscriptKind, cursor: Cursor) -> Followed {
+    pub fn new(roots: Roots, path: Arc<Path>, kind: TranscriptKind, cursor: Cursor) -> Followed {
         Followed {
             kind,
+            roots,
             path,
             scanned_to: cursor.offset,
             scanned_hash: 0,

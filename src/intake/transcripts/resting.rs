@@ -15,7 +15,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::claude_code::TranscriptKind;
-use super::super::sessions::OpenSessions;
+use super::super::sessions::{OpenSessions, Roots};
 use super::reading::{Followed, Stamp};
 use super::{Follower, Standing, is_gone, root_of};
 use crate::event::{Cursor, Sequence, Timestamp};
@@ -66,6 +66,8 @@ pub struct Live {
     pub ends_at: Option<i64>,
     /// The process that has it open.
     pub process: Option<u32>,
+    /// The projects folders that its transcripts lie below.
+    pub roots: Roots,
     /// When its files were last modified; seconds since 1970.
     pub modified: i64,
 }
@@ -134,7 +136,7 @@ impl Resting {
     pub fn due(&self, now: Timestamp, open: &OpenSessions) -> Vec<Uuid> {
         let is_due = |session: &Uuid, live: &Live| {
             live.ends_at.is_some_and(|at| at <= now.as_second())
-                || live.process != open.process(*session, live.process, live.modified)
+                || live.process != open.process(*session, live.roots, live.process, live.modified)
         };
         self.live.iter().filter(|(session, live)| is_due(session, live)).map(|(session, _)| *session).collect()
     }
@@ -145,8 +147,8 @@ impl Resting {
     }
 
     /// The processes that have sessions open.
-    pub fn processes(&self) -> impl Iterator<Item = u32> {
-        self.live.values().filter_map(|live| live.process)
+    pub fn processes(&self) -> impl Iterator<Item = (Roots, u32)> {
+        self.live.values().filter_map(|live| Some((live.roots, live.process?)))
     }
 
     /// Whether there are any below this projects folder.
@@ -182,7 +184,7 @@ impl Follower {
                 self.resting.forget_live(session);
             }
             let path: Arc<Path> = path.into();
-            let mut file = Followed::new(Arc::clone(&path), kind, cursor);
+            let mut file = Followed::new(self.roots_of(&path), Arc::clone(&path), kind, cursor);
             file.newest = rest.newest;
             file.seen = rest.seen;
             file.modified = rest.seen.map(|seen| seen.modified);
@@ -227,21 +229,23 @@ impl Follower {
         for (path, file) in &self.files {
             groups.entry(file.group()).or_default().push(Arc::clone(path));
         }
-        let mut quiet: Vec<(Option<Instant>, Vec<Arc<Path>>)> = groups
+        // Those that are checked for changes are parked last.
+        let is_active = |paths: &[Arc<Path>]| paths.iter().any(|path| self.active.contains(path));
+        let mut quiet: Vec<(bool, Option<Instant>, Vec<Arc<Path>>)> = groups
             .into_values()
             .filter(|paths| paths.iter().filter_map(|path| self.files.get(path)).all(|file| self.may_rest(file)))
             .map(|paths| {
                 let files = paths.iter().filter_map(|path| self.files.get(path));
-                (files.filter_map(|file| file.read_at).max(), paths)
+                (is_active(&paths), files.filter_map(|file| file.read_at).max(), paths)
             })
             .collect();
         // Only those count: others are awake however many they are.
-        let mut left: usize = quiet.iter().map(|(_, paths)| paths.len()).sum();
+        let mut left: usize = quiet.iter().map(|(.., paths)| paths.len()).sum();
         if left <= self.config.awake_max {
             return Ok(());
         }
-        quiet.sort_unstable_by_key(|(read_at, _)| *read_at);
-        for (_, paths) in quiet {
+        quiet.sort_unstable_by_key(|(is_active, read_at, _)| (*is_active, *read_at));
+        for (.., paths) in quiet {
             if left <= self.config.awake_max / 2 {
                 break;
             }
@@ -279,8 +283,8 @@ impl Follower {
         }
         if let Some(session) = live {
             let ends_at = standing.state.times_out_at(self.config.inactivity_timeout).map(Timestamp::as_second);
-            let Standing { state, modified, .. } = standing;
-            self.resting.insert_live(session, Live { ends_at, process: state.process, modified });
+            let Standing { state, roots, modified, .. } = standing;
+            self.resting.insert_live(session, Live { ends_at, process: state.process, roots, modified });
         }
         Ok(())
     }

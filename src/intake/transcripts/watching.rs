@@ -151,6 +151,8 @@ pub struct Watch {
     /// Logged: there are no notifications, or not all.
     is_failure_logged: bool,
     is_silence_logged: bool,
+    /// When the watch was last set again because nothing was notified.
+    renewed_at: Option<Instant>,
     /// When a watch that failed is tried again.
     again_at: Option<Instant>,
 }
@@ -161,7 +163,11 @@ const AGAIN_AFTER: Duration = Duration::from_secs(300);
 impl Watch {
     /// Sets the watch where it is missing: at the start, after a folder was replaced, and now and then where it failed.
     pub fn renew(&mut self, folders: &[PathBuf], doorbell: &Doorbell) {
-        let identity_of = |folder: &PathBuf| std::fs::metadata(folder).map(|metadata| identity(&metadata)).ok();
+        // One that can't be read can't be watched either; the walk says so.
+        let identity_of = |folder: &PathBuf| {
+            let metadata = std::fs::read_dir(folder).and_then(|_| std::fs::metadata(folder));
+            metadata.map(|metadata| identity(&metadata)).ok()
+        };
         let identities: Vec<_> = folders.iter().map(identity_of).collect();
         let is_due = self.again_at.is_some_and(|at| at <= Instant::now());
         if identities == self.watched && !is_due {
@@ -220,11 +226,18 @@ impl Watch {
         );
     }
 
-    /// Logs once that no notifications arrive for the files below `folder`, though nothing has failed.
-    pub fn log_silence(&mut self, folder: &Path) {
-        if self.is_failure_logged || std::mem::replace(&mut self.is_silence_logged, true) {
+    /// Notes that no notifications arrive for the files below `folder`, though nothing has failed. It may have been mounted
+    /// again, with the same identity: the watch is set again, and only then it is logged, once.
+    pub fn note_silence(&mut self, folder: &Path) {
+        if self.is_failure_logged || self.is_silence_logged {
             return;
         }
+        if self.renewed_at.is_none_or(|at| at.elapsed() >= AGAIN_AFTER) {
+            self.renewed_at = Some(Instant::now());
+            self.watched.clear();
+            return;
+        }
+        self.is_silence_logged = true;
         let check_interval_ms = CHECK_INTERVAL.as_millis();
         // On macOS that is how it works.
         if cfg!(target_os = "macos") {
@@ -256,7 +269,10 @@ fn as_configured(
 pub fn do_notifications_arrive() -> Result<bool, String> {
     const PATIENCE: Duration = Duration::from_secs(1);
     let folder = std::env::temp_dir().join(format!("headspace-watcher-{}", Uuid::now_v7()));
-    DirBuilder::new().mode(0o700).create(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    if DirBuilder::new().mode(0o700).create(&folder).is_err() {
+        // It can't be tried here, and nothing is known to be wrong.
+        return Ok(true);
+    }
     let (sender, receiver) = mpsc::channel();
     let arrived = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // The receiver is gone when nobody waits any more.
@@ -286,7 +302,8 @@ impl Silence {
         const CHANGES_MIN: u32 = 3;
         const TIME_MIN: Duration = Duration::from_secs(2);
         self.changes += 1;
-        self.changes >= CHANGES_MIN && self.since.get_or_insert_with(Instant::now).elapsed() >= TIME_MIN
+        let is_long = self.since.get_or_insert_with(Instant::now).elapsed() >= TIME_MIN;
+        self.changes >= CHANGES_MIN && is_long
     }
 }
 
