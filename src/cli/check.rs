@@ -564,7 +564,7 @@ mod tests {
         assert!(matches!(judge_disk(1 << 30, 4 << 30, here), Finding::Note(_)));
         assert!(matches!(judge_disk(1 << 20, 4 << 30, here), Finding::Wrong(_)));
         assert!(matches!(judge_retention(30, here), Finding::Fine(text) if text.contains("30 days")));
-        assert!(matches!(judge_retention(1, here), Finding::Note(text) if text.contains("raise it in /here")));
+        assert!(matches!(judge_retention(1, here), Finding::Note(text) if text.contains("in /here)")));
         assert!(matches!(judge_watches(100, 8192), Finding::Fine(_)));
         assert!(matches!(judge_watches(7000, 8192), Finding::Note(text) if text.contains("sysctl")));
     }

@@ -477,7 +477,7 @@ fn accept(
         },
         Kind::Path { set } => set(config, path(text, giver.folder, environment)?),
         Kind::Paths { entries_max, set } => {
-            let mut paths = Vec::new();
+            let mut paths: Vec<PathBuf> = Vec::new();
             match given {
                 Given::List(items) if (1..=*entries_max).contains(&items.len()) => {
                     for item in items {

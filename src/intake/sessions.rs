@@ -561,15 +561,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(format!("{}.json", std::process::id()));
         std::fs::write(&file, format!(r#"{{"pid":1,"sessionId":"{SEVEN}","cwd":"/"}}"#)).unwrap();
-        let mut open = OpenSessions::new([folder.path().to_owned()], []);
-        open.look([]);
-        assert_eq!(open.process(SEVEN, None, 0), Some(std::process::id()));
+        let mut open = OpenSessions::new([folder.path().to_owned()], &[]);
+        open.look(&[]);
+        assert_eq!(open.process(SEVEN, Roots::of(0), None, 0), Some(std::process::id()));
         (folder, file, open)
     }
 
     /// As if more than [`FILE_MISSING_MIN`] had passed since the last look.
     fn let_time_pass(open: &mut OpenSessions) {
-        for state in open.processes.values_mut() {
+        for state in open.folders[0].processes.values_mut() {
             if let ProcessState::Missing { since, .. } = state {
                 *since = since.checked_sub(2 * FILE_MISSING_MIN).unwrap();
             }
@@ -578,7 +578,7 @@ mod tests {
 
     fn look_later(open: &mut OpenSessions) {
         let_time_pass(open);
-        open.look([std::process::id()]);
+        open.look(&[(Roots::of(0), std::process::id())]);
     }
 
     #[test]
@@ -588,13 +588,13 @@ mod tests {
         write("4194999.json", format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8)));
         write("1.json", "garbage".to_owned());
         write("notes.txt", String::new());
-        open.look([4_194_999]);
-        assert_eq!(open.open, HashMap::from([(SEVEN, std::process::id())]));
+        open.look(&[(Roots::of(0), 4_194_999)]);
+        assert_eq!(open.folders[0].open, HashMap::from([(SEVEN, std::process::id())]));
         // A process that is gone has nothing open, whatever the folder says.
-        assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
+        assert_eq!(open.process(Uuid::from_u128(8), Roots::of(0), Some(4_194_999), 0), None);
         std::fs::rename(folder.path(), folder.path().with_extension("away")).unwrap();
-        open.look([4_194_999]);
-        assert_eq!(open.process(Uuid::from_u128(8), Some(4_194_999), 0), None);
+        open.look(&[(Roots::of(0), 4_194_999)]);
+        assert_eq!(open.process(Uuid::from_u128(8), Roots::of(0), Some(4_194_999), 0), None);
     }
 
     #[test]
@@ -605,14 +605,14 @@ mod tests {
             std::fs::write(&file, bytes).unwrap();
             look_later(&mut open);
             look_later(&mut open);
-            assert_eq!(open.process(SEVEN, own, 0), own, "{bytes:?}");
-            assert_eq!(open.process(SEVEN, None, 0), None, "{bytes:?}");
+            assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own, "{bytes:?}");
+            assert_eq!(open.process(SEVEN, Roots::of(0), None, 0), None, "{bytes:?}");
         }
         let away = file.parent().unwrap().with_extension("away");
         std::fs::rename(file.parent().unwrap(), &away).unwrap();
         look_later(&mut open);
         look_later(&mut open);
-        assert_eq!(open.process(SEVEN, own, 0), own, "the folder is missing");
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own, "the folder is missing");
         std::fs::rename(&away, file.parent().unwrap()).unwrap();
     }
 
@@ -622,30 +622,30 @@ mod tests {
         let (_folder, file, mut open) = open_session();
         std::fs::remove_file(&file).unwrap();
         // However long ago the last look was that found it.
-        open.look([]);
-        assert_eq!(open.process(SEVEN, own, 0), own, "it may be about to be replaced");
+        open.look(&[]);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own, "it may be about to be replaced");
         assert!(open.is_undecided());
         look_later(&mut open);
         assert!(!open.is_undecided());
-        assert_eq!(open.process(SEVEN, own, Timestamp::now().as_second() + 1), own, "it is written to");
-        assert_eq!(open.process(SEVEN, own, 0), None);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, Timestamp::now().as_second() + 1), own, "it is written to");
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), None);
         // There in between: it counts anew.
         std::fs::write(&file, "").unwrap();
         look_later(&mut open);
-        assert_eq!(open.process(SEVEN, own, 0), own);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own);
         std::fs::remove_file(&file).unwrap();
-        open.look([]);
-        assert_eq!(open.process(SEVEN, own, 0), own);
+        open.look(&[]);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own);
         std::fs::write(&file, format!(r#"{{"sessionId":"{}"}}"#, Uuid::from_u128(8))).unwrap();
-        open.look([]);
-        assert_eq!(open.process(SEVEN, own, i64::MAX), None, "the process went on to another session");
+        open.look(&[]);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, i64::MAX), None, "the process went on to another session");
         // A watcher that has just started has not seen the file.
         std::fs::remove_file(&file).unwrap();
-        let mut open = OpenSessions::new([file.parent().unwrap().to_owned()], own);
-        open.look([]);
-        assert_eq!(open.process(SEVEN, own, 0), own);
+        let mut open = OpenSessions::new([file.parent().unwrap().to_owned()], &[(Roots::of(0), std::process::id())]);
+        open.look(&[]);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), own);
         look_later(&mut open);
-        assert_eq!(open.process(SEVEN, own, 0), None);
+        assert_eq!(open.process(SEVEN, Roots::of(0), own, 0), None);
     }
 
     #[test]
