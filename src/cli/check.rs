@@ -571,7 +571,6 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    #[cfg(target_os = "linux")]
     fn a_network_file_system_is_told_by_its_number() {
         let judge = |magic| judge_file_system(name_of_magic(magic).map(str::to_owned), Path::new("/here"));
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {

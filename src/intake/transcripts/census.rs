@@ -89,10 +89,7 @@ impl Census {
                         (Some(io::ErrorKind::NotFound), Some(path)) if error.depth() == 0 => {
                             found.missing_folders.push(path.to_owned());
                         }
-                        (Some(io::ErrorKind::PermissionDenied), Some(path)) => {
-                            found.unreadable.push((path.to_owned(), error.to_string()));
-                        }
-                        (_, Some(path)) if error.depth() == 0 => {
+                        (kind, Some(path)) if error.depth() == 0 || kind == Some(io::ErrorKind::PermissionDenied) => {
                             found.unreadable.push((path.to_owned(), error.to_string()));
                         }
                         _ => {}

@@ -475,9 +475,12 @@ impl Follower {
 
     /// Whether this folder is one that comes before it in the list, under another name.
     fn is_second_name(&mut self, index: usize, projects: &Path) -> bool {
+        let before = self.config.projects.get(..index).unwrap_or_default();
+        if before.is_empty() {
+            return false;
+        }
         let identity_of = |folder: &Path| std::fs::metadata(folder).map(|metadata| identity(&metadata)).ok();
         let own = identity_of(projects);
-        let before = self.config.projects.get(..index).unwrap_or_default();
         let first = before.iter().find(|folder| own.is_some() && identity_of(folder) == own);
         let Some(root) = self.roots.get_mut(index) else { return false };
         if let Some(first) = first

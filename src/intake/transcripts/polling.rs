@@ -19,7 +19,7 @@ use crate::event::Timestamp;
 use crate::queue::QueueError;
 
 /// How long after its last change a transcript is checked.
-pub const ACTIVE_FOR: Duration = Duration::from_secs(600);
+const ACTIVE_FOR: Duration = Duration::from_secs(600);
 
 /// Time between two checks of the active transcripts, for each [`FILES_PER_INTERVAL`] of them.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(200);
