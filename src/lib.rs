@@ -40,6 +40,7 @@
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
 
+pub mod cli;
 pub mod config;
 pub mod event;
 pub mod health;

@@ -1,9 +1,7 @@
 //! The program: reads the command line and hands over to `cli`.
 
-mod cli;
-
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::main()
+    headspace_watcher::cli::main()
 }

@@ -12,16 +12,14 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 cd "$root"
 
-# Cargo.toml's own profile, but every dependency optimized for speed.
-speed=$(sed -n '/^\[profile.release.package\]$/,/^$/s/^\([a-z0-9_-]*\)\.opt-level.*/profile.release.package.\1.opt-level=3/p' Cargo.toml)
 # What `cargo build --release` is given beside Cargo.toml's own profile.
 declare -A profiles=(
   [release]=''
-  [speed]=$speed
-  [thin-lto]="profile.release.lto=\"thin\" $speed"
-  [fat-lto]="profile.release.lto=\"fat\" profile.release.codegen-units=1 $speed"
+  [local-lto]='profile.release.lto=false'
+  [thin-lto]='profile.release.lto="thin"'
+  [fat-lto]='profile.release.lto="fat" profile.release.codegen-units=1'
 )
-order=(release speed thin-lto fat-lto)
+order=(release local-lto thin-lto fat-lto)
 
 rounds=2 quick='' names=()
 for argument in "$@"; do

@@ -451,6 +451,23 @@ impl Watcher {
         })
     }
 
+    /// Waits until so many rows are written and nothing waits in the queue.
+    pub fn wait_until_stored(&mut self, rows: u64) -> Result<()> {
+        self.wait_until("all stored", |health| {
+            let number = |path: &str| health.pointer(path).and_then(serde_json::Value::as_u64);
+            number("/writes/succeeded") == Some(rows) && number("/queue/pending") == Some(0)
+        })
+    }
+
+    /// What it takes of one processor while `what` is done, in percent, and how often it wakes up a second.
+    pub fn effort(&self, what: impl FnOnce() -> Result<()>) -> Result<(f64, f64)> {
+        let (before, begun) = (Usage::of(self.pid()), Instant::now());
+        what()?;
+        let (after, seconds) = (Usage::of(self.pid()), begun.elapsed().as_secs_f64());
+        let share = 100.0 * after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds;
+        Ok((share, (after.wake_ups - before.wake_ups) as f64 / seconds))
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         wait_for("its end", Duration::from_millis(1), || {

@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, ensure};
 
 use crate::latency::{listen, one_by_one};
 use crate::rows::{Aim, quantile, quantiles};
-use crate::stage::{Bench, Scene, Transcript, Usage, Watcher, project};
+use crate::stage::{Bench, Scene, Transcript, project};
 
 const TRANSCRIPTS: u32 = 1000;
 const TURNS: u64 = 10;
@@ -34,15 +34,11 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
         transcripts.push(transcript);
     }
     let mut watcher = scene.start(&database.url, &[])?;
-    let events = u64::from(TRANSCRIPTS) * (TURNS + 1);
-    watcher.wait_until("all stored", |health| {
-        let number = |path: &str| health.pointer(path).and_then(serde_json::Value::as_u64);
-        number("/writes/succeeded") == Some(events) && number("/queue/pending") == Some(0)
-    })?;
+    watcher.wait_until_stored(u64::from(TRANSCRIPTS) * (TURNS + 1))?;
     // What is done once after work has ended.
     std::thread::sleep(Duration::from_secs(2));
     let seconds = bench.choose(30, 5);
-    let idle = processor_share(&watcher, || {
+    let (idle, _) = watcher.effort(|| {
         std::thread::sleep(Duration::from_secs(seconds));
         Ok(())
     })?;
@@ -50,7 +46,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     let what = format!("processor, idle, {TRANSCRIPTS} transcripts");
     bench.rows.add("unnotified.cpu", &what, idle, "%", &beside, Aim::Most(0.5))?;
     transcripts.truncate(ACTIVE);
-    let active = processor_share(&watcher, || {
+    let (active, _) = watcher.effort(|| {
         for second in 0..seconds {
             if let Some(transcript) = transcripts.get_mut(second as usize % ACTIVE) {
                 transcript.say(1)?;
@@ -98,14 +94,6 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
     )?;
     watcher.stop()?;
     bench.server.drop(database)
-}
-
-/// Share of one processor that the watcher takes while `what` is done, in percent.
-fn processor_share(watcher: &Watcher, what: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let (before, begun) = (Usage::of(watcher.pid()), Instant::now());
-    what()?;
-    let (after, seconds) = (Usage::of(watcher.pid()), begun.elapsed().as_secs_f64());
-    Ok(100.0 * after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds)
 }
 
 /// A library over whose functions the program's file notifications never arrive.

@@ -3,21 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use headspace_watcher::config::{Config, HttpConfig};
-use headspace_watcher::http::token;
-use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::retention::{Retention, WARN_DAYS, settings_beside};
-use headspace_watcher::intake::schema::Schemas;
-use headspace_watcher::intake::settings;
-use headspace_watcher::intake::transcripts::do_notifications_arrive;
-use headspace_watcher::intake::transcripts::polling::CHECK_INTERVAL;
-use headspace_watcher::private_folder::{self, FolderError, Privacy};
-use headspace_watcher::queue::QueueError;
-use headspace_watcher::regular_file;
-use headspace_watcher::service::connect_settings;
-use headspace_watcher::service::socket::{self, SocketState};
-use headspace_watcher::sink::Verdict;
-use headspace_watcher::sink::postgres::{Inspection, PostgresSink};
+use crate::config::{Config, HttpConfig};
+use crate::http::token;
+use crate::intake::redact::Redactor;
+use crate::intake::retention::{Retention, WARN_DAYS, settings_beside};
+use crate::intake::schema::Schemas;
+use crate::intake::settings;
+use crate::intake::transcripts::do_notifications_arrive;
+use crate::intake::transcripts::polling::CHECK_INTERVAL;
+use crate::private_folder::{self, FolderError, Privacy};
+use crate::queue::QueueError;
+use crate::regular_file;
+use crate::service::connect_settings;
+use crate::service::socket::{self, SocketState};
+use crate::sink::Verdict;
+use crate::sink::postgres::{Inspection, PostgresSink};
 
 use super::hooks::own_command;
 use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};

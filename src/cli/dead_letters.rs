@@ -3,9 +3,9 @@
 
 use std::path::Path;
 
-use headspace_watcher::event::Sequence;
-use headspace_watcher::listing::{self, Filter, Listing, ListingError};
-use headspace_watcher::queue::{Queue, QueueConfig, QueueError, RetryOutcome};
+use crate::event::Sequence;
+use crate::listing::{self, Filter, Listing, ListingError};
+use crate::queue::{Queue, QueueConfig, QueueError, RetryOutcome};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode};
@@ -152,9 +152,8 @@ impl Place<'_> {
                     let page = queue.dead_letters(after, 128)?;
                     let Some(last) = page.last() else { break };
                     after = Some(last.sequence);
-                    let events = page
-                        .iter()
-                        .filter(|letter| matches!(letter.content, headspace_watcher::event::DeadContent::Event { .. }));
+                    let events =
+                        page.iter().filter(|letter| matches!(letter.content, crate::event::DeadContent::Event { .. }));
                     sequences.extend(events.map(|letter| letter.sequence.get()));
                 }
             }

@@ -9,13 +9,13 @@
 use std::io::{Read, Write as _};
 use std::sync::Arc;
 
-use headspace_watcher::event::Origin;
-use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::request::{AcceptedRequest, Destination, EventRequest, Layout, RequestError};
-use headspace_watcher::intake::schema::Schemas;
-use headspace_watcher::intake::spool::Spool;
-use headspace_watcher::intake::{Checker, without_byte_order_mark};
-use headspace_watcher::private_folder::{self, FolderError};
+use crate::event::Origin;
+use crate::intake::redact::Redactor;
+use crate::intake::request::{AcceptedRequest, Destination, EventRequest, Layout, RequestError};
+use crate::intake::schema::Schemas;
+use crate::intake::spool::Spool;
+use crate::intake::{Checker, without_byte_order_mark};
+use crate::private_folder::{self, FolderError};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 

@@ -22,13 +22,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use headspace_watcher::config::{Config, Environment, HookCapture};
-use headspace_watcher::event::{EventId, Timestamp};
-use headspace_watcher::intake::hook::{self, Arrival};
-use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::settings;
-use headspace_watcher::intake::spool::{self, Record, Spool};
-use headspace_watcher::intake::{Scan, without_byte_order_mark};
+use crate::config::{Config, Environment, HookCapture};
+use crate::event::{EventId, Timestamp};
+use crate::intake::hook::{self, Arrival};
+use crate::intake::redact::Redactor;
+use crate::intake::settings;
+use crate::intake::spool::{self, Record, Spool};
+use crate::intake::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
 
 use super::client;

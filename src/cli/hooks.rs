@@ -13,9 +13,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use headspace_watcher::event::Timestamp;
-use headspace_watcher::intake::settings::{self, Found, Group, SettingsError};
-use headspace_watcher::regular_file;
+use crate::event::Timestamp;
+use crate::intake::settings::{self, Found, Group, SettingsError};
+use crate::regular_file;
 use serde_json::json;
 
 use super::{Context, Exit, Failure, HooksAction, HooksArguments};

@@ -1,7 +1,7 @@
 //! `migrate`: the tables in Postgres.
 
-use headspace_watcher::service::connect_settings;
-use headspace_watcher::sink::postgres::{PostgresSink, printable_sql};
+use crate::service::connect_settings;
+use crate::sink::postgres::{PostgresSink, printable_sql};
 
 use super::{Context, Exit, Failure, MigrateArguments, block_on};
 

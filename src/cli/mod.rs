@@ -21,15 +21,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
 
+use crate::config::{Config, Environment, Loaded};
+use crate::event::{Sequence, Timestamp};
+use crate::listing::Filter;
+use crate::queue::{self, Inspector, Queue, QueueConfig, QueueError};
+use crate::service::ServiceError;
+use crate::sink::postgres::TargetSource;
+use crate::sink::{DeliverError, Verdict};
+use crate::telemetry::{self, LogFormat};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use headspace_watcher::config::{Config, Environment, Loaded};
-use headspace_watcher::event::{Sequence, Timestamp};
-use headspace_watcher::listing::Filter;
-use headspace_watcher::queue::{self, Inspector, Queue, QueueConfig, QueueError};
-use headspace_watcher::service::ServiceError;
-use headspace_watcher::sink::postgres::TargetSource;
-use headspace_watcher::sink::{DeliverError, Verdict};
-use headspace_watcher::telemetry::{self, LogFormat};
 
 /// Where the help of each command lists the options that all of them have.
 const EVERYWHERE: &str = "Options of every command";

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use headspace_watcher::listing::{self, Filter, Listing, ListingError};
+use crate::listing::{self, Filter, Listing, ListingError};
 use http_body_util::BodyExt;
 use serde_json::Value;
 
@@ -189,7 +189,7 @@ fn origin(origin: Option<&Value>) -> String {
 
 /// `2026-01-02T03:04:05.678901234Z` → `2026-01-02T03:04:05.678Z`.
 fn to_milliseconds(timestamp: &str) -> String {
-    match timestamp.parse::<headspace_watcher::event::Timestamp>() {
+    match timestamp.parse::<crate::event::Timestamp>() {
         Ok(timestamp) => format!("{timestamp:.3}"),
         Err(_) => timestamp.to_owned(),
     }

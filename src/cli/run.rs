@@ -4,8 +4,8 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
-use headspace_watcher::service::{Service, Until};
-use headspace_watcher::telemetry::Metrics;
+use crate::service::{Service, Until};
+use crate::telemetry::Metrics;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;

@@ -9,9 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use headspace_watcher::config::Config;
-use headspace_watcher::regular_file;
-use headspace_watcher::service::limits;
+use crate::config::Config;
+use crate::regular_file;
+use crate::service::limits;
 
 use super::{Context, Exit, Failure, ServiceAction, ServiceArguments, ServiceKind};
 

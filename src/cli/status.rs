@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use headspace_watcher::event::Timestamp;
-use headspace_watcher::health::{Health, HttpHealth, Status};
-use headspace_watcher::intake::spool::Spool;
-use headspace_watcher::queue::{QueueError, QueueStats};
+use crate::event::Timestamp;
+use crate::health::{Health, HttpHealth, Status};
+use crate::intake::spool::Spool;
+use crate::queue::{QueueError, QueueStats};
 use serde_json::json;
 
 use super::client::{self, ClientError};

@@ -6,8 +6,8 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use headspace_watcher::health::Status;
-use headspace_watcher::http::{Overview, RecentEvent, RecentSession};
+use crate::health::Status;
+use crate::http::{Overview, RecentEvent, RecentSession};
 use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -241,7 +241,7 @@ impl View {
 fn draw_numbers(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
     let [left, right] = Layout::horizontal([Constraint::Percentage(50), Constraint::Percentage(50)]).areas(area);
     let health = &overview.health;
-    let rate = |count: fn(&headspace_watcher::history::Sample) -> u64| {
+    let rate = |count: fn(&crate::history::Sample) -> u64| {
         // Over the last five seconds: a rate that can be read.
         let last = overview.samples.iter().rev().take(5);
         let (events, seconds) = last.fold((0, 0.0), |(e, s), sample| (e + count(sample), s + sample.seconds));

@@ -175,9 +175,9 @@ impl Given {
             }
             (Given::Text { text, .. }, _) => text.clone(),
             (Given::List(items), Kind::Paths { .. }) => {
-                let mut paths: Vec<String> = items.iter().flatten().map(located).collect();
-                paths.dedup();
-                serde_json::json!(paths).to_string()
+                // It was accepted before.
+                let paths = paths(items, key, folder, environment).unwrap_or_default();
+                serde_json::json!(paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
             }
             (Given::List(items), _) => serde_json::json!(items).to_string(),
             (Given::Null | Given::Mapping, _) => "null".to_owned(),
@@ -477,24 +477,9 @@ fn accept(
         },
         Kind::Path { set } => set(config, path(text, giver.folder, environment)?),
         Kind::Paths { entries_max, set } => {
-            let mut paths: Vec<PathBuf> = Vec::new();
-            match given {
+            let paths = match given {
                 Given::List(items) if (1..=*entries_max).contains(&items.len()) => {
-                    for item in items {
-                        let located = path(item.as_deref(), giver.folder, environment);
-                        let path = located.map_err(|refusal| match refusal {
-                            Refusal::Other => Refusal::Because(format!(
-                                "expected {}, found no path as entry {}",
-                                key.expected(),
-                                paths.len() + 1
-                            )),
-                            because => because,
-                        })?;
-                        // CLAUDE_CONFIG_DIR can make one of two.
-                        if !paths.iter().any(|other| lies_in(&path, other) && lies_in(other, &path)) {
-                            paths.push(path);
-                        }
-                    }
+                    paths(items, key, giver.folder, environment)?
                 }
                 Given::List(items) => {
                     let found = format!("expected {}, found {} entries", key.expected(), items.len());
@@ -502,8 +487,8 @@ fn accept(
                 }
                 // A list that is not closed.
                 _ if text.is_some_and(|text| text.starts_with('[')) => return Err(Refusal::Other),
-                _ => paths.push(path(text, giver.folder, environment)?),
-            }
+                _ => vec![path(text, giver.folder, environment)?],
+            };
             let nested = |path: &&PathBuf| paths.iter().any(|other| other != *path && lies_in(path, other));
             if let Some(inner) = paths.iter().find(nested) {
                 let found = format!("expected folders outside of each other, found {} inside another", inner.display());
@@ -536,6 +521,23 @@ fn accept(
         }
     }
     Ok(())
+}
+
+/// The paths of a list, each once: CLAUDE_CONFIG_DIR can make one of two.
+fn paths(items: &[Option<String>], key: &Key, base: &Path, environment: &Environment) -> Result<Vec<PathBuf>, Refusal> {
+    let mut paths: Vec<PathBuf> = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        let located = path(item.as_deref(), base, environment).map_err(|refusal| match refusal {
+            Refusal::Other => {
+                Refusal::Because(format!("expected {}, found no path as entry {}", key.expected(), index + 1))
+            }
+            because => because,
+        })?;
+        if !paths.iter().any(|other| lies_in(&located, other) && lies_in(other, &located)) {
+            paths.push(located);
+        }
+    }
+    Ok(paths)
 }
 
 fn path(text: Option<&str>, base: &Path, environment: &Environment) -> Result<PathBuf, Refusal> {

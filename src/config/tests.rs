@@ -638,6 +638,10 @@ fn transcripts_may_lie_in_several_folders() {
     assert_eq!(paths("claude: {projects_path: [~/.claude/projects, /srv/work/projects, /srv/work/projects]}\n"), two);
     let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "[\"~/.claude/projects\", /srv/work/projects]");
     assert_eq!(desk.config().claude.projects_paths, two);
+    // Named again behind another, it is followed once, and shown once.
+    let desk = Desk::with("claude: {projects_path: [/srv/work/projects, ~/.claude/projects, /srv/work/projects]}\n");
+    let loaded = desk.load().unwrap();
+    assert_eq!(loaded.value("claude.projects_path").unwrap(), r#"["/srv/work/projects","/home/ada/.claude/projects"]"#);
     // However the same folder is spelt.
     assert_eq!(paths("claude: {projects_path: [/srv/work/../work/projects, /srv/work/projects]}\n").len(), 1);
     // In a variable a comma is part of the path.

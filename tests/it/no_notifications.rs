@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use serde_json::json;
-
-use crate::stage::{SOON, Stage, project, wait_until};
+use crate::stage::{Process, SOON, Stage, project, wait_until};
 
 /// A library over whose functions the program's file notifications never arrive.
 fn library(folder: &Path) -> PathBuf {
@@ -88,11 +86,7 @@ fn a_session_that_a_process_has_open_is_checked_however_long_it_was_quiet() {
         let file = fs::File::options().append(true).open(&transcript.path).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
     }
-    let mut process = Command::new("sleep").arg("600").spawn().unwrap();
-    let sessions = stage.folder().join("sessions");
-    fs::create_dir(&sessions).unwrap();
-    let named = json!({"pid": process.id(), "sessionId": open.session, "cwd": "/"});
-    fs::write(sessions.join(format!("{}.json", process.id())), named.to_string()).unwrap();
+    let _process = Process::open(&stage, "sessions", &open.session);
     let _watcher = stage.start();
     stage.wait_for_rows(4);
     closed.say("not checked");
@@ -103,8 +97,6 @@ fn a_session_that_a_process_has_open_is_checked_however_long_it_was_quiet() {
     stage.wait_for_rows(6);
     let texts = stage.database().texts();
     assert!(!texts.contains(&"not checked".to_owned()), "{texts:?}");
-    process.kill().unwrap();
-    process.wait().unwrap();
 }
 
 #[test]

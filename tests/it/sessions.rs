@@ -1,11 +1,10 @@
 //! Sessions begin once and end once each time they end: closed, by timeout, or unregistered.
 
 use std::fs;
-use std::process::{Child, Command};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, Transcript, Watcher, rounds, wait_for, wait_until};
+use crate::stage::{Process, SOON, Stage, Transcript, Watcher, rounds, wait_for, wait_until};
 
 /// The ends in the table: reason, time, payload.
 fn ends(stage: &Stage) -> Vec<(String, String, Value)> {
@@ -49,38 +48,6 @@ fn say_now(transcript: &mut Transcript, text: &str) {
     let now = jiff::Timestamp::now();
     let line = transcript.prompt(text).replace("2026-01-02T03:04:05.678Z", &format!("{now:.3}"));
     transcript.append(line + "\n");
-}
-
-/// A process that Claude Code's own folder says has the session open.
-struct Process {
-    child: Child,
-    file: std::path::PathBuf,
-}
-
-impl Process {
-    fn open(stage: &Stage, transcript: &Transcript) -> Process {
-        let child = Command::new("sleep").arg("600").spawn().unwrap();
-        let folder = stage.folder().join("sessions");
-        fs::create_dir_all(&folder).unwrap();
-        let file = folder.join(format!("{}.json", child.id()));
-        let text = format!(r#"{{"pid":{},"sessionId":"{}","cwd":"/"}}"#, child.id(), transcript.session);
-        fs::write(&file, text).unwrap();
-        Process { child, file }
-    }
-
-    /// As a crash does: the file stays.
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = fs::remove_file(&self.file);
-    }
 }
 
 #[test]
@@ -150,7 +117,8 @@ fn a_session_whose_process_is_gone_is_closed() {
     let mut second = stage.transcript("-home-me-app", 2);
     say_now(&mut first, "one");
     say_now(&mut second, "two");
-    let (crashed, left) = (Process::open(&stage, &first), Process::open(&stage, &second));
+    let (crashed, left) =
+        (Process::open(&stage, "sessions", &first.session), Process::open(&stage, "sessions", &second.session));
     let watcher = stage.start();
     stage.wait_for_rows(4);
     crashed.kill();
@@ -162,7 +130,7 @@ fn a_session_whose_process_is_gone_is_closed() {
     stage.run_until_idle();
     wait_for_ends(&stage, &["closed", "closed"]);
     // Opened again it ends again, once something was said.
-    let again = Process::open(&stage, &first);
+    let again = Process::open(&stage, "sessions", &first.session);
     say_now(&mut first, "three");
     let _watcher = stage.start();
     stage.wait_for_rows(7);
@@ -335,7 +303,7 @@ fn running_session() -> (Stage, Transcript, Process, Watcher) {
     let stage = with_timeout("5400");
     let mut transcript = stage.transcript("-home-me-app", 1);
     say_now(&mut transcript, "one");
-    let process = Process::open(&stage, &transcript);
+    let process = Process::open(&stage, "sessions", &transcript.session);
     let watcher = stage.start();
     stage.wait_for_rows(2);
     (stage, transcript, process, watcher)
@@ -401,7 +369,7 @@ fn a_session_is_closed_when_its_process_goes_on_without_its_file() {
     // Also from a run that ends when it is idle.
     let mut transcript = stage.transcript("-home-me-app", 2);
     say_now(&mut transcript, "two");
-    let process = Process::open(&stage, &transcript);
+    let process = Process::open(&stage, "sessions", &transcript.session);
     stage.wait_for_rows(5);
     wait_for_rescans(&watcher, 2);
     watcher.kill();
@@ -416,7 +384,7 @@ fn a_time_in_the_future_keeps_no_session_alive() {
     let mut first = stage.transcript("-home-me-app", 1);
     say_at(&mut first, "from the future", "9998-12-30T23:59:59");
     say_now(&mut first, "one");
-    let process = Process::open(&stage, &first);
+    let process = Process::open(&stage, "sessions", &first.session);
     let watcher = stage.start();
     stage.wait_for_rows(3);
     wait_for_rescans(&watcher, 2);
@@ -521,7 +489,7 @@ fn while_the_projects_folder_is_unmounted_sessions_end_by_hook_and_process() {
     let (mut first, mut second) = (stage.transcript("-home-me-app", 1), stage.transcript("-home-me-app", 2));
     say_now(&mut first, "one");
     say_now(&mut second, "two");
-    let process = Process::open(&stage, &first);
+    let process = Process::open(&stage, "sessions", &first.session);
     let watcher = stage.start();
     stage.wait_for_rows(4);
     wait_for_rescans(&watcher, 2);

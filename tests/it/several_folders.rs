@@ -2,11 +2,10 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, Transcript, Watcher, wait_until};
+use crate::stage::{Process, SOON, Stage, Transcript, Watcher, wait_until};
 
 /// A stage with a second projects folder, which does not exist yet.
 fn stage() -> Stage {
@@ -129,12 +128,7 @@ fn a_session_ends_with_its_process_in_whichever_folder_it_is() {
     let mut other = transcript_in_second(&stage, 2);
     other.say("b");
     // The first folder is of a version that keeps no such files.
-    let mut process = Command::new("sleep").arg("600").spawn().unwrap();
-    let sessions = stage.folder().join("second/sessions");
-    fs::create_dir(&sessions).unwrap();
-    let file = sessions.join(format!("{}.json", process.id()));
-    let text = json!({"pid": process.id(), "sessionId": other.session, "cwd": "/"});
-    fs::write(&file, text.to_string()).unwrap();
+    let process = Process::open(&stage, "second/sessions", &other.session);
     let watcher = stage.start();
     wait_for_texts(&stage, &["a", "b"]);
     let ends = "SELECT string_agg(payload->>'session_uuid' || ' ' || (payload->>'reason'), ',') FROM events
@@ -142,11 +136,9 @@ fn a_session_ends_with_its_process_in_whichever_folder_it_is() {
     // It has the session open no more, though it runs on.
     wait_until("a rescan", SOON, || watcher.health()["watcher"]["files"] == 2);
     std::thread::sleep(std::time::Duration::from_millis(500));
-    fs::remove_file(&file).unwrap();
+    fs::remove_file(&process.file).unwrap();
     let expected = format!("{} closed", other.session);
     wait_until("its session ends", SOON, || stage.database().query(ends)[0][0].as_ref() == Some(&expected));
-    process.kill().unwrap();
-    process.wait().unwrap();
 }
 
 #[test]
@@ -157,15 +149,8 @@ fn a_file_of_the_same_process_id_in_another_folder_ends_no_session() {
     let mut other = transcript_in_second(&stage, 2);
     other.say("b");
     // A container's process may have the same id, and a file of an earlier one may be left.
-    let mut process = Command::new("sleep").arg("600").spawn().unwrap();
-    let write = |folder: &str, session: &str| {
-        let sessions = stage.folder().join(folder);
-        fs::create_dir_all(&sessions).unwrap();
-        let file = sessions.join(format!("{}.json", process.id()));
-        fs::write(&file, json!({"pid": process.id(), "sessionId": session, "cwd": "/"}).to_string()).unwrap();
-    };
-    write("sessions", &first.session);
-    write("second/sessions", &other.session);
+    let process = Process::open(&stage, "sessions", &first.session);
+    process.note(&stage, "second/sessions", &other.session);
     let watcher = stage.start();
     wait_for_texts(&stage, &["a", "b"]);
     fs::rename(stage.folder().join("sessions"), stage.folder().join("sessions-away")).unwrap();
@@ -174,8 +159,7 @@ fn a_file_of_the_same_process_id_in_another_folder_ends_no_session() {
     std::thread::sleep(std::time::Duration::from_millis(500));
     let ends = "SELECT count(*) FROM events WHERE event_type = 'session_ended'";
     assert_eq!(stage.database().value(ends), "0", "{}", watcher.log());
-    process.kill().unwrap();
-    process.wait().unwrap();
+    process.kill();
     let ends = "SELECT string_agg(payload->>'reason', ',') FROM events WHERE event_type = 'session_ended'";
     wait_until("both end with it", SOON, || stage.database().value(ends) == "closed,closed");
 }

@@ -801,6 +801,46 @@ impl Transcript {
     }
 }
 
+/// A process that has a session open, as files in Claude Code's own folder say. Killed when dropped, and its file removed.
+pub struct Process {
+    child: Child,
+    pub file: PathBuf,
+}
+
+impl Process {
+    /// `folder` is where the file goes, named from the stage's own folder.
+    pub fn open(stage: &Stage, folder: &str, session: &str) -> Process {
+        let child = Command::new("sleep").arg("600").spawn().unwrap();
+        let mut process = Process { child, file: PathBuf::new() };
+        process.file = process.note(stage, folder, session);
+        process
+    }
+
+    /// Writes that it has `session` open; answers the file.
+    pub fn note(&self, stage: &Stage, folder: &str, session: &str) -> PathBuf {
+        let folder = stage.folder().join(folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = folder.join(format!("{}.json", self.child.id()));
+        std::fs::write(&file, json!({"pid": self.child.id(), "sessionId": session, "cwd": "/"}).to_string()).unwrap();
+        file
+    }
+
+    /// As a crash does: the file stays.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.file = PathBuf::new();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
 /// Appends numbered lines on a thread of its own until it is ended.
 pub struct Writer {
     end: Arc<AtomicBool>,

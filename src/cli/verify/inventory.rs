@@ -3,13 +3,13 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use headspace_watcher::event::{EventId, Timestamp};
-use headspace_watcher::intake::claude_code::{event_id_of_turn, session_registered_event_id};
-use headspace_watcher::intake::retention::Retention;
-use headspace_watcher::intake::schema::Candidate;
-use headspace_watcher::intake::transcripts::census::{Buffer, Census, Extent, Sighting};
-use headspace_watcher::sink::DeliverError;
-use headspace_watcher::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
+use crate::event::{EventId, Timestamp};
+use crate::intake::claude_code::{event_id_of_turn, session_registered_event_id};
+use crate::intake::retention::Retention;
+use crate::intake::schema::Candidate;
+use crate::intake::transcripts::census::{Buffer, Census, Extent, Sighting};
+use crate::sink::DeliverError;
+use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use uuid::Uuid;

@@ -24,10 +24,10 @@ mod waiting;
 
 use std::io;
 
-use headspace_watcher::event::Timestamp;
-use headspace_watcher::service::connect_settings;
-use headspace_watcher::sink::DeliverError;
-use headspace_watcher::sink::postgres::Auditor;
+use crate::event::Timestamp;
+use crate::service::connect_settings;
+use crate::sink::DeliverError;
+use crate::sink::postgres::Auditor;
 use jiff::SignedDuration;
 
 use self::inventory::Inventory;

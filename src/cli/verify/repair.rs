@@ -7,14 +7,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use headspace_watcher::intake::Intake;
-use headspace_watcher::intake::redact::Redactor;
-use headspace_watcher::intake::resend::{BYTES_MAX, EVENTS_MAX, Resent};
-use headspace_watcher::intake::schema::{Candidate, Schemas};
-use headspace_watcher::intake::transcripts::census::{Buffer, Sighting};
-use headspace_watcher::queue::{Queue, QueueConfig};
-use headspace_watcher::sink::postgres::{Auditor, Receipt, StaleReceipt};
-use headspace_watcher::telemetry::Metrics;
+use crate::intake::Intake;
+use crate::intake::redact::Redactor;
+use crate::intake::resend::{BYTES_MAX, EVENTS_MAX, Resent};
+use crate::intake::schema::{Candidate, Schemas};
+use crate::intake::transcripts::census::{Buffer, Sighting};
+use crate::queue::{Queue, QueueConfig};
+use crate::sink::postgres::{Auditor, Receipt, StaleReceipt};
+use crate::telemetry::Metrics;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode};
@@ -250,7 +250,7 @@ async fn post(socket: &Path, batch: &[Candidate]) -> Result<(), Failure> {
     }
 }
 
-fn unsent(error: headspace_watcher::sink::DeliverError) -> Failure {
+fn unsent(error: crate::sink::DeliverError) -> Failure {
     Failure::new(Exit::Unavailable, format!("could not send all again: {error}; repeat it when the database is back"))
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use headspace_watcher::event::Timestamp;
+use crate::event::Timestamp;
 use jiff::SignedDuration;
 use serde::Serialize;
 

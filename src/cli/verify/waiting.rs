@@ -8,11 +8,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use headspace_watcher::event::Cursor;
-use headspace_watcher::intake::lines;
-use headspace_watcher::intake::transcripts::census::Cursors;
-use headspace_watcher::listing::{self, CursorLine, Filter, Listing, ListingError};
-use headspace_watcher::queue::QueueError;
+use crate::event::Cursor;
+use crate::intake::lines;
+use crate::intake::transcripts::census::Cursors;
+use crate::listing::{self, CursorLine, Filter, Listing, ListingError};
+use crate::queue::QueueError;
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use uuid::Uuid;
