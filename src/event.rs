@@ -8,6 +8,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 pub use jiff::Timestamp;
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 /// Identity of an event: the same thing seen again has the same id.
@@ -305,4 +306,20 @@ pub struct SessionState {
     pub ended_through: Option<Timestamp>,
     /// The process that was last seen to have it open, while that had not been seen to be gone.
     pub process: Option<u32>,
+}
+
+/// An event on its way in: everything but the proof that it fits.
+pub struct Candidate {
+    pub id: EventId,
+    pub event_type: String,
+    pub timestamp: Timestamp,
+    pub payload: Map<String, Value>,
+    pub refs: ForeignKeys,
+    pub origin: Origin,
+}
+
+/// Input: an event that is not checked yet, or what never can be one.
+pub enum Record {
+    Event(Candidate),
+    Rejected(Rejection),
 }

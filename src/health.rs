@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::claude::retention::WARN_DAYS;
 use crate::event::Timestamp;
-use crate::intake::retention::WARN_DAYS;
 use crate::intake::spool::{Spool, UnreadSpool};
 use crate::queue::{Queue, QueueError, QueueStats};
-use crate::telemetry::{Database, DatabaseState, Metrics};
+use crate::telemetry::{Database, DatabaseState, Metrics, UnknownFormat};
 
 /// With the database up and something waiting, so much time without anything leaving the queue is a stall.
 pub const STALLED_AFTER: Duration = Duration::from_secs(30);
@@ -105,6 +105,9 @@ pub struct WatcherHealth {
     /// Transcripts that Claude Code is about to delete and that are not wholly stored.
     #[serde(default)]
     pub transcripts_expiring: u64,
+    /// What transcripts had since the start that this version does not know.
+    #[serde(default)]
+    pub unknown_formats: Vec<UnknownFormat>,
     pub last_rescan: Option<String>,
 }
 
@@ -198,6 +201,7 @@ impl HealthSource {
                 lines: self.metrics.lines_read.get(),
                 bad_lines: self.metrics.bad_lines.get(),
                 transcripts_expiring: self.metrics.transcripts_expiring.get(),
+                unknown_formats: self.metrics.unknown_formats.list(),
                 last_rescan: self.metrics.last_rescan().map(|at| at.to_string()),
             },
             spool: SpoolHealth {

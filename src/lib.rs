@@ -4,7 +4,7 @@
 //!  ~/.claude/projects/**/*.jsonl
 //!         │ notified, checked, rescanned
 //!         ▼
-//!  intake/transcripts ─► claude_code ─► Intake ◄── schemas/*.json
+//!  intake/transcripts ─► claude ─► Intake      ◄── schemas/*.json
 //!                                         │ events + rejections + cursor: one commit, one real fsync
 //!                                         ▼
 //!                                       queue     pending · dead letters · cursors
@@ -35,11 +35,12 @@
 //!
 //! # Layers
 //!
-//! `main → cli → service → http → intake | sink → queue → event`; [`config`], [`telemetry`], [`private_folder`] and [`regular_file`] are
-//! leaves, open to all.
+//! `main → cli → service → http → intake | sink → claude | queue → event`; [`config`], [`telemetry`], [`json`],
+//! [`private_folder`] and [`regular_file`] are leaves, open to all.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
 
+pub mod claude;
 pub mod cli;
 pub mod config;
 pub mod event;
@@ -47,6 +48,7 @@ pub mod health;
 pub mod history;
 pub mod http;
 pub mod intake;
+pub mod json;
 pub mod listing;
 pub mod private_folder;
 pub mod queue;

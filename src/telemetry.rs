@@ -4,10 +4,12 @@
 //! INFO start, stop, changes of state, summaries; DEBUG single writes. Neither payload text nor passwords are logged.
 
 mod activity;
+mod formats;
 mod logs;
 mod metrics;
 
 pub use activity::{Activity, BatchActivity, Noted, SessionActivity};
+pub use formats::{UnknownFormat, UnknownFormats};
 pub use logs::{LogFormat, report_held_back, start_logging};
 pub use metrics::{
     Beat, Counter, CounterFamily, Database, DatabaseState, Gauge, Histogram, HistogramSnapshot, Metrics, OTHER,

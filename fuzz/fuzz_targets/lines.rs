@@ -10,10 +10,11 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use headspace_watcher::event::{Cursor, EventId, Origin, Rejection, Timestamp};
-use headspace_watcher::intake::claude_code::{Segment, TranscriptKind, classify, salvage};
-use headspace_watcher::intake::lines::{self, Found, LineReport, START, Source};
-use headspace_watcher::intake::schema::{Candidate, Schemas};
+use headspace_watcher::claude::line::{TranscriptKind, classify};
+use headspace_watcher::claude::repair::{Segment, salvage};
+use headspace_watcher::claude::transcript::{self, Found, LineReport, START, Source};
+use headspace_watcher::event::{Candidate, Cursor, EventId, Origin, Rejection, Timestamp};
+use headspace_watcher::intake::schema::Schemas;
 use libfuzzer_sys::fuzz_target;
 use serde::de::IgnoredAny;
 use serde_json::Value;

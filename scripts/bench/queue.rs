@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use headspace_watcher::event::{EventId, ForeignKeys, Origin, Timestamp};
-use headspace_watcher::intake::schema::{Candidate, Schemas};
+use headspace_watcher::event::{Candidate, EventId, ForeignKeys, Origin, Timestamp};
+use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::queue::{Batch, Queue, QueueConfig, Ticket};
 
 use crate::rows::{Aim, median, milliseconds, short};

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::claude::retention::WARN_DAYS;
+use crate::claude::settings;
 use crate::config::{Config, HttpConfig};
+use crate::health::Health;
 use crate::http::token;
 use crate::intake::redact::Redactor;
-use crate::intake::retention::{Retention, WARN_DAYS, settings_beside};
+use crate::intake::retention::{Retention, settings_beside};
 use crate::intake::schema::Schemas;
-use crate::intake::settings;
 use crate::intake::transcripts::do_notifications_arrive;
 use crate::intake::transcripts::polling::CHECK_INTERVAL;
 use crate::private_folder::{self, FolderError, Privacy};
@@ -19,6 +21,7 @@ use crate::service::socket::{self, SocketState};
 use crate::sink::Verdict;
 use crate::sink::postgres::{Inspection, PostgresSink};
 
+use super::client;
 use super::hooks::own_command;
 use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};
 
@@ -54,6 +57,7 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
         ("queue", file_system(&config.queue.path)),
         ("disk", disk(&config.queue.path, config.queue.max_pending_bytes)),
         ("spool", folder(&config.queue.spool_path, "queue.spool_path")),
+        ("format", format(config)),
         ("socket", socket(&config.http.socket)?),
         ("token", token(&config.http)),
     ]);
@@ -124,6 +128,27 @@ fn redact(config: &Config) -> Finding {
 /// Whether a regular expression looks for a Unicode word boundary. Takes `\\b`, a backslash and a letter, for one too.
 fn has_unicode_boundary(pattern: &str) -> bool {
     [r"\b", r"\B"].iter().any(|boundary| pattern.replace(&format!("(?-u:{boundary})"), "").contains(boundary))
+}
+
+/// What the running watcher has read and does not know.
+fn format(config: &Config) -> Finding {
+    let asking = async { client::body(client::get(&config.http.socket, "/health").await?).await };
+    let answer = block_on(asking).ok().and_then(Result::ok);
+    let Some(health) = answer.and_then(|body| serde_json::from_slice::<Health>(&body).ok()) else {
+        return Finding::Fine("what is new in transcripts is named here while a watcher runs".to_owned());
+    };
+    let unknown = health.watcher.unknown_formats;
+    if unknown.is_empty() {
+        return Finding::Fine(format!("{} lines read, nothing unknown in them", health.watcher.lines));
+    }
+    let named = unknown.iter().map(|one| {
+        let version = if one.version.is_empty() { String::new() } else { format!(" (version {:?})", one.version) };
+        format!("{} {:?} in {} lines{version}", one.field, one.value, one.lines)
+    });
+    Finding::Note(format!(
+        "not known to this version, and judged by what is: {}; see whether there is a newer version of headspace-watcher",
+        named.collect::<Vec<_>>().join(", ")
+    ))
 }
 
 fn transcripts(folder: &Path) -> Finding {

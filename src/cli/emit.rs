@@ -10,11 +10,12 @@ use std::io::{Read, Write as _};
 use std::sync::Arc;
 
 use crate::event::Origin;
+use crate::intake::Checker;
 use crate::intake::redact::Redactor;
 use crate::intake::request::{AcceptedRequest, Destination, EventRequest, Layout, RequestError};
 use crate::intake::schema::Schemas;
 use crate::intake::spool::Spool;
-use crate::intake::{Checker, without_byte_order_mark};
+use crate::json::without_byte_order_mark;
 use crate::private_folder::{self, FolderError};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};

@@ -22,13 +22,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::claude::hook::{self, Arrival};
+use crate::claude::settings;
 use crate::config::{Config, Environment, HookCapture};
-use crate::event::{EventId, Timestamp};
-use crate::intake::hook::{self, Arrival};
+use crate::event::{EventId, Record, Timestamp};
 use crate::intake::redact::Redactor;
-use crate::intake::settings;
-use crate::intake::spool::{self, Record, Spool};
-use crate::intake::{Scan, without_byte_order_mark};
+use crate::intake::spool::{self, Spool};
+use crate::json::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
 
 use super::client;

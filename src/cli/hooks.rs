@@ -13,8 +13,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::claude::settings::{self, Found, Group, SettingsError};
 use crate::event::Timestamp;
-use crate::intake::settings::{self, Found, Group, SettingsError};
 use crate::regular_file;
 use serde_json::json;
 

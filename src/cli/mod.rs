@@ -6,6 +6,7 @@ mod completions;
 mod config;
 mod dead_letters;
 mod emit;
+mod explain;
 mod hook;
 mod hooks;
 mod migrate;
@@ -130,6 +131,11 @@ enum Command {
         after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked."
     )]
     Verify(VerifyArguments),
+    /// Say of each line of a transcript whether it is a turn and whose, or why not
+    #[command(
+        after_help = "Examples:\n  headspace-watcher explain ~/.claude/projects/-home-me-app/SESSION.jsonl\n  headspace-watcher explain SESSION.jsonl:17 --text\n\nExit code 65: there is no such file or line."
+    )]
+    Explain(ExplainArguments),
     /// Create or bring up to date what is needed in Postgres
     #[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
     Migrate(MigrateArguments),
@@ -370,6 +376,19 @@ struct VerifyArguments {
 }
 
 #[derive(Args)]
+struct ExplainArguments {
+    /// The transcript, and the number of a line in it [default: all lines]
+    #[arg(value_name = "FILE[:LINE]")]
+    place: PathBuf,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Show what was said
+    #[arg(long)]
+    text: bool,
+}
+
+#[derive(Args)]
 struct MigrateArguments {
     /// Print the SQL instead of running it
     #[arg(long)]
@@ -529,6 +548,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Check(arguments) => check::check(&context, &arguments),
         Command::Config { command } => config::config(&context, &command),
         Command::Verify(arguments) => verify::verify(&context, &arguments),
+        Command::Explain(arguments) => explain::explain(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
         Command::Service(arguments) => service::service(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),

@@ -14,9 +14,9 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use super::dead_letters::unavailable;
 use super::events::{BodyRoom, Incoming, busy};
 use super::{Api, Pace, error};
+use crate::claude::hook::{self, Arrival};
 use crate::event::{EventId, Timestamp};
 use crate::intake::Intake;
-use crate::intake::hook::{self, Arrival};
 use crate::intake::request::{IdempotencyKey, RequestError};
 use crate::intake::spool::Frame;
 

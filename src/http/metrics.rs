@@ -30,6 +30,13 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     page.family("events_dead_lettered_total", "Events and input set aside.", "reason", &metrics.events_dead_lettered);
     page.family("write_failures_total", "Deliveries that failed, by what follows.", "class", &metrics.write_failures);
     page.family("rescans_total", "Looks at all transcripts, by their cause.", "cause", &metrics.rescans);
+    page.family("lines_skipped_total", "Lines of the user's side that are no turns.", "reason", &metrics.lines_skipped);
+    page.family(
+        "format_unknown_total",
+        "Lines with a value that this version does not know.",
+        "field",
+        &metrics.format_unknown,
+    );
     page.family(
         "unknown_line_types_total",
         "Lines of types that this version does not know.",

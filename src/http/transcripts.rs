@@ -12,9 +12,9 @@ use serde_json::json;
 use super::dead_letters::unavailable;
 use super::events::{BodyRoom, Incoming, busy};
 use super::{Api, MayBeCommand, Pace, answer, error};
-use crate::intake::check_size;
 use crate::intake::resend::{EVENTS_MAX, Resent};
 use crate::intake::sessions;
+use crate::json::check_size;
 use crate::listing::CursorLine;
 
 /// Room for what a request holds besides its largest event; JSON escapes can take six bytes for one.

@@ -1,24 +1,17 @@
 //! Where events come in: everything that is seen is checked here and handed to the queue.
 //!
-//! [`transcripts`] follows the files of Claude Code, [`lines`] makes events of their lines with [`claude_code`], which
-//! knows what a line means, and [`sessions`], which knows when one has ended; [`hook`] says what Claude Code's hooks mean,
-//! which come by the [`spool`]; [`request`] takes what other programs hand in. [`redact`] strikes out secrets before
-//! anything is written, and [`schema`] decides what is an event. [`Intake`] is the one door into the queue: what passes
-//! the check goes in as an event, what does not is kept among the dead letters with the field at fault, logged and
-//! counted. [`settings`] has Claude Code call us.
+//! [`transcripts`] follows the files of Claude Code, and [`claude`](crate::claude) makes events of their lines and of what
+//! its hooks leave in the [`spool`]; [`sessions`] knows what the system tells of sessions; [`request`] takes what other
+//! programs hand in. [`redact`] strikes out secrets before anything is written, and [`schema`] decides what is an event.
+//! [`Intake`] is the one door into the queue: what passes the check goes in as an event, what does not is kept among the
+//! dead letters with the field at fault, logged and counted.
 
-pub mod claude_code;
-pub mod hook;
-mod json;
-pub mod lines;
 pub mod redact;
 pub mod request;
 pub mod resend;
 pub mod retention;
-mod salvage;
 pub mod schema;
 pub mod sessions;
-pub mod settings;
 pub mod spool;
 pub mod spool_reader;
 pub mod transcripts;
@@ -32,12 +25,12 @@ use std::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
-pub use self::json::{Scan, ValuesMemory, check_size, without_byte_order_mark};
 use self::redact::Redactor;
 use self::request::IdempotencyKeys;
-use self::schema::{Candidate, Invalid, Refused, Schemas};
-use self::spool::Record;
-use crate::event::{Event, EventType, Failure, FailureKind, Origin, Rejection, Timestamp};
+use self::schema::{Invalid, Refused, Schemas};
+use crate::claude::hook;
+use crate::event::{Candidate, Event, EventType, Failure, FailureKind, Origin, Record, Rejection, Timestamp};
+use crate::json::ValuesMemory;
 use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
 use crate::telemetry::{BatchActivity, Metrics};
 

@@ -14,8 +14,8 @@ use regex::{Regex, RegexSet};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::spool::Record;
 use crate::config::RedactConfig;
+use crate::event::Record;
 
 /// What stands where a secret stood.
 const REPLACEMENT: &str = "[redacted]";

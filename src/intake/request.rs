@@ -28,11 +28,11 @@ use thiserror::Error;
 use uuid::Uuid;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::json;
-use super::schema::{Candidate, Invalid, Refused};
+use super::schema::{Invalid, Refused};
 use super::spool::{Draft, Frames, Kind, ReadError, Spool};
 use super::{Checker, Intake};
-use crate::event::{Event, EventId, EventType, ForeignKeys, Origin, Timestamp};
+use crate::event::{Candidate, Event, EventId, EventType, ForeignKeys, Origin, Timestamp};
+use crate::json;
 use crate::queue::{Batch, QueueError};
 
 /// Payload bytes up to which a request is one batch.

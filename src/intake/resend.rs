@@ -10,8 +10,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::Intake;
-use super::schema::Candidate;
-use crate::event::{EventId, ForeignKeys, Origin, Timestamp};
+use crate::event::{Candidate, EventId, ForeignKeys, Origin, Timestamp};
 use crate::queue::{Batch, QueueError};
 
 /// Events in one request, at most.

@@ -1,21 +1,13 @@
-//! How long Claude Code keeps transcripts: it deletes those that were not changed for `cleanupPeriodDays`.
+//! From when on transcripts are about to be deleted by Claude Code.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use jiff::SignedDuration;
-use serde_json::Value;
-
-use super::settings::FILE_BYTES_MAX;
-use super::without_byte_order_mark;
+use crate::claude::retention::{self, CLEANUP_PERIOD_DAYS, WARN_DAYS};
+use crate::claude::settings::FILE_BYTES_MAX;
 use crate::event::Timestamp;
 use crate::regular_file;
-
-/// Claude Code's own default.
-const CLEANUP_PERIOD_DAYS: u64 = 30;
-
-/// Days before its end from which on a transcript is about to be deleted.
-pub const WARN_DAYS: u64 = 3;
+use jiff::SignedDuration;
 
 /// How often the settings are read.
 const READ_INTERVAL: Duration = Duration::from_secs(60);
@@ -64,8 +56,7 @@ pub fn settings_beside(projects: &Path) -> PathBuf {
 /// What the settings say; the default where they can't be read.
 fn cleanup_period_days(settings: &Path) -> u64 {
     let settings = regular_file::read(settings, FILE_BYTES_MAX).ok();
-    let settings = settings.and_then(|bytes| serde_json::from_slice::<Value>(without_byte_order_mark(&bytes)).ok());
-    settings.and_then(|settings| settings.get("cleanupPeriodDays")?.as_u64()).unwrap_or(CLEANUP_PERIOD_DAYS)
+    settings.and_then(|bytes| retention::cleanup_period_days(&bytes)).unwrap_or(CLEANUP_PERIOD_DAYS)
 }
 
 #[cfg(test)]

@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use jsonschema::error::ValidationErrorKind;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use thiserror::Error;
 
-use super::without_byte_order_mark;
-use crate::event::{Event, EventId, EventParts, EventType, ForeignKeys, Origin, Payload, Timestamp};
+use crate::event::{Candidate, Event, EventParts, EventType, Payload};
+use crate::json::without_byte_order_mark;
 use crate::regular_file;
 
 /// The schemas that come with the program.
@@ -26,16 +26,6 @@ const TYPE_NAME_BYTES_MAX: usize = 50;
 
 /// A larger file is no schema.
 const FILE_BYTES_MAX: u64 = 16 << 20;
-
-/// An event on its way in: everything but the proof that it fits.
-pub struct Candidate {
-    pub id: EventId,
-    pub event_type: String,
-    pub timestamp: Timestamp,
-    pub payload: Map<String, Value>,
-    pub refs: ForeignKeys,
-    pub origin: Origin,
-}
 
 /// Why a candidate is no event. Names fields and rules, never values.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -262,6 +252,7 @@ fn dotted(pointer: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{EventId, ForeignKeys, Origin, Timestamp};
     use serde_json::json;
 
     fn schemas() -> Schemas {

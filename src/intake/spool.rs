@@ -46,9 +46,10 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::json;
-use super::schema::Candidate;
-use crate::event::{Event, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+use crate::event::{
+    Candidate, Event, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Record, Rejection, Timestamp,
+};
+use crate::json;
 use crate::private_folder::{self, Ensured};
 
 const MAGIC: &[u8; 8] = b"HWSPOOL\x01";
@@ -61,12 +62,6 @@ const DRAFT_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Kept of a file that can't be read.
 pub const DAMAGED_BYTES_KEPT_MAX: usize = 64 << 10;
-
-/// What is left in the spool: an event that is not checked yet, or input that never can be one.
-pub enum Record {
-    Event(Candidate),
-    Rejected(Rejection),
-}
 
 /// Who left a file, told by the end of its name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

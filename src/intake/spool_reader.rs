@@ -516,9 +516,9 @@ fn damaged(path: &Path, problem: &str) -> Rejection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::claude::hook;
     use crate::config::HookCapture;
     use crate::event::{EventId, Timestamp};
-    use crate::intake::hook;
     use crate::intake::redact::Redactor;
     use crate::intake::schema::Schemas;
     use crate::queue::{Queue, QueueConfig};
@@ -536,7 +536,7 @@ mod tests {
         spool.leave(&record(session, "")).unwrap();
     }
 
-    fn record(session: &str, message: &str) -> crate::intake::spool::Record {
+    fn record(session: &str, message: &str) -> crate::event::Record {
         let arrival = hook::Arrival {
             id: EventId::new(),
             received_at: Timestamp::now(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::{Activity, lock};
+use super::{Activity, UnknownFormats, lock};
 
 /// A number that only grows.
 #[derive(Default, Debug)]
@@ -262,6 +262,12 @@ pub struct Metrics {
     pub sessions_known: Gauge,
     /// Transcripts that Claude Code is about to delete and that are not wholly stored.
     pub transcripts_expiring: Gauge,
+    /// Lines of the user's side that are no turns, by reason.
+    pub lines_skipped: CounterFamily,
+    /// Values that the format had not when this was written, by field.
+    pub format_unknown: CounterFamily,
+    /// The same with their values.
+    pub unknown_formats: UnknownFormats,
     /// By name of the line's type.
     pub unknown_line_types: CounterFamily,
     /// By [`RescanCause`].

@@ -151,6 +151,53 @@ fn a_copy_and_its_original_that_wait_for_postgres_together_come_out_right() {
 }
 
 #[test]
+fn of_files_that_are_read_for_the_first_time_what_was_said_is_the_originals_by_whatever_tells_the_copy() {
+    /// What each file has before the words of both, and behind them.
+    type Marks = (&'static str, &'static str);
+    let background = r#"{"type":"system","uuid":"s","timestamp":"2026-01-02T11:00:00.000Z","sessionKind":"bg"}"#;
+    let pointer = r#"{"type":"continued-in","continuedInSessionId":"00000001-0000-4000-8000-000000000001"}"#;
+    let opened = |second: u32| {
+        let line = format!(r#"{{"type":"queue-operation","timestamp":"2026-01-02T10:00:0{second}.000Z"}}"#);
+        &*line.leak()
+    };
+    let cases: [(Marks, Marks); 4] = [
+        (("", pointer), ("", "")),
+        (("", ""), ("", background)),
+        // A line that the background has written in the original, too, which then went on elsewhere.
+        (("", &*format!("{background}\n{pointer}").leak()), ("", background)),
+        ((opened(1), ""), (opened(2), "")),
+    ];
+    for (original_has, copy_has) in cases {
+        let stage = Stage::new();
+        // The copy's name comes first.
+        let (mut original, mut copy) = (stage.transcript("-home-me-app", 2), stage.transcript("-home-me-app", 1));
+        let mut shared = stage.transcript("-elsewhere", 2);
+        say_at(&mut shared, "one", 2, "10:00:03");
+        say_at(&mut shared, "two", 2, "10:00:04");
+        let words = std::fs::read_to_string(&shared.path).unwrap();
+        std::fs::remove_dir_all(shared.path.parent().unwrap()).unwrap();
+        let append = |transcript: &mut Transcript, line: &str| {
+            if !line.is_empty() {
+                transcript.append(format!("{line}\n"));
+            }
+        };
+        append(&mut copy, copy_has.0);
+        copy.append(words.replace(&shared.session, &copy.session));
+        append(&mut copy, copy_has.1);
+        say_at(&mut copy, "three", 2, "11:00:01");
+        append(&mut original, original_has.0);
+        original.append(words.replace(&shared.session, &original.session));
+        append(&mut original, original_has.1);
+        stage.run_until_idle();
+        let expected = [(&original, "one"), (&original, "two"), (&copy, "three")];
+        let mut expected = expected.map(|(file, text)| (file.session.clone(), text.to_owned()));
+        expected.sort();
+        assert_eq!(pairs(&stage), expected, "{original_has:?} {copy_has:?}");
+        assert_eq!(stage.run(&["verify"]).code(), 0);
+    }
+}
+
+#[test]
 fn a_copy_that_is_written_while_it_is_read_and_read_on_after_a_restart_is_known_as_one() {
     let stage = Stage::new();
     let mut original = stage.transcript("-home-me-app", 2);

@@ -222,7 +222,9 @@ fn every_command_line_of_a_document_or_of_a_help_is_one_that_the_program_takes()
 #[test]
 fn the_commands_of_the_documents_do_what_they_say() {
     let stage = Stage::new();
-    stage.transcript("-home-me-app", 1).say("hello");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("hello");
+    std::fs::copy(&transcript.path, stage.folder().join("TRANSCRIPT.jsonl")).unwrap();
     let watcher = stage.start();
     stage.wait_for_rows(2);
     let folder = stage.folder().join("bin");

@@ -7,8 +7,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use headspace_watcher::config::{Config, Environment, TableName};
-use headspace_watcher::event::{Envelope, Event, EventId, ForeignKeys, Origin, Sequence, Timestamp};
-use headspace_watcher::intake::schema::{Candidate, Schemas};
+use headspace_watcher::event::{Candidate, Envelope, Event, EventId, ForeignKeys, Origin, Sequence, Timestamp};
+use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::queue::{Batch, Queue, QueueConfig};
 use headspace_watcher::sink::drain::DrainConfig;
 use headspace_watcher::sink::postgres::{ConnectSettings, PostgresSink};

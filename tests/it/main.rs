@@ -22,6 +22,7 @@ mod delivery;
 mod dev_postgres;
 mod docs;
 mod emit;
+mod explain;
 mod fairness;
 mod full_disk;
 mod health;

@@ -176,3 +176,49 @@ fn lines_made_of_tiny_blocks_take_bounded_memory() {
         assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
     }
 }
+
+/// Content of some 60 MB each, for what looks into it: marks of pastes, tags, results of tools, bytes that are no text.
+fn hostile_contents() -> Vec<(&'static str, Vec<u8>)> {
+    const BYTES: usize = 60_000_000;
+    let words = "words and ".repeat(BYTES / 10);
+    let mut contents = vec![
+        ("no text", [&b"\""[..], &vec![0xff; BYTES][..], &b"\""[..]].concat()),
+        ("a paste", format!(r#""<pasted_content id=\"1\">x</pasted_content id=\"1\">{words}""#).into_bytes()),
+    ];
+    if is_long() {
+        let tags: String = (0..2_000_000).map(|id| format!(r#"</pasted_content id=\"{id:07}\">"#)).collect();
+        let results = vec![r#"{"text":"\n"}"#; BYTES / 14].join(",");
+        let sentence =
+            "The user doesn't want to proceed with this tool use. To tell you how to proceed, the user said:";
+        let result = |content: &str| format!(r#"[{{"type":"tool_result","is_error":true,"content":{content}}}]"#);
+        let more = [
+            ("tags of pastes", format!("\"{tags}\"")),
+            ("a result of small texts", result(&format!("[{results}]"))),
+            ("a reason", result(&format!("\"{sentence} \\n{words}\""))),
+            ("a long tag", format!("\"<{}-event>x\"", "a".repeat(BYTES))),
+            ("behind an interrupt", format!(r#""[Request interrupted by user]\n{words}""#)),
+            ("a shell line", format!(r#""<bash-input>\n{words}</bash-input>""#)),
+            ("behind a reminder", format!(r#""<system-reminder>\n</system-reminder>{words}""#)),
+        ];
+        contents.extend(more.map(|(what, content)| (what, content.into_bytes())));
+    }
+    contents
+}
+
+#[test]
+fn lines_of_hostile_words_take_bounded_memory() {
+    for (number, (what, content)) in (1..).zip(hostile_contents()) {
+        let stage = Stage::with(None);
+        let watcher = stage.start();
+        let taken = on_top(&watcher, || {
+            let transcript = stage.transcript("app", number);
+            let line = transcript.prompt("x");
+            let (before, after) = line.split_once("\"x\"").unwrap();
+            std::fs::create_dir_all(transcript.path.parent().unwrap()).unwrap();
+            std::fs::write(&transcript.path, [before.as_bytes(), &content, after.as_bytes(), b"\n"].concat()).unwrap();
+            wait_until("it is read", SOON * 20, || watcher.health()["watcher"]["lines"] == 1);
+        });
+        eprintln!("{what}: {taken} kB");
+        assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
+    }
+}

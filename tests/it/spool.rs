@@ -36,7 +36,8 @@ fn what_is_no_regular_file_in_the_spool_is_ignored_and_holds_nothing_up() {
     assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
     wait_until("the next one is too", SOON, || pending(&watcher) == 2);
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
-    assert_eq!(names(&spool), ["0.hook", "1.hook", "2.hook", "3.events"]);
+    // A file goes after its event is in the queue.
+    wait_until("its file is gone", SOON, || names(&spool) == ["0.hook", "1.hook", "2.hook", "3.events"]);
     let log = watcher.log();
     assert!(watcher.stop().0.success());
     assert!(!log.contains("did not end in time"), "{log}");

@@ -3,11 +3,10 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use crate::event::{EventId, Timestamp};
-use crate::intake::claude_code::{event_id_of_turn, session_registered_event_id};
+use crate::claude::line::{event_id_of_turn, session_registered_event_id};
+use crate::event::{Candidate, EventId, Timestamp};
 use crate::intake::retention::Retention;
-use crate::intake::schema::Candidate;
-use crate::intake::transcripts::census::{Buffer, Census, Extent, Sighting};
+use crate::intake::transcripts::census::{Buffer, Census, Extent, NoTurns, Sighting};
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -29,6 +28,7 @@ pub struct Inventory {
     pub unreadable: Vec<(PathBuf, String)>,
     /// Projects folders that do not exist.
     pub missing_folders: Vec<PathBuf>,
+    pub no_turns: NoTurns,
     /// Sorted by identity, then in the order of reading.
     pub occurrences: Vec<Occurrence>,
     /// Postgres has told of all of them.
@@ -139,6 +139,7 @@ impl Inventory {
             sub_agents: found.sub_agents,
             unreadable: found.unreadable,
             missing_folders: found.missing_folders,
+            no_turns: NoTurns::new(),
             occurrences: Vec::new(),
             is_asked: false,
             retention,
@@ -147,7 +148,8 @@ impl Inventory {
         for (file, path) in (0..).zip(found.main) {
             let name = path.to_string_lossy().into_owned();
             let occurrences = &mut inventory.occurrences;
-            let read = inventory.census.read(&path, cursors.get(&name), &mut buffer, |sighting| {
+            let no_turns = &mut inventory.no_turns;
+            let read = inventory.census.read(&path, cursors.get(&name), &mut buffer, no_turns, |sighting| {
                 if is_wanted(&sighting, since) {
                     occurrences.push(Occurrence::of(&sighting, file));
                 }

@@ -7,11 +7,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::event::Candidate;
 use crate::intake::Intake;
 use crate::intake::redact::Redactor;
 use crate::intake::resend::{BYTES_MAX, EVENTS_MAX, Resent};
-use crate::intake::schema::{Candidate, Schemas};
-use crate::intake::transcripts::census::{Buffer, Sighting};
+use crate::intake::schema::Schemas;
+use crate::intake::transcripts::census::{Buffer, NoTurns, Sighting};
 use crate::queue::{Queue, QueueConfig};
 use crate::sink::postgres::{Auditor, Receipt, StaleReceipt};
 use crate::telemetry::Metrics;
@@ -116,7 +117,7 @@ fn read(inventory: &Inventory, files: &[u32], found: mpsc::Sender<(u32, Found)>)
     tokio::task::spawn_blocking(move || {
         let mut buffer = Buffer::default();
         for (file, path) in paths {
-            let read = census.read(&path, None, &mut buffer, |sighting| {
+            let read = census.read(&path, None, &mut buffer, &mut NoTurns::new(), |sighting| {
                 if missing.binary_search(&sighting.candidate.id.0).is_ok() {
                     // Who does not listen any more has ended.
                     let _ = found.blocking_send((file, Found::Sighting(Box::new(sighting))));

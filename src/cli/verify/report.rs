@@ -146,6 +146,7 @@ impl Report {
             ("unreadable", unreadable.collect()),
             ("missing_folders", inventory.missing_folders.iter().map(|path| path.to_string_lossy()).collect()),
             ("expiring", serde_json::to_value(&self.expiring)?),
+            ("user_lines_no_turns", serde_json::to_value(&inventory.no_turns)?),
             ("incomplete", serde_json::to_value(incomplete(inventory).collect::<Vec<_>>())?),
             ("conflicting", serde_json::to_value(conflicting(inventory).collect::<Vec<_>>())?),
             ("error", failure.map(|failure| failure.message.as_str()).into()),
@@ -203,6 +204,14 @@ impl Report {
         row("missing", asked(turns.missing), asked(sessions.missing))?;
         let read = inventory.transcripts.iter().filter(|transcript| transcript.extent.is_some()).count();
         writeln!(out, "\n{read} transcripts read, {} of sub-agents passed over", inventory.sub_agents)?;
+        let no_turns: u64 = inventory.no_turns.values().sum();
+        if no_turns > 0 {
+            writeln!(out, "{no_turns} lines of the user's side are no turns (\"explain FILE\" says so of each):")?;
+            let mut reasons: Vec<_> = inventory.no_turns.iter().collect();
+            reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+            let reasons = reasons.iter().map(|(reason, count)| format!("{count} {reason}"));
+            writeln!(out, "  {}", reasons.collect::<Vec<_>>().join(", "))?;
+        }
         let without_receipt = turns.without_receipt + sessions.without_receipt;
         if without_receipt > 0 {
             writeln!(out, "{without_receipt} rows are there without a receipt")?;

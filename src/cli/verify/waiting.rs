@@ -8,8 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::claude::transcript;
 use crate::event::Cursor;
-use crate::intake::lines;
 use crate::intake::transcripts::census::Cursors;
 use crate::listing::{self, CursorLine, Filter, Listing, ListingError};
 use crate::queue::QueueError;
@@ -63,7 +63,7 @@ pub async fn cursors(context: &Context) -> Result<Cursors, Failure> {
     read(context, Part::Cursors, |line| {
         if let Ok(line) = serde_json::from_slice::<CursorLine<'_>>(line) {
             let fingerprint = u64::from_str_radix(&line.fingerprint, 16).unwrap_or_default();
-            cursors.insert(line.path.into_owned(), Cursor { offset: line.offset, fingerprint, ..lines::START });
+            cursors.insert(line.path.into_owned(), Cursor { offset: line.offset, fingerprint, ..transcript::START });
         }
     })
     .await?;

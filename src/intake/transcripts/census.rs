@@ -1,19 +1,20 @@
 //! Counts what stands on disk, for `verify`: reads every transcript from its first byte by the very rules of the
 //! follower, and says of each turn and registration whether the follower's cursor is past it. Changes nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::super::claude_code::TranscriptKind;
-use super::super::lines::{self, Found, LastLine, Source};
-use super::super::schema::Candidate;
+use super::super::sessions;
 use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
-use super::{DEPTH_MAX, head_order};
-use crate::event::{Cursor, Origin, Timestamp};
+use super::{DEPTH_MAX, look_at};
+use crate::claude::copies;
+use crate::claude::line::TranscriptKind;
+use crate::claude::transcript::{self, Found, LastLine, Source};
+use crate::event::{Candidate, Cursor, Origin, Timestamp};
 
 /// How transcripts are found and read: as the follower does.
 #[derive(Clone, Debug)]
@@ -59,6 +60,9 @@ pub struct Extent {
     pub incomplete_at: Option<u64>,
 }
 
+/// How many lines of the user's side are no turns, by the reason.
+pub type NoTurns = BTreeMap<&'static str, u64>;
+
 /// Room for one look at a file; to be used again for the next.
 #[derive(Default)]
 pub struct Buffer(Vec<u8>);
@@ -78,7 +82,7 @@ impl Census {
                     Some(TranscriptKind::SubAgent) => found.sub_agents += 1,
                     Some(kind) => {
                         found.bytes += entry.metadata().map_or(0, |metadata| metadata.len());
-                        main.push((head_order(entry.path(), &kind), entry.into_path()));
+                        main.push((look_at(entry.path(), Some(kind)), entry.into_path()));
                     }
                     None => {}
                 },
@@ -97,8 +101,10 @@ impl Census {
                 }
             }
         }
-        main.sort();
-        found.main = main.into_iter().map(|(_, path)| path).collect();
+        let (looks, paths): (Vec<_>, Vec<_>) = main.into_iter().unzip();
+        let mut ordered: Vec<_> = copies::reading_order(&looks).into_iter().zip(paths).collect();
+        ordered.sort();
+        found.main = ordered.into_iter().map(|(_, path)| path).collect();
         found
     }
 
@@ -113,6 +119,7 @@ impl Census {
         path: &Path,
         cursor: Option<&Cursor>,
         buffer: &mut Buffer,
+        no_turns: &mut NoTurns,
         mut sighted: impl FnMut(Sighting),
     ) -> io::Result<Option<Extent>> {
         let Some(kind) = self.kind_of(path) else { return Ok(None) };
@@ -134,13 +141,18 @@ impl Census {
                 kind,
                 path: path.to_string_lossy().into(),
                 inactivity_timeout: self.inactivity_timeout,
-                active_max: lines::active_max(&metadata),
+                active_max: sessions::active_max(&metadata),
             },
-            cursor: lines::START,
+            cursor: transcript::START,
             copied_at: None,
             incomplete_at: None,
         };
-        look.read(&mut buffer.0, &mut |candidate| {
+        look.read(&mut buffer.0, &mut |found| {
+            let candidate = match found {
+                Found::Event(candidate) => candidate,
+                Found::NoTurn(reason) => return *no_turns.entry(reason.label()).or_default() += 1,
+                Found::Unreadable(_) => return,
+            };
             let Origin::Transcript { offset, .. } = candidate.origin else { return };
             if matches!(candidate.event_type.as_str(), "turn_detected" | "session_registered") {
                 sighted(Sighting { is_read: offset < read_bytes, offset, candidate });
@@ -172,7 +184,7 @@ struct Look {
 }
 
 impl Look {
-    fn read(&mut self, buffer: &mut Vec<u8>, seen: &mut impl FnMut(Candidate)) -> io::Result<()> {
+    fn read(&mut self, buffer: &mut Vec<u8>, seen: &mut impl FnMut(Found)) -> io::Result<()> {
         let mut offset = 0;
         let mut wanted = CHUNK_BYTES;
         while offset < self.bytes {
@@ -216,16 +228,13 @@ impl Look {
         Ok(())
     }
 
-    fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
-        self.source.read(line, offset, &mut self.cursor, &mut self.copied_at, |found| match found {
-            Found::Event(candidate) => seen(candidate),
-            Found::Unreadable(_) => {}
-        });
+    fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Found)) {
+        self.source.read(line, offset, &mut self.cursor, &mut self.copied_at, seen);
     }
 
     /// A last line without newline counts when it is whole: then the follower takes it, too, once its file is quiet.
-    fn unterminated(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Candidate)) {
-        match lines::last_line(line, &self.source.kind) {
+    fn unterminated(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Found)) {
+        match transcript::last_line(line, &self.source.kind) {
             LastLine::Blank => {}
             LastLine::Complete if line.len() as u64 <= self.line_bytes_max => self.line(line, offset, seen),
             LastLine::Complete | LastLine::Incomplete => self.incomplete_at = Some(offset),
@@ -267,7 +276,7 @@ mod tests {
         assert_eq!(census.find().main, [path.as_path()]);
         let mut found = Vec::new();
         census
-            .read(&path, cursor, &mut Buffer::default(), |sighting| {
+            .read(&path, cursor, &mut Buffer::default(), &mut NoTurns::new(), |sighting| {
                 if let Some(text) = sighting.candidate.payload.get("text") {
                     found.push((text.as_str().unwrap().to_owned(), sighting.offset, sighting.is_read));
                 }
@@ -320,7 +329,7 @@ mod tests {
         std::fs::write(&copy, &text).unwrap();
         let offset = first.len() as u64 + 1;
         let fingerprint = super::super::reading::Place::at(&File::open(&copy).unwrap(), offset).unwrap().fingerprint();
-        let cursor = Cursor { offset, fingerprint, ..lines::START };
+        let cursor = Cursor { offset, fingerprint, ..transcript::START };
         let read = |text: &str| -> Vec<bool> {
             prompts(text.as_bytes(), 1 << 20, Some(&cursor)).into_iter().map(|(_, _, is_read)| is_read).collect()
         };

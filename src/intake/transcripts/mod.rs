@@ -31,7 +31,7 @@ mod watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
-use std::fs::{DirEntry, File, Metadata};
+use std::fs::{DirEntry, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -48,11 +48,13 @@ use self::polling::Active;
 use self::reading::{Followed, Progress, Stamp, open, read_full_at};
 use self::resting::{Group, Met, Rest, Resting};
 use self::watching::{Silence, Watch};
-use super::claude_code::{self, HeadOrder, TranscriptKind};
-use super::lines;
 use super::retention::Retention;
-use super::sessions::{self, Closing, End, EndReason, OpenSessions, Roots};
+use super::sessions::{self, Closing, OpenSessions, Roots};
 use super::{Intake, Submission};
+use crate::claude::copies::{self, Look, Place as ReadingPlace};
+use crate::claude::line::{self, TranscriptKind};
+use crate::claude::session::{End, EndReason};
+use crate::claude::transcript;
 use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timestamp};
 use crate::queue::{Batch, CursorId, QueueError};
 use crate::telemetry::RescanCause;
@@ -626,20 +628,23 @@ impl Follower {
 
     /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
     /// they were copied from.
-    fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<HeadOrder>, PathBuf)> {
-        let order = |path: &Path| {
-            self.intake.metrics().reading.beat();
-            // Nothing is read any more then.
-            let kind = self.kind_of(path).filter(|_| !self.doorbell.is_stopped());
-            kind.map(|kind| head_order(path, &kind))
-        };
-        let mut fresh: Vec<(Option<HeadOrder>, PathBuf)> = fresh
-            .into_iter()
-            .map(|path| (if self.adopted.contains_key(&path) { None } else { order(&path) }, path))
+    fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<ReadingPlace>, PathBuf)> {
+        let (adopted, new): (Vec<_>, Vec<_>) = fresh.into_iter().partition(|path| self.adopted.contains_key(path));
+        let looks: Vec<Look> = new
+            .iter()
+            .map(|path| {
+                self.intake.metrics().reading.beat();
+                // Nothing is read any more then.
+                let kind = self.kind_of(path).filter(|_| !self.doorbell.is_stopped());
+                look_at(path, kind)
+            })
             .collect();
-        fresh.sort_unstable();
-        self.in_order |= fresh.iter().any(|(order, _)| order.is_some_and(|order| order.is_copy));
-        fresh
+        let places = copies::reading_order(&looks).into_iter().map(Some);
+        self.in_order |= places.clone().flatten().any(|place| place.is_copy);
+        let mut ordered: Vec<_> = places.zip(new).collect();
+        ordered.extend(adopted.into_iter().map(|path| (None, path)));
+        ordered.sort_unstable();
+        ordered
     }
 
     /// Follows a new file. Gives what is to be looked at: it, and what was woken, as all transcripts of a session are awake or
@@ -650,7 +655,8 @@ impl Follower {
         let adopted = self.adopted.remove(path);
         let is_known = adopted.is_some();
         let path: Arc<Path> = path.into();
-        let mut file = Followed::new(self.roots_of(&path), Arc::clone(&path), kind, adopted.unwrap_or(lines::START));
+        let mut file =
+            Followed::new(self.roots_of(&path), Arc::clone(&path), kind, adopted.unwrap_or(transcript::START));
         // What was read at its place before may still wait in the queue.
         file.newest = self.intake.queue().stats().last_sequence.filter(|_| is_known);
         self.files.insert(Arc::clone(&path), Box::new(file));
@@ -1008,7 +1014,7 @@ fn root_of(projects: &[PathBuf], path: &Path) -> Option<usize> {
 }
 
 fn kind_of(projects: &[PathBuf], path: &Path) -> Option<TranscriptKind> {
-    projects.iter().find_map(|projects| path.strip_prefix(projects).ok()).and_then(claude_code::classify)
+    projects.iter().find_map(|projects| path.strip_prefix(projects).ok()).and_then(line::classify)
 }
 
 /// Whether there are any project folders. There are none below an unmounted file system.
@@ -1027,10 +1033,21 @@ fn identity(metadata: &Metadata) -> FileIdentity {
     FileIdentity { device: metadata.dev(), inode: metadata.ino() }
 }
 
-/// Where a new file comes in the order of reading: originals before their copies, by when they began.
-fn head_order(path: &Path, kind: &TranscriptKind) -> HeadOrder {
-    let TranscriptKind::Main { session } = kind else { return HeadOrder { is_copy: false, began_at: None } };
-    let mut head = vec![0; HEAD_BYTES];
-    let length = open(path).and_then(|(file, _): (File, _)| read_full_at(&file, &mut head, 0)).unwrap_or_default();
-    claude_code::head_order(head.get(..length).unwrap_or_default(), *session)
+/// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.
+fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
+    let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };
+    let read = || -> io::Result<Look> {
+        let (file, metadata) = open(path)?;
+        let mut bytes = vec![0; HEAD_BYTES];
+        let length = read_full_at(&file, &mut bytes, 0)?;
+        let head = bytes.get(..length).unwrap_or_default().to_vec();
+        let mut tail: &[u8] = b"";
+        if metadata.len() > HEAD_BYTES as u64 {
+            let length = read_full_at(&file, &mut bytes, metadata.len() - HEAD_BYTES as u64)?;
+            tail = bytes.get(..length).unwrap_or_default();
+        }
+        let born = metadata.created().ok().and_then(|born| Timestamp::try_from(born).ok());
+        Ok(Look { born, bytes: metadata.len(), ..Look::at(session, &head, tail) })
+    };
+    read().unwrap_or_else(|_| Look::at(session, b"", b""))
 }

@@ -11,10 +11,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::claude_code::TranscriptKind;
 use super::Follower;
 use super::reading::{Followed, Stamp};
 use super::resting::Group;
+use crate::claude::line::TranscriptKind;
 use crate::event::Timestamp;
 use crate::queue::QueueError;
 

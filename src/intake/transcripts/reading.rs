@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::super::claude_code::TranscriptKind;
-use super::super::lines::{self, Found, HeadTooShort, LastLine, Source};
-use super::super::sessions::Roots;
+use super::super::sessions::{self, Roots};
 use super::resting::Group;
 use super::{Follower, HEAD_BYTES, Undo, identity};
+use crate::claude::line::TranscriptKind;
+use crate::claude::transcript::{self, Found, HeadTooShort, LastLine, Source};
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{Batch, QueueError};
 
@@ -292,7 +292,7 @@ fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> i
         let length = usize::try_from(wanted.min(cursor.offset)).unwrap_or(usize::MAX);
         head.resize(length, 0);
         handle.read_exact_at(&mut head, 0)?;
-        match lines::copied_at(&head, kind, cursor) {
+        match transcript::copied_at(&head, kind, cursor) {
             Ok(copied_at) => return Ok(copied_at),
             Err(HeadTooShort) if wanted < cursor.offset.min(LOOKED_AT_MAX) => wanted *= 4,
             // A last line that was read without its newline, or more of another session's than is kept in memory: it counts
@@ -418,7 +418,7 @@ impl Follower {
             kind: file.kind,
             path: file.path.to_string_lossy().into(),
             inactivity_timeout: self.config.inactivity_timeout,
-            active_max: if is_growing { lines::now() } else { lines::active_max(metadata) },
+            active_max: if is_growing { sessions::now() } else { sessions::active_max(metadata) },
         }
     }
 
@@ -449,7 +449,7 @@ impl Follower {
         }
         info!(file = %file.path.display(), offset = cursor.offset, bytes = metadata.len(),
               "the transcript was replaced or cut short; reading it anew, what is known already is not stored twice");
-        *cursor = Cursor { file: identity(metadata), ..lines::START };
+        *cursor = Cursor { file: identity(metadata), ..transcript::START };
         file.scanned_to = 0;
         Place::at(handle, 0)
     }
@@ -559,6 +559,7 @@ impl Follower {
         let report = look.source.read(line, offset, cursor, copied_at, |found| match found {
             Found::Event(candidate) => self.intake.admit(candidate, batch),
             Found::Unreadable(rejection) => batch.rejections.push(rejection),
+            Found::NoTurn(reason) => metrics.lines_skipped.add(reason.label(), 1),
         });
         if file.cursor.session.last_activity != active_before {
             file.advanced_at = Some(Instant::now());
@@ -568,6 +569,11 @@ impl Follower {
         }
         if let Some(name) = &report.unknown_type {
             metrics.unknown_line_types.add(name, 1);
+            self.note_unknown("type", name, "", look);
+        }
+        for unknown in &report.unknowns {
+            metrics.format_unknown.add(unknown.field, 1);
+            self.note_unknown(unknown.field, &unknown.value, &unknown.version, look);
         }
         if let Some(bad) = &report.bad {
             metrics.bad_lines.add(1);
@@ -576,6 +582,15 @@ impl Follower {
                 warn!(file = %look.source.path, offset, bytes = line.len(), error = %bad,
                       "a line can't be read; it is kept among the dead letters");
             }
+        }
+    }
+
+    /// Nothing is lost by it: such a line is judged by all that is known.
+    fn note_unknown(&self, field: &str, value: &str, version: &str, look: &Look) {
+        if self.intake.metrics().unknown_formats.note(field, value, version, Instant::now()) {
+            warn!(field, value, version, file = %look.source.path,
+                  "a transcript has something that this version does not know; see whether there is a newer one of \
+                   headspace-watcher; \"headspace-watcher explain FILE\" shows what is made of each line");
         }
     }
 
@@ -615,7 +630,7 @@ impl Follower {
         }
         let mut line = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
         look.handle.read_exact_at(&mut line, start)?;
-        match lines::last_line(&line, &file.kind) {
+        match transcript::last_line(&line, &file.kind) {
             LastLine::Blank => Ok(()),
             LastLine::Incomplete => {
                 self.note_incomplete(file, length);

@@ -14,10 +14,10 @@ use std::time::Instant;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::super::claude_code::TranscriptKind;
 use super::super::sessions::{OpenSessions, Roots};
 use super::reading::{Followed, Stamp};
 use super::{Follower, Standing, is_gone, root_of};
+use crate::claude::line::TranscriptKind;
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{CursorId, QueueError};
 

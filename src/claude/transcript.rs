@@ -1,22 +1,20 @@
 //! From the lines of one transcript to events: the one way that the follower and `verify` both go.
 //!
-//! [`claude_code`] says what a line means by itself; here it is put beside what the lines before it said (the session's
+//! [`line`](mod@super::line) says what a line means by itself; here it is put beside what the lines before it said (the session's
 //! registration, its pauses, its project), and what is damaged is salvaged. The same bytes give the same events with the
 //! same identities, whenever and in however many pieces they are read.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
 use uuid::Uuid;
 
-use super::claude_code::{self, BadLine, LineMeaning, Segment, SessionFacts, TranscriptKind};
-use super::schema::Candidate;
-use super::sessions::{End, LineTime};
+use super::line::{self, BadLine, LineMeaning, LineType, NoTurn, SessionFacts, TranscriptKind, Unknown};
+use super::repair::{self, Segment};
+use super::session::{End, LineTime};
 use crate::event::{
-    Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, SessionState, Timestamp,
+    Candidate, Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, SessionState, Timestamp,
 };
 
 /// Bytes of a damaged line that are kept; what is longer stands in the file, at the place that the message names.
@@ -39,25 +37,11 @@ pub struct Source {
     pub path: Arc<str>,
     /// Pause after which a session has ended.
     pub inactivity_timeout: Duration,
-    /// No line counts as activity later than this, see [`active_max`].
+    /// No line counts as activity later than this, a time in the future is none.
     pub active_max: Timestamp,
 }
 
-/// The latest time at which a transcript can have been active: when it was last changed, and not in the future. To the
-/// millisecond, as lines have it.
-pub fn active_max(metadata: &Metadata) -> Timestamp {
-    // The time of modification may be set to any time, that of the change of status may not.
-    let changed = metadata.mtime().max(metadata.ctime()).saturating_add(1);
-    let now = now();
-    Timestamp::from_second(changed).map_or(now, |changed| changed.min(now))
-}
-
-pub fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
-}
-
-/// How much later than [`active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
+/// How much later than [`Source::active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
 const CLOCK_SLACK: SignedDuration = SignedDuration::from_secs(10);
 
 /// When a line was said, as far as its session's activity is concerned: a time in the future is no time.
@@ -99,12 +83,12 @@ pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<
     };
     for piece in head.split_inclusive(|byte| *byte == b'\n') {
         let line = piece.strip_suffix(b"\n").unwrap_or(piece);
-        let copied_at = match claude_code::read_line(line, kind) {
+        let copied_at = match line::read_line(line, kind) {
             Ok(meaning) => of_first_own_line(&meaning),
             // Cut off where the head ends.
             Err(_) if line.len() == piece.len() => break,
-            Err(_) => claude_code::salvage(line).into_iter().find_map(|segment| match segment {
-                Segment::Record(range) => of_first_own_line(&claude_code::read_line(line.get(range)?, kind).ok()?),
+            Err(_) => repair::salvage(line).into_iter().find_map(|segment| match segment {
+                Segment::Record(range) => of_first_own_line(&line::read_line(line.get(range)?, kind).ok()?),
                 Segment::Lost(_) => None,
             }),
         };
@@ -136,7 +120,7 @@ pub fn last_line(line: &[u8], kind: &TranscriptKind) -> LastLine {
         LastLine::Blank
     } else if line.trim_ascii_end().last() == Some(&b'}')
         && !line.contains(&b'\n')
-        && claude_code::read_line(line, kind).is_ok()
+        && line::read_line(line, kind).is_ok()
     {
         LastLine::Complete
     } else {
@@ -149,6 +133,8 @@ pub enum Found {
     Event(Candidate),
     /// Bytes that are no whole record.
     Unreadable(Rejection),
+    /// A line of the user's side that is no turn.
+    NoTurn(NoTurn),
 }
 
 /// What a line was.
@@ -160,6 +146,8 @@ pub struct LineReport {
     pub bad: Option<BadLine>,
     /// The name of a type that is not known.
     pub unknown_type: Option<String>,
+    /// What else it has that the format did not have when this was written.
+    pub unknowns: Vec<Unknown>,
 }
 
 impl Source {
@@ -179,23 +167,25 @@ impl Source {
             report.is_blank = true;
             return report;
         }
-        match claude_code::read_line(line, &self.kind) {
+        match line::read_line(line, &self.kind) {
             Ok(mut meaning) => {
                 report.unknown_type = meaning.unknown_type.take();
+                report.unknowns = std::mem::take(&mut meaning.unknowns);
                 self.take(meaning, line, offset, cursor, copied_at, &mut found);
             }
             Err(bad) => {
-                for segment in claude_code::salvage(line) {
+                for segment in repair::salvage(line) {
                     let (Segment::Record(range) | Segment::Lost(range)) = &segment;
                     let bytes = line.get(range.clone()).unwrap_or_default();
                     let at = offset + range.start as u64;
                     let record = match segment {
-                        Segment::Record(_) => claude_code::read_line(bytes, &self.kind),
+                        Segment::Record(_) => line::read_line(bytes, &self.kind),
                         Segment::Lost(_) => Err(bad.clone()),
                     };
                     match record {
                         Ok(mut meaning) => {
                             report.unknown_type = report.unknown_type.take().or(meaning.unknown_type.take());
+                            report.unknowns.append(&mut meaning.unknowns);
                             self.take(meaning, bytes, at, cursor, copied_at, &mut found);
                         }
                         Err(bad) => found(Found::Unreadable(self.unreadable(bytes, at, &bad))),
@@ -218,6 +208,9 @@ impl Source {
         found: &mut impl FnMut(Found),
     ) {
         let TranscriptKind::Main { session } = self.kind else { return };
+        if let (LineType::User | LineType::Attachment, Some(no_turn)) = (meaning.line_type, &meaning.no_turn) {
+            found(Found::NoTurn(no_turn.clone()));
+        }
         let origin = || Origin::Transcript { path: self.path.clone(), offset };
         let time = line_time(&meaning, session, self.active_max);
         if cursor.session.last_activity.is_none() {
@@ -239,7 +232,7 @@ impl Source {
                 started_at,
             };
             found(Found::Event(Candidate {
-                id: claude_code::session_registered_event_id(session),
+                id: line::session_registered_event_id(session),
                 event_type: "session_registered".to_owned(),
                 timestamp: started_at.unwrap_or_else(Timestamp::now),
                 payload: facts.payload(),
@@ -254,7 +247,7 @@ impl Source {
             let copied_at = copied_at.filter(|copied_at| !is_told && turn.timestamp.is_some_and(|at| at < *copied_at));
             let timestamp = turn.timestamp.unwrap_or_else(Timestamp::now);
             found(Found::Event(Candidate {
-                id: claude_code::turn_event_id(&turn, session, offset, line),
+                id: line::turn_event_id(&turn, session, offset, line),
                 event_type: "turn_detected".to_owned(),
                 timestamp,
                 payload: turn.payload(session, cursor.project_path.as_deref(), timestamp, copied_at),

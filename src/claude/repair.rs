@@ -16,7 +16,7 @@ use std::ops::Range;
 use memchr::memmem;
 use serde::de::IgnoredAny;
 
-use super::claude_code::looks_like_a_line;
+use super::line::looks_like_a_line;
 
 /// How records start: 99.9 % of lines have one of these as their first key.
 const PREFIXES: [&[u8]; 2] = [b"{\"parentUuid\"", b"{\"type\""];
@@ -33,7 +33,7 @@ const LOOK_BACK_BYTES: usize = 32;
 /// A piece of a damaged line, as a range of its bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Segment {
-    /// One whole record: a JSON object, perhaps with NULs in it, which [`read_line`](super::claude_code::read_line)
+    /// One whole record: a JSON object, perhaps with NULs in it, which [`read_line`](super::line::read_line)
     /// passes over.
     Record(Range<usize>),
     /// Bytes that belong to no whole record. NULs and blanks at its ends are left out.
@@ -129,7 +129,7 @@ fn is_a_record(line: &[u8], range: Range<usize>, between_records: bool) -> bool 
     match (between_records, ends_well) {
         (true, true) => true,
         (false, false) => false,
-        _ => line.get(range).is_some_and(|record| looks_like_a_line(&String::from_utf8_lossy(record))),
+        _ => line.get(range).is_some_and(looks_like_a_line),
     }
 }
 

@@ -66,7 +66,7 @@ const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 /// Calls `visit` with key (decoded) and raw value of each member of the object `json`.
 ///
 /// Errors where `json` is not exactly one object; members before the fault were visited.
-pub(super) fn members<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+pub fn members<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
 where
     F: FnMut(&str, &'a str),
 {
@@ -76,7 +76,7 @@ where
 }
 
 /// Calls `visit` with the raw text of each item of the array `json`; errors where it is no array.
-pub(super) fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+pub fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
 where
     F: FnMut(&'a str),
 {
@@ -87,15 +87,15 @@ where
 
 /// A decoded string and whether it had to be mended.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Text<'a> {
-    pub(super) text: Cow<'a, str>,
-    pub(super) is_mended: bool,
+pub struct Text<'a> {
+    pub text: Cow<'a, str>,
+    pub is_mended: bool,
 }
 
 /// Decodes the string literal `raw`; `None` where it is none. Borrows where nothing is escaped.
 ///
 /// `raw` has been skimmed: its escapes are well-formed and it holds no raw control characters.
-pub(super) fn string(raw: &str) -> Option<Text<'_>> {
+pub fn string(raw: &str) -> Option<Text<'_>> {
     let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
         return Some(Text { text: Cow::Borrowed(inner), is_mended: false });
@@ -155,11 +155,11 @@ fn low_surrogate(text: &str) -> Option<(u16, &str)> {
 }
 
 /// Levels of arrays and objects that a payload may have: every reader of JSON on its way takes them.
-pub(super) const DEPTH_MAX: usize = 100;
+pub const DEPTH_MAX: usize = 100;
 
 /// Memory that the values of a payload may take, beside the bytes of its strings: 520,000 numbers, or 40,000 small
 /// objects. Without a limit 16 MB of `[1,1,…]` become 500 MB of values.
-pub(super) const VALUES_BYTES_MAX: usize = 32 << 20;
+pub const VALUES_BYTES_MAX: usize = 32 << 20;
 
 /// Upper bound of the memory that one byte of JSON can turn into ([`Scan::values_bytes`] of `{"":0},`).
 const VALUES_BYTES_PER_BYTE_MAX: usize = 100;
@@ -191,13 +191,13 @@ impl fmt::Display for Unfit {
 /// The value `raw` with every string and key of it repaired; sets `is_mended` where one had to be.
 ///
 /// What is nested too deep or would take too much memory is refused before anything is parsed.
-pub(super) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+pub fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     check_size(raw.as_bytes())?;
     parse(raw, is_mended)
 }
 
 /// [`value`] for what becomes a field of a payload: one level and a megabyte less, so that the payload is not refused for it.
-pub(super) fn field_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+pub fn field_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     check_size_within(raw.as_bytes(), DEPTH_MAX - 1, VALUES_BYTES_MAX - (1 << 20))?;
     parse(raw, is_mended)
 }

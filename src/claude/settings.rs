@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use thiserror::Error;
 
-use super::json::{items, members, string};
+use crate::json::{items, members, string};
 
 /// The events that are hooked. Long known to Claude Code: a version that does not know an event by name may refuse the
 /// whole file.

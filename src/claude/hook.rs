@@ -13,12 +13,12 @@
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::claude_code::{SessionFacts, session_registered_event_id};
-use super::json;
-use super::schema::Candidate;
-use super::spool::Record;
+use super::line::{SessionFacts, session_registered_event_id};
 use crate::config::HookCapture;
-use crate::event::{EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Rejection, Timestamp};
+use crate::event::{
+    Candidate, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Record, Rejection, Timestamp,
+};
+use crate::json;
 
 /// The type of every event that is made here.
 pub const EVENT_TYPE: &str = "hook_received";

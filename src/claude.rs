@@ -1,0 +1,20 @@
+//! All that knows Claude Code: its files, their formats, and what they mean.
+//!
+//! [`line`](mod@line) says what a line of a transcript means by itself, [`provenance`] who said it, [`repair`] finds what is whole on a damaged one,
+//! [`copies`] which of several files a line was said in, [`transcript`] makes events of lines in their order, [`session`] tells when a session was active and when it ended,
+//! [`hook`] makes events of what hooks are given. [`settings`] puts our hook into Claude Code's settings, and
+//! [`retention`] says how long it keeps transcripts.
+//!
+//! Pure: time and the bytes of files are arguments. Of ours it knows events, JSON and plain configuration, nothing else;
+//! another agent would get a module beside this one.
+
+pub mod copies;
+mod fields;
+pub mod hook;
+pub mod line;
+pub mod provenance;
+pub mod repair;
+pub mod retention;
+pub mod session;
+pub mod settings;
+pub mod transcript;

@@ -1,0 +1,600 @@
+//! What a line of a Claude Code transcript means: a turn, something about its session, nothing, or damage.
+//!
+//! Pure functions over bytes: no files, no clock, no memory from one line to the next. Claude Code calls the format of
+//! these lines internal and changes it between versions, so reading is lenient: **a JSON object is never bad**, whatever
+//! its fields are; only what is no JSON object is a [`BadLine`], and [`salvage`](super::repair::salvage) finds what is still whole on it.
+//!
+//! # What is a turn
+//!
+//! * A `user` line, or an `attachment` line with a prompt that was typed while the agent worked, where a person said it:
+//!   [`provenance`](super::provenance) judges that.
+//! * An `assistant` line with text. A message has no two of them, so lines need no grouping.
+//! * Never a sub-agent's line, nor a nested message inside another line (`progress` lines hold whole ones).
+//!
+//! A prompt that versions below 2.1.97 queued and then sent in the middle of a turn is only found in `queue-operation`
+//! lines, which can't be told from prompts that come again as `user` lines; it is no turn here.
+//!
+//! # Text
+//!
+//! Kept whole, neither trimmed nor cut. What Postgres can't store is mended (see [`Turn::is_repaired`]).
+
+use std::borrow::Cow;
+use std::path::{Component, Path};
+
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+use thiserror::Error;
+use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::fields::{Content, Fields, Mender, is_something, pick};
+pub use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
+use super::provenance::{judge, trim};
+use crate::event::EventId;
+use crate::json;
+
+/// What the place of a file below the projects folder says about it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TranscriptKind {
+    /// `<project>/<session>.jsonl`: the transcript of a session, whose identity is the file's stem.
+    Main { session: Uuid },
+    /// `<project>/agent-*.jsonl` or `<project>/<session>/subagents/**/agent-*.jsonl`: its lines are no turns.
+    SubAgent,
+}
+
+/// Tells what kind of transcript lies at `relative`, a path below the projects folder; `None` for anything else.
+pub fn classify(relative: &Path) -> Option<TranscriptKind> {
+    let mut folders = relative
+        .components()
+        .map(|component| match component {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect::<Option<Vec<_>>>()?;
+    let stem = folders.pop()?.to_str()?.strip_suffix(".jsonl")?;
+    let is_agent = stem.strip_prefix("agent-").is_some_and(|id| !id.is_empty());
+    match folders.as_slice() {
+        [_project] if is_agent => Some(TranscriptKind::SubAgent),
+        [_project] => Some(TranscriptKind::Main { session: session_of_stem(stem)? }),
+        [_project, session, subagents, ..] if is_agent && *subagents == "subagents" => {
+            session_of_stem(session.to_str()?)?;
+            Some(TranscriptKind::SubAgent)
+        }
+        _ => None,
+    }
+}
+
+/// Only the form with hyphens: other spellings of a UUID are names somebody else gave.
+fn session_of_stem(stem: &str) -> Option<Uuid> {
+    if stem.len() == uuid::fmt::Hyphenated::LENGTH { stem.parse().ok() } else { None }
+}
+
+/// What one line says.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LineMeaning {
+    pub line_type: LineType,
+    /// Name of a type that this program does not know, to be counted: at most [`UNKNOWN_TYPE_CHARS_MAX`] characters;
+    /// [`NO_TYPE`] where there is none.
+    pub unknown_type: Option<String>,
+    /// Whether it belongs to the conversation. Other lines are state that Claude Code writes again whenever a session is
+    /// merely opened: they are no activity.
+    pub is_envelope: bool,
+    /// The session named on the line. Not always the file's: copies of an old kind start with another session's lines.
+    pub session: Option<Uuid>,
+    /// When it happened. Lines are not in this order.
+    pub timestamp: Option<Timestamp>,
+    /// The working directory at that moment; it changes within a session.
+    pub cwd: Option<String>,
+    pub git_branch: Option<String>,
+    /// Whether the line says itself that it was copied from another session (`forkedFrom`).
+    pub is_forked: bool,
+    pub turn: Option<Turn>,
+    /// Why a line of the user's side, or of the agent's, is no turn; `None` for turns and for all other lines.
+    pub no_turn: Option<NoTurn>,
+    /// What it has that the format did not have when this was written.
+    pub unknowns: Vec<Unknown>,
+    /// Whether bytes of the line were mended: NULs taken out, or invalid UTF-8 replaced.
+    pub repaired: bool,
+}
+
+/// Stands for the type of an object without one.
+pub const NO_TYPE: &str = "none";
+
+/// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
+const FOLDER_BYTES_MAX: usize = 4096;
+
+/// Longest name of an unknown type that is passed on.
+pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
+
+/// The families of lines.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum LineType {
+    User,
+    Assistant,
+    System,
+    Attachment,
+    Progress,
+    /// State of the program rather than something said or done; see [`METADATA_TYPES`].
+    Metadata,
+    Unknown,
+    /// Nothing but blanks.
+    Blank,
+}
+
+/// The known types of lines outside the conversation.
+pub const METADATA_TYPES: &[&str] = &[
+    "agent-color",
+    "agent-name",
+    "agent-setting",
+    "ai-title",
+    "api-request",
+    "api-request-blob",
+    "api-request-shape",
+    "artifact-autoreact-ledger",
+    "artifact-comment-monitor",
+    "atis-latch",
+    "attribution-snapshot",
+    "auto-mode-denial",
+    "bridge-session",
+    "content-replacement",
+    "continued-in",
+    "conversation_reset",
+    "cost-state",
+    "custom-title",
+    "ended",
+    "file-history-delta",
+    "file-history-snapshot",
+    "fork-context-ref",
+    "frame-link",
+    "isolation-latch",
+    "last-prompt",
+    "mode",
+    "permission-mode",
+    "pr-link",
+    "queue-operation",
+    "relocated",
+    "result",
+    "rewind-pointer",
+    "started",
+    "summary",
+    "tag",
+    "tools-used",
+    "workflow-cancelled",
+    "workflow-complete",
+    "workflow-error",
+    "workflow-progress",
+    "workflow-start",
+    "worktree-state",
+];
+
+impl LineType {
+    pub(super) fn named(name: &str) -> Self {
+        match name {
+            "user" => LineType::User,
+            "assistant" => LineType::Assistant,
+            "system" => LineType::System,
+            "attachment" => LineType::Attachment,
+            "progress" => LineType::Progress,
+            _ if METADATA_TYPES.contains(&name) => LineType::Metadata,
+            _ => LineType::Unknown,
+        }
+    }
+}
+
+/// Something that was said, by the human or by the agent.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Turn {
+    pub identity: TurnIdentity,
+    /// The session in which it was first said, by the line itself: the one it was copied from, else the one it names.
+    pub said_in: Option<Uuid>,
+    pub actor: Actor,
+    /// How the human said it; `None` for the agent.
+    pub kind: Option<TurnKind>,
+    /// How well it is known that a person said it; `None` for the agent.
+    pub provenance: Option<Provenance>,
+    pub text: String,
+    pub timestamp: Option<Timestamp>,
+    /// The API's message for the agent, the program's prompt for the human (versions from 2.1.76 on).
+    pub message_id: Option<String>,
+    pub cwd: Option<String>,
+    pub git_branch: Option<String>,
+    /// Whether the agent's answer ends here. `None`: unknown (versions below 2.1.60), or a human's turn.
+    pub is_final: Option<bool>,
+    pub model: Option<String>,
+    /// An image or document came with it.
+    pub has_attachment: bool,
+    /// Whether something in it, or bytes anywhere on its line, could not be kept as they were: lone surrogates, U+0000
+    /// and invalid UTF-8 are U+FFFD now, NUL bytes are gone.
+    pub is_repaired: bool,
+}
+
+/// By what a turn is known again.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TurnIdentity {
+    /// The line's `uuid`, or that of the line it was copied from. The same in every copy of a session.
+    Uuid(String),
+    /// Only its place tells it: see [`turn_event_id`].
+    None,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Actor {
+    User,
+    Agent,
+}
+
+impl Actor {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Actor::User => "user",
+            Actor::Agent => "agent",
+        }
+    }
+}
+
+/// A complete line that is no JSON object. The message names cause and column, never text of the line.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error("{message}")]
+pub struct BadLine {
+    pub message: String,
+}
+
+/// Reads one complete line, given without its newline, of a transcript of the given kind.
+///
+/// A line of nothing but blanks means nothing and is not bad; one of nothing but NULs is.
+pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadLine> {
+    let mended = MendedLine::new(line)?;
+    let text = mended.text.as_ref();
+    if !text.trim_ascii_start().starts_with('{') {
+        return not_an_object(&mended);
+    }
+    let fields = Fields::of(text).map_err(|error| bad_json(&error))?;
+    let mut mender = Mender { is_mended: mended.is_mended };
+
+    let type_name = mender.string(fields.line_type);
+    let line_type = type_name.as_deref().map_or(LineType::Unknown, LineType::named);
+    let is_envelope = is_envelope(&fields, line_type);
+    let timestamp = mender.string(fields.timestamp).and_then(|text| text.parse::<Timestamp>().ok());
+    let cwd = mender.filled_string(fields.cwd).filter(|path| path.len() <= FOLDER_BYTES_MAX);
+    let git_branch = mender.filled_string(fields.git_branch).filter(|name| name.len() <= FOLDER_BYTES_MAX);
+    let session = mender.string(fields.session).and_then(|text| text.parse::<Uuid>().ok());
+
+    let mut unknowns = Vec::new();
+    let said = match (kind, line_type) {
+        (TranscriptKind::Main { .. }, LineType::User | LineType::Attachment) => {
+            Some(human_said(&fields, line_type == LineType::Attachment, &mut mender, &mut unknowns))
+        }
+        (TranscriptKind::Main { .. }, LineType::Assistant) => Some(agent_said(&fields, &mut mender)),
+        _ => None,
+    };
+    let (said, no_turn) = match said {
+        Some(Ok(said)) => (Some(said), None),
+        Some(Err(no_turn)) => (None, Some(no_turn)),
+        None => (None, None),
+    };
+    let turn = said.map(|said| Turn {
+        identity: identity(&fields, &mut mender),
+        said_in: forked_from(&fields, &mut mender).or(session),
+        actor: said.actor,
+        kind: said.kind,
+        provenance: said.provenance,
+        text: said.text,
+        timestamp,
+        message_id: said.message_id,
+        cwd: cwd.clone(),
+        git_branch: git_branch.clone(),
+        is_final: said.is_final,
+        model: said.model,
+        has_attachment: said.has_attachment,
+        is_repaired: mender.is_mended,
+    });
+    let unknown_type = (line_type == LineType::Unknown)
+        .then(|| type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect());
+    Ok(LineMeaning {
+        line_type,
+        unknown_type,
+        is_envelope,
+        session,
+        timestamp,
+        cwd,
+        git_branch,
+        is_forked: fields.forked_from.is_some(),
+        turn,
+        no_turn,
+        unknowns,
+        repaired: mended.is_mended,
+    })
+}
+
+/// A line's bytes as text that can be parsed.
+pub(super) struct MendedLine<'a> {
+    pub(super) text: Cow<'a, str>,
+    is_mended: bool,
+}
+
+/// Places of a line that are not UTF-8 and are mended. A line with more was no text, and mended it would take three times
+/// its memory.
+const MENDED_PLACES_MAX: usize = 1 << 20;
+
+impl<'a> MendedLine<'a> {
+    pub(super) fn new(line: &'a [u8]) -> Result<Self, BadLine> {
+        let line = json::without_byte_order_mark(line);
+        let places = |bytes: &[u8]| bytes.utf8_chunks().filter(|chunk| !chunk.invalid().is_empty()).count();
+        let mended = |bytes: &[u8]| {
+            if places(bytes) > MENDED_PLACES_MAX {
+                let message = format!("no text: more than {MENDED_PLACES_MAX} places that are not UTF-8, at column 1");
+                return Err(BadLine { message });
+            }
+            Ok(String::from_utf8_lossy(bytes).into_owned())
+        };
+        if memchr::memchr(0, line).is_some() {
+            let stripped = line.iter().copied().filter(|byte| *byte != 0).collect::<Vec<_>>();
+            let text = String::from_utf8(stripped).or_else(|error| mended(error.as_bytes()))?;
+            return Ok(MendedLine { text: Cow::Owned(text), is_mended: true });
+        }
+        match std::str::from_utf8(line) {
+            Ok(text) => Ok(MendedLine { text: Cow::Borrowed(text), is_mended: false }),
+            Err(_) => Ok(MendedLine { text: Cow::Owned(mended(line)?), is_mended: true }),
+        }
+    }
+}
+
+fn not_an_object(line: &MendedLine<'_>) -> Result<LineMeaning, BadLine> {
+    let text = line.text.trim_ascii_start();
+    if !text.is_empty() {
+        let column = line.text.len() - text.len() + 1;
+        return Err(BadLine { message: format!("no JSON object: does not begin with a brace, at column {column}") });
+    }
+    if line.is_mended {
+        return Err(BadLine { message: "no JSON object: nothing but NUL bytes, at column 1".into() });
+    }
+    Ok(LineMeaning {
+        line_type: LineType::Blank,
+        unknown_type: None,
+        is_envelope: false,
+        session: None,
+        timestamp: None,
+        cwd: None,
+        git_branch: None,
+        is_forked: false,
+        turn: None,
+        no_turn: None,
+        unknowns: Vec::new(),
+        repaired: false,
+    })
+}
+
+/// Syntax errors of serde_json name what was expected and where, nothing of the text.
+fn bad_json(error: &serde_json::Error) -> BadLine {
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let message = error.to_string();
+    let cause = message.strip_suffix(&place).unwrap_or("malformed");
+    BadLine { message: format!("no JSON object: {cause}, at column {}", error.column()) }
+}
+
+/// Whether a line of this type with these fields belongs to the conversation.
+pub(super) fn is_envelope(fields: &Fields<'_>, line_type: LineType) -> bool {
+    match line_type {
+        LineType::User | LineType::Assistant | LineType::System | LineType::Attachment | LineType::Progress => true,
+        LineType::Metadata | LineType::Blank => false,
+        // What newer versions add to the conversation is stamped and has an identity.
+        LineType::Unknown => fields.uuid.is_some() && fields.timestamp.is_some(),
+    }
+}
+
+/// The part of a turn that depends on the type of its line.
+struct Said {
+    actor: Actor,
+    kind: Option<TurnKind>,
+    provenance: Option<Provenance>,
+    text: String,
+    message_id: Option<String>,
+    is_final: Option<bool>,
+    model: Option<String>,
+    has_attachment: bool,
+}
+
+fn human_said(
+    fields: &Fields<'_>,
+    is_attachment: bool,
+    mender: &mut Mender,
+    unknowns: &mut Vec<Unknown>,
+) -> Result<Said, NoTurn> {
+    let human = judge(fields, is_attachment, mender, unknowns)?;
+    Ok(Said {
+        actor: Actor::User,
+        kind: Some(human.kind),
+        provenance: Some(human.provenance),
+        text: human.text,
+        message_id: mender.filled_string(fields.prompt_id),
+        is_final: None,
+        model: None,
+        has_attachment: human.has_attachment,
+    })
+}
+
+/// The model's name on lines that the program made: API errors and the like.
+const SYNTHETIC_MODEL: &str = "<synthetic>";
+
+fn agent_said(fields: &Fields<'_>, mender: &mut Mender) -> Result<Said, NoTurn> {
+    if is_something(fields.is_sidechain) {
+        return Err(NoTurn::Structure("isSidechain"));
+    }
+    let [content, id, model, stop_reason] = pick(fields.message, ["content", "id", "model", "stop_reason"]);
+    let model = mender.filled_string(model);
+    if is_something(fields.is_api_error_message) || model.as_deref() == Some(SYNTHETIC_MODEL) {
+        return Err(NoTurn::Synthetic);
+    }
+    let content = Content::of(content, mender, |_| None);
+    let has_attachment = content.has_attachment;
+    let text = content.into_text();
+    if trim(&text).is_empty() {
+        return Err(NoTurn::NoText);
+    }
+    let is_final = mender
+        .string(stop_reason)
+        .map(|reason| matches!(reason.as_ref(), "end_turn" | "stop_sequence" | "max_tokens" | "refusal"));
+    Ok(Said {
+        actor: Actor::Agent,
+        kind: None,
+        provenance: None,
+        text,
+        message_id: mender.filled_string(id),
+        is_final,
+        model,
+        has_attachment,
+    })
+}
+
+fn identity(fields: &Fields<'_>, mender: &mut Mender) -> TurnIdentity {
+    let [copied_from] = pick(fields.forked_from, ["messageUuid"]);
+    // A queued prompt may come again as a `user` line with the uuid that it names.
+    let [queued_as] = pick(fields.attachment, ["source_uuid"]);
+    mender
+        .filled_string(copied_from)
+        .or_else(|| mender.filled_string(queued_as))
+        .or_else(|| mender.filled_string(fields.uuid))
+        .map_or(TurnIdentity::None, TurnIdentity::Uuid)
+}
+
+fn forked_from(fields: &Fields<'_>, mender: &mut Mender) -> Option<Uuid> {
+    let [session] = pick(fields.forked_from, ["sessionId"]);
+    mender.string(session)?.parse().ok()
+}
+
+/// Whether the object `record` is a line rather than a part of one: of a known type, and placed in a session unless its
+/// type is one that isn't.
+pub(super) fn looks_like_a_line(record: &[u8]) -> bool {
+    let Ok(mended) = MendedLine::new(record) else { return false };
+    let Ok(fields) = Fields::of(&mended.text) else { return false };
+    let mut mender = Mender { is_mended: false };
+    match mender.string(fields.line_type).as_deref().map(LineType::named) {
+        Some(LineType::Metadata) => true,
+        Some(LineType::Unknown) | None => fields.session.is_some(),
+        Some(_) => fields.session.is_some() || fields.parent.is_some() || fields.cwd.is_some(),
+    }
+}
+
+impl Turn {
+    /// The payload of `turn_detected`, as its schema has it: what is not known is left out, except that `is_final` of an
+    /// agent's turn is null then. `has_attachment` is there only when true.
+    ///
+    /// `session` is the file's, told where the line names none, `project_path` its project's;
+    /// `otherwise` is the time to be told where the line has none. `copied_at`: when the session was made as a copy of
+    /// another in which this was said, and the line does not tell which.
+    pub fn payload(
+        self,
+        session: Uuid,
+        project_path: Option<&str>,
+        otherwise: Timestamp,
+        copied_at: Option<Timestamp>,
+    ) -> Map<String, Value> {
+        let mut payload = Map::new();
+        let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
+        put("session_uuid", self.said_in.unwrap_or(session).to_string().into());
+        put("actor", self.actor.as_str().into());
+        put("text", self.text.into());
+        put("source", "polling".into());
+        put("turn_timestamp", iso_8601(self.timestamp.unwrap_or(otherwise)).into());
+        if let TurnIdentity::Uuid(uuid) = self.identity {
+            put("turn_uuid", uuid.into());
+        }
+        if let Some(message_id) = self.message_id {
+            put("message_id", message_id.into());
+        }
+        if let Some(kind) = self.kind {
+            put("kind", kind.as_str().into());
+        }
+        if let Some(provenance) = self.provenance {
+            put("provenance", provenance.as_str().into());
+        }
+        if let Some(project_path) = project_path {
+            put("project_path", project_path.into());
+        }
+        if let Some(cwd) = self.cwd {
+            put("working_directory", cwd.into());
+        }
+        if let Some(git_branch) = self.git_branch {
+            put("git_branch", git_branch.into());
+        }
+        if self.actor == Actor::Agent {
+            put("is_final", self.is_final.into());
+        }
+        if let Some(model) = self.model {
+            put("model", model.into());
+        }
+        if self.has_attachment {
+            put("has_attachment", true.into());
+        }
+        let mut metadata = Map::new();
+        if self.is_repaired {
+            metadata.insert("repaired".to_owned(), true.into());
+        }
+        if let Some(copied_at) = copied_at {
+            metadata.insert("copied_at".to_owned(), iso_8601(copied_at).into());
+        }
+        if !metadata.is_empty() {
+            put("metadata", metadata.into());
+        }
+        payload
+    }
+}
+
+/// Milliseconds as Claude Code writes them; finer where the line was.
+pub(super) fn iso_8601(timestamp: Timestamp) -> String {
+    if timestamp.subsec_nanosecond() % 1_000_000 == 0 { format!("{timestamp:.3}") } else { timestamp.to_string() }
+}
+
+/// The identity of a turn, the same wherever and whenever the turn is read: by the line's own uuid, which copies of a
+/// session share; without one by session, place and content. `line` begins at byte `offset` of the session's file.
+pub fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
+    match &turn.identity {
+        TurnIdentity::Uuid(uuid) => event_id_of_turn(uuid),
+        TurnIdentity::None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
+    }
+}
+
+/// The identity of the turn whose line has this uuid: `turn_uuid` in its payload.
+pub fn event_id_of_turn(uuid: &str) -> EventId {
+    EventId::derived(format!("turn/{uuid}").as_bytes())
+}
+
+/// The identity of a session's registration.
+pub fn session_registered_event_id(session: Uuid) -> EventId {
+    EventId::derived(format!("session_registered/{session}").as_bytes())
+}
+
+/// What is known when a session is first seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SessionFacts<'a> {
+    pub session: Uuid,
+    /// The first working directory: project path and working directory at once.
+    pub cwd: &'a str,
+    pub git_branch: Option<&'a str>,
+    pub transcript_path: Option<&'a str>,
+    pub started_at: Option<Timestamp>,
+}
+
+impl SessionFacts<'_> {
+    /// The payload of `session_registered`.
+    pub fn payload(&self) -> Map<String, Value> {
+        let mut payload = Map::new();
+        let mut put = |name: &str, value: String| payload.insert(name.to_owned(), value.into());
+        put("session_uuid", self.session.to_string());
+        put("project_path", self.cwd.to_owned());
+        put("working_directory", self.cwd.to_owned());
+        if let Some(git_branch) = self.git_branch {
+            put("git_branch", git_branch.to_owned());
+        }
+        if let Some(transcript_path) = self.transcript_path {
+            put("transcript_path", transcript_path.to_owned());
+        }
+        if let Some(started_at) = self.started_at {
+            put("started_at", iso_8601(started_at));
+        }
+        payload
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,707 @@
+//! Who said what stands on a line of the user's side: a person, or the program in their name.
+//!
+//! About one such line in fifteen is a person's; the others carry results of tools, notifications, reminders, output of
+//! local commands. [`judge`] decides by evidence, the strongest first:
+//!
+//! 1. **Structure**: fields that only lines of the program have. Nothing outweighs them.
+//! 2. **"Not human" outweighs "human"**: `origin`, `turnOrigin`, `promptSource`, `commandMode`.
+//! 3. **How well it is known** ([`Provenance`]), by the same fields. All four grades are turns.
+//! 4. **Beside a tool's result**: words typed with an approval, answers to the agent's questions, the reason of a rejection.
+//! 5. **Context is peeled** off both ends of a text: reminders, what an editor or a hook put there.
+//! 6. **Envelopes are not**: the program writes on behind them. A text that begins with one is the program's, unless it is
+//!    known to be typed: then it was pasted.
+//! 7. **Sentences of the program**.
+//! 8. **Kinds**: commands, shell lines, plans.
+//!
+//! What is left of the texts is stored, joined by a line break, otherwise untouched. Lines of versions below 2.1.119 have
+//! none of the fields and are judged by their text alone.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+
+use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, pick};
+use crate::json::members;
+
+/// How well it is known that a person said it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Provenance {
+    /// Claude Code says that it was typed at its terminal.
+    Typed,
+    /// An application says that a person said it, and passed it on.
+    App,
+    /// It came through a pipe: `claude -p`, a script, an application. Nothing is known of who said it.
+    Sdk,
+    /// The line says nothing of it: all lines below 2.1.119, and some later ones.
+    Unlabelled,
+}
+
+impl Provenance {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Provenance::Typed => "typed",
+            Provenance::App => "app",
+            Provenance::Sdk => "sdk",
+            Provenance::Unlabelled => "unlabelled",
+        }
+    }
+}
+
+/// How a human's turn came about.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum TurnKind {
+    Prompt,
+    /// A slash command; the text is its name and its arguments.
+    Command,
+    /// A prompt typed while the agent worked.
+    Queued,
+    /// A prompt made from an approved plan.
+    Plan,
+    /// A shell command typed behind `!`.
+    Shell,
+    /// Answers to the agent's questions; the text is each question and its answer, on lines of their own.
+    Answer,
+    /// The reason typed when refusing a tool.
+    Rejection,
+}
+
+impl TurnKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            TurnKind::Prompt => "prompt",
+            TurnKind::Command => "command",
+            TurnKind::Queued => "queued",
+            TurnKind::Plan => "plan",
+            TurnKind::Shell => "shell",
+            TurnKind::Answer => "answer",
+            TurnKind::Rejection => "rejection",
+        }
+    }
+}
+
+/// What a person said.
+#[derive(Debug)]
+pub(super) struct Human {
+    pub(super) kind: TurnKind,
+    pub(super) provenance: Provenance,
+    pub(super) text: String,
+    /// An image or document came with it.
+    pub(super) has_attachment: bool,
+}
+
+/// Why a line of the user's side, or of the agent's, is no turn. Names fields and tags, never a text.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NoTurn {
+    NoMessage,
+    /// An attachment that is no prompt.
+    NoQueuedCommand,
+    /// This field says so.
+    Structure(&'static str),
+    /// This field has this value.
+    Value(&'static str, String),
+    NoCommandMode,
+    ToolResult,
+    UnclosedContext(String),
+    Envelope(String),
+    NothingButContext,
+    Interrupt,
+    Sentence,
+    EmptyCommand,
+    EmptyShell,
+    Empty,
+    /// The agent's: an error of the API, or the program's own words.
+    Synthetic,
+    /// The agent's: thinking, or use of a tool.
+    NoText,
+}
+
+impl NoTurn {
+    /// The reason without what varies, to count by: a field's name, or a name in lower case.
+    pub fn label(&self) -> &'static str {
+        match self {
+            NoTurn::NoMessage => "no_message",
+            NoTurn::NoQueuedCommand => "no_queued_command",
+            NoTurn::Structure(field) | NoTurn::Value(field, _) => field,
+            NoTurn::NoCommandMode => "no_command_mode",
+            NoTurn::ToolResult => "tool_result",
+            NoTurn::UnclosedContext(_) => "unclosed_context",
+            NoTurn::Envelope(_) => "envelope",
+            NoTurn::NothingButContext => "nothing_but_context",
+            NoTurn::Interrupt => "interrupt",
+            NoTurn::Sentence => "sentence_of_the_program",
+            NoTurn::EmptyCommand => "empty_command",
+            NoTurn::EmptyShell => "empty_shell",
+            NoTurn::Empty => "empty",
+            NoTurn::Synthetic => "words_of_the_program",
+            NoTurn::NoText => "no_text",
+        }
+    }
+}
+
+impl fmt::Display for NoTurn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoTurn::Structure(field) => f.write_str(field),
+            NoTurn::Value(field, value) => write!(f, "{field} {value}"),
+            NoTurn::NoCommandMode => f.write_str("no commandMode"),
+            NoTurn::UnclosedContext(tag) => write!(f, "unclosed <{tag}>"),
+            NoTurn::Envelope(tag) => write!(f, "envelope <{tag}>"),
+            _ => f.write_str(&self.label().replace('_', " ")),
+        }
+    }
+}
+
+/// Something on a line that the format did not have when this was written. It is judged all the same.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Unknown {
+    /// The field, or `unlabelled` for words that say nothing of who typed them, from a version that says so of all.
+    pub field: &'static str,
+    pub value: String,
+    /// The version of Claude Code that wrote the line; empty where it does not say.
+    pub version: String,
+}
+
+/// All words of this version and later ones say where they came from.
+const LABELLED_FROM: [u32; 3] = [2, 1, 205];
+
+const ORIGINS: &[&str] = &[
+    "auto-continuation",
+    "channel",
+    "coordinator",
+    "human",
+    "observer",
+    "observer-activity",
+    "peer",
+    "task-notification",
+    "unclassified",
+];
+const PROMPT_SOURCES: &[&str] = &["queued", "sdk", "suggestion_accepted", "system", "typed"];
+const TURN_ORIGINS: &[&str] =
+    &["auto_continuation", "human", "peer", "scheduled", "sdk", "system", "task_notification"];
+
+/// What is not known of where a line came from.
+fn unknowns(source: &Labels<'_>, fields: &Fields<'_>, mender: &mut Mender) -> Vec<Unknown> {
+    let known = [
+        ("origin", &source.origin, ORIGINS),
+        ("promptSource", &source.prompt_source, PROMPT_SOURCES),
+        ("turnOrigin", &source.turn_origin, TURN_ORIGINS),
+    ];
+    let mut unknowns = Vec::new();
+    for (field, value, known) in known {
+        if let Some(value) = value.as_deref().filter(|value| !known.contains(value)) {
+            unknowns.push(Unknown { field, value: shortened(value), version: version(fields, mender) });
+        }
+    }
+    unknowns
+}
+
+fn version(fields: &Fields<'_>, mender: &mut Mender) -> String {
+    mender.string(fields.version).map_or_else(String::new, |version| shortened(&version))
+}
+
+/// Whether words of this version say where they came from.
+fn is_labelled_version(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
+    let numbers = [(); 3].map(|()| numbers.next().flatten());
+    numbers.iter().all(Option::is_some) && numbers.map(Option::unwrap_or_default) >= LABELLED_FROM
+}
+
+fn shortened(value: &str) -> String {
+    value.chars().take(VALUE_CHARS_MAX).collect()
+}
+
+/// Judges a `user` line, or an `attachment` line when `is_attachment`. Adds to `unknowns` what it does not know.
+pub(super) fn judge(
+    fields: &Fields<'_>,
+    is_attachment: bool,
+    mender: &mut Mender,
+    unknowns: &mut Vec<Unknown>,
+) -> Result<Human, NoTurn> {
+    let queued = if is_attachment { Some(Queued::of(fields, mender).ok_or(NoTurn::NoQueuedCommand)?) } else { None };
+    if queued.is_none() && !is_object(fields.message) {
+        return Err(NoTurn::NoMessage);
+    }
+    structure(fields, queued.as_ref())?;
+    let labels = Labels::of(fields, queued.as_ref(), mender);
+    unknowns.extend(self::unknowns(&labels, fields, mender));
+    let provenance = provenance(&labels, queued.as_ref(), mender)?;
+    let content = match &queued {
+        Some(queued) => queued.prompt,
+        None => pick(fields.message, ["content"])[0],
+    };
+    let read = |mender: &mut Mender| {
+        let mut content = Content::of(content, mender, rejection_reason);
+        let is_result = content.has_tool_result || is_something(fields.tool_use_result);
+        if is_result {
+            content.texts.retain(|text| !matches!(trim(text), "" | "Tool loaded."));
+        }
+        (content, is_result)
+    };
+    let (content, is_result) = read(mender);
+    let has_attachment = content.has_attachment;
+    if is_result && content.texts.is_empty() {
+        let (kind, text) = said_by_result(fields, content.rejection, mender).ok_or(NoTurn::ToolResult)?;
+        return Ok(Human { kind, provenance, text, has_attachment });
+    }
+    let text = match without_context(content, provenance) {
+        // They pasted it. Read again rather than kept, for it may be long.
+        Err(NoTurn::NothingButContext) if provenance == Provenance::Typed => read(mender).0.into_text(),
+        text => text?,
+    };
+    let text = without_sentences(text, provenance)?;
+    let (kind, text) = kind_of(text, has_attachment)?;
+    let kind = match kind {
+        _ if is_attachment => TurnKind::Queued,
+        TurnKind::Prompt if is_something(fields.plan_content) => TurnKind::Plan,
+        kind => kind,
+    };
+    if provenance == Provenance::Unlabelled && matches!(kind, TurnKind::Prompt | TurnKind::Queued) {
+        let version = version(fields, mender);
+        if is_labelled_version(&version) {
+            unknowns.push(Unknown { field: "unlabelled", value: String::new(), version });
+        }
+    }
+    Ok(Human { kind, provenance, text, has_attachment })
+}
+
+/// The members of an attachment that is a prompt typed while the agent worked.
+struct Queued<'a> {
+    mode: Option<&'a str>,
+    prompt: Option<&'a str>,
+    origin: Option<&'a str>,
+    turn_origin: Option<&'a str>,
+    prompt_source: Option<&'a str>,
+    human_turn: Option<&'a str>,
+    /// `isSidechain`, `isMeta`, `isCompactSummary`, `isVisibleInTranscriptOnly`, `turnCompanion`.
+    flags: [Option<&'a str>; 5],
+}
+
+impl<'a> Queued<'a> {
+    fn of(fields: &Fields<'a>, mender: &mut Mender) -> Option<Self> {
+        let [kind, mode, prompt, origin, turn_origin, prompt_source, human_turn, flags @ ..] = pick(
+            fields.attachment,
+            [
+                "type",
+                "commandMode",
+                "prompt",
+                "origin",
+                "turnOrigin",
+                "promptSource",
+                "humanTurn",
+                "isSidechain",
+                "isMeta",
+                "isCompactSummary",
+                "isVisibleInTranscriptOnly",
+                "turnCompanion",
+            ],
+        );
+        let queued = Queued { mode, prompt, origin, turn_origin, prompt_source, human_turn, flags };
+        (mender.string(kind)? == "queued_command").then_some(queued)
+    }
+}
+
+/// Fields that only lines of the program have.
+fn structure(fields: &Fields<'_>, queued: Option<&Queued<'_>>) -> Result<(), NoTurn> {
+    let flags = [
+        ("isSidechain", fields.is_sidechain),
+        ("isMeta", fields.is_meta),
+        ("isCompactSummary", fields.is_compact_summary),
+        ("isVisibleInTranscriptOnly", fields.is_visible_in_transcript_only),
+        ("turnCompanion", fields.turn_companion),
+    ];
+    let of_attachment = queued.map_or([None; 5], |queued| queued.flags);
+    for ((name, on_line), on_attachment) in flags.into_iter().zip(of_attachment) {
+        if is_set(on_line) || is_set(on_attachment) {
+            return Err(NoTurn::Structure(name));
+        }
+    }
+    for (name, value) in [
+        ("sourceToolUseID", fields.source_tool_use_id),
+        ("scheduledTaskId", fields.scheduled_task_id),
+        ("scheduledFireId", fields.scheduled_fire_id),
+        ("interruptedByShutdown", fields.interrupted_by_shutdown),
+    ] {
+        if is_something(value) {
+            return Err(NoTurn::Structure(name));
+        }
+    }
+    Ok(())
+}
+
+/// Longest value of a field that a reason names.
+const VALUE_CHARS_MAX: usize = 64;
+
+/// A field's value as text; what is no string, as it stands in the file.
+fn value<'a>(raw: &'a str, mender: &mut Mender) -> Cow<'a, str> {
+    mender.string(Some(raw)).unwrap_or(Cow::Borrowed(raw))
+}
+
+/// Where a line came from, as it says itself: what the attachment says goes before what its line says.
+struct Labels<'a> {
+    origin: Option<Cow<'a, str>>,
+    turn_origin: Option<Cow<'a, str>>,
+    prompt_source: Option<Cow<'a, str>>,
+}
+
+impl<'a> Labels<'a> {
+    fn of(fields: &Fields<'a>, queued: Option<&Queued<'a>>, mender: &mut Mender) -> Self {
+        let filled = |raw: &&str| is_something(Some(raw));
+        let origin = queued.and_then(|queued| queued.origin).or(fields.origin);
+        let origin = origin.and_then(|raw| if raw.starts_with('{') { pick(Some(raw), ["kind"])[0] } else { Some(raw) });
+        let turn_origin = queued.and_then(|queued| queued.turn_origin).filter(filled).or(fields.turn_origin);
+        let prompt_source = queued.and_then(|queued| queued.prompt_source).filter(filled).or(fields.prompt_source);
+        let mut value = |raw: Option<&'a str>| raw.map(|raw| value(raw, mender));
+        Labels { origin: value(origin), turn_origin: value(turn_origin), prompt_source: value(prompt_source) }
+    }
+}
+
+/// How well a line is known to be a person's, by the fields that say where it came from.
+fn provenance(labels: &Labels<'_>, queued: Option<&Queued<'_>>, mender: &mut Mender) -> Result<Provenance, NoTurn> {
+    let not_human = |field, value: &str| NoTurn::Value(field, shortened(value));
+    let (origin, turn, source) =
+        (labels.origin.as_deref(), labels.turn_origin.as_deref(), labels.prompt_source.as_deref());
+    if let Some(origin) = origin.filter(|origin| *origin != "human") {
+        return Err(not_human("origin", origin));
+    }
+    if let Some(turn) = turn.filter(|turn| !matches!(*turn, "human" | "sdk")) {
+        return Err(not_human("turnOrigin", turn));
+    }
+    if source == Some("system") {
+        return Err(not_human("promptSource", "system"));
+    }
+    let is_human_turn = is_set(queued.and_then(|queued| queued.human_turn));
+    if let Some(queued) = queued {
+        match queued.mode.map(|raw| value(raw, mender)).as_deref() {
+            Some("prompt") => {}
+            Some(mode) => return Err(not_human("commandMode", mode)),
+            None if origin == Some("human") || is_human_turn => {}
+            None => return Err(NoTurn::NoCommandMode),
+        }
+    }
+    let is_typed = matches!(source, Some("typed" | "queued" | "suggestion_accepted"))
+        || is_human_turn
+        || (queued.is_some() && origin == Some("human"));
+    Ok(if is_typed {
+        Provenance::Typed
+    } else if origin == Some("human") || turn == Some("human") {
+        Provenance::App
+    } else if source == Some("sdk") || turn == Some("sdk") {
+        Provenance::Sdk
+    } else {
+        Provenance::Unlabelled
+    })
+}
+
+/// What a person said by the way they met a tool, where no text stands beside its result.
+fn said_by_result(fields: &Fields<'_>, rejection: Option<String>, mender: &mut Mender) -> Option<(TurnKind, String)> {
+    let [answers] = pick(fields.tool_use_result, ["answers"]);
+    if let Some(text) = answers.and_then(|answers| questions_and_answers(answers, mender)) {
+        return Some((TurnKind::Answer, text));
+    }
+    let feedback = mender.string(fields.user_feedback).filter(|feedback| !trim(feedback).is_empty());
+    feedback.map(Cow::into_owned).or(rejection).map(|reason| (TurnKind::Rejection, reason))
+}
+
+/// Each question and its answer; `None` unless all answers are texts and there is one.
+fn questions_and_answers(answers: &str, mender: &mut Mender) -> Option<String> {
+    let mut text = String::new();
+    let mut are_texts = true;
+    members(answers, |question, answer| match mender.string(Some(answer)) {
+        Some(answer) => {
+            for part in [question, "\n", &answer, "\n"] {
+                text.push_str(part);
+            }
+        }
+        None => are_texts = false,
+    })
+    .ok()?;
+    text.pop();
+    (are_texts && !text.is_empty()).then_some(text)
+}
+
+/// The reason that stands in the text of a tool that was refused: versions below 2.1.220 keep it nowhere else.
+fn rejection_reason(text: Cow<'_, str>) -> Option<String> {
+    let after = text.strip_prefix("The user doesn't want to proceed with this tool use.")?;
+    let sentences =
+        ["To tell you how to proceed, the user said:", "The user provided the following reason for the rejection:"];
+    let ends = sentences.iter().filter_map(|sentence| Some((after.find(sentence)?, sentence.len())));
+    let (start, length) = ends.min()?;
+    let reason = after.get(start + length..)?.trim_start_matches(is_blank);
+    (!reason.is_empty()).then(|| text.len() - reason.len()..text.len()).map(|range| part(text, range))
+}
+
+/// A part of a text that may be long: what is owned is cut in its place.
+fn part(text: Cow<'_, str>, range: Range<usize>) -> String {
+    match text {
+        Cow::Borrowed(text) => text.get(range).unwrap_or_default().to_owned(),
+        Cow::Owned(mut text) => {
+            text.truncate(range.end);
+            text.drain(..range.start);
+            text
+        }
+    }
+}
+
+/// Where `inside` stands, which is a part of `text`.
+fn range_of(inside: &str, text: &str) -> Range<usize> {
+    let start = inside.as_ptr().addr() - text.as_ptr().addr();
+    start..start + inside.len()
+}
+
+/// The texts without the context that the program put around them, joined.
+fn without_context(content: Content<'_>, provenance: Provenance) -> Result<String, NoTurn> {
+    let mut kept: Vec<String> = Vec::with_capacity(content.texts.len());
+    let mut is_peeled = false;
+    for text in content.texts {
+        let was_empty = text.is_empty();
+        let text = unwrap_pasted(text);
+        let peeled = peel(&text);
+        is_peeled |= peeled.is_peeled;
+        if let (Some(tag), Provenance::Unlabelled) = (peeled.unclosed, provenance) {
+            return Err(NoTurn::UnclosedContext(shortened(tag)));
+        }
+        if provenance != Provenance::Typed
+            && kept.is_empty()
+            && let Some(tag) = opening_tag(trim_start(peeled.rest)).filter(|tag| is_envelope(tag))
+        {
+            return Err(NoTurn::Envelope(shortened(tag)));
+        }
+        // A text of which nothing is left leaves no empty line behind.
+        if was_empty || !trim(peeled.rest).is_empty() {
+            let range = range_of(peeled.rest, &text);
+            kept.push(part(text, range));
+        }
+    }
+    let is_gone = kept.iter().all(|text| trim(text).is_empty());
+    if is_peeled && is_gone && (provenance == Provenance::Typed || !content.has_attachment) {
+        return Err(NoTurn::NothingButContext);
+    }
+    let mut kept = kept.into_iter();
+    let mut text = kept.next().unwrap_or_default();
+    for more in kept {
+        text.push('\n');
+        text.push_str(&more);
+    }
+    Ok(text)
+}
+
+/// The text without what the program says of an interrupt.
+fn without_sentences(text: String, provenance: Provenance) -> Result<String, NoTurn> {
+    let behind_interrupt = behind_interrupt(&text);
+    if provenance == Provenance::Typed {
+        return match behind_interrupt {
+            Some(behind) if trim(behind).is_empty() => Err(NoTurn::Interrupt),
+            _ => Ok(text),
+        };
+    }
+    let text = match behind_interrupt {
+        Some(behind) if trim(behind).is_empty() => return Err(NoTurn::Interrupt),
+        Some(behind) => {
+            let range = range_of(behind.trim_start_matches(['\r', '\n', ' ']), &text);
+            part(text.into(), range)
+        }
+        None => text,
+    };
+    let start = trim_start(&text);
+    let is_sentence = start.starts_with("Caveat: The messages below were generated")
+        || start.starts_with("Operation stopped by hook")
+        || start.strip_prefix("Another Claude session sent a message:").is_some_and(|after| {
+            let after = trim_start(after);
+            ["<teammate-message", "<agent-message", "<cross-session-message"].iter().any(|tag| after.starts_with(tag))
+        });
+    if is_sentence { Err(NoTurn::Sentence) } else { Ok(text) }
+}
+
+/// What follows the note of an interrupt that `text` begins with.
+fn behind_interrupt(text: &str) -> Option<&str> {
+    let after = trim_start(text).strip_prefix("[Request interrupted by user")?;
+    after.strip_prefix(" for tool use").unwrap_or(after).strip_prefix(']')
+}
+
+/// Commands and shell lines are told by their tags.
+fn kind_of(text: String, has_attachment: bool) -> Result<(TurnKind, String), NoTurn> {
+    match opening_tag(trim_start(&text)) {
+        Some("command-name" | "command-message") => {
+            Ok((TurnKind::Command, command(&text).ok_or(NoTurn::EmptyCommand)?))
+        }
+        Some("bash-input") => {
+            let line = tagged(&text, "bash-input").filter(|line| !trim(line).is_empty());
+            let range = range_of(line.ok_or(NoTurn::EmptyShell)?, &text);
+            Ok((TurnKind::Shell, part(text.into(), range)))
+        }
+        _ if trim(&text).is_empty() && !has_attachment => Err(NoTurn::Empty),
+        _ => Ok((TurnKind::Prompt, text)),
+    }
+}
+
+/// Blocks of context that the program puts at the ends of what a person said.
+fn is_context(tag: &str) -> bool {
+    matches!(tag, "system-reminder" | "user-prompt-submit-hook" | "session-start-hook" | "local-command-caveat")
+        || tag.starts_with("ide_")
+}
+
+/// Blocks in which the program hands something over in the user's name.
+fn is_envelope(tag: &str) -> bool {
+    matches!(
+        tag,
+        "task-notification"
+            | "teammate-message"
+            | "cross-session-message"
+            | "agent-message"
+            | "channel"
+            | "bash-stdout"
+            | "bash-stderr"
+            | "local-command-stdout"
+            | "local-command-stderr"
+            | "tick"
+            | "goal"
+            | "user-memory-input"
+            | "scheduled-task"
+    ) || tag.ends_with("-event")
+}
+
+struct Peeled<'a> {
+    rest: &'a str,
+    is_peeled: bool,
+    /// The context block at the start that does not close.
+    unclosed: Option<&'a str>,
+}
+
+/// Takes complete blocks of context off the start, and off the end where they begin a line.
+fn peel(text: &str) -> Peeled<'_> {
+    let mut peeled = Peeled { rest: text, is_peeled: false, unclosed: None };
+    loop {
+        let start = peeled.rest.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']);
+        let Some(tag) = opening_tag(start).filter(|tag| is_context(tag)) else { break };
+        let Some((_, after)) = start.split_once(&format!("</{tag}>")) else {
+            peeled.unclosed = Some(tag);
+            return peeled;
+        };
+        peeled.is_peeled = true;
+        peeled.rest = after.trim_start_matches(['\r', '\n']);
+    }
+    while let Some(before) = without_last_block(peeled.rest) {
+        peeled.is_peeled = true;
+        peeled.rest = before;
+    }
+    peeled
+}
+
+/// What stands before the block of context that `text` ends with, where that begins a line.
+fn without_last_block(text: &str) -> Option<&str> {
+    let text = text.trim_end_matches(is_blank);
+    let inside = text.strip_suffix('>')?;
+    let (before, tag) = inside.rsplit_once("</")?;
+    if !is_context(tag) || !tag.chars().all(is_tag_character) {
+        return None;
+    }
+    let (before, _) = before.rsplit_once(&format!("<{tag}>"))?;
+    (before.is_empty() || before.ends_with('\n')).then(|| before.trim_end_matches(is_blank))
+}
+
+/// Of more than so many pastes in one text the marks stay: each takes memory while they are looked for.
+const PASTES_MAX: usize = 10_000;
+
+/// What a person pasted is their text; from 2.1.332 on the program marks where it begins and ends.
+fn unwrap_pasted(text: Cow<'_, str>) -> Cow<'_, str> {
+    let marks = paste_marks(&text);
+    if marks.is_empty() {
+        return text;
+    }
+    // In its place: the text may be long.
+    let mut bytes = text.into_owned().into_bytes();
+    let (mut length, mut taken) = (0, 0);
+    for mark in marks {
+        bytes.copy_within(taken..mark.start, length);
+        length += mark.start - taken;
+        taken = mark.end;
+    }
+    bytes.drain(length..taken);
+    // Whole characters were taken out.
+    Cow::Owned(String::from_utf8(bytes).unwrap_or_default())
+}
+
+/// The tags around what was pasted, each with the line break inside it, in order.
+fn paste_marks(text: &str) -> Vec<Range<usize>> {
+    const OPENING: &str = "<pasted_content id=\"";
+    const CLOSING: &str = "</pasted_content id=\"";
+    if text.matches(CLOSING).nth(PASTES_MAX).is_some() {
+        return Vec::new();
+    }
+    // Where each closing tag stands, by its id.
+    let mut closings: HashMap<&str, Vec<usize>> = HashMap::new();
+    for (at, _) in text.match_indices(CLOSING) {
+        let after = text.get(at + CLOSING.len()..).and_then(|after| after.split_once('"'));
+        if let Some((id, _)) = after.filter(|(_, after)| after.starts_with('>')) {
+            closings.entry(id).or_default().push(at);
+        }
+    }
+    let mut marks = Vec::new();
+    let mut position = 0;
+    while let Some(opening) = text.get(position..).and_then(|rest| rest.find(OPENING)).map(|at| position + at) {
+        position = opening + OPENING.len();
+        let Some((id, _)) = text.get(position..).and_then(|after| after.split_once('"')) else { break };
+        let inside = position + id.len() + "\">".len();
+        if text.get(inside - 1..inside) != Some(">") {
+            continue;
+        }
+        let closing = closings.get(id).and_then(|places| places.get(places.partition_point(|place| *place < inside)));
+        let Some(&closing) = closing else { continue };
+        let pasted = text.get(inside..closing).unwrap_or_default();
+        let pasted = pasted.strip_prefix('\n').unwrap_or(pasted);
+        let pasted = range_of(pasted.strip_suffix('\n').unwrap_or(pasted), text);
+        position = closing + CLOSING.len() + id.len() + "\">".len();
+        marks.extend([opening..pasted.start, pasted.end..position]);
+    }
+    marks
+}
+
+/// White space, and the separators that ASCII has beside it.
+fn is_blank(character: char) -> bool {
+    character.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&character)
+}
+
+pub(super) fn trim(text: &str) -> &str {
+    text.trim_matches(is_blank)
+}
+
+fn trim_start(text: &str) -> &str {
+    text.trim_start_matches(is_blank)
+}
+
+fn is_tag_character(character: char) -> bool {
+    character.is_ascii_alphanumeric() || "-_".contains(character)
+}
+
+/// The name of the tag that `text` starts with.
+fn opening_tag(text: &str) -> Option<&str> {
+    let text = text.strip_prefix('<')?;
+    let (name, after) = text.split_at_checked(text.find(|character| !is_tag_character(character))?)?;
+    (!name.is_empty() && after.starts_with(|c: char| c == '>' || c == '/' || is_blank(c))).then_some(name)
+}
+
+/// Name and arguments of a slash command, separated by a space.
+fn command(text: &str) -> Option<String> {
+    // Old versions append the command's own prompt.
+    let text = text.split_once("<command-contents>").map_or(text, |(text, _)| text);
+    let name = ["command-name", "command-message"].into_iter().find_map(|tag| tagged(text, tag))?;
+    let name = trim(name.split_once("</").map_or(name, |(name, _)| name));
+    if name.is_empty() {
+        return None;
+    }
+    Some(match tagged(text, "command-args") {
+        Some(arguments) if !trim(arguments).is_empty() => format!("{name} {arguments}"),
+        _ => name.to_owned(),
+    })
+}
+
+/// What stands between the first `<tag>` and its end: the last `</tag>` for what a human typed may hold one, and the end
+/// of the text where there is none.
+fn tagged<'a>(text: &'a str, tag: &str) -> Option<&'a str> {
+    let (_, after) = text.split_once(&format!("<{tag}>"))?;
+    Some(after.rsplit_once(&format!("</{tag}>")).map_or(after, |(inside, _)| inside))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,258 @@
+//! `explain`: for each line of a transcript, whether it is a turn, or why not. Reads one file and nothing else.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, TurnIdentity};
+use crate::claude::repair::{self, Segment};
+
+use super::{Context, Exit, ExplainArguments, Failure};
+
+/// What was found at one place: a line, or a whole record on a damaged one.
+struct Record {
+    line: u64,
+    offset: u64,
+    /// Its line has a newline.
+    is_whole: bool,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Read(Box<LineMeaning>),
+    Unreadable(String),
+}
+
+pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, Failure> {
+    let (path, only) = place(&arguments.place);
+    let failed = |error: io::Error| {
+        let exit = if error.kind() == io::ErrorKind::NotFound { Exit::Data } else { Exit::Io };
+        Failure::new(exit, format!("could not read {}: {error}", path.display()))
+    };
+    let file = File::open(&path).map_err(failed)?;
+    let kind = kind_of(&path);
+    let bytes_max = context.config().file_watcher.max_line_bytes;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let (mut file, mut bytes, mut number, mut offset) = (BufReader::new(file), Vec::new(), 0, 0);
+    let mut is_found = false;
+    while let Some(length) = next_line(&mut file, bytes_max, &mut bytes).map_err(failed)? {
+        number += 1;
+        let is_whole = bytes.last() == Some(&b'\n');
+        let text = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+        let is_too_long = length > bytes.len() as u64;
+        if only.is_none_or(|only| only == number) && (is_too_long || !text.trim_ascii().is_empty()) {
+            is_found = true;
+            let records = if is_too_long {
+                vec![unreadable(number, offset, format!("{length} bytes, more than file_watcher.max_line_bytes"))]
+            } else {
+                records(text, number, offset, &kind, is_whole)
+            };
+            for record in &records {
+                let written = if arguments.json {
+                    writeln!(out, "{}", record.json(arguments.text))
+                } else {
+                    record.write(&mut out, arguments.text)
+                };
+                match written {
+                    Ok(()) => {}
+                    // Whoever read it has seen enough.
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
+                    Err(error) => return Err(Failure::new(Exit::Io, format!("could not write: {error}"))),
+                }
+            }
+        }
+        offset += length;
+    }
+    match out.flush() {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::Io, format!("could not write: {error}")))
+        }
+        _ => match only {
+            Some(only) if !is_found => {
+                let message = format!("{} has no line {only}, or it is blank; it has {number} lines", path.display());
+                Err(Failure::new(Exit::Data, message))
+            }
+            _ => Ok(Exit::Fine),
+        },
+    }
+}
+
+/// `FILE:LINE`, where there is no file of that whole name.
+fn place(place: &Path) -> (PathBuf, Option<u64>) {
+    let line = || {
+        let (path, line) = place.to_str()?.rsplit_once(':')?;
+        Some((PathBuf::from(path), Some(line.parse::<u64>().ok()?)))
+    };
+    if place.exists() { (place.to_owned(), None) } else { line().unwrap_or_else(|| (place.to_owned(), None)) }
+}
+
+/// By its name alone: it may lie anywhere.
+fn kind_of(path: &Path) -> TranscriptKind {
+    let name = path.file_name().unwrap_or_default();
+    let kind = line::classify(&Path::new("project").join(name));
+    kind.unwrap_or(TranscriptKind::Main { session: Uuid::nil() })
+}
+
+/// Reads the next line with its newline; of a line above `bytes_max` only the beginning is kept. Gives its length in
+/// the file.
+fn next_line(file: &mut impl BufRead, bytes_max: u64, bytes: &mut Vec<u8>) -> io::Result<Option<u64>> {
+    bytes.clear();
+    let mut length = 0;
+    loop {
+        let piece = file.fill_buf()?;
+        if piece.is_empty() {
+            return Ok((length > 0).then_some(length));
+        }
+        let end = memchr::memchr(b'\n', piece);
+        let piece = piece.get(..end.map_or(piece.len(), |end| end + 1)).unwrap_or_default();
+        let taken = piece.len();
+        // One more for the newline.
+        if bytes.len() as u64 + taken as u64 <= bytes_max + 1 && bytes.len() as u64 == length {
+            bytes.extend_from_slice(piece);
+        }
+        length += taken as u64;
+        file.consume(taken);
+        if end.is_some() {
+            return Ok(Some(length));
+        }
+    }
+}
+
+fn unreadable(line: u64, offset: u64, message: String) -> Record {
+    Record { line, offset, is_whole: true, outcome: Outcome::Unreadable(message) }
+}
+
+/// What stands on a line: itself, or the whole records of a damaged one and what lies between them.
+fn records(text: &[u8], line: u64, offset: u64, kind: &TranscriptKind, is_whole: bool) -> Vec<Record> {
+    let read = |offset: u64, outcome: Result<LineMeaning, BadLine>| {
+        let outcome = match outcome {
+            Ok(meaning) => Outcome::Read(Box::new(meaning)),
+            Err(_) if !is_whole => Outcome::Unreadable("incomplete: it has no newline yet".to_owned()),
+            Err(bad) => Outcome::Unreadable(bad.message),
+        };
+        Record { line, offset, is_whole, outcome }
+    };
+    match line::read_line(text, kind) {
+        Ok(meaning) => vec![read(offset, Ok(meaning))],
+        Err(bad) if !is_whole => vec![read(offset, Err(bad))],
+        Err(bad) => {
+            let segments = repair::salvage(text).into_iter().map(|segment| {
+                let (Segment::Record(range) | Segment::Lost(range)) = &segment;
+                let bytes = text.get(range.clone()).unwrap_or_default();
+                let outcome = match segment {
+                    Segment::Record(_) => line::read_line(bytes, kind),
+                    Segment::Lost(_) => Err(bad.clone()),
+                };
+                read(offset + range.start as u64, outcome)
+            });
+            segments.collect()
+        }
+    }
+}
+
+impl Record {
+    fn type_name(&self) -> &str {
+        let Outcome::Read(meaning) = &self.outcome else { return "-" };
+        match meaning.line_type {
+            LineType::User => "user",
+            LineType::Assistant => "assistant",
+            LineType::System => "system",
+            LineType::Attachment => "attachment",
+            LineType::Progress => "progress",
+            LineType::Metadata => "state",
+            LineType::Unknown => meaning.unknown_type.as_deref().unwrap_or(line::NO_TYPE),
+            LineType::Blank => "blank",
+        }
+    }
+
+    /// Why it is no turn; `None` for a turn.
+    fn reason(&self) -> Option<String> {
+        let meaning = match &self.outcome {
+            Outcome::Unreadable(message) => return Some(message.clone()),
+            Outcome::Read(meaning) => meaning,
+        };
+        if meaning.turn.is_some() {
+            return None;
+        }
+        let of_its_type = match meaning.line_type {
+            LineType::Metadata => "state",
+            LineType::Unknown => "unknown type",
+            LineType::User | LineType::Assistant | LineType::Attachment => "in a sub-agent's transcript",
+            LineType::System | LineType::Progress | LineType::Blank => "nothing said",
+        };
+        Some(meaning.no_turn.as_ref().map_or_else(|| of_its_type.to_owned(), ToString::to_string))
+    }
+
+    fn write(&self, out: &mut impl Write, with_text: bool) -> io::Result<()> {
+        let turn = match &self.outcome {
+            Outcome::Read(meaning) => meaning.turn.as_ref(),
+            Outcome::Unreadable(_) => None,
+        };
+        let mut what = match turn {
+            None => format!("no turn: {}", self.reason().unwrap_or_default()),
+            Some(turn) => {
+                let kind = turn.kind.map(line::TurnKind::as_str);
+                let provenance = turn.provenance.map(line::Provenance::as_str);
+                let words = [Some(turn.actor.as_str()), kind, provenance];
+                format!("turn: {}", words.into_iter().flatten().collect::<Vec<_>>().join(", "))
+            }
+        };
+        if turn.is_some() && !self.is_whole {
+            what.push_str(" (it has no newline yet)");
+        }
+        let (line_type, what) = (harmless(self.type_name()), harmless(&what));
+        writeln!(out, "{:>7} {:>11}  {line_type:<10}  {what}", self.line, self.offset)?;
+        for line in turn.filter(|_| with_text).into_iter().flat_map(|turn| turn.text.lines()) {
+            writeln!(out, "{:>22}| {}", "", harmless(line))?;
+        }
+        Ok(())
+    }
+
+    fn json(&self, with_text: bool) -> Value {
+        let mut object = Map::new();
+        let mut put = |name: &str, value: Value| object.insert(name.to_owned(), value);
+        put("line", self.line.into());
+        put("offset", self.offset.into());
+        put("type", self.type_name().into());
+        if !self.is_whole {
+            put("has_newline", false.into());
+        }
+        let turn = match &self.outcome {
+            Outcome::Unreadable(message) => {
+                put("unreadable", message.as_str().into());
+                return object.into();
+            }
+            Outcome::Read(meaning) => meaning.turn.as_ref(),
+        };
+        let Some(turn) = turn else {
+            put("reason", self.reason().into());
+            return object.into();
+        };
+        put("actor", turn.actor.as_str().into());
+        if let (Some(kind), Some(provenance)) = (turn.kind, turn.provenance) {
+            put("kind", kind.as_str().into());
+            put("provenance", provenance.as_str().into());
+        }
+        let uuid = match &turn.identity {
+            TurnIdentity::Uuid(uuid) => Some(uuid.as_str()),
+            TurnIdentity::None => None,
+        };
+        put("turn_uuid", uuid.into());
+        put("text_bytes", turn.text.len().into());
+        if with_text {
+            put("text", turn.text.as_str().into());
+        }
+        object.into()
+    }
+}
+
+/// What a file says, without the power to steer a terminal or to turn the direction of writing.
+fn harmless(text: &str) -> String {
+    let is_harmful = |c: char| {
+        c != '\t' && c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c) || ('\u{2066}'..='\u{2069}').contains(&c)
+    };
+    text.chars().map(|c| if is_harmful(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
