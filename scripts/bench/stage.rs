@@ -554,7 +554,7 @@ impl Transcript {
             bytes,
             "{{\"parentUuid\":null,\"isSidechain\":false,{message},\"uuid\":\"{uuid}\",\
              \"timestamp\":\"2026-01-02T03:04:05.678Z\",\"userType\":\"external\",\"cwd\":\"/home/me/work/app\",\
-             \"sessionId\":\"{session}\",\"version\":\"2.1.219\",\"gitBranch\":\"main\"}}"
+             \"sessionId\":\"{session}\",\"version\":\"2.1.119\",\"gitBranch\":\"main\"}}"
         )?;
         Ok(())
     }

@@ -590,7 +590,7 @@ impl Writer {
         let mut line = json!({
             "parentUuid": null, "isSidechain": false, "userType": "external", "uuid": uuid,
             "timestamp": jiff::Timestamp::now().to_string(), "cwd": "/home/me/app", "sessionId": session.id,
-            "version": "2.1.219", "gitBranch": "main"
+            "version": "2.1.119", "gitBranch": "main"
         });
         let (kind, message) = if self.dice.one_in(3) {
             let content = json!([{"type": "text", "text": text}]);

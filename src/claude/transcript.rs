@@ -37,7 +37,7 @@ pub struct Source {
     pub path: Arc<str>,
     /// Pause after which a session has ended.
     pub inactivity_timeout: Duration,
-    /// No line counts as activity later than this, a time in the future is none.
+    /// The time of lines that have none, and the latest at which a line counts as activity.
     pub active_max: Timestamp,
 }
 
@@ -234,7 +234,7 @@ impl Source {
             found(Found::Event(Candidate {
                 id: line::session_registered_event_id(session),
                 event_type: "session_registered".to_owned(),
-                timestamp: started_at.unwrap_or_else(Timestamp::now),
+                timestamp: started_at.unwrap_or(self.active_max),
                 payload: facts.payload(),
                 refs: ForeignKeys::default(),
                 origin: origin(),
@@ -245,7 +245,7 @@ impl Source {
             // A line that names another session says itself where it comes from.
             let is_told = turn.said_in.is_some_and(|said_in| said_in != session);
             let copied_at = copied_at.filter(|copied_at| !is_told && turn.timestamp.is_some_and(|at| at < *copied_at));
-            let timestamp = turn.timestamp.unwrap_or_else(Timestamp::now);
+            let timestamp = turn.timestamp.unwrap_or(self.active_max);
             found(Found::Event(Candidate {
                 id: line::turn_event_id(&turn, session, offset, line),
                 event_type: "turn_detected".to_owned(),

@@ -32,7 +32,7 @@ pub use self::page::{Overview, RecentEvent, RecentSession};
 pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
-use crate::health::{DatabaseHealth, Health, HealthSource, Moment, SpoolHealth, Status};
+use crate::health::{DatabaseHealth, Health, HealthSource, Moment, SpoolHealth, Status, WatcherHealth};
 use crate::history::History;
 use crate::intake::Intake;
 use crate::intake::spool::Spool;
@@ -181,7 +181,16 @@ fn health_for(caller: Caller, mut health: Health) -> Health {
         queue: _,
         database: DatabaseHealth { state: _, since: _, last_error },
         writes: _,
-        watcher: _,
+        watcher:
+            WatcherHealth {
+                files: _,
+                sessions: _,
+                lines: _,
+                bad_lines: _,
+                transcripts_expiring: _,
+                unknown_formats,
+                last_rescan: _,
+            },
         spool: SpoolHealth { unread_files: _, folder_unread: _, last_error: spool_error },
         http,
     } = &mut health;
@@ -192,6 +201,7 @@ fn health_for(caller: Caller, mut health: Health) -> Health {
         *error = error.take().map(|_| ERROR_WITHHELD.to_owned());
     }
     *http = None;
+    unknown_formats.clear();
     health
 }
 

@@ -35,7 +35,10 @@ pub struct UnknownFormat {
 
 impl UnknownFormats {
     /// Counts a line. True where the log is to name it: at its first line, and once a day.
+    ///
+    /// What is no name is left out: it comes from a transcript, and may be anybody's words.
     pub fn note(&self, field: &str, value: &str, version: &str, now: Instant) -> bool {
+        let (value, version) = (name_or_none(value), name_or_none(version));
         let mut formats = lock(&self.0);
         let key = (field.to_owned(), value.to_owned());
         if let Some(seen) = formats.get_mut(&key) {
@@ -66,6 +69,12 @@ impl UnknownFormats {
     }
 }
 
+/// `text` where it is a name. Anything else comes from a transcript and may be somebody's words.
+pub fn name_or_none(text: &str) -> &str {
+    let is_name = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
+    if is_name { text } else { "(no name)" }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +94,14 @@ mod tests {
             lines: 4,
         };
         assert_eq!(formats.list()[0], expected);
+    }
+
+    #[test]
+    fn words_are_not_kept() {
+        let formats = UnknownFormats::default();
+        formats.note("origin", "a secret", "\u{1b}[2J", Instant::now());
+        let listed = formats.list();
+        assert_eq!((listed[0].value.as_str(), listed[0].version.as_str()), ("(no name)", "(no name)"));
     }
 
     #[test]

@@ -85,6 +85,14 @@ fn a_layer_imports_only_what_lies_below_it() {
 }
 
 #[test]
+fn what_knows_claude_code_sees_no_clock_and_no_file() {
+    for word in ["::now", "std::fs", "std::io", "std::time::Instant", "SystemTime", "regular_file"] {
+        let users: Vec<String> = mentions(word).into_iter().filter(|file| module(file) == "claude").collect();
+        assert!(users.is_empty(), "{word} in {users:?}");
+    }
+}
+
+#[test]
 fn an_outside_crate_is_known_in_one_place() {
     for (name, place) in [
         ("sled::", "queue"),

@@ -79,7 +79,7 @@ fn a_spool_file_that_ends_the_program_twice_is_moved_aside_and_becomes_a_dead_le
     let watcher = stage.start();
     wait_until("the other hook is taken in", SOON, || pending(&watcher) == 1);
     wait_until("the file is a dead letter", SOON, || watcher.health()["queue"]["dead_letters"] == 1);
-    assert_eq!(names(&spool), [format!("{fatal}.failed")]);
+    wait_until("the other hook's file is gone", SOON, || names(&spool) == [format!("{fatal}.failed")]);
     let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
     let message = letters[0]["message"].as_str().unwrap();
     assert!(message.contains(&fatal) && message.contains("ended the program 2 times"), "{message}");
@@ -184,6 +184,8 @@ fn a_spool_file_that_was_taken_in_but_can_not_be_removed_is_never_taken_in_again
         set_mode(next, 0o600);
         wait_until("the next one is taken in", SOON, || pending(&watcher) >= number);
         assert_eq!(pending(&watcher), number);
+        // A file goes, or does not, after its event is in the queue.
+        wait_until("it can't be removed", SOON, || watcher.logged("can't be removed").len() as u64 == number);
     }
     assert_eq!(watcher.logged("can't be removed").len(), 7, "said once of each: {}", watcher.log());
     set_mode(&spool, 0o700);

@@ -754,7 +754,7 @@ impl Transcript {
             "parentUuid": null, "isSidechain": false, "type": "user", "userType": "external",
             "message": {"role": "user", "content": text}, "uuid": self.uuid(text),
             "timestamp": "2026-01-02T03:04:05.678Z", "cwd": "/home/me/app", "sessionId": self.session,
-            "version": "2.1.219", "gitBranch": "main"
+            "version": "2.1.119", "gitBranch": "main"
         })
         .to_string()
     }
@@ -766,7 +766,7 @@ impl Transcript {
             "message": {"role": "assistant", "id": "msg_1", "type": "message", "model": "claude-opus-4-8",
                         "content": [{"type": "text", "text": text}], "stop_reason": "end_turn"},
             "uuid": self.uuid(text), "timestamp": "2026-01-02T03:04:06.789Z", "cwd": "/home/me/app",
-            "sessionId": self.session, "version": "2.1.219", "gitBranch": "main"
+            "sessionId": self.session, "version": "2.1.119", "gitBranch": "main"
         })
         .to_string()
     }

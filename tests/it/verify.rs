@@ -115,7 +115,8 @@ fn the_object_has_these_fields_for_good() {
     let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
     assert_eq!(
         names(&report),
-        "conflicting error expiring incomplete missing missing_folders sessions sub_agent_transcripts transcripts turns unreadable"
+        "conflicting error expiring incomplete missing missing_folders sessions sub_agent_transcripts transcripts turns \
+         unreadable user_lines_no_turns"
     );
     let all =
         "dead_letters in_postgres in_queue missing not_yet_read on_disk removed sent_again unproven without_receipt";

@@ -17,6 +17,7 @@ use crate::claude::line::TranscriptKind;
 use crate::claude::transcript::{self, Found, HeadTooShort, LastLine, Source};
 use crate::event::{Cursor, Sequence, Timestamp};
 use crate::queue::{Batch, QueueError};
+use crate::telemetry::name_or_none;
 
 /// How long a file must be unchanged before its last line is read without a newline.
 pub const UNTERMINATED_QUIET: Duration = Duration::from_secs(5);
@@ -588,6 +589,7 @@ impl Follower {
     /// Nothing is lost by it: such a line is judged by all that is known.
     fn note_unknown(&self, field: &str, value: &str, version: &str, look: &Look) {
         if self.intake.metrics().unknown_formats.note(field, value, version, Instant::now()) {
+            let (value, version) = (name_or_none(value), name_or_none(version));
             warn!(field, value, version, file = %look.source.path,
                   "a transcript has something that this version does not know; see whether there is a newer one of \
                    headspace-watcher; \"headspace-watcher explain FILE\" shows what is made of each line");
