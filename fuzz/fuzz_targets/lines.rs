@@ -62,7 +62,7 @@ fuzz_target!(|file: &[u8]| {
 
     if let Some((mut cursor, offset, read_before)) = halfway {
         // What the cursor does not keep is found again in the bytes before it.
-        let mut copied_at = lines::copied_at(&file[..offset], &MAIN, &cursor).expect("the whole head tells");
+        let mut copied_at = transcript::copied_at(&file[..offset], &MAIN, &cursor).expect("the whole head tells");
         let source = self::source(*MAIN);
         let mut rest = Vec::new();
         for range in &lines[lines.len() / 2..] {
@@ -109,6 +109,7 @@ fn read(
         pieces.push(match found {
             Found::Event(candidate) => event(candidate),
             Found::Unreadable(rejection) => lost(rejection),
+            Found::NoTurn(_) => return,
         });
     })
 }
