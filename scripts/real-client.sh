@@ -91,7 +91,9 @@ turns="SELECT jsonb_build_object('kind', payload->>'kind', 'text', payload->>'te
 printf 'real-client: Claude Code %s\n' "$version"
 configure "$work/live"
 headspace "$live" "$work/live" hooks install --settings "$work/settings.json" >/dev/null
-headspace "$live" "$work/live" run >"$work/watcher.log" 2>&1 &
+# exec: what is ended below is the watcher itself.
+(exec env -i PATH="$PATH" HOME="$work/home" DATABASE_URL="$live" "$program" --config "$work/live/config.yaml" run) \
+  >"$work/watcher.log" 2>&1 &
 watcher=$!
 drive() { "$driver/drive.py" "$work" --client "$client" --settings "$work/settings.json" >"$work/drive.log" 2>&1; }
 drive || {
