@@ -25,7 +25,12 @@ use super::line::{LineType, MendedLine, is_envelope};
 
 /// A copy is made this long after its first line was said, at least. In originals the two are milliseconds to some
 /// seconds apart, in copies minutes or hours.
-pub(super) const COPY_DELAY_SECONDS_MIN: i64 = 60;
+const COPY_DELAY_SECONDS_MIN: i64 = 60;
+
+/// Whether a transcript that was opened at `opened_at` and whose first line was said at `said_at` is a copy.
+pub(super) fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
+    opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
+}
 
 /// Lines of a head that are looked at.
 const HEAD_LINES_MAX: usize = 50;
@@ -90,11 +95,7 @@ impl Look {
         for line in tail.split_inclusive(|byte| *byte == b'\n').filter(|line| whole(line)) {
             look.take(line, None);
         }
-        let is_late = match (look.opened_at, look.said_at) {
-            (Some(opened_at), Some(said_at)) => opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN,
-            _ => false,
-        };
-        look.is_marked |= is_late;
+        look.is_marked |= look.opened_at.zip(look.said_at).is_some_and(|(opened, said)| is_copied_by(opened, said));
         look
     }
 

@@ -16,7 +16,7 @@ use std::ops::Range;
 use memchr::memmem;
 use serde::de::IgnoredAny;
 
-use super::line::looks_like_a_line;
+use super::line::{BadLine, LineMeaning, TranscriptKind, looks_like_a_line, read_line};
 
 /// How records start: 99.9 % of lines have one of these as their first key.
 const PREFIXES: [&[u8]; 2] = [b"{\"parentUuid\"", b"{\"type\""];
@@ -63,6 +63,18 @@ pub fn salvage(line: &[u8]) -> Vec<Segment> {
         *range = start..last.map_or(line.len(), |last| last + 1);
     }
     pieces
+}
+
+/// What stands on a damaged line: each piece's place, and what it means; `bad` for what is lost.
+pub fn read_damaged(
+    line: &[u8],
+    kind: &TranscriptKind,
+    bad: &BadLine,
+) -> impl Iterator<Item = (Range<usize>, Result<LineMeaning, BadLine>)> {
+    salvage(line).into_iter().map(move |segment| match segment {
+        Segment::Record(range) => (range.clone(), read_line(line.get(range).unwrap_or_default(), kind)),
+        Segment::Lost(range) => (range, Err(bad.clone())),
+    })
 }
 
 /// As [`salvage`], for a line without NULs.

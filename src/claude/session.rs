@@ -17,7 +17,7 @@ use jiff::SignedDuration;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::copies::COPY_DELAY_SECONDS_MIN;
+use super::copies::is_copied_by;
 use super::line::iso_8601;
 use crate::event::{Candidate, EventId, ForeignKeys, Origin, SessionState, Timestamp};
 
@@ -179,11 +179,6 @@ impl SessionState {
         self.ended_through = self.ended_through.max(Some(through));
         self.process = None;
     }
-}
-
-/// Whether a transcript that was opened at `opened_at` and whose first line was said at `said_at` is a copy.
-fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
-    opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
 }
 
 #[cfg(test)]

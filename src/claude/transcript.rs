@@ -11,7 +11,7 @@ use jiff::SignedDuration;
 use uuid::Uuid;
 
 use super::line::{self, BadLine, LineMeaning, LineType, NoTurn, SessionFacts, TranscriptKind, Unknown};
-use super::repair::{self, Segment};
+use super::repair;
 use super::session::{End, LineTime};
 use crate::event::{
     Candidate, Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, SessionState, Timestamp,
@@ -87,10 +87,7 @@ pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<
             Ok(meaning) => of_first_own_line(&meaning),
             // Cut off where the head ends.
             Err(_) if line.len() == piece.len() => break,
-            Err(_) => repair::salvage(line).into_iter().find_map(|segment| match segment {
-                Segment::Record(range) => of_first_own_line(&line::read_line(line.get(range)?, kind).ok()?),
-                Segment::Lost(_) => None,
-            }),
+            Err(bad) => repair::read_damaged(line, kind, &bad).find_map(|(_, record)| of_first_own_line(&record.ok()?)),
         };
         if let Some(copied_at) = copied_at {
             return Ok(copied_at);
@@ -174,14 +171,9 @@ impl Source {
                 self.take(meaning, line, offset, cursor, copied_at, &mut found);
             }
             Err(bad) => {
-                for segment in repair::salvage(line) {
-                    let (Segment::Record(range) | Segment::Lost(range)) = &segment;
+                for (range, record) in repair::read_damaged(line, &self.kind, &bad) {
                     let bytes = line.get(range.clone()).unwrap_or_default();
                     let at = offset + range.start as u64;
-                    let record = match segment {
-                        Segment::Record(_) => line::read_line(bytes, &self.kind),
-                        Segment::Lost(_) => Err(bad.clone()),
-                    };
                     match record {
                         Ok(mut meaning) => {
                             report.unknown_type = report.unknown_type.take().or(meaning.unknown_type.take());

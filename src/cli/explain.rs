@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, TurnIdentity};
-use crate::claude::repair::{self, Segment};
+use crate::claude::repair;
 
-use super::{Context, Exit, ExplainArguments, Failure};
+use super::{Context, Exit, ExplainArguments, Failure, written};
 
 /// What was found at one place: a line, or a whole record on a damaged one.
 struct Record {
@@ -51,32 +51,24 @@ pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, 
                 records(text, number, offset, &kind, is_whole)
             };
             for record in &records {
-                let written = if arguments.json {
+                let shown = if arguments.json {
                     writeln!(out, "{}", record.json(arguments.text))
                 } else {
                     record.write(&mut out, arguments.text)
                 };
-                match written {
-                    Ok(()) => {}
-                    // Whoever read it has seen enough.
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
-                    Err(error) => return Err(Failure::new(Exit::Io, format!("could not write: {error}"))),
+                if shown.is_err() {
+                    return written(shown);
                 }
             }
         }
         offset += length;
     }
-    match out.flush() {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(Exit::Io, format!("could not write: {error}")))
+    match only {
+        Some(only) if !is_found => {
+            let message = format!("{} has no line {only}, or it is blank; it has {number} lines", path.display());
+            Err(Failure::new(Exit::Data, message))
         }
-        _ => match only {
-            Some(only) if !is_found => {
-                let message = format!("{} has no line {only}, or it is blank; it has {number} lines", path.display());
-                Err(Failure::new(Exit::Data, message))
-            }
-            _ => Ok(Exit::Fine),
-        },
+        _ => written(out.flush()),
     }
 }
 
@@ -139,16 +131,8 @@ fn records(text: &[u8], line: u64, offset: u64, kind: &TranscriptKind, is_whole:
         Ok(meaning) => vec![read(offset, Ok(meaning))],
         Err(bad) if !is_whole => vec![read(offset, Err(bad))],
         Err(bad) => {
-            let segments = repair::salvage(text).into_iter().map(|segment| {
-                let (Segment::Record(range) | Segment::Lost(range)) = &segment;
-                let bytes = text.get(range.clone()).unwrap_or_default();
-                let outcome = match segment {
-                    Segment::Record(_) => line::read_line(bytes, kind),
-                    Segment::Lost(_) => Err(bad.clone()),
-                };
-                read(offset + range.start as u64, outcome)
-            });
-            segments.collect()
+            let found = repair::read_damaged(text, kind, &bad);
+            found.map(|(range, record)| read(offset + range.start as u64, record)).collect()
         }
     }
 }

@@ -18,6 +18,7 @@ mod top;
 mod verify;
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
@@ -517,6 +518,16 @@ pub fn main() -> ExitCode {
             }
             exit(failure.exit)
         }
+    }
+}
+
+/// How a command ends whose output is done: whoever read it may have closed it when they had seen enough.
+fn written(result: io::Result<()>) -> Result<Exit, Failure> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::Io, format!("could not write: {error}")))
+        }
+        _ => Ok(Exit::Fine),
     }
 }
 

@@ -7,7 +7,7 @@ use http_body_util::BodyExt;
 use serde_json::Value;
 
 use super::client::{self, ClientError};
-use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, inspect_queue};
+use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, inspect_queue, written};
 
 pub fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };
@@ -28,9 +28,7 @@ pub fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<E
     };
     match shown.and_then(|()| output.finish().map_err(ListingError::Reader)) {
         Ok(()) => Ok(Exit::Fine),
-        // Somebody piped us into `head`.
-        Err(ListingError::Reader(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Fine),
-        Err(ListingError::Reader(error)) => Err(Failure::new(Exit::Io, format!("could not write: {error}"))),
+        Err(ListingError::Reader(error)) => written(Err(error)),
         Err(ListingError::Queue(error)) => Err(error.into()),
     }
 }

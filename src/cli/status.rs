@@ -13,7 +13,7 @@ use crate::queue::{QueueError, QueueStats};
 use serde_json::json;
 
 use super::client::{self, ClientError};
-use super::{Context, Exit, Failure, StatusArguments, block_on, inspect_queue};
+use super::{Context, Exit, Failure, StatusArguments, block_on, inspect_queue, written};
 
 /// How long the watcher may take; it needs milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -58,8 +58,7 @@ fn watch(context: &Context, json: bool, interval: Duration) -> Result<Exit, Fail
         }
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => std::thread::sleep(interval),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
-            Err(error) => return Err(Failure::new(Exit::Io, format!("could not write: {error}"))),
+            failed => return written(failed),
         }
     }
 }

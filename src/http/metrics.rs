@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::Api;
 use crate::health::{HealthSource, Moment, Status};
-use crate::telemetry::{CounterFamily, Database, HistogramSnapshot, OTHER};
+use crate::telemetry::{CounterFamily, Database, HistogramSnapshot, OTHER, is_name};
 
 const PREFIX: &str = "headspace_watcher_";
 
@@ -126,7 +126,8 @@ impl Page {
         self.head(name, help, "counter");
         let mut unnamed = 0;
         for (value, count) in family.labels() {
-            if is_name(value) {
+            // Some come from what was read, such as a line's type; what is no name may be text.
+            if value != OTHER && is_name(value) {
                 self.sample(name, &[(label, value)], count);
             } else {
                 unnamed += count;
@@ -158,12 +159,6 @@ impl Page {
         }
         let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
     }
-}
-
-/// Whether a label's value is a name. Some come from what was read, such as a line's type; anything else in their place
-/// may be text, and is counted as [`OTHER`].
-fn is_name(value: &str) -> bool {
-    value != OTHER && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 
 #[cfg(test)]

@@ -71,8 +71,12 @@ impl UnknownFormats {
 
 /// `text` where it is a name. Anything else comes from a transcript and may be somebody's words.
 pub fn name_or_none(text: &str) -> &str {
-    let is_name = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
-    if is_name { text } else { "(no name)" }
+    if is_name(text) { text } else { "(no name)" }
+}
+
+/// Whether `text` has nothing in it but what names have.
+pub fn is_name(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 
 #[cfg(test)]

@@ -22,8 +22,6 @@ mod repair;
 mod report;
 mod waiting;
 
-use std::io;
-
 use crate::event::Timestamp;
 use crate::service::connect_settings;
 use crate::sink::DeliverError;
@@ -33,7 +31,7 @@ use jiff::SignedDuration;
 use self::inventory::Inventory;
 use self::repair::Sender;
 use self::report::Report;
-use super::{Context, Exit, Failure, VerifyArguments, block_on};
+use super::{Context, Exit, Failure, VerifyArguments, block_on, written};
 
 /// How often what was found nowhere is looked for again.
 const CONFIRMATIONS: u32 = 2;
@@ -79,12 +77,7 @@ async fn run(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Fai
         }
     }
     let report = Report::of(&mut inventory);
-    match report.write(&inventory, arguments.json, failure.as_ref()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            return Err(Failure::new(Exit::Io, format!("could not write: {error}")));
-        }
-        _ => {}
-    }
+    written(report.write(&inventory, arguments.json, failure.as_ref()))?;
     match failure {
         Some(failure) => Err(failure),
         None if report.is_all_there() && inventory.unreadable.is_empty() => Ok(Exit::Fine),
