@@ -111,6 +111,13 @@ pub struct CursorLine<'a> {
     /// Hash over bytes before the offset, in hexadecimal: it holds for the file that was read, not for one that has
     /// replaced it.
     pub fingerprint: Cow<'a, str>,
+    /// Whether its session was registered: not while nothing but what it inherited was read. Earlier versions do not say.
+    #[serde(default = "is_registered")]
+    pub registered: bool,
+}
+
+fn is_registered() -> bool {
+    true
 }
 
 impl<'a> CursorLine<'a> {
@@ -119,6 +126,7 @@ impl<'a> CursorLine<'a> {
             path: path.to_string_lossy(),
             offset: cursor.offset,
             fingerprint: format!("{:016x}", cursor.fingerprint).into(),
+            registered: cursor.project_path.is_some(),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use headspace_watcher::claude::line::{TranscriptKind, classify};
 use headspace_watcher::claude::repair::{Segment, salvage};
-use headspace_watcher::claude::transcript::{self, Found, LineReport, START, Source};
+use headspace_watcher::claude::transcript::{Found, LineReport, OtherSession, START, Source};
 use headspace_watcher::event::{Candidate, Cursor, EventId, Origin, Rejection, Timestamp};
 use headspace_watcher::intake::schema::Schemas;
 use libfuzzer_sys::fuzz_target;
@@ -45,38 +45,41 @@ impl Piece {
 fuzz_target!(|file: &[u8]| {
     let source = source(*MAIN);
     let mut cursor = START;
-    let mut copied_at = None;
+    let mut other = None;
     let mut whole = Vec::new();
     let mut halfway = None;
     let lines = lines(file);
     for (number, range) in lines.iter().enumerate() {
         if number == lines.len() / 2 {
-            halfway = Some((cursor.clone(), range.start, whole.len()));
+            halfway = Some((cursor.clone(), whole.len()));
         }
         let before = whole.len();
         let line = &file[range.clone()];
-        let report = read(&source, line, range.start, &mut cursor, &mut copied_at, &mut whole);
+        let report = read(&source, line, range.start, &mut cursor, &mut other, &mut whole);
         check_line(line, range, &report, &whole[before..]);
     }
     assert!(whole.is_sorted_by_key(Piece::offset), "places are in order: {whole:?}");
 
-    if let Some((mut cursor, offset, read_before)) = halfway {
-        // What the cursor does not keep is found again in the bytes before it.
-        let mut copied_at = transcript::copied_at(&file[..offset], &MAIN, &cursor).expect("the whole head tells");
+    if let Some((mut cursor, read_before)) = halfway {
+        // What the cursor does not keep is found again in the lines before it.
         let source = self::source(*MAIN);
+        let (mut again, mut other) = (START, None);
+        for range in &lines[..lines.len() / 2] {
+            read(&source, &file[range.clone()], range.start, &mut again, &mut other, &mut Vec::new());
+        }
         let mut rest = Vec::new();
         for range in &lines[lines.len() / 2..] {
-            read(&source, &file[range.clone()], range.start, &mut cursor, &mut copied_at, &mut rest);
+            read(&source, &file[range.clone()], range.start, &mut cursor, &mut other, &mut rest);
         }
         assert_eq!(rest, whole[read_before..], "reading on from a cursor gives what reading through gives");
     }
 
     let agent = self::source(TranscriptKind::SubAgent);
     let mut cursor = START;
-    let mut copied_at = None;
+    let mut other = None;
     let mut found = Vec::new();
     for range in &lines {
-        read(&agent, &file[range.clone()], range.start, &mut cursor, &mut copied_at, &mut found);
+        read(&agent, &file[range.clone()], range.start, &mut cursor, &mut other, &mut found);
     }
     assert!(found.iter().all(|piece| matches!(piece, Piece::Lost { .. })), "a sub-agent's lines are no events");
 });
@@ -87,6 +90,7 @@ fn source(kind: TranscriptKind) -> Source {
         path: Arc::from("/p/a.jsonl"),
         inactivity_timeout: Duration::from_secs(60),
         active_max: Timestamp::MAX,
+        inherited_to: 0,
     }
 }
 
@@ -102,12 +106,12 @@ fn read(
     line: &[u8],
     offset: usize,
     cursor: &mut Cursor,
-    copied_at: &mut Option<Timestamp>,
+    other: &mut Option<OtherSession>,
     pieces: &mut Vec<Piece>,
 ) -> LineReport {
-    source.read(line, offset as u64, cursor, copied_at, |found| {
+    source.read(line, offset as u64, cursor, other, |found| {
         pieces.push(match found {
-            Found::Event(candidate) => event(candidate),
+            Found::Event(candidate) | Found::OfOther(_, candidate) => event(candidate),
             Found::Unreadable(rejection) => lost(rejection),
             Found::NoTurn(_) => return,
         });

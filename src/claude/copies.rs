@@ -137,9 +137,19 @@ impl Look {
     }
 }
 
-/// The place of each of these files in the order of reading: originals by when they began, then copies, each behind what
-/// it was copied from.
-pub fn reading_order(looks: &[Look]) -> Vec<Place> {
+/// Files with which a copy is compared, at most: of more than so many forks of one session the first and the latest.
+pub const ANCESTORS_MAX: usize = 8;
+
+/// How a transcript is to be read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reading {
+    pub place: Place,
+    /// The files of other sessions that it may have been copied from, at most [`ANCESTORS_MAX`]; indexes.
+    pub ancestors: Vec<usize>,
+}
+
+/// How each of these files is to be read: originals by when they began, then copies, each behind what it was copied from.
+pub fn reading_order(looks: &[Look]) -> Vec<Reading> {
     let depths = depths(looks);
     let mut families: HashMap<&str, Vec<usize>> = HashMap::new();
     for (index, look) in looks.iter().enumerate() {
@@ -147,21 +157,34 @@ pub fn reading_order(looks: &[Look]) -> Vec<Place> {
             families.entry(root).or_default().push(index);
         }
     }
-    let mut places: Vec<Place> = looks
+    let mut readings: Vec<Reading> = looks
         .iter()
         .map(|look| Place { is_copy: look.is_marked || look.is_background, began_at: look.began_at(), number: 0 })
+        .map(|place| Reading { place, ancestors: Vec::new() })
         .collect();
     for family in families.values().filter(|family| family.len() > 1) {
         let first_at = family.iter().filter_map(|index| looks.get(*index)?.said_at).min();
         let member = |index: &usize| Some((looks.get(*index)?, *depths.get(*index)?));
         for index in family {
-            let (Some(this), Some(place)) = (member(index), places.get_mut(*index)) else { continue };
+            let (Some(this), Some(reading)) = (member(index), readings.get_mut(*index)) else { continue };
             let is_before = |other: &&usize| member(other).is_some_and(|other| descent(other, this).is_lt());
             let number = family.iter().filter(is_before).count();
-            *place = Place { is_copy: number > 0 || this.0.is_marked, began_at: first_at, number };
+            reading.place = Place { is_copy: number > 0 || this.0.is_marked, began_at: first_at, number };
+        }
+        let mut in_order = family.clone();
+        in_order.sort_by_key(|index| readings.get(*index).map(|reading| reading.place));
+        for (position, index) in in_order.iter().enumerate() {
+            let is_other =
+                |other: &&usize| looks.get(**other).map(|look| look.stem) != looks.get(*index).map(|look| look.stem);
+            let before: Vec<usize> = in_order.iter().take(position).filter(is_other).copied().collect();
+            let latest = before.len().saturating_sub(ANCESTORS_MAX - 1).max(1);
+            let kept = before.iter().take(1).chain(before.iter().skip(latest)).copied();
+            if let Some(reading) = readings.get_mut(*index) {
+                reading.ancestors = kept.collect();
+            }
         }
     }
-    places
+    readings
 }
 
 /// `Less`: `a` is the ancestor. Not always transitive.
@@ -175,6 +198,42 @@ fn descent((a, depth_a): (&Look, u32), (b, depth_b): (&Look, u32)) -> Ordering {
         .then_with(|| both(a.born, b.born))
         .then_with(|| a.bytes.cmp(&b.bytes))
         .then_with(|| a.stem.cmp(&b.stem))
+}
+
+/// A line of the conversation, as far as its descent is concerned.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Said {
+    /// The same in every copy.
+    pub uuid: Option<String>,
+    /// The session that the line names.
+    session: Option<Uuid>,
+    is_forked: bool,
+}
+
+impl Said {
+    /// Reads a line, given without its newline. `None`: it is none of the conversation, or is damaged.
+    pub fn read(line: &[u8]) -> Option<Said> {
+        let mended = MendedLine::new(line).ok()?;
+        let fields = Fields::of(&mended.text).ok()?;
+        let mut mender = Mender { is_mended: false };
+        let line_type = mender.string(fields.line_type).map_or(LineType::Unknown, |name| LineType::named(&name));
+        is_envelope(&fields, line_type).then(|| Said {
+            uuid: mender.filled_string(fields.uuid),
+            session: mender.string(fields.session).and_then(|text| text.parse().ok()),
+            is_forked: fields.forked_from.is_some(),
+        })
+    }
+
+    /// Whether it says itself that it was said in another session than that of its file.
+    pub fn is_of_another(&self, session: Uuid) -> bool {
+        self.is_forked || self.session.is_some_and(|named| named != session)
+    }
+}
+
+/// The uuid of the first line of the conversation, which is the same in all of a family.
+pub fn root(head: &[u8]) -> Option<String> {
+    let lines = head.split_inclusive(|byte| *byte == b'\n').take(HEAD_LINES_MAX);
+    lines.filter_map(|line| line.strip_suffix(b"\n")).find_map(Said::read)?.uuid
 }
 
 /// How many `continued-in` lines lead to each file.
@@ -230,8 +289,8 @@ mod tests {
 
     /// Of a file alone: whether it is a copy, and when it began.
     fn alone(lines: &[Value]) -> (bool, Option<Timestamp>) {
-        let places = reading_order(&[Look::at(SESSION, text(lines).as_bytes(), b"")]);
-        (places[0].is_copy, places[0].began_at)
+        let place = reading_order(&[Look::at(SESSION, text(lines).as_bytes(), b"")])[0].place;
+        (place.is_copy, place.began_at)
     }
 
     fn time(text: &str) -> Option<Timestamp> {
@@ -287,7 +346,8 @@ mod tests {
     /// The stems of files in the order of reading, whatever the order in which they are found.
     fn order(looks: &[Look]) -> Vec<u128> {
         let read = |looks: &[Look]| {
-            let mut files: Vec<_> = reading_order(looks).into_iter().zip(looks.iter().map(|look| look.stem)).collect();
+            let places = reading_order(looks).into_iter().map(|reading| reading.place);
+            let mut files: Vec<_> = places.zip(looks.iter().map(|look| look.stem)).collect();
             files.sort();
             files.into_iter().map(|(_, stem)| stem.as_u128()).collect::<Vec<_>>()
         };
@@ -358,10 +418,24 @@ mod tests {
     }
 
     #[test]
+    fn of_many_forks_the_first_and_the_latest_are_ancestors() {
+        let file = |stem: u128| Look { bytes: stem as u64, ..member(stem, &[]) };
+        let looks: Vec<Look> = (0..20).map(file).collect();
+        let readings = reading_order(&looks);
+        assert_eq!(readings[0].ancestors, [0; 0]);
+        assert_eq!(readings[3].ancestors, [0, 1, 2]);
+        assert_eq!(readings[8].ancestors, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(readings[19].ancestors, [0, 12, 13, 14, 15, 16, 17, 18]);
+        // Two files of one session are no copies of each other.
+        let twice = [file(1), Look { bytes: 2, ..file(1) }];
+        assert!(reading_order(&twice).iter().all(|reading| reading.ancestors.is_empty()));
+    }
+
+    #[test]
     fn other_files_are_no_family() {
         let other = Look { root: Some("other".to_owned()), ..member(1, &[]) };
-        assert_eq!(reading_order(&[other, member(2, &[])]).iter().filter(|place| place.is_copy).count(), 0);
+        assert_eq!(reading_order(&[other, member(2, &[])]).iter().filter(|reading| reading.place.is_copy).count(), 0);
         let untold = Look { root: None, ..member(1, &[]) };
-        assert_eq!(reading_order(&[untold.clone(), untold]).iter().filter(|place| place.is_copy).count(), 0);
+        assert_eq!(reading_order(&[untold.clone(), untold]).iter().filter(|reading| reading.place.is_copy).count(), 0);
     }
 }

@@ -22,14 +22,14 @@ use std::borrow::Cow;
 use std::path::{Component, Path};
 
 use jiff::Timestamp;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::fields::{Content, Fields, Mender, is_something, pick};
 pub use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
-use super::provenance::{judge, trim};
+use super::provenance::{judge, trim, version};
 use crate::event::EventId;
 use crate::json;
 
@@ -79,8 +79,9 @@ pub struct LineMeaning {
     /// Whether it belongs to the conversation. Other lines are state that Claude Code writes again whenever a session is
     /// merely opened: they are no activity.
     pub is_envelope: bool,
-    /// The session named on the line. Not always the file's: copies of an old kind start with another session's lines.
-    pub session: Option<Uuid>,
+    /// The session in which it was said, by the line itself. Not always the file's: some copies start with another
+    /// session's lines.
+    pub said_in: Option<Uuid>,
     /// When it happened. Lines are not in this order.
     pub timestamp: Option<Timestamp>,
     /// The working directory at that moment; it changes within a session.
@@ -102,6 +103,9 @@ pub const NO_TYPE: &str = "none";
 
 /// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
 const FOLDER_BYTES_MAX: usize = 4096;
+
+/// The field of an [`Unknown`] that is a type of lines.
+pub const UNKNOWN_TYPE: &str = "type";
 
 /// Longest name of an unknown type that is passed on.
 pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
@@ -258,6 +262,7 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     let cwd = mender.filled_string(fields.cwd).filter(|path| path.len() <= FOLDER_BYTES_MAX);
     let git_branch = mender.filled_string(fields.git_branch).filter(|name| name.len() <= FOLDER_BYTES_MAX);
     let session = mender.string(fields.session).and_then(|text| text.parse::<Uuid>().ok());
+    let said_in = forked_from(&fields, &mut mender).or(session);
 
     let mut unknowns = Vec::new();
     let said = match (kind, line_type) {
@@ -274,7 +279,7 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     };
     let turn = said.map(|said| Turn {
         identity: identity(&fields, &mut mender),
-        said_in: forked_from(&fields, &mut mender).or(session),
+        said_in,
         actor: said.actor,
         kind: said.kind,
         provenance: said.provenance,
@@ -288,13 +293,16 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
         has_attachment: said.has_attachment,
         is_repaired: mender.is_mended,
     });
-    let unknown_type = (line_type == LineType::Unknown)
+    let unknown_type: Option<String> = (line_type == LineType::Unknown)
         .then(|| type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect());
+    if let Some(name) = &unknown_type {
+        unknowns.push(Unknown { field: UNKNOWN_TYPE, value: name.clone(), version: version(&fields, &mut mender) });
+    }
     Ok(LineMeaning {
         line_type,
         unknown_type,
         is_envelope,
-        session,
+        said_in,
         timestamp,
         cwd,
         git_branch,
@@ -352,7 +360,7 @@ fn not_an_object(line: &MendedLine<'_>) -> Result<LineMeaning, BadLine> {
         line_type: LineType::Blank,
         unknown_type: None,
         is_envelope: false,
-        session: None,
+        said_in: None,
         timestamp: None,
         cwd: None,
         git_branch: None,
@@ -480,15 +488,8 @@ impl Turn {
     /// agent's turn is null then. `has_attachment` is there only when true.
     ///
     /// `session` is the file's, told where the line names none, `project_path` its project's;
-    /// `otherwise` is the time to be told where the line has none. `copied_at`: when the session was made as a copy of
-    /// another in which this was said, and the line does not tell which.
-    pub fn payload(
-        self,
-        session: Uuid,
-        project_path: Option<&str>,
-        otherwise: Timestamp,
-        copied_at: Option<Timestamp>,
-    ) -> Map<String, Value> {
+    /// `otherwise` is the time to be told where the line has none.
+    pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
         let mut payload = Map::new();
         let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
         put("session_uuid", self.said_in.unwrap_or(session).to_string().into());
@@ -526,15 +527,8 @@ impl Turn {
         if self.has_attachment {
             put("has_attachment", true.into());
         }
-        let mut metadata = Map::new();
         if self.is_repaired {
-            metadata.insert("repaired".to_owned(), true.into());
-        }
-        if let Some(copied_at) = copied_at {
-            metadata.insert("copied_at".to_owned(), iso_8601(copied_at).into());
-        }
-        if !metadata.is_empty() {
-            put("metadata", metadata.into());
+            put("metadata", json!({"repaired": true}));
         }
         payload
     }

@@ -155,7 +155,8 @@ impl fmt::Display for NoTurn {
 /// Something on a line that the format did not have when this was written. It is judged all the same.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Unknown {
-    /// The field, or `unlabelled` for words that say nothing of who typed them, from a version that says so of all.
+    /// The field, `type` being that of the line, or `unlabelled` for words that say nothing of who typed them, from a version
+    /// that says so of all.
     pub field: &'static str,
     pub value: String,
     /// The version of Claude Code that wrote the line; empty where it does not say.
@@ -196,7 +197,7 @@ fn unknowns(source: &Labels<'_>, fields: &Fields<'_>, mender: &mut Mender) -> Ve
     unknowns
 }
 
-fn version(fields: &Fields<'_>, mender: &mut Mender) -> String {
+pub(super) fn version(fields: &Fields<'_>, mender: &mut Mender) -> String {
     mender.string(fields.version).map_or_else(String::new, |version| shortened(&version))
 }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::line::{self, BadLine, LineMeaning, LineType, NoTurn, SessionFacts, TranscriptKind, Unknown};
 use super::repair;
-use super::session::{End, LineTime};
+use super::session::{End, EndReason, LineTime};
 use crate::event::{
     Candidate, Cursor, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Rejection, SessionState, Timestamp,
 };
@@ -39,66 +39,52 @@ pub struct Source {
     pub inactivity_timeout: Duration,
     /// The time of lines that have none, and the latest at which a line counts as activity.
     pub active_max: Timestamp,
+    /// What begins before this byte stands in the file of another session, too, of which this one is a copy.
+    pub inherited_to: u64,
 }
 
 /// How much later than [`Source::active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
 const CLOCK_SLACK: SignedDuration = SignedDuration::from_secs(10);
 
 /// When a line was said, as far as its session's activity is concerned: a time in the future is no time.
-fn line_time(meaning: &LineMeaning, session: Uuid, active_max: Timestamp) -> Option<LineTime> {
-    let is_inherited = meaning.is_forked || meaning.session.is_some_and(|named| named != session);
+fn line_time(meaning: &LineMeaning, is_inherited: bool, active_max: Timestamp) -> Option<LineTime> {
     let at = meaning.timestamp?;
     let at = if at.duration_since(active_max) > CLOCK_SLACK { active_max } else { at };
     Some(LineTime { at, is_envelope: meaning.is_envelope, is_inherited })
 }
 
-/// Notes the time of a line; the first of the session's own conversation tells whether the session is a copy. Gives the
-/// end of the session before it, if any.
-fn note(
-    time: LineTime,
-    cursor: &mut Cursor,
-    copied_at: &mut Option<Timestamp>,
-    inactivity_timeout: Duration,
-) -> Option<End> {
-    let was_undecided = cursor.session.last_activity.is_none();
-    let end = cursor.session.note(time, inactivity_timeout);
-    if was_undecided && cursor.session.last_activity.is_some() {
-        // That line was said before the session began.
-        *copied_at = cursor.session.began_at.filter(|began_at| *began_at > time.at);
-    }
-    end
+/// A session whose lines stand at the beginning of another's file, as old resumes and forks left them. Where its own file is
+/// gone, this is all that tells of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OtherSession {
+    pub session: Uuid,
+    project_path: Option<String>,
+    state: SessionState,
 }
 
-/// When the session of a transcript was copied from another, by the lines before a cursor; `None` where it was not, or
-/// where those lines do not tell yet. `head` is what comes before the cursor, or enough of it: `Err` asks for more.
-pub fn copied_at(head: &[u8], kind: &TranscriptKind, cursor: &Cursor) -> Result<Option<Timestamp>, HeadTooShort> {
-    let TranscriptKind::Main { session } = kind else { return Ok(None) };
-    if cursor.session.last_activity.is_none() {
-        return Ok(None);
+impl OtherSession {
+    /// What was told of its end before.
+    pub fn ended_through(mut self, ended_through: Option<Timestamp>) -> OtherSession {
+        self.state.ended_through = ended_through;
+        self
     }
-    let of_first_own_line = |meaning: &LineMeaning| {
-        let time = line_time(meaning, *session, Timestamp::MAX)?;
-        // The session began then, or when it was copied: what the cursor says is later than the line in a copy only.
-        (time.is_envelope && !time.is_inherited).then(|| cursor.session.began_at.filter(|began_at| *began_at > time.at))
-    };
-    for piece in head.split_inclusive(|byte| *byte == b'\n') {
-        let line = piece.strip_suffix(b"\n").unwrap_or(piece);
-        let copied_at = match line::read_line(line, kind) {
-            Ok(meaning) => of_first_own_line(&meaning),
-            // Cut off where the head ends.
-            Err(_) if line.len() == piece.len() => break,
-            Err(bad) => repair::read_damaged(line, kind, &bad).find_map(|(_, record)| of_first_own_line(&record.ok()?)),
-        };
-        if let Some(copied_at) = copied_at {
-            return Ok(copied_at);
-        }
-    }
-    Err(HeadTooShort)
-}
 
-/// The lines that were looked at do not tell.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct HeadTooShort;
+    /// Whether it was registered and its end was not told.
+    pub fn is_live(&self) -> bool {
+        self.project_path.is_some() && self.state.is_live()
+    }
+
+    /// Its end, if that is to be told now.
+    pub fn end(&self, now: Timestamp, timeout: Duration, gone: Option<(EndReason, Timestamp)>) -> Option<End> {
+        self.state.end(now, timeout, gone).filter(|_| self.project_path.is_some())
+    }
+
+    /// Remembers that its end was told. Gives up to when that is.
+    pub fn ended(&mut self, end: &End) -> Option<Timestamp> {
+        self.state.ended(end);
+        self.state.ended_through
+    }
+}
 
 /// What bytes without a newline at the end of a file are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -128,6 +114,9 @@ pub fn last_line(line: &[u8], kind: &TranscriptKind) -> LastLine {
 /// What a line led to.
 pub enum Found {
     Event(Candidate),
+    /// Registration or end of a session that is only named in this file. To be stored where it has no file of its own:
+    /// that one knows better.
+    OfOther(Uuid, Candidate),
     /// Bytes that are no whole record.
     Unreadable(Rejection),
     /// A line of the user's side that is no turn.
@@ -141,22 +130,20 @@ pub struct LineReport {
     pub is_blank: bool,
     /// Why it is no JSON object.
     pub bad: Option<BadLine>,
-    /// The name of a type that is not known.
-    pub unknown_type: Option<String>,
-    /// What else it has that the format did not have when this was written.
+    /// What it has that the format did not have when this was written.
     pub unknowns: Vec<Unknown>,
 }
 
 impl Source {
     /// Reads one complete line, given without its newline, that begins at `offset`. Moves everything in `cursor` but
-    /// its place, and notes in `copied_at` when the session was copied from another: what the lines before said of it is
-    /// handed in again with the cursor (see [`copied_at`]).
+    /// its place, and `other`: the session whose lines have just been read, if that is not the file's own. Neither the cursor
+    /// nor the queue keeps it; reading what is before the cursor again, with [`START`], gives it again.
     pub fn read(
         &self,
         line: &[u8],
         offset: u64,
         cursor: &mut Cursor,
-        copied_at: &mut Option<Timestamp>,
+        other: &mut Option<OtherSession>,
         mut found: impl FnMut(Found),
     ) -> LineReport {
         let mut report = LineReport::default();
@@ -166,9 +153,8 @@ impl Source {
         }
         match line::read_line(line, &self.kind) {
             Ok(mut meaning) => {
-                report.unknown_type = meaning.unknown_type.take();
                 report.unknowns = std::mem::take(&mut meaning.unknowns);
-                self.take(meaning, line, offset, cursor, copied_at, &mut found);
+                self.take(meaning, line, offset, cursor, other, &mut found);
             }
             Err(bad) => {
                 for (range, record) in repair::read_damaged(line, &self.kind, &bad) {
@@ -176,9 +162,8 @@ impl Source {
                     let at = offset + range.start as u64;
                     match record {
                         Ok(mut meaning) => {
-                            report.unknown_type = report.unknown_type.take().or(meaning.unknown_type.take());
                             report.unknowns.append(&mut meaning.unknowns);
-                            self.take(meaning, bytes, at, cursor, copied_at, &mut found);
+                            self.take(meaning, bytes, at, cursor, other, &mut found);
                         }
                         Err(bad) => found(Found::Unreadable(self.unreadable(bytes, at, &bad))),
                     }
@@ -196,7 +181,7 @@ impl Source {
         line: &[u8],
         offset: u64,
         cursor: &mut Cursor,
-        copied_at: &mut Option<Timestamp>,
+        other: &mut Option<OtherSession>,
         found: &mut impl FnMut(Found),
     ) {
         let TranscriptKind::Main { session } = self.kind else { return };
@@ -204,49 +189,100 @@ impl Source {
             found(Found::NoTurn(no_turn.clone()));
         }
         let origin = || Origin::Transcript { path: self.path.clone(), offset };
-        let time = line_time(&meaning, session, self.active_max);
-        if cursor.session.last_activity.is_none() {
-            *copied_at = None;
-        }
-        let end = time.and_then(|time| note(time, cursor, copied_at, self.inactivity_timeout));
-        // What was not registered can't end.
-        if let (Some(end), Some(_)) = (end, &cursor.project_path) {
-            found(Found::Event(end.candidate(session, origin())));
-        }
-        if let (None, Some(cwd)) = (&cursor.project_path, &meaning.cwd) {
-            let said_at = time.map(|time| time.at);
-            let started_at = said_at.max(cursor.session.began_at.filter(|_| meaning.is_envelope));
-            let facts = SessionFacts {
-                session,
-                cwd,
-                git_branch: meaning.git_branch.as_deref(),
-                transcript_path: Some(&self.path),
-                started_at,
-            };
-            found(Found::Event(Candidate {
-                id: line::session_registered_event_id(session),
-                event_type: "session_registered".to_owned(),
-                timestamp: started_at.unwrap_or(self.active_max),
-                payload: facts.payload(),
-                refs: ForeignKeys::default(),
-                origin: origin(),
-            }));
-            cursor.project_path = Some(cwd.clone());
+        let named = meaning.said_in.filter(|named| *named != session);
+        let is_inherited = meaning.is_forked || named.is_some() || offset < self.inherited_to;
+        let time = line_time(&meaning, is_inherited, self.active_max);
+        // Behind the session's own lines nothing is a copy's beginning.
+        let is_beginning = cursor.session.last_activity.is_none();
+        if let Some(named) = named.filter(|_| is_beginning && meaning.is_envelope) {
+            if other.as_ref().is_none_or(|other| other.session != named) {
+                self.end_other(other, cursor, offset, found);
+            }
+            let other = other.get_or_insert_with(|| OtherSession {
+                session: named,
+                project_path: None,
+                state: SessionState::default(),
+            });
+            let time = time.map(|time| LineTime { is_inherited: false, ..time });
+            let told = self.note_session(named, &meaning, time, &mut other.project_path, &mut other.state, &origin);
+            told.into_iter().flatten().for_each(|candidate| found(Found::OfOther(named, candidate)));
+        } else if is_inherited {
+            let _ = time.and_then(|time| cursor.session.note(time, self.inactivity_timeout));
+        } else {
+            if is_beginning && meaning.is_envelope {
+                self.end_other(other, cursor, offset, found);
+            }
+            let Cursor { project_path, session: state, .. } = cursor;
+            let told = self.note_session(session, &meaning, time, project_path, state, &origin);
+            told.into_iter().flatten().for_each(|candidate| found(Found::Event(candidate)));
         }
         if let Some(turn) = meaning.turn {
-            // A line that names another session says itself where it comes from.
-            let is_told = turn.said_in.is_some_and(|said_in| said_in != session);
-            let copied_at = copied_at.filter(|copied_at| !is_told && turn.timestamp.is_some_and(|at| at < *copied_at));
             let timestamp = turn.timestamp.unwrap_or(self.active_max);
+            let of_other = other.as_ref().filter(|other| turn.said_in == Some(other.session));
+            let project_path = of_other.map_or(&cursor.project_path, |other| &other.project_path);
+            let project_path = project_path.clone().or_else(|| turn.cwd.clone());
             found(Found::Event(Candidate {
                 id: line::turn_event_id(&turn, session, offset, line),
                 event_type: "turn_detected".to_owned(),
                 timestamp,
-                payload: turn.payload(session, cursor.project_path.as_deref(), timestamp, copied_at),
+                payload: turn.payload(session, project_path.as_deref(), timestamp),
                 refs: ForeignKeys::default(),
                 origin: origin(),
             }));
         }
+    }
+
+    /// Takes in a line of `session`: gives its end before a pause, and its registration at its first working directory.
+    fn note_session(
+        &self,
+        session: Uuid,
+        meaning: &LineMeaning,
+        time: Option<LineTime>,
+        project_path: &mut Option<String>,
+        state: &mut SessionState,
+        origin: &impl Fn() -> Origin,
+    ) -> [Option<Candidate>; 2] {
+        let end = time.and_then(|time| state.note(time, self.inactivity_timeout));
+        // What was not registered can't end.
+        let end = end.filter(|_| project_path.is_some()).map(|end| end.candidate(session, origin()));
+        let (None, Some(cwd)) = (&project_path, &meaning.cwd) else { return [end, None] };
+        let said_at = time.map(|time| time.at);
+        let started_at = said_at.max(state.began_at.filter(|_| meaning.is_envelope));
+        let facts = SessionFacts {
+            session,
+            cwd,
+            git_branch: meaning.git_branch.as_deref(),
+            transcript_path: Some(&self.path),
+            started_at,
+        };
+        let registered = Candidate {
+            id: line::session_registered_event_id(session),
+            event_type: "session_registered".to_owned(),
+            timestamp: started_at.unwrap_or(self.active_max),
+            payload: facts.payload(),
+            refs: ForeignKeys::default(),
+            origin: origin(),
+        };
+        *project_path = Some(cwd.clone());
+        [end, Some(registered)]
+    }
+
+    /// Ends the session whose lines came before: it has no file any more in which it could go on.
+    fn end_other(
+        &self,
+        other: &mut Option<OtherSession>,
+        cursor: &mut Cursor,
+        offset: u64,
+        found: &mut impl FnMut(Found),
+    ) {
+        let Some(other) = other.take() else { return };
+        let gone = (EndReason::Unregistered, self.active_max);
+        if let Some(end) = other.end(self.active_max, self.inactivity_timeout, Some(gone)) {
+            let origin = Origin::Transcript { path: self.path.clone(), offset };
+            found(Found::OfOther(other.session, end.candidate(other.session, origin)));
+        }
+        // It was the other's.
+        cursor.session.ended_through = None;
     }
 
     /// The session of a main transcript.
@@ -302,58 +338,64 @@ mod tests {
 
     const SESSION: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
-
-    fn at(time: &str) -> String {
-        format!("2026-01-03T{time}.000Z")
-    }
+    const THIRD: Uuid = Uuid::from_u128(3);
 
     fn state(time: &str) -> Value {
-        json!({"type": "queue-operation", "timestamp": at(time)})
+        json!({"type": "queue-operation", "timestamp": format!("2026-01-03T{time}:00.000Z")})
     }
 
     /// A prompt whose text is its time.
-    fn said(time: &str) -> Value {
-        json!({"type": "user", "uuid": time, "timestamp": at(time), "sessionId": SESSION, "message": {"content": time}})
+    fn said(session: Uuid, time: &str) -> Value {
+        let at = format!("2026-01-03T{time}:00.000Z");
+        json!({"type": "user", "uuid": time, "timestamp": at, "sessionId": session, "cwd": "/app", "message": {"content": time}})
     }
 
-    fn with(mut line: Value, name: &str, value: Value) -> Value {
-        line[name] = value;
-        line
-    }
-
-    /// The texts of the turns that are marked. It must make no difference where reading is broken off and taken up again
-    /// with nothing but the cursor and the file.
-    fn marked(lines: &[Value]) -> Vec<String> {
-        let kind = TranscriptKind::Main { session: SESSION };
-        let source = Source {
-            kind,
+    fn source(inherited_to: u64) -> Source {
+        Source {
+            kind: TranscriptKind::Main { session: SESSION },
             path: "/p/a.jsonl".into(),
-            inactivity_timeout: Duration::from_secs(60),
-            active_max: Timestamp::MAX,
+            inactivity_timeout: Duration::from_secs(2 * 3600),
+            active_max: "2026-01-04T00:00:00Z".parse().unwrap(),
+            inherited_to,
+        }
+    }
+
+    /// What a found event says, in a word or two.
+    fn word(found: Found) -> Option<String> {
+        let (other, candidate) = match found {
+            Found::Event(candidate) => ("", candidate),
+            Found::OfOther(session, candidate) => {
+                assert_eq!(candidate.payload["session_uuid"], session.to_string());
+                ("other ", candidate)
+            }
+            Found::Unreadable(_) | Found::NoTurn(_) => return None,
         };
-        let lines: Vec<String> = lines
-            .iter()
-            .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
-            .map(|line| line + "\n")
-            .collect();
+        let session = candidate.payload["session_uuid"].as_str().unwrap().chars().last().unwrap();
+        let at = candidate.timestamp.strftime("%H:%M");
+        Some(format!("{other}{} {session} {at}", candidate.event_type.rsplit('_').next().unwrap()))
+    }
+
+    /// What lines lead to, with the first `inherited` of them in another file, too. It must make no difference where
+    /// reading is broken off and taken up again with the cursor and the lines before it.
+    fn told(lines: &[Value], inherited: usize) -> Vec<String> {
+        let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
+        let offset_of = |number: usize| lines.iter().take(number).map(|line| line.len() as u64 + 1).sum::<u64>();
+        let source = source(offset_of(inherited));
         let read = |broken_off_at: usize| {
-            let (mut cursor, mut copied_at, mut marked) = (START, None, Vec::new());
-            let mut file = String::new();
+            let (mut cursor, mut other, mut told) = (START, None, Vec::new());
             for (number, line) in lines.iter().enumerate() {
                 if number == broken_off_at {
-                    copied_at = super::copied_at(file.as_bytes(), &kind, &cursor).unwrap();
-                }
-                let offset = file.len() as u64;
-                source.read(line.trim_end().as_bytes(), offset, &mut cursor, &mut copied_at, |found| {
-                    let Found::Event(candidate) = found else { return };
-                    if let Some(copied_at) = candidate.payload.get("metadata").map(|metadata| &metadata["copied_at"]) {
-                        assert_eq!(*copied_at, at("12:00:00"));
-                        marked.push(candidate.payload["text"].as_str().unwrap().to_owned());
+                    let mut scratch = START;
+                    other = None;
+                    for (number, line) in lines.iter().take(broken_off_at).enumerate() {
+                        source.read(line.as_bytes(), offset_of(number), &mut scratch, &mut other, |_| {});
                     }
+                }
+                source.read(line.as_bytes(), offset_of(number), &mut cursor, &mut other, |found| {
+                    told.extend(word(found))
                 });
-                file += line;
             }
-            marked
+            told
         };
         let whole = read(usize::MAX);
         for broken_off_at in 0..lines.len() {
@@ -363,60 +405,75 @@ mod tests {
     }
 
     #[test]
-    fn what_a_copy_inherited_is_marked_and_what_was_said_in_it_is_not() {
-        let lines = [state("12:00:00"), said("08:00:00"), said("09:00:00"), said("12:00:05"), said("13:00:00")];
-        assert_eq!(marked(&lines), ["08:00:00", "09:00:00"]);
-        // Lines are not in the order of their times.
-        let lines = [state("12:00:00"), said("09:00:00"), said("12:00:05"), said("08:00:00")];
-        assert_eq!(marked(&lines), ["09:00:00", "08:00:00"]);
+    fn what_was_inherited_is_neither_the_beginning_nor_an_end() {
+        let lines = [state("12:00"), said(SESSION, "04:00"), said(SESSION, "09:00"), said(SESSION, "12:01")];
+        assert_eq!(told(&lines, 3), ["detected 1 04:00", "detected 1 09:00", "registered 1 12:01", "detected 1 12:01"]);
+        let as_an_original = ["registered 1 12:00", "detected 1 04:00", "detected 1 09:00", "detected 1 12:01"];
+        assert_eq!(told(&lines, 0), as_an_original, "stamped state says when it was begun");
+        let as_an_original = [
+            "registered 1 04:00",
+            "detected 1 04:00",
+            "ended 1 06:00",
+            "detected 1 09:00",
+            "ended 1 11:00",
+            "detected 1 12:01",
+        ];
+        assert_eq!(told(&lines[1..], 0), as_an_original);
     }
 
     #[test]
-    fn a_copy_is_known_behind_damage_and_behind_state_without_a_time() {
-        let untimed = json!({"type": "summary", "summary": "x"});
-        let lines = [json!("garbage"), untimed, state("12:00:00"), state("12:30:00"), said("08:00:00")];
-        assert_eq!(marked(&lines), ["08:00:00"]);
-        let joined = format!("{}{}", said("08:00:00"), said("09:00:00"));
-        assert_eq!(marked(&[state("12:00:00"), json!(joined), said("10:00:00")]), ["08:00:00", "09:00:00", "10:00:00"]);
+    fn another_session_at_the_beginning_is_told_of_until_something_of_the_files_own_comes() {
+        let lines = [said(OTHER, "04:00"), said(OTHER, "09:00"), said(SESSION, "10:00"), said(SESSION, "10:30")];
+        let expected = [
+            "other registered 2 04:00",
+            "detected 2 04:00",
+            "other ended 2 06:00",
+            "detected 2 09:00",
+            "other ended 2 11:00",
+            "registered 1 10:00",
+            "detected 1 10:00",
+            "detected 1 10:30",
+        ];
+        assert_eq!(told(&lines, 0), expected);
+        // Behind the session's own lines it is no beginning.
+        assert_eq!(told(&[&lines[2..], &lines[..1]].concat(), 0)[3..], ["detected 2 04:00"]);
+        assert_eq!(told(&lines[..2], 0), expected[..4], "it may go on");
     }
 
     #[test]
-    fn no_turn_of_an_original_is_marked() {
-        assert_eq!(marked(&[said("12:00:00"), said("08:00:00")]), [""; 0], "out of order");
-        assert_eq!(marked(&[state("12:00:00"), said("12:00:00"), said("11:00:00")]), [""; 0]);
-        assert_eq!(marked(&[state("12:00:30"), said("12:00:00")]), [""; 0], "a prompt that came with its state");
-        assert_eq!(marked(&[said("08:00:00"), state("12:00:00"), said("09:00:00")]), [""; 0], "state in the middle");
-    }
-
-    #[test]
-    fn lines_that_say_themselves_where_they_come_from_are_not_marked() {
-        let resumed = with(said("08:00:00"), "sessionId", json!(OTHER));
-        let forked = with(said("08:00:01"), "forkedFrom", json!({"sessionId": OTHER, "messageUuid": "x"}));
-        assert_eq!(marked(&[resumed.clone(), forked.clone(), said("12:00:00")]), [""; 0]);
-        let lines = [state("12:00:00"), resumed, forked, said("09:00:00"), said("12:00:01")];
-        assert_eq!(marked(&lines), ["09:00:00"], "a copy of what had such lines");
-    }
-
-    #[test]
-    fn a_head_that_does_not_tell_asks_for_more() {
-        let kind = TranscriptKind::Main { session: SESSION };
-        let source = Source {
-            kind,
-            path: "/p/a.jsonl".into(),
-            inactivity_timeout: Duration::from_secs(60),
-            active_max: Timestamp::MAX,
+    fn one_session_after_another_each_ends_where_the_next_begins() {
+        let lines = [said(OTHER, "04:00"), state("05:00"), said(THIRD, "05:00"), said(SESSION, "06:00")];
+        let expected = [
+            "other registered 2 04:00",
+            "detected 2 04:00",
+            "other ended 2 06:00",
+            "other registered 3 05:00",
+            "detected 3 05:00",
+            "other ended 3 07:00",
+            "registered 1 06:00",
+            "detected 1 06:00",
+        ];
+        assert_eq!(told(&lines, 0), expected);
+        let forked = |messages: &str| {
+            let mut line = said(SESSION, messages);
+            line["forkedFrom"] = json!({"sessionId": OTHER, "messageUuid": messages});
+            line
         };
-        let file = format!("{}\n{}\n", state("12:00:00"), said("08:00:00"));
-        let mut cursor = START;
-        for line in file.lines() {
-            source.read(line.as_bytes(), 0, &mut cursor, &mut None, |_| {});
-        }
-        for length in 0..file.len() - 1 {
-            assert_eq!(copied_at(&file.as_bytes()[..length], &kind, &cursor), Err(HeadTooShort), "{length}");
-        }
-        let whole = Ok(Some(at("12:00:00").parse().unwrap()));
-        assert_eq!(copied_at(file.as_bytes(), &kind, &cursor), whole);
-        assert_eq!(copied_at(file.trim_end().as_bytes(), &kind, &cursor), whole, "a last line without newline");
-        assert_eq!(copied_at(b"", &kind, &START), Ok(None), "nothing has been read");
+        let expected = [
+            "other registered 2 04:00",
+            "detected 2 04:00",
+            "other ended 2 06:00",
+            "registered 1 05:00",
+            "detected 1 05:00",
+        ];
+        assert_eq!(told(&[forked("04:00"), said(SESSION, "05:00")], 0), expected);
+    }
+
+    #[test]
+    fn of_a_session_without_a_folder_nothing_is_told() {
+        let mut line = said(OTHER, "04:00");
+        line["cwd"] = Value::Null;
+        let expected = ["detected 2 04:00", "registered 1 10:00", "detected 1 10:00"];
+        assert_eq!(told(&[line, said(SESSION, "10:00")], 0), expected);
     }
 }

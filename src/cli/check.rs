@@ -307,13 +307,6 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
         let way_out = "GRANT TEMP ON DATABASE, if it may be faster";
         findings.push(Finding::Note(format!("a backlog is delivered one statement at a time; {way_out}")));
     }
-    if !database.may_correct && database.lacks.is_empty() {
-        findings.push(Finding::Note(
-            "turns found in a copy of a session before its original stay under the copy's session; GRANT SELECT, UPDATE ON \
-             events, if they are to be corrected"
-                .to_owned(),
-        ));
-    }
     if database.is_read_only {
         let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
         findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
@@ -541,7 +534,6 @@ mod tests {
             schema_missing: false,
             may_create: true,
             may_make_temporary: true,
-            may_correct: true,
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
         }
@@ -567,7 +559,6 @@ mod tests {
         assert!(wrong(|_| {}).is_empty());
         assert!(wrong(|found| found.version_number = 120_009)[0].contains("13 or later"));
         assert!(wrong(|found| found.may_make_temporary = false)[0].contains("GRANT TEMP"));
-        assert!(wrong(|found| found.may_correct = false)[0].contains("note: turns found in a copy"));
         assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
         assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
         let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));

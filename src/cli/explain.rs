@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, TurnIdentity};
+use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, TurnIdentity, Unknown};
 use crate::claude::repair;
+use crate::telemetry::{UnknownFormat, UnknownFormats};
 
 use super::{Context, Exit, ExplainArguments, Failure, written};
 
@@ -38,6 +40,7 @@ pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, 
     let mut out = BufWriter::new(io::stdout().lock());
     let (mut file, mut bytes, mut number, mut offset) = (BufReader::new(file), Vec::new(), 0, 0);
     let mut is_found = false;
+    let unknown_formats = UnknownFormats::default();
     while let Some(length) = next_line(&mut file, bytes_max, &mut bytes).map_err(failed)? {
         number += 1;
         let is_whole = bytes.last() == Some(&b'\n');
@@ -51,6 +54,9 @@ pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, 
                 records(text, number, offset, &kind, is_whole)
             };
             for record in &records {
+                for Unknown { field, value, version } in record.unknowns() {
+                    unknown_formats.note(field, value, version, Instant::now());
+                }
                 let shown = if arguments.json {
                     writeln!(out, "{}", record.json(arguments.text))
                 } else {
@@ -68,8 +74,18 @@ pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, 
             let message = format!("{} has no line {only}, or it is blank; it has {number} lines", path.display());
             Err(Failure::new(Exit::Data, message))
         }
-        _ => written(out.flush()),
+        _ if arguments.json => written(out.flush()),
+        _ => written(write_unknown(&mut out, &unknown_formats).and_then(|()| out.flush())),
     }
+}
+
+/// What the lines had that this version does not know.
+fn write_unknown(out: &mut impl Write, formats: &UnknownFormats) -> io::Result<()> {
+    for UnknownFormat { field, value, version, lines } in formats.list() {
+        let lines = if lines == 1 { "1 line".to_owned() } else { format!("{lines} lines") };
+        writeln!(out, "unknown to this version: {field} \"{value}\" on {lines} (Claude Code \"{version}\")")?;
+    }
+    Ok(())
 }
 
 /// `FILE:LINE`, where there is no file of that whole name.
@@ -138,6 +154,13 @@ fn records(text: &[u8], line: u64, offset: u64, kind: &TranscriptKind, is_whole:
 }
 
 impl Record {
+    fn unknowns(&self) -> &[Unknown] {
+        match &self.outcome {
+            Outcome::Read(meaning) => &meaning.unknowns,
+            Outcome::Unreadable(_) => &[],
+        }
+    }
+
     fn type_name(&self) -> &str {
         let Outcome::Read(meaning) = &self.outcome else { return "-" };
         match meaning.line_type {
@@ -203,6 +226,14 @@ impl Record {
         put("type", self.type_name().into());
         if !self.is_whole {
             put("has_newline", false.into());
+        }
+        let unknowns = self
+            .unknowns()
+            .iter()
+            .map(|Unknown { field, value, version }| json!({"field": field, "value": value, "version": version}));
+        let unknowns: Vec<Value> = unknowns.collect();
+        if !unknowns.is_empty() {
+            put("unknown", unknowns.into());
         }
         let turn = match &self.outcome {
             Outcome::Unreadable(message) => {

@@ -33,7 +33,7 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     page.family("lines_skipped_total", "Lines of the user's side that are no turns.", "reason", &metrics.lines_skipped);
     page.family(
         "format_unknown_total",
-        "Lines with a value that this version does not know.",
+        "Lines with a value or of a type that this version does not know.",
         "field",
         &metrics.format_unknown,
     );

@@ -54,7 +54,8 @@ fn each_line_is_a_turn_or_says_why_not() {
     let stage = Stage::new();
     let path = transcript(&stage);
     let path = path.to_str().unwrap();
-    let lines = explained(&stage, &[path]);
+    let (unknown, lines): (Vec<_>, Vec<_>) =
+        explained(&stage, &[path]).into_iter().partition(|line| line.starts_with("unknown to"));
     let found: Vec<(u64, &str, &str)> = lines
         .iter()
         .map(|line| {
@@ -75,6 +76,7 @@ fn each_line_is_a_turn_or_says_why_not() {
     assert_eq!(found[8], (9, "user", "no turn: origin oracle"));
     assert_eq!(found[9], (10, "-", "no turn: incomplete: it has no newline yet"));
     assert_eq!(found.len(), 10, "{lines:?}");
+    assert_eq!(unknown, ["unknown to this version: origin \"oracle\" on 1 line (Claude Code \"2.1.300\")"]);
     // No text but where it is asked for, and then without the power to steer a terminal.
     assert!(!lines.concat().contains("what is"), "{lines:?}");
     let lines = explained(&stage, &["--text", &format!("{path}:1")]);
@@ -96,8 +98,10 @@ fn each_line_is_a_turn_or_says_why_not() {
         .unwrap();
     let mut stage = stage;
     stage.set("file_watcher.max_line_bytes", "4096");
-    let lines = explained(&stage, &[path.to_str().unwrap()]);
-    assert_eq!(lines.len(), 4, "{lines:?}");
+    let mut lines = explained(&stage, &[path.to_str().unwrap()]);
+    let unknown = lines.split_off(4);
+    assert!(unknown.iter().all(|line| line.starts_with("unknown to this version: ")), "{unknown:?}");
+    assert_eq!(unknown.len(), 3, "{unknown:?}");
     assert!(lines.iter().all(|line| !line.contains(['\u{1b}', '\u{7}', '\u{202e}'])), "{lines:?}");
     assert!(lines[2].contains("10001 bytes, more than file_watcher.max_line_bytes"), "{lines:?}");
     assert!(lines[3].ends_with("turn: user, prompt, unlabelled (it has no newline yet)"), "{lines:?}");

@@ -147,7 +147,7 @@ mod user_turns {
         let meaning = read(&line);
         assert_eq!(meaning.line_type, LineType::User);
         assert!(meaning.is_envelope && !meaning.repaired && meaning.unknown_type.is_none());
-        assert_eq!((meaning.session, meaning.cwd.as_deref()), (Some(SESSION), Some("/home/u/app")));
+        assert_eq!((meaning.said_in, meaning.cwd.as_deref()), (Some(SESSION), Some("/home/u/app")));
         assert_eq!(
             meaning.turn.unwrap(),
             Turn {
@@ -242,7 +242,7 @@ mod user_turns {
 
     #[test]
     fn a_line_that_names_another_session_was_said_there() {
-        let turn = |line: &Value| turn(line).unwrap().payload(SESSION, None, Timestamp::UNIX_EPOCH, None);
+        let turn = |line: &Value| turn(line).unwrap().payload(SESSION, None, Timestamp::UNIX_EPOCH);
         let line = with(user("hi"), "sessionId", OTHER.to_string());
         assert_eq!(turn(&line)["session_uuid"], OTHER.to_string());
         for odd in [Value::Null, "odd".into(), 7.into()] {
@@ -261,7 +261,7 @@ mod user_turns {
         for line in [user("hi"), assistant(json!([{"type": "text", "text": "hi"}]))] {
             let meaning = read_line(line.to_string().as_bytes(), &TranscriptKind::SubAgent).unwrap();
             assert_eq!(meaning.turn, None);
-            assert_eq!((meaning.is_envelope, meaning.session), (true, Some(SESSION)));
+            assert_eq!((meaning.is_envelope, meaning.said_in), (true, Some(SESSION)));
         }
     }
 }
@@ -657,7 +657,7 @@ mod payloads {
     use super::*;
 
     fn payload(line: &Value, project_path: Option<&str>) -> Value {
-        Value::Object(turn(line).unwrap().payload(SESSION, project_path, Timestamp::UNIX_EPOCH, None))
+        Value::Object(turn(line).unwrap().payload(SESSION, project_path, Timestamp::UNIX_EPOCH))
     }
 
     #[test]
@@ -894,7 +894,7 @@ mod properties {
                 if let Some(turn) = meaning.turn {
                     assert!(!turn.text.contains('\0'));
                     assert!(turn.has_attachment || !turn.text.trim().is_empty());
-                    turn.payload(SESSION, None, Timestamp::UNIX_EPOCH, None);
+                    turn.payload(SESSION, None, Timestamp::UNIX_EPOCH);
                 }
                 meaning.line_type != LineType::Blank
             }

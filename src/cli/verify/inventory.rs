@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::claude::line::{event_id_of_turn, session_registered_event_id};
 use crate::event::{Candidate, EventId, Timestamp};
 use crate::intake::retention::Retention;
-use crate::intake::transcripts::census::{Buffer, Census, Extent, NoTurns, Sighting};
+use crate::intake::transcripts::census::{Buffer, Census, Extent, MainTranscript, NoTurns, Sighting};
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -37,7 +37,7 @@ pub struct Inventory {
 }
 
 pub struct Transcript {
-    pub path: PathBuf,
+    pub main: MainTranscript,
     /// `None`: it could not be read, or was gone.
     pub extent: Option<Extent>,
 }
@@ -124,11 +124,8 @@ impl Inventory {
         let config = context.config();
         let projects = config.claude.projects_paths.clone();
         let retention = Retention::new(&projects);
-        let census = Census {
-            projects,
-            line_bytes_max: config.file_watcher.max_line_bytes,
-            inactivity_timeout: config.file_watcher.inactivity_timeout,
-        };
+        let watcher = &config.file_watcher;
+        let mut census = Census::new(projects, watcher.max_line_bytes, watcher.inactivity_timeout);
         let cursors = waiting::cursors(context).await?;
         let found = census.find();
         let bar = progress("reading", found.bytes, "{bytes}/{total_bytes}");
@@ -145,11 +142,11 @@ impl Inventory {
             retention,
         };
         let mut buffer = Buffer::default();
-        for (file, path) in (0..).zip(found.main) {
-            let name = path.to_string_lossy().into_owned();
+        for (file, main) in (0..).zip(found.main) {
+            let name = main.path.to_string_lossy().into_owned();
             let occurrences = &mut inventory.occurrences;
             let no_turns = &mut inventory.no_turns;
-            let read = inventory.census.read(&path, cursors.get(&name), &mut buffer, no_turns, |sighting| {
+            let read = inventory.census.read(&main, cursors.get(&name), &mut buffer, no_turns, |sighting| {
                 if is_wanted(&sighting, since) {
                     occurrences.push(Occurrence::of(&sighting, file));
                 }
@@ -157,13 +154,13 @@ impl Inventory {
             let extent = match read {
                 Ok(extent) => extent,
                 Err(error) => {
-                    inventory.unreadable.push((path.clone(), error.to_string()));
+                    inventory.unreadable.push((main.path.clone(), error.to_string()));
                     None
                 }
             };
             bar.inc(extent.map_or(0, |extent| extent.bytes));
             inventory.files.insert(name, file);
-            inventory.transcripts.push(Transcript { path, extent });
+            inventory.transcripts.push(Transcript { main, extent });
         }
         bar.finish_and_clear();
         inventory.occurrences.sort_unstable_by_key(|one| (one.id, one.file, one.offset));

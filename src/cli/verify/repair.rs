@@ -109,15 +109,15 @@ fn read(inventory: &Inventory, files: &[u32], found: mpsc::Sender<(u32, Found)>)
     let mut missing: Vec<Uuid> =
         inventory.occurrences.iter().filter(|one| one.is_missing()).map(|one| one.id).collect();
     missing.dedup();
-    let paths: Vec<_> = files
+    let transcripts: Vec<_> = files
         .iter()
-        .filter_map(|file| inventory.transcripts.get(*file as usize).map(|transcript| (*file, transcript.path.clone())))
+        .filter_map(|file| inventory.transcripts.get(*file as usize).map(|transcript| (*file, transcript.main.clone())))
         .collect();
     let census = inventory.census.clone();
     tokio::task::spawn_blocking(move || {
         let mut buffer = Buffer::default();
-        for (file, path) in paths {
-            let read = census.read(&path, None, &mut buffer, &mut NoTurns::new(), |sighting| {
+        for (file, main) in transcripts {
+            let read = census.read(&main, None, &mut buffer, &mut NoTurns::new(), |sighting| {
                 if missing.binary_search(&sighting.candidate.id.0).is_ok() {
                     // Who does not listen any more has ended.
                     let _ = found.blocking_send((file, Found::Sighting(Box::new(sighting))));

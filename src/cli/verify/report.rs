@@ -99,7 +99,7 @@ impl Report {
         let expiring = inventory.transcripts.iter().zip(not_stored).filter_map(|(transcript, not_stored)| {
             let modified = transcript.extent.map(|extent| extent.modified).filter(|at| *at < expires_before)?;
             (not_stored > 0).then(|| Expiring {
-                path: transcript.path.to_string_lossy().into_owned(),
+                path: transcript.main.path.to_string_lossy().into_owned(),
                 kept_until: modified.checked_add(period).unwrap_or(Timestamp::MAX).to_string(),
                 not_stored,
             })
@@ -163,7 +163,7 @@ impl Report {
             let path = transcript_path(inventory, line);
             let reason = line.standing.absence().map_or("", |absence| absence.as_str());
             let session = inventory.transcripts.get(line.file as usize);
-            let session = session.and_then(|transcript| transcript.path.file_stem()?.to_str());
+            let session = session.and_then(|transcript| transcript.main.path.file_stem()?.to_str());
             serde_json::to_writer(
                 &mut *out,
                 &MissingLine {
@@ -320,7 +320,7 @@ fn incomplete(inventory: &Inventory) -> impl Iterator<Item = IncompleteLine> {
     inventory.transcripts.iter().filter_map(|transcript| {
         let extent = transcript.extent?;
         let offset = extent.incomplete_at?;
-        let path = transcript.path.to_string_lossy().into_owned();
+        let path = transcript.main.path.to_string_lossy().into_owned();
         Some(IncompleteLine { path, offset, bytes: extent.bytes - offset })
     })
 }
@@ -342,5 +342,5 @@ fn conflicting(inventory: &Inventory) -> impl Iterator<Item = ConflictingLines> 
 
 fn transcript_path(inventory: &Inventory, occurrence: &Occurrence) -> String {
     let transcript = inventory.transcripts.get(occurrence.file as usize);
-    transcript.map(|transcript| transcript.path.to_string_lossy().into_owned()).unwrap_or_default()
+    transcript.map(|transcript| transcript.main.path.to_string_lossy().into_owned()).unwrap_or_default()
 }

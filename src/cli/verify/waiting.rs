@@ -63,7 +63,9 @@ pub async fn cursors(context: &Context) -> Result<Cursors, Failure> {
     read(context, Part::Cursors, |line| {
         if let Ok(line) = serde_json::from_slice::<CursorLine<'_>>(line) {
             let fingerprint = u64::from_str_radix(&line.fingerprint, 16).unwrap_or_default();
-            cursors.insert(line.path.into_owned(), Cursor { offset: line.offset, fingerprint, ..transcript::START });
+            let project_path = line.registered.then(String::new);
+            let cursor = Cursor { offset: line.offset, fingerprint, project_path, ..transcript::START };
+            cursors.insert(line.path.into_owned(), cursor);
         }
     })
     .await?;

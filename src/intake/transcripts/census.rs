@@ -1,35 +1,47 @@
 //! Counts what stands on disk, for `verify`: reads every transcript from its first byte by the very rules of the
 //! follower, and says of each turn and registration whether the follower's cursor is past it. Changes nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::super::sessions;
+use super::DEPTH_MAX;
+use super::descent::{Compared, look_at, with_ancestors};
 use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
-use super::{DEPTH_MAX, look_at};
-use crate::claude::copies;
 use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{self, Found, LastLine, Source};
+use crate::claude::transcript::{self, Found, LastLine, OtherSession, Source};
 use crate::event::{Candidate, Cursor, Origin, Timestamp};
 
 /// How transcripts are found and read: as the follower does.
 #[derive(Clone, Debug)]
 pub struct Census {
     /// The folders that hold project folders, outside of each other.
-    pub projects: Vec<PathBuf>,
-    pub line_bytes_max: u64,
-    pub inactivity_timeout: Duration,
+    projects: Vec<PathBuf>,
+    line_bytes_max: u64,
+    inactivity_timeout: Duration,
+    /// The sessions that have a transcript of their own, as they were found.
+    sessions: HashSet<Uuid>,
+}
+
+/// The transcript of a session.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MainTranscript {
+    pub path: PathBuf,
+    /// Those it may have been copied from.
+    pub ancestors: Vec<PathBuf>,
 }
 
 /// The transcripts that were found.
 #[derive(Default, Debug)]
 pub struct Transcripts {
     /// Those of sessions, in the order in which they are to be read: copies after what they were copied from.
-    pub main: Vec<PathBuf>,
+    pub main: Vec<MainTranscript>,
     /// Sub-agents', whose lines are no turns.
     pub sub_agents: u64,
     /// Bytes of the main ones, as they were found.
@@ -68,8 +80,12 @@ pub type NoTurns = BTreeMap<&'static str, u64>;
 pub struct Buffer(Vec<u8>);
 
 impl Census {
+    pub fn new(projects: Vec<PathBuf>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
+        Census { projects, line_bytes_max, inactivity_timeout, sessions: HashSet::new() }
+    }
+
     /// Looks for all transcripts.
-    pub fn find(&self) -> Transcripts {
+    pub fn find(&mut self) -> Transcripts {
         let mut found = Transcripts::default();
         let mut main = Vec::new();
         let walks = self.projects.iter().map(walkdir::WalkDir::new);
@@ -102,9 +118,11 @@ impl Census {
             }
         }
         let (looks, paths): (Vec<_>, Vec<_>) = main.into_iter().unzip();
-        let mut ordered: Vec<_> = copies::reading_order(&looks).into_iter().zip(paths).collect();
-        ordered.sort();
-        found.main = ordered.into_iter().map(|(_, path)| path).collect();
+        let mut ordered: Vec<_> = with_ancestors(&looks, &paths).collect();
+        ordered.sort_unstable();
+        let main = ordered.into_iter().map(|(_, path, ancestors)| (path.clone(), ancestors.unwrap_or_default()));
+        found.main = main.map(|(path, ancestors)| MainTranscript { path, ancestors }).collect();
+        self.sessions = looks.iter().map(|look| look.stem).collect();
         found
     }
 
@@ -116,13 +134,14 @@ impl Census {
     /// gone, or no transcript.
     pub fn read(
         &self,
-        path: &Path,
+        transcript: &MainTranscript,
         cursor: Option<&Cursor>,
         buffer: &mut Buffer,
         no_turns: &mut NoTurns,
         mut sighted: impl FnMut(Sighting),
     ) -> io::Result<Option<Extent>> {
-        let Some(kind) = self.kind_of(path) else { return Ok(None) };
+        let MainTranscript { path, ancestors } = transcript;
+        let Some(kind @ TranscriptKind::Main { session }) = self.kind_of(path) else { return Ok(None) };
         let (handle, metadata) = match open(path) {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -133,23 +152,31 @@ impl Census {
             Some(cursor) if stands_where_it_stood(&handle, bytes, cursor).or_else(cut_short)? => cursor.offset,
             _ => 0,
         };
+        let may_register = read_bytes == 0 || cursor.is_some_and(|cursor| cursor.project_path.is_some());
+        let line_bytes_max = self.line_bytes_max;
+        let compared = Compared { path, session, bytes, line_bytes_max, may_go_on: &|| true };
         let mut look = Look {
             handle,
             bytes,
-            line_bytes_max: self.line_bytes_max,
+            line_bytes_max,
             source: Source {
                 kind,
                 path: path.to_string_lossy().into(),
                 inactivity_timeout: self.inactivity_timeout,
                 active_max: sessions::active_max(&metadata),
+                inherited_to: compared.inherited_to(ancestors)?,
             },
             cursor: transcript::START,
-            copied_at: None,
+            other: None,
             incomplete_at: None,
         };
         look.read(&mut buffer.0, &mut |found| {
             let candidate = match found {
+                // The follower registers no session of which it has found nothing but what it inherited.
+                Found::Event(candidate) if candidate.event_type == "session_registered" && !may_register => return,
                 Found::Event(candidate) => candidate,
+                Found::OfOther(session, _) if self.sessions.contains(&session) => return,
+                Found::OfOther(_, candidate) => candidate,
                 Found::NoTurn(reason) => return *no_turns.entry(reason.label()).or_default() += 1,
                 Found::Unreadable(_) => return,
             };
@@ -179,7 +206,7 @@ struct Look {
     line_bytes_max: u64,
     source: Source,
     cursor: Cursor,
-    copied_at: Option<Timestamp>,
+    other: Option<OtherSession>,
     incomplete_at: Option<u64>,
 }
 
@@ -229,7 +256,7 @@ impl Look {
     }
 
     fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Found)) {
-        self.source.read(line, offset, &mut self.cursor, &mut self.copied_at, seen);
+        self.source.read(line, offset, &mut self.cursor, &mut self.other, seen);
     }
 
     /// A last line without newline counts when it is whole: then the follower takes it, too, once its file is quiet.
@@ -262,7 +289,6 @@ impl Look {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use uuid::Uuid;
 
     /// A projects folder with one transcript of these bytes, and the prompts in it: the text, where it begins, whether
     /// it was read.
@@ -272,11 +298,12 @@ mod tests {
         let path = projects.join("-app").join(format!("{}.jsonl", Uuid::from_u128(1)));
         std::fs::create_dir(path.parent().unwrap()).unwrap();
         std::fs::write(&path, bytes).unwrap();
-        let census = Census { projects: vec![projects], line_bytes_max, inactivity_timeout: Duration::from_secs(60) };
-        assert_eq!(census.find().main, [path.as_path()]);
+        let mut census = Census::new(vec![projects], line_bytes_max, Duration::from_secs(60));
+        let transcript = MainTranscript { path, ancestors: Vec::new() };
+        assert_eq!(census.find().main, std::slice::from_ref(&transcript));
         let mut found = Vec::new();
         census
-            .read(&path, cursor, &mut Buffer::default(), &mut NoTurns::new(), |sighting| {
+            .read(&transcript, cursor, &mut Buffer::default(), &mut NoTurns::new(), |sighting| {
                 if let Some(text) = sighting.candidate.payload.get("text") {
                     found.push((text.as_str().unwrap().to_owned(), sighting.offset, sighting.is_read));
                 }

@@ -22,6 +22,7 @@
 //! Runs on a thread of its own. The only user of notify.
 
 pub mod census;
+mod descent;
 pub mod polling;
 mod reading;
 mod resting;
@@ -44,14 +45,14 @@ use uuid::Uuid;
 pub use self::reading::UNTERMINATED_QUIET;
 pub use self::watching::{Doorbell, Unread, do_notifications_arrive};
 
+use self::descent::{Beginning, Fresh};
 use self::polling::Active;
-use self::reading::{Followed, Progress, Stamp, open, read_full_at};
+use self::reading::{Followed, Progress, Stamp};
 use self::resting::{Group, Met, Rest, Resting};
 use self::watching::{Silence, Watch};
 use super::retention::Retention;
 use super::sessions::{self, Closing, OpenSessions, Roots};
 use super::{Intake, Submission};
-use crate::claude::copies::{self, Look, Place as ReadingPlace};
 use crate::claude::line::{self, TranscriptKind};
 use crate::claude::session::{End, EndReason};
 use crate::claude::transcript;
@@ -174,6 +175,8 @@ pub struct Follower {
     /// SessionEnd hooks that are to be looked at.
     closings: BTreeMap<Uuid, Closing>,
     open_sessions: OpenSessions,
+    /// Those whose files this rescan has found to be new.
+    new_sessions: HashSet<Uuid>,
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
     /// In the order of [`FollowConfig::projects`].
@@ -234,6 +237,7 @@ impl Follower {
             retention,
             closings: BTreeMap::new(),
             open_sessions,
+            new_sessions: HashSet::new(),
             seen_open: HashSet::new(),
             roots,
             unreadable: BTreeSet::new(),
@@ -335,16 +339,19 @@ impl Follower {
         awake.extend(self.wake_vanished()?);
         let vanished = self.vanished(&met);
         let vanished = self.adopt_moved(&fresh, vanished)?;
-        let fresh = self.in_order_of_reading(fresh);
+        let fresh = self.in_order_of_reading(fresh)?;
+        self.new_sessions = fresh.iter().filter_map(|fresh| self.session_of(&fresh.path)).collect();
         awake.extend(met);
         let mut unfinished = self.look_at_all(awake)?;
         unfinished.extend(self.in_parts(changed, Follower::wake)?);
-        unfinished.extend(self.in_parts(fresh, |follower, (_, path)| follower.follow(&path))?);
+        unfinished.extend(self.in_parts(fresh, Follower::follow)?);
+        self.new_sessions.clear();
         if self.doorbell.is_stopped() {
             return Ok(unfinished);
         }
         self.forget(vanished, begun)?;
         self.end_sessions(&unfinished, begun)?;
+        self.end_other_sessions(&unfinished, begun)?;
         self.put_to_rest()?;
         self.seen_open.extend(self.resting.named(&self.open_sessions));
         for sessions in self.resting.due(begun, &self.open_sessions).chunks(FILES_AT_ONCE_MAX) {
@@ -626,42 +633,38 @@ impl Follower {
         Ok(by_name.into_values().flatten().collect())
     }
 
-    /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
-    /// they were copied from.
-    fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Vec<(Option<ReadingPlace>, PathBuf)> {
-        let (adopted, new): (Vec<_>, Vec<_>) = fresh.into_iter().partition(|path| self.adopted.contains_key(path));
-        let looks: Vec<Look> = new
-            .iter()
-            .map(|path| {
-                self.intake.metrics().reading.beat();
-                // Nothing is read any more then.
-                let kind = self.kind_of(path).filter(|_| !self.doorbell.is_stopped());
-                look_at(path, kind)
-            })
-            .collect();
-        let places = copies::reading_order(&looks).into_iter().map(Some);
-        self.in_order |= places.clone().flatten().any(|place| place.is_copy);
-        let mut ordered: Vec<_> = places.zip(new).collect();
-        ordered.extend(adopted.into_iter().map(|path| (None, path)));
-        ordered.sort_unstable();
-        ordered
-    }
-
     /// Follows a new file. Gives what is to be looked at: it, and what was woken, as all transcripts of a session are awake or
     /// none.
-    fn follow(&mut self, path: &Path) -> Result<Vec<Arc<Path>>, QueueError> {
-        let Some(kind) = self.kind_of(path) else { return Ok(Vec::new()) };
-        let mut paths = self.wake(Group::of(&kind, path))?;
-        let adopted = self.adopted.remove(path);
+    fn follow(&mut self, fresh: Fresh) -> Result<Vec<Arc<Path>>, QueueError> {
+        let Fresh { path, ancestors, .. } = fresh;
+        let Some(kind) = self.kind_of(&path) else { return Ok(Vec::new()) };
+        let mut paths = self.wake(Group::of(&kind, &path))?;
+        let adopted = self.adopted.remove(&path);
         let is_known = adopted.is_some();
         let path: Arc<Path> = path.into();
         let mut file =
             Followed::new(self.roots_of(&path), Arc::clone(&path), kind, adopted.unwrap_or(transcript::START));
         // What was read at its place before may still wait in the queue.
         file.newest = self.intake.queue().stats().last_sequence.filter(|_| is_known);
+        file.beginning = ancestors.map(|ancestors| Box::new(Beginning::of_copy_of(ancestors)));
         self.files.insert(Arc::clone(&path), Box::new(file));
         paths.push(path);
         Ok(paths)
+    }
+
+    fn session_of(&self, path: &Path) -> Option<Uuid> {
+        match self.kind_of(path)? {
+            TranscriptKind::Main { session } => Some(session),
+            TranscriptKind::SubAgent => None,
+        }
+    }
+
+    /// Whether a session has a file of its own.
+    fn has_transcript(&self, session: Uuid) -> bool {
+        let is_its = |file: &Followed| matches!(file.kind, TranscriptKind::Main { session: its } if its == session);
+        self.new_sessions.contains(&session)
+            || self.resting.contains(Group::of_session(session))
+            || self.files.values().any(|file| is_its(file))
     }
 
     /// Keeps in mind a file that is gone, and whose cursor could not be removed.
@@ -817,6 +820,29 @@ impl Follower {
             }
         }
         self.close_without_transcript(&mut batch, &mut undo);
+        if batch.cursors.is_empty() { Ok(()) } else { self.submit(batch, undo) }
+    }
+
+    /// Tells the ends of sessions that are only named in other sessions' files, by timeout.
+    fn end_other_sessions(&mut self, unfinished: &[Arc<Path>], now: Timestamp) -> Result<(), QueueError> {
+        if !self.again.is_empty() {
+            return Ok(());
+        }
+        let end_of = |file: &Followed| {
+            let other = file.other().filter(|other| file.seen.is_some() && !self.has_transcript(other.session))?;
+            Some((Arc::clone(&file.path), other.session, other.end(now, self.config.inactivity_timeout, None)?))
+        };
+        let ended: Vec<_> = self.files.values().filter_map(|file| end_of(file)).collect();
+        let mut batch = Batch::default();
+        let mut undo = Undo::default();
+        for (path, session, end) in ended.into_iter().filter(|(path, ..)| !unfinished.contains(path)) {
+            let Some(file) = self.files.get(&path) else { continue };
+            self.admit_end(session, &end, &path, &file.cursor, &mut batch);
+            undo.rewind.push((Arc::clone(&path), file.cursor.clone()));
+            let Some(file) = self.files.get_mut(&path) else { continue };
+            file.note_end_of_other(&end);
+            batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));
+        }
         if batch.cursors.is_empty() { Ok(()) } else { self.submit(batch, undo) }
     }
 
@@ -1031,23 +1057,4 @@ fn is_gone(path: &Path) -> bool {
 
 fn identity(metadata: &Metadata) -> FileIdentity {
     FileIdentity { device: metadata.dev(), inode: metadata.ino() }
-}
-
-/// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.
-fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
-    let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };
-    let read = || -> io::Result<Look> {
-        let (file, metadata) = open(path)?;
-        let mut bytes = vec![0; HEAD_BYTES];
-        let length = read_full_at(&file, &mut bytes, 0)?;
-        let head = bytes.get(..length).unwrap_or_default().to_vec();
-        let mut tail: &[u8] = b"";
-        if metadata.len() > HEAD_BYTES as u64 {
-            let length = read_full_at(&file, &mut bytes, metadata.len() - HEAD_BYTES as u64)?;
-            tail = bytes.get(..length).unwrap_or_default();
-        }
-        let born = metadata.created().ok().and_then(|born| Timestamp::try_from(born).ok());
-        Ok(Look { born, bytes: metadata.len(), ..Look::at(session, &head, tail) })
-    };
-    read().unwrap_or_else(|_| Look::at(session, b"", b""))
 }

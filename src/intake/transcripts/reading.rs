@@ -11,11 +11,13 @@ use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::super::sessions::{self, Roots};
+use super::descent::Beginning;
 use super::resting::Group;
-use super::{Follower, HEAD_BYTES, Undo, identity};
-use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{self, Found, HeadTooShort, LastLine, Source};
-use crate::event::{Cursor, Sequence, Timestamp};
+use super::{Follower, Undo, identity};
+use crate::claude::line::{TranscriptKind, UNKNOWN_TYPE, Unknown};
+use crate::claude::session::End;
+use crate::claude::transcript::{self, Found, LastLine, OtherSession, Source};
+use crate::event::{Cursor, Sequence};
 use crate::queue::{Batch, QueueError};
 use crate::telemetry::name_or_none;
 
@@ -81,10 +83,8 @@ pub struct Followed {
     pub advanced_at: Option<Instant>,
     /// The newest event that came from it in this run.
     pub newest: Option<Sequence>,
-    /// When its session was copied from another, by the lines before the cursor. The cursor does not keep it: it is
-    /// looked up in the file once, see [`look_up_copied_at`].
-    copied_at: Option<Timestamp>,
-    knows_copied_at: bool,
+    /// What is known of its beginning, while nothing of its own was read.
+    pub(super) beginning: Option<Box<Beginning>>,
 }
 
 /// By what a changed file is told from an unchanged one without reading it.
@@ -127,7 +127,7 @@ pub enum Progress {
     More,
 }
 
-enum ReadError {
+pub(super) enum ReadError {
     File(io::Error),
     /// The queue is full.
     NoRoom,
@@ -165,8 +165,7 @@ impl Followed {
             incomplete_at: None,
             advanced_at: None,
             newest: None,
-            copied_at: None,
-            knows_copied_at: false,
+            beginning: None,
         }
     }
 
@@ -174,6 +173,9 @@ impl Followed {
         self.scanned_to = cursor.offset;
         self.cursor = cursor;
         self.seen = None;
+        if let Some(beginning) = &mut self.beginning {
+            beginning.rewind();
+        }
     }
 
     pub fn group(&self) -> Group {
@@ -183,7 +185,20 @@ impl Followed {
     /// Whether it was read to its end, and nothing is to be done before it changes. An empty file has no cursor in the queue.
     pub fn is_quiet(&self) -> bool {
         let is_read = self.seen.is_some() && self.cursor.offset > 0;
-        is_read && !self.has_more && !self.unreadable && self.unterminated.is_none()
+        let has_live_other = self.other().is_some_and(OtherSession::is_live);
+        is_read && !self.has_more && !self.unreadable && self.unterminated.is_none() && !has_live_other
+    }
+
+    /// The other session whose lines were read last, where nothing of its own came after them.
+    pub fn other(&self) -> Option<&OtherSession> {
+        self.beginning.as_ref()?.other.as_ref()
+    }
+
+    /// The end of the other session was told. The cursor says so in the place of the file's own session, of which nothing was
+    /// read yet.
+    pub fn note_end_of_other(&mut self, end: &End) {
+        let other = self.beginning.as_mut().and_then(|beginning| beginning.other.as_mut());
+        self.cursor.session.ended_through = other.and_then(|other| other.ended(end));
     }
 
     /// Whether it is in the middle of a line that is too long to be read: what comes next is skipped.
@@ -281,29 +296,6 @@ pub(super) mod cut {
     }
 }
 
-/// Bytes at the beginning of a file that are searched for the first line of its own session, at most.
-const LOOKED_AT_MAX: u64 = 16 << 20;
-
-/// When the session of a file that was read up to the cursor was copied from another, if it was. Mostly its first lines
-/// tell; of a file that begins with another session's lines all of those are looked at.
-fn look_up_copied_at(handle: &File, kind: &TranscriptKind, cursor: &Cursor) -> io::Result<Option<Timestamp>> {
-    let mut head = Vec::new();
-    let mut wanted = HEAD_BYTES as u64;
-    while cursor.session.last_activity.is_some() {
-        let length = usize::try_from(wanted.min(cursor.offset)).unwrap_or(usize::MAX);
-        head.resize(length, 0);
-        handle.read_exact_at(&mut head, 0)?;
-        match transcript::copied_at(&head, kind, cursor) {
-            Ok(copied_at) => return Ok(copied_at),
-            Err(HeadTooShort) if wanted < cursor.offset.min(LOOKED_AT_MAX) => wanted *= 4,
-            // A last line that was read without its newline, or more of another session's than is kept in memory: it counts
-            // as no copy.
-            Err(HeadTooShort) => break,
-        }
-    }
-    Ok(None)
-}
-
 /// Opens a transcript for reading. Anything but a file is refused: a pipe would hang us.
 pub fn open(path: &Path) -> io::Result<(File, Metadata)> {
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
@@ -377,12 +369,9 @@ impl Follower {
         }
         let stamp = Stamp::of(&metadata);
         let mut place = self.find_place(file, &handle, &metadata)?;
-        if !file.knows_copied_at && file.cursor.offset < stamp.size {
-            file.copied_at = look_up_copied_at(&handle, &file.kind, &file.cursor)?;
-            file.knows_copied_at = true;
-        }
         self.note_change_in_place(file, &stamp);
-        let source = self.source(file, &metadata);
+        let mut source = self.source(file, &metadata);
+        self.note_beginning(file, stamp.size, &mut source)?;
         let mut look = Look { handle, source, warnings: 0, work: 0, begun: Instant::now() };
         while file.cursor.offset < stamp.size {
             if self.doorbell.is_stopped() {
@@ -403,6 +392,9 @@ impl Follower {
         self.read_unterminated(&mut look, &mut place, file, &metadata)?;
         look.sum_up_warnings();
         file.seen = Some(stamp);
+        if file.cursor.session.last_activity.is_some() {
+            file.beginning = None;
+        }
         Ok(Progress::End)
     }
 
@@ -420,6 +412,7 @@ impl Follower {
             path: file.path.to_string_lossy().into(),
             inactivity_timeout: self.config.inactivity_timeout,
             active_max: if is_growing { sessions::now() } else { sessions::active_max(metadata) },
+            inherited_to: 0,
         }
     }
 
@@ -452,6 +445,7 @@ impl Follower {
               "the transcript was replaced or cut short; reading it anew, what is known already is not stored twice");
         *cursor = Cursor { file: identity(metadata), ..transcript::START };
         file.scanned_to = 0;
+        file.beginning = None;
         Place::at(handle, 0)
     }
 
@@ -556,9 +550,13 @@ impl Follower {
         let metrics = self.intake.metrics();
         let offset = file.cursor.offset;
         let active_before = file.cursor.session.last_activity;
-        let Followed { cursor, copied_at, .. } = file;
-        let report = look.source.read(line, offset, cursor, copied_at, |found| match found {
+        let Followed { cursor, beginning, .. } = file;
+        let mut none = None;
+        let other = beginning.as_mut().map_or(&mut none, |beginning| &mut beginning.other);
+        let report = look.source.read(line, offset, cursor, other, |found| match found {
             Found::Event(candidate) => self.intake.admit(candidate, batch),
+            Found::OfOther(session, _) if self.has_transcript(session) => {}
+            Found::OfOther(_, candidate) => self.intake.admit(candidate, batch),
             Found::Unreadable(rejection) => batch.rejections.push(rejection),
             Found::NoTurn(reason) => metrics.lines_skipped.add(reason.label(), 1),
         });
@@ -568,13 +566,12 @@ impl Follower {
         if !report.is_blank {
             metrics.lines_read.add(1);
         }
-        if let Some(name) = &report.unknown_type {
-            metrics.unknown_line_types.add(name, 1);
-            self.note_unknown("type", name, "", look);
-        }
         for unknown in &report.unknowns {
             metrics.format_unknown.add(unknown.field, 1);
-            self.note_unknown(unknown.field, &unknown.value, &unknown.version, look);
+            if unknown.field == UNKNOWN_TYPE {
+                metrics.unknown_line_types.add(&unknown.value, 1);
+            }
+            self.note_unknown(unknown, look);
         }
         if let Some(bad) = &report.bad {
             metrics.bad_lines.add(1);
@@ -587,7 +584,8 @@ impl Follower {
     }
 
     /// Nothing is lost by it: such a line is judged by all that is known.
-    fn note_unknown(&self, field: &str, value: &str, version: &str, look: &Look) {
+    fn note_unknown(&self, unknown: &Unknown, look: &Look) {
+        let Unknown { field, value, version } = unknown;
         if self.intake.metrics().unknown_formats.note(field, value, version, Instant::now()) {
             let (value, version) = (name_or_none(value), name_or_none(version));
             warn!(field, value, version, file = %look.source.path,

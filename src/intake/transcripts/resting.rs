@@ -114,6 +114,10 @@ impl Resting {
         self.files.range((group, CursorId::MIN)..=(group, CursorId::MAX)).map(|((_, id), _)| *id)
     }
 
+    pub fn contains(&self, group: Group) -> bool {
+        self.ids(group).next().is_some()
+    }
+
     /// A new walk through the folder begins.
     pub fn begin_walk(&mut self) {
         self.walk = self.walk.wrapping_add(1);

@@ -565,13 +565,12 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         clock_ahead: theirs.duration_since(ours),
         schema_missing: row.get(6),
         may_make_temporary: row.get(7),
-        may_correct: row.get(8),
     })
 }
 
 /// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time,
-/// whether the schema that the configuration names is missing, whether a temporary procedure may be made, whether
-/// payloads may be read and corrected. `$1`: the events table, `$2`: its schema or null.
+/// whether the schema that the configuration names is missing, whether a temporary procedure may be made.
+/// `$1`: the events table, `$2`: its schema or null.
 const INSPECT_SQL: &str = "
     SELECT current_setting('server_version'), current_setting('server_version_num')::int,
            ARRAY(SELECT needed.privilege || ' on ' || found.relid::regclass::text
@@ -605,10 +604,7 @@ const INSPECT_SQL: &str = "
            current_setting('transaction_read_only') = 'on',
            clock_timestamp(),
            $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL,
-           has_database_privilege(current_database(), 'TEMP'),
-           COALESCE((SELECT has_column_privilege(attrelid, attnum, 'SELECT') AND has_column_privilege(attrelid, attnum, 'UPDATE')
-                       FROM pg_attribute
-                      WHERE attrelid = to_regclass($1) AND attname = 'payload' AND NOT attisdropped), true)";
+           has_database_privilege(current_database(), 'TEMP')";
 
 /// The database as `check` finds it.
 pub struct Inspection {
@@ -627,8 +623,6 @@ pub struct Inspection {
     pub may_create: bool,
     /// Whether a session of ours may have a temporary procedure.
     pub may_make_temporary: bool,
-    /// Whether rows that came from a copy of a session can be corrected: SELECT and UPDATE on the events.
-    pub may_correct: bool,
     pub is_read_only: bool,
     /// How far the server's clock is ahead of ours.
     pub clock_ahead: jiff::SignedDuration,

@@ -4,8 +4,8 @@ use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient};
 
+use super::procedure;
 use super::verdict::step_error;
-use super::{correction, procedure};
 use crate::config::TableName;
 use crate::sink::{DeliverError, Verdict};
 
@@ -24,10 +24,6 @@ pub struct Layout {
     pub procedure_sql: String,
     /// Which of the events `$1` the window of the time `$2` dealt with, and whether they had been stored before.
     pub stored_sql: String,
-    /// Which repeated events have rows that came from a copy of a session ([`correction`]).
-    pub find_copied_sql: String,
-    /// Corrects those rows.
-    pub correct_copied_sql: String,
     /// Writes and commits synchronously without changing anything: `$1` is a host in `event_sources`. Only where the event
     /// `$2` was dealt with at the time of the window `$3`; else it returns no row.
     pub barrier_sql: String,
@@ -118,8 +114,6 @@ pub async fn inspect(
             "SELECT event_id, seen_again_at IS NOT NULL FROM {schema}.event_receipts
               WHERE event_id = ANY ($1) AND (delivered_at = $2 OR seen_again_at = $2)"
         ),
-        find_copied_sql: correction::find_sql(&schema, &table),
-        correct_copied_sql: correction::correct_sql(&schema, &table),
         barrier_sql: format!(
             "WITH written AS (UPDATE {schema}.event_sources SET path = path
                                WHERE id = (SELECT id FROM {schema}.event_sources WHERE host = $1 LIMIT 1)

@@ -7,8 +7,8 @@
 //!
 //! **The last statement must write.** Nothing is reported as durable before a transaction that *wrote*, with synchronous
 //! commit, came after it on its connection. In a complete durable window of statements that is the last event's: also a
-//! duplicate writes (it marks its receipt). A window that went by CALL, one that broke in the middle and a correction are
-//! followed by a small transaction of our own, the barrier (`Layout::barrier_sql`).
+//! duplicate writes (it marks its receipt). A window that went by CALL and one that broke in the middle are followed
+//! by a small transaction of our own, the barrier (`Layout::barrier_sql`).
 //!
 //! **Success is not proof.** Where the server requires a synchronous standby, a commit can end without it: with success
 //! and a warning. A connection that has seen that warning proves nothing any more ([`notices`]); what was sent on it is
@@ -18,9 +18,6 @@
 //! (the receipt carries the time of its window); across windows too, so that a window under way behind one that breaks
 //! stores nothing.
 //!
-//! **Corrections.** A turn that was stored as a copy of its session had it is given to its own session when it is read
-//! there ([`correction`]), before it is reported as done.
-//!
 //! A connection lost between sending and the answer leaves the outcome unknown: the window is sent again and the
 //! receipts decide.
 //!
@@ -29,14 +26,12 @@
 mod audit;
 mod cancel;
 mod connect;
-mod correction;
 mod layout;
 mod notices;
 mod procedure;
 mod rows;
 mod verdict;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -45,8 +40,7 @@ use uuid::Uuid;
 
 pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
 pub use self::connect::{ConnectSettings, Inspection, TargetSource};
-use self::connect::{Connections, PooledSession, Session, Source};
-use self::correction::Corrections;
+use self::connect::{Connections, PooledSession, Session};
 pub use self::layout::printable_sql;
 use self::procedure::Calls;
 use self::rows::{Answer, MicrosecondsUtc, StatementRow, WindowSources};
@@ -68,7 +62,6 @@ pub struct PostgresSink {
     /// Held while a window is sent, not while its answers are awaited.
     line: tokio::sync::Mutex<Line>,
     calls: Calls,
-    corrections: Corrections,
 }
 
 /// Where windows are sent, one after the other.
@@ -124,7 +117,6 @@ impl PostgresSink {
             newest_window_us: AtomicI64::new(0),
             line: tokio::sync::Mutex::default(),
             calls: Calls::default(),
-            corrections: Corrections::default(),
         }
     }
 
@@ -209,37 +201,6 @@ impl PostgresSink {
             Ok(()) => Delivery { done, durable: true, failure },
             Err(error) => Delivery { done, durable: false, failure: Some(error) },
         }
-    }
-
-    /// Corrects the rows of turns that had been stored as a copy of their session had them. Where that fails the first
-    /// of them and all that follows it count as not done.
-    async fn corrected(
-        &self,
-        session: &Session,
-        sources: &HashMap<&str, Source>,
-        window: &SentWindow<'_>,
-        mut delivery: Delivery,
-    ) -> Delivery {
-        if delivery.failure.is_some() && !delivery.durable {
-            // All of it is delivered again, and corrected then.
-            return delivery;
-        }
-        let repeated = correction::repeated_turns(window.envelopes, &delivery.done);
-        let Some(first) = repeated.first() else { return delivery };
-        let envelopes = repeated.iter().filter_map(|index| window.envelopes.get(*index));
-        let turns: Vec<_> = envelopes.map(|envelope| StatementRow::new(envelope, sources, window.time)).collect();
-        let correcting = async {
-            let corrected = self.corrections.make(session, &turns, self.answer_timeout()).await?;
-            match window.link(delivery.done.len()).filter(|_| corrected) {
-                Some(last) => session.barrier(&self.host, last, self.answer_timeout()).await,
-                None => Ok(()),
-            }
-        };
-        if let Err(error) = correcting.await {
-            delivery.done.truncate(*first);
-            delivery.failure = Some(error);
-        }
-        delivery
     }
 
     /// Awaits the answer to a window that was sent as one call, and the barrier behind it where it is to be durable.
@@ -372,7 +333,6 @@ impl Sink for PostgresSink {
                 self.answers(&session, answers, &window).await
             }
         };
-        let delivery = self.corrected(&session, &sources, &window, delivery).await;
         guard.finished();
         delivery
     }

@@ -165,12 +165,6 @@ impl ToSql for MicrosecondsUtc {
 #[derive(Clone, Copy)]
 pub struct JsonText<'a>(&'a str);
 
-impl<'a> JsonText<'a> {
-    pub fn as_str(&self) -> &'a str {
-        self.0
-    }
-}
-
 impl std::fmt::Debug for JsonText<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "JsonText({} bytes)", self.0.len())
