@@ -23,7 +23,9 @@ FUZZ_TARGET=$target RUSTC_WRAPPER=$PWD/fuzz/rustc CARGO_TARGET_DIR=target \
   cargo build --locked --manifest-path fuzz/Cargo.toml --bin "$target"
 
 mkdir -p target/fuzz/bin "target/fuzz/corpus/$target" "target/fuzz/crashes/$target"
-mv -f "target/debug/$target" "target/fuzz/bin/$target"
+# Where nothing was to be built cargo has put a link to the same file there.
+rm -f "target/fuzz/bin/$target"
+mv "target/debug/$target" "target/fuzz/bin/$target"
 
 log=target/fuzz/$target.log
 status=0

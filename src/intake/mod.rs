@@ -145,7 +145,7 @@ impl Intake {
     pub fn take_record(&self, record: Record) -> Result<(), QueueError> {
         let mut batch = Batch::default();
         let ended = self.admit_record(record, &mut batch);
-        self.submit(batch).wait()?;
+        self.submit(&mut batch).wait()?;
         if let Some((session, at)) = ended {
             self.session_closed(session, at);
         }
@@ -158,12 +158,13 @@ impl Intake {
         warn!(origin = origin.kind(), error = problem, "an event was rejected");
     }
 
-    /// Hands the batch over; it is durable when the submission says so, and is counted then.
-    pub fn submit(&self, mut batch: Batch) -> Submission {
+    /// Hands the batch over; it is durable when the submission says so, and is counted then. One that found no room can be
+    /// handed over again.
+    pub fn submit(&self, batch: &mut Batch) -> Submission {
         for rejection in &mut batch.rejections {
             rejection.bytes = self.checker.redactor.bytes(std::mem::take(&mut rejection.bytes));
         }
-        let counts = BatchCounts::of(&batch);
+        let counts = BatchCounts::of(batch);
         let begun = Instant::now();
         Submission { ticket: self.queue.submit(batch), begun, counts: Some(counts), metrics: self.metrics.clone() }
     }

@@ -323,7 +323,7 @@ impl EventRequest {
                 let is_large = self.event_bytes > BATCH_BYTES_MAX;
                 let _reservation = is_large.then(|| intake.checker().values().reserve(self.event_bytes));
                 let ids = self.events.iter().map(Event::id).collect();
-                intake.submit(Batch { events: self.events, ..Batch::default() }).wait()?;
+                intake.submit(&mut Batch { events: self.events, ..Batch::default() }).wait()?;
                 Ok(AcceptedRequest::Batch(ids))
             }
             (Destination::Queue(intake), Some(draft)) => {

@@ -65,6 +65,6 @@ impl Intake {
         for candidate in candidates {
             self.admit(candidate, &mut batch);
         }
-        self.submit(batch).wait().map(|_| ())
+        self.submit(&mut batch).wait().map(|_| ())
     }
 }

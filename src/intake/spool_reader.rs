@@ -398,12 +398,12 @@ impl SpoolReader {
 
     /// Appends what was gathered and, once that is durable, removes the files it came from.
     fn hand_over(&mut self, gathered: &mut Gathered) -> Result<(), Interruption> {
-        let Gathered { batch, bytes, done, closed } = std::mem::take(gathered);
+        let Gathered { mut batch, bytes, done, closed } = std::mem::take(gathered);
         if !batch.events.is_empty() || !batch.rejections.is_empty() {
             loop {
                 // As for a request: a large event is copied on its way to the disk.
                 let reservation = (bytes > BATCH_BYTES_MAX).then(|| self.intake.checker().values().reserve(bytes));
-                let submitted = self.intake.submit(batch.clone()).wait();
+                let submitted = self.intake.submit(&mut batch).wait();
                 drop(reservation);
                 match submitted {
                     Ok(_) => break,

@@ -9,8 +9,8 @@
 //!
 //! # Promises
 //!
-//! 1. A batch is taken whole or not at all: its events, its rejections and its cursors are one commit. A cursor never
-//!    runs ahead of its events, also when a later batch of the same file is already under way ([`QueueError::Full`]).
+//! 1. A batch is taken whole or not at all: its events, its rejections and its cursors are one commit. So a cursor never
+//!    runs ahead of its events, where the next batch of the same file is handed over when this one is durable.
 //! 2. What is acknowledged is durable against power loss, and nothing can be read through [`Queue::window`] before it is.
 //! 3. Nothing is removed but by [`Queue::settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
 //! 4. Sequences are the order of acceptance and are never used twice.
@@ -52,6 +52,7 @@ mod submission;
 pub(crate) mod tests;
 mod writer;
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -69,7 +70,7 @@ pub use self::submission::Ticket;
 use self::codec::{CodecError, Content, Letter};
 use self::database::StoreError;
 use self::store::Store;
-use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Refusals, Reply, Work};
+use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Reply, Work};
 use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Failure, Origin, Rejection, Sequence, Timestamp};
 use crate::private_folder::FolderError;
 
@@ -217,7 +218,6 @@ struct Shared {
     path: PathBuf,
     max_pending_bytes: u64,
     inbox: Inbox,
-    refusals: Arc<Refusals>,
     /// The current generation; `None` once closed. Readers clone it and let go.
     store: RwLock<Option<Arc<Store>>>,
     state: Mutex<State>,
@@ -266,7 +266,6 @@ impl Queue {
             path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
             inbox: Inbox::default(),
-            refusals: Arc::default(),
             store: RwLock::new(Some(Arc::clone(&store))),
             state: Mutex::new(State {
                 stats,
@@ -313,24 +312,12 @@ impl Queue {
     /// Hands `batch` to the writer and returns; the ticket says when it is durable.
     ///
     /// Blocks only while more than 16 MiB wait for the writer. Batches submitted by one thread are taken in that order.
-    /// When one with cursors is refused, so is every other with cursors that was submitted before the caller heard of it
-    /// from its ticket: else a later cursor could pass over the events of the refused batch.
-    pub fn submit(&self, batch: Batch) -> Ticket {
-        self.submit_captured(batch, Timestamp::now())
-    }
-
-    fn submit_captured(&self, batch: Batch, captured_at: Timestamp) -> Ticket {
+    pub fn submit(&self, batch: impl Borrow<Batch>) -> Ticket {
         let shared = &self.handle.shared;
-        let refusals = (!batch.cursors.is_empty()).then(|| Arc::clone(&shared.refusals));
-        let (reply, ticket) = Ticket::new(refusals);
-        match shared.encode(&batch, captured_at) {
+        let (reply, ticket) = Ticket::new();
+        match shared.encode(batch.borrow(), Timestamp::now()) {
             Ok(encoded) => shared.inbox.send(Work::Append(encoded, reply)),
-            Err(error) => {
-                if !batch.cursors.is_empty() {
-                    shared.refusals.give();
-                }
-                let _ = reply.send(Err(error));
-            }
+            Err(error) => drop(reply.send(Err(error))),
         }
         ticket
     }
@@ -493,7 +480,7 @@ impl Queue {
     }
 
     fn send<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
-        let (reply, ticket) = Ticket::new(None);
+        let (reply, ticket) = Ticket::new();
         self.handle.shared.inbox.send(work(reply));
         ticket
     }
@@ -509,7 +496,7 @@ impl Handle {
     fn close(&self) -> Result<(), QueueError> {
         let thread = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(thread) = thread else { return Ok(()) };
-        let (reply, ticket) = Ticket::new(None);
+        let (reply, ticket) = Ticket::new();
         self.shared.inbox.send(Work::Close(reply));
         let answer = ticket.wait();
         // The thread catches its own panics; there is nothing in its result.
@@ -559,7 +546,6 @@ impl Shared {
 
     fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
         let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
-        let refusals_heard = (!batch.cursors.is_empty()).then(|| self.refusals.heard());
         let dead_letter_bytes = self.state().dead_letter_bytes;
         let events = batch
             .events
@@ -581,7 +567,7 @@ impl Shared {
             .collect::<Result<Vec<_>, _>>()
             .map_err(too_large)?;
         let event_bytes = events.iter().map(|record| record.len() as u64).sum();
-        Ok(EncodedBatch { events, rejections, cursors, event_bytes, refusals_heard })
+        Ok(EncodedBatch { events, rejections, cursors, event_bytes })
     }
 }
 

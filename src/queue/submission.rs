@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
@@ -16,35 +15,6 @@ use crate::event::Sequence;
 /// Bytes that may wait for the writer. One more batch than that is always taken, whatever its size.
 pub const WAITING_BYTES_MAX: usize = 16 << 20;
 
-/// Refused batches with cursors: how many there were, and of how many their callers have heard.
-///
-/// While they differ somebody may submit a batch, unaware that one before it was refused; its cursors would pass over
-/// the events of the refused one. So each batch remembers how many refusals had been heard of when it was submitted, and
-/// is refused too if there have been more.
-#[derive(Default, Debug)]
-pub struct Refusals {
-    given: AtomicU64,
-    heard: AtomicU64,
-}
-
-impl Refusals {
-    pub fn given(&self) -> u64 {
-        self.given.load(Ordering::SeqCst)
-    }
-
-    pub fn heard(&self) -> u64 {
-        self.heard.load(Ordering::SeqCst)
-    }
-
-    pub fn give(&self) {
-        self.given.fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub fn hear(&self) {
-        self.heard.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 /// The answer to something that was handed to the writer: wait for it on a thread or await it.
 ///
 /// Dropping it takes nothing back.
@@ -52,17 +22,15 @@ impl Refusals {
 #[derive(Debug)]
 pub struct Ticket<T = Accepted> {
     answer: oneshot::Receiver<Result<T, QueueError>>,
-    /// For a batch with cursors, until its answer has been heard.
-    refusals: Option<Arc<Refusals>>,
 }
 
 /// The other end of a [`Ticket`].
 pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
-    pub(super) fn new(refusals: Option<Arc<Refusals>>) -> (Reply<T>, Ticket<T>) {
+    pub(super) fn new() -> (Reply<T>, Ticket<T>) {
         let (reply, answer) = oneshot::channel();
-        (reply, Ticket { answer, refusals })
+        (reply, Ticket { answer })
     }
 
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the ticket instead.
@@ -89,25 +57,7 @@ impl<T> Future for Ticket<T> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         // The writer answers everything it takes; an answer that never comes was never taken.
-        let answer = std::task::ready!(Pin::new(&mut self.answer).poll(context)).unwrap_or(Err(QueueError::Closed));
-        if let Some(refusals) = self.refusals.take()
-            && answer.is_err()
-        {
-            refusals.hear();
-        }
-        Poll::Ready(answer)
-    }
-}
-
-impl<T> Drop for Ticket<T> {
-    fn drop(&mut self) {
-        if let Some(refusals) = self.refusals.take() {
-            // From now on the writer notices that nobody listens; what it has said before is taken for heard.
-            self.answer.close();
-            if let Ok(Err(_)) = self.answer.try_recv() {
-                refusals.hear();
-            }
-        }
+        Pin::new(&mut self.answer).poll(context).map(|answer| answer.unwrap_or(Err(QueueError::Closed)))
     }
 }
 
@@ -119,8 +69,6 @@ pub struct EncodedBatch {
     pub cursors: Vec<EncodedCursor>,
     /// Bytes of `events`.
     pub event_bytes: u64,
-    /// How many refusals had been heard of when this one was submitted; `None` without cursors.
-    pub refusals_heard: Option<u64>,
 }
 
 impl EncodedBatch {

@@ -16,7 +16,7 @@ use super::folder::{self, Lock, Mark, corrupt};
 use super::journal;
 use super::reader;
 use super::store::{self, CHUNK_BYTES, Changes, Store};
-use super::submission::{EncodedBatch, EncodedCursor, Refusals, Reply, Work};
+use super::submission::{EncodedBatch, EncodedCursor, Reply, Work};
 use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
 use crate::event::{DeadContent, Sequence, Timestamp};
 
@@ -115,7 +115,7 @@ struct Round {
 }
 
 enum Answer {
-    Append(Reply<Accepted>, Result<Accepted, QueueError>, Option<Arc<Refusals>>),
+    Append(Reply<Accepted>, Result<Accepted, QueueError>),
     Retry(Reply<RetryOutcome>, Result<RetryOutcome, QueueError>),
     Drop(Reply<bool>, bool),
     SetAside(Reply<()>),
@@ -125,12 +125,7 @@ impl Answer {
     /// The asker may have gone; then nobody needs the answer.
     fn give(self) {
         match self {
-            Answer::Append(reply, answer, refusals) => {
-                if let (Err(Err(_)), Some(refusals)) = (reply.send(answer), refusals) {
-                    // Nobody listens any more: nobody who has not heard can submit after it.
-                    refusals.hear();
-                }
-            }
+            Answer::Append(reply, answer) => drop(reply.send(answer)),
             Answer::Retry(reply, answer) => drop(reply.send(answer)),
             Answer::Drop(reply, answer) => drop(reply.send(Ok(answer))),
             Answer::SetAside(reply) => drop(reply.send(Ok(()))),
@@ -139,7 +134,7 @@ impl Answer {
 
     fn refuse(self, error: &QueueError) {
         match self {
-            Answer::Append(reply, ..) => drop(reply.send(Err(error.clone()))),
+            Answer::Append(reply, _) => drop(reply.send(Err(error.clone()))),
             Answer::Retry(reply, _) => drop(reply.send(Err(error.clone()))),
             Answer::Drop(reply, _) => drop(reply.send(Err(error.clone()))),
             Answer::SetAside(reply) => drop(reply.send(Err(error.clone()))),
@@ -218,13 +213,12 @@ impl Writer {
             match work {
                 Work::Append(batch, reply) => {
                     let only_cursors = batch.events.is_empty() && batch.rejections.is_empty();
-                    let refusals = batch.refusals_heard.map(|_| Arc::clone(&self.shared.refusals));
                     let answer = self.append(batch);
                     round.needs_sync |= matches!(answer, Ok(Ok(_))) && !only_cursors;
                     match answer {
-                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer, refusals)),
+                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer)),
                         Err(error) => {
-                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default()), None));
+                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default())));
                             return Err(error);
                         }
                     }
@@ -429,22 +423,16 @@ impl Writer {
         Ok(Ok(accepted))
     }
 
-    /// Whether there is room, and no refused batch before this one whose events its cursors would pass over.
+    /// Whether there is room.
     fn admit(&mut self, batch: &EncodedBatch) -> Result<(), QueueError> {
         let full = QueueError::Full { pending_bytes: self.counters.pending_bytes, max: self.shared.max_pending_bytes };
-        let follows_refused = batch.refusals_heard.is_some_and(|heard| heard != self.shared.refusals.given());
         let fits = batch.events.is_empty()
             || self.counters.pending == 0
             || self.counters.pending_bytes + batch.event_bytes <= self.shared.max_pending_bytes;
-        if fits && !follows_refused {
+        if fits {
             return Ok(());
         }
-        if batch.refusals_heard.is_some() {
-            self.shared.refusals.give();
-        }
-        if !fits {
-            self.room_wanted = Some(self.shared.max_pending_bytes.saturating_sub(batch.event_bytes));
-        }
+        self.room_wanted = Some(self.shared.max_pending_bytes.saturating_sub(batch.event_bytes));
         Err(full)
     }
 
@@ -604,7 +592,6 @@ impl Writer {
             events: vec![record],
             rejections: Vec::new(),
             cursors: Vec::new(),
-            refusals_heard: None,
         };
         let accepted = match self.append(batch)? {
             Ok(accepted) => accepted,

@@ -53,11 +53,6 @@ impl Beginning {
     pub fn of_copy_of(ancestors: Vec<PathBuf>) -> Beginning {
         Beginning { ancestors: Some(ancestors), ..Beginning::default() }
     }
-
-    /// The file's cursor was set back.
-    pub fn rewind(&mut self) {
-        self.knows_other = false;
-    }
 }
 
 /// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.

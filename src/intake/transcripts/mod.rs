@@ -60,9 +60,6 @@ use crate::event::{Cursor, FileIdentity, Origin, Sequence, SessionState, Timesta
 use crate::queue::{Batch, CursorId, QueueError};
 use crate::telemetry::RescanCause;
 
-/// Batches handed to the queue whose sync has not been awaited: parsing goes on while the disk works.
-const BATCHES_IN_FLIGHT_MAX: usize = 2;
-
 /// How often the wait for room looks whether it is to stop.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -103,22 +100,6 @@ pub struct FollowConfig {
 /// What is usual for [`FollowConfig::awake_max`]: more than anybody works in at once, and half a megabyte.
 pub const AWAKE_MAX: usize = 1024;
 
-/// A batch whose sync has not been awaited.
-struct HandedOver {
-    submission: Submission,
-    undo: Undo,
-}
-
-/// What is to be done when a batch finds no room.
-#[derive(Default)]
-struct Undo {
-    /// Cursors to go back to.
-    rewind: Vec<(Arc<Path>, Cursor)>,
-    /// Files that are gone, to be forgotten again.
-    remember: Vec<(PathBuf, Cursor)>,
-    closings: Vec<(Uuid, Closing)>,
-}
-
 /// What is known of one of the folders that hold project folders.
 #[derive(Clone, Default)]
 struct Root {
@@ -153,14 +134,13 @@ pub struct Follower {
     adopted: HashMap<PathBuf, Cursor>,
     /// Files with a cursor in the queue that are no transcripts by what is known today.
     strays: Vec<PathBuf>,
-    /// Batches that were handed over, oldest first.
-    in_flight: VecDeque<HandedOver>,
-    /// Files whose batches found no room, to be looked at again; in the order of their batches.
-    again: Vec<Arc<Path>>,
-    /// Cursors to go back to once their files are not being read.
-    rewound: Vec<(Arc<Path>, Cursor)>,
-    /// Cursors that moved over lines which are no events: as they were when that began, and now.
-    moved: BTreeMap<Arc<Path>, (Cursor, Cursor)>,
+    /// The batch that was handed over last, until it is durable: meanwhile the next one is made. Only then that one is
+    /// handed over, so that no cursor runs ahead of the events before it.
+    under_way: Option<(Submission, Batch)>,
+    /// It was stopped while a batch found no room.
+    is_cut_off: bool,
+    /// Cursors that moved over lines which are no events.
+    moved: BTreeMap<Arc<Path>, Cursor>,
     /// Files of which was said that their last line is incomplete.
     incomplete_logged: u32,
     /// Files of which was said that they were modified in place.
@@ -223,9 +203,8 @@ impl Follower {
             resting,
             adopted: HashMap::new(),
             strays,
-            in_flight: VecDeque::new(),
-            again: Vec::new(),
-            rewound: Vec::new(),
+            under_way: None,
+            is_cut_off: false,
             moved: BTreeMap::new(),
             incomplete_logged: 0,
             changes_logged: 0,
@@ -262,8 +241,7 @@ impl Follower {
                 let begun = Instant::now();
                 self.watch.renew(&self.config.projects, &self.doorbell);
                 more.extend(self.rescan()?);
-                self.await_tickets(0)?;
-                more.extend(std::mem::take(&mut self.again));
+                self.await_batch()?;
                 let idle = more.is_empty()
                     && !self.open_sessions.is_undecided()
                     && !self.files.values().any(|file| file.unterminated.is_some());
@@ -321,11 +299,10 @@ impl Follower {
                 }
             }
             self.flush_moved()?;
-            self.await_tickets(0)?;
-            more.extend(std::mem::take(&mut self.again));
+            self.await_batch()?;
         }
         self.flush_moved()?;
-        self.await_tickets(0)
+        self.await_batch()
     }
 
     /// Looks at every transcript. Gives those with more to read.
@@ -422,18 +399,12 @@ impl Follower {
                 unfinished.extend((progress == Progress::More).then_some(path));
                 continue;
             }
-            if paths.is_empty() {
-                self.await_tickets(0)?;
+            if progress == Progress::More {
+                paths.push_front(path);
             }
-            // What found no room comes first again, and in the same order.
-            let mut again = std::mem::take(&mut self.again);
-            if progress == Progress::More && !again.contains(&path) {
-                again.push(path);
-            }
-            again.into_iter().rev().for_each(|path| paths.push_front(path));
         }
         self.flush_moved()?;
-        self.await_tickets(0)?;
+        self.await_batch()?;
         Ok(unfinished)
     }
 
@@ -606,7 +577,6 @@ impl Follower {
             by_name.entry(path.file_name().unwrap_or_default().to_owned()).or_default().push(path);
         }
         let mut batch = Batch::default();
-        let mut undo = Undo::default();
         for path in fresh {
             if self.doorbell.is_stopped() {
                 break;
@@ -619,17 +589,13 @@ impl Follower {
             let Some(cursor) = self.take_cursor(&gone)? else { continue };
             self.intake.metrics().reading.beat();
             info!(from = %gone.display(), to = %path.display(), "a transcript was moved");
-            batch.cursors.extend([(gone.clone(), None), (path.clone(), Some(cursor.clone()))]);
-            self.adopted.insert(path.clone(), cursor.clone());
-            // Without room the old cursor stays for another while: the next rescan forgets it.
-            undo.remember.push((gone, cursor));
-            if undo.remember.len() >= BATCH_SESSIONS_MAX {
-                self.submit(std::mem::take(&mut batch), std::mem::take(&mut undo))?;
+            batch.cursors.extend([(gone, None), (path.clone(), Some(cursor.clone()))]);
+            self.adopted.insert(path.clone(), cursor);
+            if batch.cursors.len() >= BATCH_SESSIONS_MAX {
+                self.submit(std::mem::take(&mut batch))?;
             }
         }
-        if !undo.remember.is_empty() {
-            self.submit(batch, undo)?;
-        }
+        self.submit(batch)?;
         Ok(by_name.into_values().flatten().collect())
     }
 
@@ -667,17 +633,6 @@ impl Follower {
             || self.files.values().any(|file| is_its(file))
     }
 
-    /// Keeps in mind a file that is gone, and whose cursor could not be removed.
-    fn remember(&mut self, path: &Path, cursor: &Cursor) {
-        match (root_of(&self.config.projects, path), self.kind_of(path)) {
-            (Some(root), Some(kind)) => {
-                let rest = Rest::new(root, None, None, cursor.project_path.is_some());
-                self.resting.insert(Group::of(&kind, path), CursorId::of(path), rest);
-            }
-            _ => self.strays.push(path.to_owned()),
-        }
-    }
-
     /// The cursor of a file that is followed no more.
     fn take_cursor(&mut self, path: &Path) -> Result<Option<Cursor>, QueueError> {
         self.strays.retain(|stray| stray != path);
@@ -700,7 +655,6 @@ impl Follower {
             }
             self.intake.metrics().reading.beat();
             let mut batch = Batch::default();
-            let mut undo = Undo::default();
             for path in paths {
                 let was_followed = self.files.contains_key(path.as_path());
                 let Some(cursor) = self.take_cursor(path)? else { continue };
@@ -720,15 +674,13 @@ impl Follower {
                     if let Some(end) = cursor.session.end(now, self.config.inactivity_timeout, Some(gone)) {
                         self.admit_end(session, &end, path, &cursor, &mut batch);
                     }
-                    if let Some(closing) = closing {
+                    if closing.is_some() {
                         batch.cursors.push((sessions::closing_path(session), None));
-                        undo.closings.push((session, closing));
                     }
                 }
                 batch.cursors.push((path.clone(), None));
-                undo.remember.push((path.clone(), cursor));
             }
-            self.submit(batch, undo)?;
+            self.submit(batch)?;
         }
         Ok(())
     }
@@ -760,9 +712,6 @@ impl Follower {
     /// Tells the ends of sessions that have come. Files that were not read to their end may hold more activity: their
     /// sessions wait.
     fn end_sessions(&mut self, unfinished: &[Arc<Path>], now: Timestamp) -> Result<(), QueueError> {
-        if !self.again.is_empty() {
-            return Ok(());
-        }
         let live: HashSet<Uuid> = self.files.values().filter_map(|file| self.live_session(file)).collect();
         let session_of = |file: &Followed| match file.kind {
             TranscriptKind::Main { session } => Some(session).filter(|session| live.contains(session)),
@@ -772,7 +721,6 @@ impl Follower {
         let mut paths: Vec<_> = files.filter_map(|file| Some((session_of(file)?, Arc::clone(&file.path)))).collect();
         paths.sort_unstable();
         let mut batch = Batch::default();
-        let mut undo = Undo::default();
         for paths in paths.chunk_by(|(one, _), (other, _)| one == other) {
             let Some(&(session, _)) = paths.first() else { continue };
             let mut standing = Standing::default();
@@ -801,49 +749,42 @@ impl Follower {
             }
             for path in &standing.paths {
                 let Some(file) = self.files.get_mut(path) else { continue };
-                undo.rewind.push((Arc::clone(path), file.cursor.clone()));
                 match &end {
                     Some(end) => file.cursor.session.ended(end),
                     None => file.cursor.session.process = process,
                 }
                 batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));
             }
-            if let Some(closing) = closing {
+            if closing.is_some() {
                 batch.cursors.push((sessions::closing_path(session), None));
-                undo.closings.push((session, closing));
             }
             if end.is_some() {
                 self.seen_open.remove(&session);
             }
             if batch.cursors.len() >= BATCH_SESSIONS_MAX {
-                self.submit(std::mem::take(&mut batch), std::mem::take(&mut undo))?;
+                self.submit(std::mem::take(&mut batch))?;
             }
         }
-        self.close_without_transcript(&mut batch, &mut undo);
-        if batch.cursors.is_empty() { Ok(()) } else { self.submit(batch, undo) }
+        self.close_without_transcript(&mut batch);
+        self.submit(batch)
     }
 
     /// Tells the ends of sessions that are only named in other sessions' files, by timeout.
     fn end_other_sessions(&mut self, unfinished: &[Arc<Path>], now: Timestamp) -> Result<(), QueueError> {
-        if !self.again.is_empty() {
-            return Ok(());
-        }
         let end_of = |file: &Followed| {
             let other = file.other().filter(|other| file.seen.is_some() && !self.has_transcript(other.session))?;
             Some((Arc::clone(&file.path), other.session, other.end(now, self.config.inactivity_timeout, None)?))
         };
         let ended: Vec<_> = self.files.values().filter_map(|file| end_of(file)).collect();
         let mut batch = Batch::default();
-        let mut undo = Undo::default();
         for (path, session, end) in ended.into_iter().filter(|(path, ..)| !unfinished.contains(path)) {
             let Some(file) = self.files.get(&path) else { continue };
             self.admit_end(session, &end, &path, &file.cursor, &mut batch);
-            undo.rewind.push((Arc::clone(&path), file.cursor.clone()));
             let Some(file) = self.files.get_mut(&path) else { continue };
             file.note_end_of_other(&end);
             batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));
         }
-        if batch.cursors.is_empty() { Ok(()) } else { self.submit(batch, undo) }
+        self.submit(batch)
     }
 
     /// How and when a session has ended otherwise than by timeout.
@@ -867,7 +808,7 @@ impl Follower {
     }
 
     /// Ends sessions of which no transcript is there: their hooks are all that tells of them.
-    fn close_without_transcript(&mut self, batch: &mut Batch, undo: &mut Undo) {
+    fn close_without_transcript(&mut self, batch: &mut Batch) {
         if self.closings.is_empty() {
             return;
         }
@@ -899,7 +840,6 @@ impl Follower {
                 self.intake.admit(end.candidate(session, Origin::Hook), batch);
             }
             batch.cursors.push((sessions::closing_path(session), None));
-            undo.closings.push((session, closing));
         }
     }
 
@@ -938,56 +878,44 @@ impl Follower {
         if self.moved.is_empty() {
             return Ok(());
         }
-        let mut batch = Batch::default();
-        let mut undo = Undo::default();
-        for (path, (before, now)) in std::mem::take(&mut self.moved) {
-            batch.cursors.push((path.to_path_buf(), Some(now)));
-            undo.rewind.push((path, before));
+        let moved = std::mem::take(&mut self.moved).into_iter();
+        let cursors = moved.map(|(path, cursor)| (path.to_path_buf(), Some(cursor))).collect();
+        self.submit(Batch { cursors, ..Batch::default() })
+    }
+
+    /// Hands a batch over once the one before it is durable. Nothing more is handed over once the follower is stopped while
+    /// one finds no room: what is in memory is ahead of the queue then, and is forgotten.
+    fn submit(&mut self, mut batch: Batch) -> Result<(), QueueError> {
+        if batch.cursors.is_empty() {
+            return Ok(());
         }
-        self.submit(batch, undo)
+        self.await_batch()?;
+        if !self.is_cut_off {
+            self.under_way = Some((self.intake.submit(&mut batch), batch));
+        }
+        Ok(())
     }
 
-    fn submit(&mut self, batch: Batch, undo: Undo) -> Result<(), QueueError> {
-        let submission = self.intake.submit(batch);
-        self.in_flight.push_back(HandedOver { submission, undo });
-        self.await_tickets(BATCHES_IN_FLIGHT_MAX)
-    }
-
-    /// Waits until at most so many batches are under way. Those that found no room are put down to be read again, from
-    /// the first of them on: the queue refuses all that come after a refused one until we know of it.
-    fn await_tickets(&mut self, at_most: usize) -> Result<(), QueueError> {
-        let mut at_most = at_most;
-        while self.in_flight.len() > at_most {
-            let Some(HandedOver { submission, undo }) = self.in_flight.pop_front() else { break };
+    /// Waits until the batch that was handed over is durable. One that finds no room is handed over again when there is some.
+    fn await_batch(&mut self) -> Result<(), QueueError> {
+        let Some((mut submission, mut batch)) = self.under_way.take() else { return Ok(()) };
+        let accepted = loop {
             match submission.wait() {
-                Ok(accepted) => {
-                    let newest = accepted.sequences.last().copied();
-                    for (path, _) in undo.rewind.iter().filter(|_| newest.is_some()) {
-                        if let Some(file) = self.files.get_mut(path) {
-                            file.newest = newest;
-                        }
-                    }
-                }
-                Err(QueueError::Full { .. }) => {
-                    at_most = 0;
-                    for (path, before) in undo.rewind {
-                        if !self.again.contains(&path) {
-                            self.again.push(Arc::clone(&path));
-                            self.rewound.push((path, before));
-                        }
-                    }
-                    undo.remember.iter().for_each(|(path, cursor)| self.remember(path, cursor));
-                    self.closings.extend(undo.closings);
-                }
+                Ok(accepted) => break accepted,
+                Err(QueueError::Full { .. }) => self.wait_for_room(),
                 Err(error) => return Err(error),
             }
-        }
-        for (path, before) in std::mem::take(&mut self.rewound) {
-            self.moved.remove(&path);
-            match self.files.get_mut(&path) {
-                Some(file) => file.rewind(before),
-                // It is being read at this moment.
-                None => self.rewound.push((path, before)),
+            if self.doorbell.is_stopped() {
+                self.is_cut_off = true;
+                return Ok(());
+            }
+            submission = self.intake.submit(&mut batch);
+        };
+        if let Some(newest) = accepted.sequences.last() {
+            for (path, _) in &batch.cursors {
+                if let Some(file) = self.files.get_mut(path.as_path()) {
+                    file.newest = Some(*newest);
+                }
             }
         }
         Ok(())

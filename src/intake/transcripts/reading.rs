@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::super::sessions::{self, Roots};
 use super::descent::Beginning;
 use super::resting::Group;
-use super::{Follower, Undo, identity};
+use super::{Follower, identity};
 use crate::claude::line::{TranscriptKind, UNKNOWN_TYPE, Unknown};
 use crate::claude::session::End;
 use crate::claude::transcript::{self, Found, LastLine, OtherSession, Source};
@@ -129,8 +129,6 @@ pub enum Progress {
 
 pub(super) enum ReadError {
     File(io::Error),
-    /// The queue is full.
-    NoRoom,
     Queue(QueueError),
 }
 
@@ -166,15 +164,6 @@ impl Followed {
             advanced_at: None,
             newest: None,
             beginning: None,
-        }
-    }
-
-    pub fn rewind(&mut self, cursor: Cursor) {
-        self.scanned_to = cursor.offset;
-        self.cursor = cursor;
-        self.seen = None;
-        if let Some(beginning) = &mut self.beginning {
-            beginning.rewind();
         }
     }
 
@@ -326,11 +315,6 @@ impl Follower {
                 Ok(progress)
             }
             Err(ReadError::Queue(error)) => Err(error),
-            Err(ReadError::NoRoom) => {
-                self.files.insert(key, file);
-                self.await_tickets(0)?;
-                Ok(Progress::More)
-            }
             Err(ReadError::File(error)) => {
                 file.seen = None;
                 file.unterminated = None;
@@ -494,12 +478,11 @@ impl Follower {
             look.handle.read_exact_at(&mut line, start)?;
             return self.take_lines(&line, look, place, file);
         }
-        let before = file.cursor.clone();
         let mut batch = Batch::default();
         self.pass_over(line_bytes, look, file, &mut batch);
         file.cursor.offset += line_bytes + 1;
         *place = Place::at(&look.handle, file.cursor.offset)?;
-        self.hand_over(batch, before, place, file)
+        self.hand_over(batch, place, file)
     }
 
     /// Hands over whole lines (each with its newline) that start at the cursor.
@@ -512,7 +495,6 @@ impl Follower {
     ) -> Result<(), ReadError> {
         let mut batch = Batch::default();
         let mut batch_bytes = 0;
-        let mut before = file.cursor.clone();
         let mut start = 0;
         let mut handed = 0;
         for end in memchr::memchr_iter(b'\n', lines) {
@@ -532,18 +514,17 @@ impl Follower {
                 look.work += batch_bytes;
                 place.advance(lines.get(handed..start).unwrap_or_default());
                 handed = start;
-                self.hand_over(std::mem::take(&mut batch), before, place, file)?;
+                self.hand_over(std::mem::take(&mut batch), place, file)?;
                 // The rest is read again when its turn comes.
                 if self.doorbell.is_stopped() || self.is_turn_over(look, file) {
                     return Ok(());
                 }
-                before = file.cursor.clone();
                 batch_bytes = 0;
             }
         }
         look.work += batch_bytes;
         place.advance(lines.get(handed..start).unwrap_or_default());
-        if handed == start { Ok(()) } else { self.hand_over(batch, before, place, file) }
+        if handed == start { Ok(()) } else { self.hand_over(batch, place, file) }
     }
 
     fn take_line(&self, line: &[u8], look: &mut Look, file: &mut Followed, batch: &mut Batch) {
@@ -637,12 +618,11 @@ impl Follower {
                 Ok(())
             }
             LastLine::Complete => {
-                let before = file.cursor.clone();
                 let mut batch = Batch::default();
                 self.take_line(&line, look, file, &mut batch);
                 file.cursor.offset = start + length;
                 place.advance(&line);
-                self.hand_over(batch, before, place, file)
+                self.hand_over(batch, place, file)
             }
         }
     }
@@ -659,36 +639,24 @@ impl Follower {
               "the last line of a transcript is incomplete and not stored; \"headspace-watcher verify\" lists all such files");
     }
 
-    /// Hands a batch to the queue together with the file's cursor, which was at `before` when the batch began.
-    fn hand_over(
-        &mut self,
-        mut batch: Batch,
-        before: Cursor,
-        place: &Place,
-        file: &mut Followed,
-    ) -> Result<(), ReadError> {
+    /// Hands a batch to the queue together with the file's cursor.
+    fn hand_over(&mut self, mut batch: Batch, place: &Place, file: &mut Followed) -> Result<(), ReadError> {
         file.cursor.fingerprint = place.fingerprint();
         file.scanned_to = file.cursor.offset;
         if batch.events.is_empty() && batch.rejections.is_empty() {
-            return self.move_cursor(file, before);
+            return self.move_cursor(file);
         }
         self.moved.remove(&file.path);
         batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
-        self.submit(batch, Undo { rewind: vec![(Arc::clone(&file.path), before)], ..Undo::default() })?;
-        // A batch that found no room has set the file back; what was read after it is to be read again.
-        if self.again.contains(&file.path) { Err(ReadError::NoRoom) } else { Ok(()) }
+        Ok(self.submit(batch)?)
     }
 }
 
 impl Follower {
     /// Puts a cursor down that moved over lines which are no events: it goes with others, as each batch costs the queue a
     /// sync. Losing it only reads those lines again.
-    fn move_cursor(&mut self, file: &Followed, before: Cursor) -> Result<(), ReadError> {
-        if self.again.contains(&file.path) {
-            return Err(ReadError::NoRoom);
-        }
-        let now = file.cursor.clone();
-        self.moved.entry(Arc::clone(&file.path)).and_modify(|moved| moved.1 = now.clone()).or_insert((before, now));
+    fn move_cursor(&mut self, file: &Followed) -> Result<(), ReadError> {
+        self.moved.insert(Arc::clone(&file.path), file.cursor.clone());
         if self.moved.len() >= MOVED_CURSORS_MAX {
             self.flush_moved()?;
         }

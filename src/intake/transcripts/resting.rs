@@ -223,10 +223,8 @@ impl Follower {
             return Ok(());
         }
         self.flush_moved()?;
-        self.await_tickets(0)?;
-        // What is left there is of files that were forgotten, as none is being read.
-        self.rewound.clear();
-        if !self.again.is_empty() {
+        self.await_batch()?;
+        if self.is_cut_off {
             return Ok(());
         }
         let mut groups: BTreeMap<Group, Vec<Arc<Path>>> = BTreeMap::new();

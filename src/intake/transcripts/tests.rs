@@ -9,11 +9,11 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
-use crate::event::{DeadContent, EventId, Sequence};
+use crate::event::{DeadContent, Envelope, EventId, Sequence};
 use crate::intake::redact::Redactor;
 use crate::intake::schema::Schemas;
 use crate::queue::tests::rounds;
-use crate::queue::{Queue, QueueConfig};
+use crate::queue::{Outcome as Settled, Queue, QueueConfig};
 use crate::telemetry::Metrics;
 
 const SESSION: &str = "00000001-0000-4000-8000-000000000000";
@@ -73,7 +73,8 @@ impl Scene {
         self.folder.path().join("projects/-p").join(format!("{SESSION}.jsonl"))
     }
 
-    fn start(&mut self) {
+    /// One that has read nothing yet.
+    fn follower(&self) -> Follower {
         let schemas = Schemas::load(None, 1 << 24).unwrap();
         let intake = Intake::new(schemas, self.queue.clone(), Redactor::default(), Arc::new(Metrics::default()));
         let config = FollowConfig {
@@ -86,7 +87,11 @@ impl Scene {
         };
         let mut follower = Follower::new(config, Arc::new(intake)).unwrap();
         follower.chunk_bytes = self.chunk_bytes;
-        self.follower = Some(follower);
+        follower
+    }
+
+    fn start(&mut self) {
+        self.follower = Some(self.follower());
         self.rescan();
     }
 
@@ -110,7 +115,7 @@ impl Scene {
     fn stop(&mut self) {
         let mut follower = self.follower.take().unwrap();
         follower.flush_moved().unwrap();
-        follower.await_tickets(0).unwrap();
+        follower.await_batch().unwrap();
     }
 
     fn apply(&mut self, op: Op) {
@@ -191,7 +196,11 @@ impl Scene {
 }
 
 fn open(folder: &Path) -> Queue {
-    let config = QueueConfig { path: folder.join("queue"), max_pending_bytes: u64::MAX / 2 };
+    open_with_room(folder, u64::MAX / 2)
+}
+
+fn open_with_room(folder: &Path, max_pending_bytes: u64) -> Queue {
+    let config = QueueConfig { path: folder.join("queue"), max_pending_bytes };
     let (queue, recovery) = Queue::open(&config).unwrap();
     assert_eq!(recovery.repairs, []);
     queue
@@ -499,7 +508,7 @@ fn many_renamed_transcripts_go_on_where_they_were_and_a_stop_is_heeded() {
     let vanished = follower.vanished(&met);
     assert_eq!((fresh.len(), vanished.len()), (FILES as usize, FILES as usize));
     assert!(follower.adopt_moved(&fresh, vanished).unwrap().is_empty());
-    follower.await_tickets(0).unwrap();
+    follower.await_batch().unwrap();
     assert_eq!(follower.adopted.len(), FILES as usize);
     scene.rescan();
     assert_eq!(scene.queue.cursors().unwrap().len(), FILES as usize);
@@ -535,7 +544,7 @@ fn ends_after_hook(ahead: SignedDuration, is_read_before_the_hook: bool) -> usiz
         read(&mut scene);
     }
     scene.rescan();
-    scene.follower.as_mut().unwrap().await_tickets(0).unwrap();
+    scene.follower.as_mut().unwrap().await_batch().unwrap();
     waiting(&scene, "session_ended")
 }
 
@@ -545,4 +554,69 @@ fn what_was_read_before_a_session_end_hook_came_before_it_whatever_the_clock_say
     assert_eq!(ends_after_hook(hour, true), 1);
     assert_eq!(ends_after_hook(hour, false), 0, "the session was resumed");
     assert_eq!(ends_after_hook(SignedDuration::from_secs(5), false), 1, "written at about the same time");
+}
+
+/// Takes events out until so many turns of a file have come, in their order; looks each time whether the file's cursor is past a
+/// line whose turn has not come. `starts`: where the lines begin.
+fn drain(queue: &Queue, starts: &[u64], until: usize, seen: &mut Vec<u64>) {
+    let is_turn = |envelope: &&Envelope| envelope.event.event_type().as_str() == "turn_detected";
+    while seen.len() < until {
+        let cursor = queue.cursors().unwrap().first().map_or(0, |(_, cursor)| cursor.offset);
+        let passed = |window: &[Envelope]| {
+            let pending = window.iter().filter(is_turn).map(|envelope| offset_of(envelope.event.origin()));
+            let come: BTreeSet<u64> = seen.iter().copied().chain(pending).collect();
+            starts.iter().copied().filter(|start| *start < cursor && !come.contains(start)).collect::<Vec<_>>()
+        };
+        // A cursor is seen as soon as it is written, events when they are durable.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut window = queue.window(None, 1000, 1 << 20).unwrap();
+        while !passed(&window).is_empty() {
+            assert!(Instant::now() < deadline, "the cursor is at {cursor}, and nobody has seen {:?}", passed(&window));
+            window = queue.window(None, 1000, 1 << 20).unwrap();
+        }
+        let taken: Vec<_> = window.iter().take(window.len().div_ceil(2)).collect();
+        seen.extend(taken.iter().copied().filter(is_turn).map(|envelope| offset_of(envelope.event.origin())));
+        queue.settle(taken.iter().map(|envelope| (envelope.sequence, Settled::Delivered)).collect()).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_batch_that_finds_no_room_is_handed_over_again_and_no_cursor_runs_ahead_of_it() {
+    for stops in [0, 3] {
+        let mut scene = Scene::new(1000, AWAKE_MAX);
+        scene.queue.close().unwrap();
+        scene.queue = open_with_room(scene.folder.path(), 3000);
+        scene.follower = Some(scene.follower());
+        let mut starts = Vec::new();
+        let mut text = Vec::new();
+        for number in 0..150 {
+            starts.push(text.len() as u64);
+            text.extend([line(number, 9, 40), b"\n".to_vec()].concat());
+        }
+        scene.append(&text);
+        let mut seen = Vec::new();
+        for round in 0..=stops {
+            let queue = scene.queue.clone();
+            let follower = scene.follower.take().unwrap();
+            let doorbell = follower.doorbell();
+            let reading = std::thread::spawn(move || follower.run());
+            if round < stops {
+                // Nothing is taken out: it waits for room when it is stopped.
+                let deadline = Instant::now() + Duration::from_secs(10);
+                while !queue.stats().full && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                assert!(queue.stats().full, "{:?}", queue.stats());
+                drain(&queue, &starts, seen.len() + 7, &mut seen);
+            } else {
+                drain(&queue, &starts, starts.len(), &mut seen);
+            }
+            doorbell.stop();
+            reading.join().unwrap().unwrap();
+            assert!(seen.is_sorted() && seen == starts[..seen.len()], "each once, in order: {seen:?}");
+            scene.follower = Some(scene.follower());
+        }
+        assert_eq!(seen, starts);
+    }
 }

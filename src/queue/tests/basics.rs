@@ -242,32 +242,6 @@ fn a_full_queue_takes_cursors_and_settlements_but_no_events() {
 }
 
 #[test]
-fn cursor_never_passes_over_a_batch_that_was_refused_as_full() {
-    let fixture = Fixture::with_room(10_000);
-    let queue = fixture.open();
-    queue.append(batch(0..5)).unwrap();
-    let with_cursor = |batch: Batch, offset| Batch { cursors: vec![("/t/a".into(), Some(cursor(offset)))], ..batch };
-    // The first does not fit; the second would, and its cursor is beyond the events of the first.
-    let first = queue.submit(with_cursor(batch(5..15), 100));
-    let second = queue.submit(with_cursor(batch(15..16), 200));
-    let third = queue.submit(with_cursor(Batch::default(), 300));
-    // However long the first has been refused by now: nobody has heard of it.
-    std::thread::sleep(Duration::from_millis(20));
-    let fourth = queue.submit(with_cursor(Batch::default(), 400));
-    let answers = [first.wait(), second.wait(), third.wait(), fourth.wait()];
-    assert!(answers.iter().all(|answer| matches!(answer, Err(QueueError::Full { .. }))), "{answers:?}");
-    assert_eq!(queue.cursors().unwrap(), []);
-    queue.append(with_cursor(Batch::default(), 50)).unwrap();
-    assert_eq!(queue.cursors().unwrap(), [("/t/a".into(), cursor(50))]);
-    // A ticket nobody waits for does not hold up others for ever.
-    drop(queue.submit(with_cursor(batch(5..15), 100)));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while queue.append(with_cursor(Batch::default(), 60)).is_err() {
-        assert!(Instant::now() < deadline);
-    }
-}
-
-#[test]
 fn large_events_survive_in_chunks_and_nothing_reaches_blobs() {
     let fixture = Fixture::new();
     let queue = fixture.open();
