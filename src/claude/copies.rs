@@ -12,7 +12,8 @@
 //! 4. Only one begins with state that was stamped long after the first words: that is the copy.
 //! 5. Both begin with state that has a time: the one begun later is the copy.
 //! 6. The file system knows when both were made: the later is the copy.
-//! 7. The longer is the copy: it has more of the common beginning. Else the larger name.
+//! 7. One was read before the other appeared: the other is the copy.
+//! 8. The longer is the copy: it has more of the common beginning. Else the larger name.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -32,7 +33,7 @@ pub(super) fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
     opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
 }
 
-/// Lines of a head that are looked at.
+/// Lines that are looked at behind the first one of the conversation.
 const HEAD_LINES_MAX: usize = 50;
 
 /// What head and tail of a transcript tell of its descent.
@@ -56,6 +57,8 @@ pub struct Look {
     pub continued_in: Vec<Uuid>,
     /// When the file was made, where the file system knows.
     pub born: Option<Timestamp>,
+    /// It was read before.
+    pub is_known: bool,
     pub bytes: u64,
 }
 
@@ -84,12 +87,18 @@ impl Look {
             is_background: false,
             continued_in: Vec::new(),
             born: None,
+            is_known: false,
             bytes: 0,
         };
         let mut is_said = false; // a line of the conversation was there
         let whole = |bytes: &'_ [u8]| bytes.ends_with(b"\n");
-        for line in head.split_inclusive(|byte| *byte == b'\n').take(HEAD_LINES_MAX).filter(|line| whole(line)) {
+        let mut behind = 0;
+        for line in head.split_inclusive(|byte| *byte == b'\n').filter(|line| whole(line)) {
             look.take(line, Some(&mut is_said));
+            behind += usize::from(is_said);
+            if behind > HEAD_LINES_MAX {
+                break;
+            }
         }
         let tail = memchr::memchr(b'\n', tail).and_then(|newline| tail.get(newline + 1..)).unwrap_or_default();
         for line in tail.split_inclusive(|byte| *byte == b'\n').filter(|line| whole(line)) {
@@ -196,6 +205,8 @@ fn descent((a, depth_a): (&Look, u32), (b, depth_b): (&Look, u32)) -> Ordering {
         .then_with(|| a.is_marked.cmp(&b.is_marked))
         .then_with(|| both(a.opened_at, b.opened_at))
         .then_with(|| both(a.born, b.born))
+        // What was there before is no copy of what has just come.
+        .then_with(|| b.is_known.cmp(&a.is_known))
         .then_with(|| a.bytes.cmp(&b.bytes))
         .then_with(|| a.stem.cmp(&b.stem))
 }
@@ -232,7 +243,7 @@ impl Said {
 
 /// The uuid of the first line of the conversation, which is the same in all of a family.
 pub fn root(head: &[u8]) -> Option<String> {
-    let lines = head.split_inclusive(|byte| *byte == b'\n').take(HEAD_LINES_MAX);
+    let lines = head.split_inclusive(|byte| *byte == b'\n');
     lines.filter_map(|line| line.strip_suffix(b"\n")).find_map(Said::read)?.uuid
 }
 

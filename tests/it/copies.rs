@@ -1,6 +1,8 @@
 //! Copies of sessions: what they inherited belongs to the session where it was said, and is neither activity nor the beginning
 //! of theirs. Rows are only inserted: which file a turn belongs to is decided before it is read.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::capture::said;
@@ -418,4 +420,108 @@ fn cases_of_several_files_come_out_as_they_were_judged_by_hand() {
         }
     }
     assert!(judged >= 3, "{judged}");
+}
+
+#[test]
+fn an_original_that_is_replaced_or_comes_back_is_no_copy_of_its_copy() {
+    for comes_back in [true, false] {
+        let stage = stage();
+        let mut original = original(&stage);
+        // Later than the file system's clock can tell.
+        std::thread::sleep(Duration::from_millis(50));
+        let mut copy = copy_of(&stage, &mut original, Marks::default());
+        say_in_copy(&mut copy, "three", 3, "10:00:05");
+        stage.run_until_idle();
+        let whole = std::fs::read_to_string(&original.path).unwrap();
+        if comes_back {
+            hide(&stage, &original);
+            stage.run_until_idle();
+            appear(&stage, &original);
+        } else {
+            let new = original.path.with_extension("new");
+            std::fs::write(&new, format!("{{\"type\":\"summary\"}}\n{whole}")).unwrap();
+            std::fs::rename(new, &original.path).unwrap();
+        }
+        stage.run_until_idle();
+        say_at(&mut original, "four", 4, "10:00:00");
+        stage.run_until_idle();
+        assert_said(&stage, &[(&original, "one"), (&original, "two"), (&copy, "three"), (&original, "four")]);
+        let expected = [
+            "registered /home/me/app 2026-01-02T10:00:00.678Z",
+            "ended after 0 s",
+            "ended after 36000 s",
+            "ended after 172800 s",
+        ];
+        assert_eq!(life_of(&stage, &original.session), expected, "{comes_back}");
+    }
+}
+
+#[test]
+fn the_tenth_fork_and_one_of_long_first_words_begin_with_their_own_words() {
+    for first in ["one".to_owned(), "one".repeat(60_000)] {
+        let stage = stage();
+        let mut original = stage.transcript("-home-me-app", 100);
+        say_at(&mut original, &first, 2, "10:00:00");
+        say_at(&mut original, "two", 2, "20:00:00");
+        stage.run_until_idle();
+        for number in 1..=9 {
+            let mut fork = stage.transcript("-home-me-app", number);
+            let words = std::fs::read_to_string(&original.path).unwrap();
+            let words = words.lines().next().unwrap().replace(&original.session, &fork.session);
+            fork.append(words + "\n");
+            say_in_copy(&mut fork, &format!("own {number}"), 3, "10:00:00");
+        }
+        stage.run_until_idle();
+        let mut fork = stage.transcript("-home-me-worktree", 10);
+        inherit(&original, &mut fork, Marks::default());
+        say_in_copy(&mut fork, "last", 4, "10:00:00");
+        stage.run_until_idle();
+        let expected = ["registered /home/me/worktree 2026-01-04T10:00:00.678Z", "ended after 0 s"];
+        assert_eq!(life_of(&stage, &fork.session), expected, "{} bytes", first.len());
+    }
+}
+
+#[test]
+fn a_file_without_words_of_its_own_does_not_stand_for_its_session() {
+    let stage = stage();
+    let (other, mut resumed) = resumed(&stage);
+    say_at(&mut resumed, "three", 3, "10:00:00");
+    std::fs::write(&other.path, "{\"type\":\"summary\",\"summary\":\"x\"}\n").unwrap();
+    let expected = ["registered /home/me/app 2026-01-02T10:00:00.678Z", "ended after 0 s", "ended after 36000 s"];
+    for is_gone in [false, true] {
+        if is_gone {
+            std::fs::remove_file(&other.path).unwrap();
+        }
+        stage.run_until_idle();
+        assert_eq!(life_of(&stage, &other.session), expected);
+        assert_eq!(stage.run(&["verify"]).code(), 0);
+    }
+}
+
+#[test]
+fn what_a_sessions_own_file_has_told_of_its_end_is_not_told_again_by_another() {
+    let stage = stage();
+    let (mut other, resumed) = resumed(&stage);
+    say_at(&mut other, "three", 2, "20:10:00");
+    stage.run_until_idle();
+    let expected = ["registered /home/me/app 2026-01-02T10:00:00.678Z", "ended after 0 s", "ended after 36600 s"];
+    assert_eq!(life_of(&stage, &other.session), expected);
+    std::fs::remove_file(&other.path).unwrap();
+    stage.run_until_idle();
+    assert_eq!(life_of(&stage, &other.session), expected);
+    assert_eq!(life_of(&stage, &resumed.session), [""; 0]);
+}
+
+#[test]
+fn a_session_whose_last_trace_is_removed_has_ended() {
+    let mut stage = stage();
+    stage.set("file_watcher.inactivity_timeout", "100000000");
+    let (other, resumed) = resumed(&stage);
+    std::fs::remove_file(&other.path).unwrap();
+    let watcher = stage.start();
+    stage.wait_for_rows(3);
+    assert_eq!(life_of(&stage, &other.session).len(), 1);
+    std::fs::remove_file(&resumed.path).unwrap();
+    wait_until("it has ended", SOON, || life_of(&stage, &other.session).len() == 2);
+    drop(watcher);
 }

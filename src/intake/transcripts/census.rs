@@ -25,7 +25,7 @@ pub struct Census {
     projects: Vec<PathBuf>,
     line_bytes_max: u64,
     inactivity_timeout: Duration,
-    /// The sessions that have a transcript of their own, as they were found.
+    /// The sessions that have a transcript of their own with anything said in it, as they were found.
     sessions: HashSet<Uuid>,
 }
 
@@ -122,7 +122,7 @@ impl Census {
         ordered.sort_unstable();
         let main = ordered.into_iter().map(|(_, path, ancestors)| (path.clone(), ancestors.unwrap_or_default()));
         found.main = main.map(|(path, ancestors)| MainTranscript { path, ancestors }).collect();
-        self.sessions = looks.iter().map(|look| look.stem).collect();
+        self.sessions = looks.iter().filter(|look| look.root.is_some()).map(|look| look.stem).collect();
         found
     }
 
@@ -154,7 +154,7 @@ impl Census {
         };
         let may_register = read_bytes == 0 || cursor.is_some_and(|cursor| cursor.project_path.is_some());
         let line_bytes_max = self.line_bytes_max;
-        let compared = Compared { path, session, bytes, line_bytes_max, may_go_on: &|| true };
+        let compared = Compared { path, session, bytes, may_go_on: &|| true };
         let mut look = Look {
             handle,
             bytes,

@@ -9,20 +9,32 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
+use super::Follower;
 use super::reading::{Followed, ReadError, open, read_full_at};
-use super::{Follower, HEAD_BYTES};
-use crate::claude::copies::{self, ANCESTORS_MAX, Look, Place, Said};
+use crate::claude::copies::{self, Look, Place, Said};
 use crate::claude::line::TranscriptKind;
 use crate::claude::transcript::{OtherSession, START, Source};
 use crate::event::{Cursor, Timestamp};
 use crate::queue::QueueError;
 
-/// How long ago the first words of a new file must have been said for others to be searched for the same: those of a new
-/// session have just been said.
-const SAID_BEFORE_SECONDS_MIN: i64 = 2;
+/// Bytes at the end of a file that are looked at.
+const TAIL_BYTES: u64 = 64 << 10;
+
+/// Bytes at the beginning that are looked at first, and at most: until the first line of the conversation has come, which may be
+/// long, or stand behind long state.
+const HEAD_BYTES: usize = 64 << 10;
+const HEAD_BYTES_MAX: usize = 16 << 20;
+
+/// Longest line that is compared. Longer ones say nothing of where they are from.
+const COMPARED_BYTES_MAX: u64 = 1 << 20;
+
+/// Lines of its ancestors with which a file is compared.
+const COMPARED_LINES_MAX: usize = 1 << 20;
 
 /// A new file, and how it is to be read.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
@@ -60,26 +72,35 @@ pub fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
     let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };
     let read = || -> io::Result<Look> {
         let (file, metadata) = open(path)?;
-        let mut bytes = vec![0; HEAD_BYTES];
-        let length = read_full_at(&file, &mut bytes, 0)?;
-        let head = bytes.get(..length).unwrap_or_default().to_vec();
-        let mut tail: &[u8] = b"";
-        if metadata.len() > HEAD_BYTES as u64 {
-            let length = read_full_at(&file, &mut bytes, metadata.len() - HEAD_BYTES as u64)?;
-            tail = bytes.get(..length).unwrap_or_default();
+        let head = head_of(&file)?;
+        let mut tail = Vec::new();
+        if metadata.len() > head.len() as u64 {
+            tail.resize(TAIL_BYTES as usize, 0);
+            let length = read_full_at(&file, &mut tail, metadata.len().saturating_sub(TAIL_BYTES))?;
+            tail.truncate(length);
         }
         let born = metadata.created().ok().and_then(|born| Timestamp::try_from(born).ok());
-        Ok(Look { born, bytes: metadata.len(), ..Look::at(session, &head, tail) })
+        Ok(Look { born, bytes: metadata.len(), ..Look::at(session, &head, &tail) })
     };
     read().unwrap_or_else(|_| Look::at(session, b"", b""))
 }
 
+/// The beginning of a file, with the first line of its conversation if that is there.
+fn head_of(file: &File) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; HEAD_BYTES];
+    loop {
+        let length = read_full_at(file, &mut head, 0)?;
+        if length < head.len() || head.len() >= HEAD_BYTES_MAX || copies::root(&head).is_some() {
+            head.truncate(length);
+            return Ok(head);
+        }
+        head.resize(4 * head.len(), 0);
+    }
+}
+
 /// The uuid of the first line of a transcript's conversation, as far as its head tells.
-fn root_of(path: &Path, buffer: &mut Vec<u8>) -> Option<String> {
-    let (file, _) = open(path).ok()?;
-    buffer.resize(HEAD_BYTES, 0);
-    let length = read_full_at(&file, buffer, 0).ok()?;
-    copies::root(buffer.get(..length)?)
+fn root_of(path: &Path) -> Option<String> {
+    copies::root(&head_of(&open(path).ok()?.0).ok()?)
 }
 
 /// The place of each file in the order of reading, and its ancestors, where it tells them.
@@ -99,44 +120,53 @@ pub struct Compared<'a> {
     pub session: Uuid,
     /// What of it is looked at.
     pub bytes: u64,
-    pub line_bytes_max: u64,
     /// Asked at each line: false ends the comparison.
     pub may_go_on: &'a dyn Fn() -> bool,
 }
 
 impl Compared<'_> {
-    /// Where the part of it ends that one of these has, too. All that it has may be of that part so far.
+    /// Where its first line begins that none of these has; at its end, as far as it is looked at, where there is none: all it
+    /// has may be inherited so far.
     pub fn inherited_to(&self, ancestors: &[PathBuf]) -> io::Result<u64> {
-        let common = |ancestor: &PathBuf| common_beginning(self, ancestor);
-        ancestors.iter().map(common).try_fold(0, |longest, common| Ok(longest.max(common?)))
+        let mut known = HashSet::new();
+        for ancestor in ancestors {
+            // One that is gone, or can't be read, has nothing in common.
+            let Ok(mut lines) = Lines::open(ancestor, u64::MAX, COMPARED_BYTES_MAX) else { continue };
+            while let Ok(Some((_, line))) = lines.next()
+                && known.len() < COMPARED_LINES_MAX
+                && (self.may_go_on)()
+            {
+                known.extend(uuid_hash(line));
+            }
+            // Its last line may not be finished for its own reader.
+            known.extend(uuid_hash(&lines.line));
+        }
+        let mut lines = Lines::open(self.path, self.bytes, COMPARED_BYTES_MAX)?;
+        let mut end = 0;
+        while let Some((_, line)) = lines.next()?
+            && (self.may_go_on)()
+        {
+            let said = Said::read(line);
+            let is_own = said.as_ref().is_some_and(|said| {
+                !said.is_of_another(self.session) && said.uuid.as_ref().is_some_and(|uuid| !known.contains(&hash(uuid)))
+            });
+            if is_own {
+                break;
+            }
+            if said.is_some() {
+                end = lines.offset;
+            }
+        }
+        Ok(end)
     }
 }
 
-fn common_beginning(compared: &Compared<'_>, ancestor: &Path) -> io::Result<u64> {
-    let Compared { path, session, bytes, line_bytes_max, may_go_on } = *compared;
-    let mut lines = Lines::open(path, bytes, line_bytes_max)?;
-    // One that is gone, or can't be read, has nothing in common.
-    let Ok(mut theirs) = Lines::open(ancestor, u64::MAX, line_bytes_max) else { return Ok(0) };
-    let mut has = |uuid: &str| -> bool {
-        while let Ok(Some((_, line))) = theirs.next()
-            && may_go_on()
-        {
-            if Said::read(line).is_some_and(|said| said.uuid.as_deref() == Some(uuid)) {
-                return true;
-            }
-        }
-        false
-    };
-    let mut end = 0;
-    while let Some((_, line)) = lines.next()? {
-        let Some(said) = Said::read(line) else { continue };
-        if said.is_of_another(session) || said.uuid.is_some_and(|uuid| has(&uuid)) {
-            end = lines.offset;
-        } else {
-            break;
-        }
-    }
-    Ok(end)
+fn uuid_hash(line: &[u8]) -> Option<u64> {
+    Said::read(line)?.uuid.as_deref().map(hash)
+}
+
+fn hash(uuid: &str) -> u64 {
+    xxh3_64(uuid.as_bytes())
 }
 
 /// The whole lines of a file, without their newlines; those that are too long are passed over.
@@ -175,21 +205,22 @@ impl Lines {
     }
 }
 
+/// The transcripts that are known, by the first uuid of their conversation: they are looked up once in a rescan.
+#[derive(Default)]
+pub struct Roots(HashMap<u64, Vec<PathBuf>>);
+
 impl Follower {
     /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
     /// they were copied from.
     pub(super) fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Result<Vec<Fresh>, QueueError> {
-        let (adopted, paths): (Vec<_>, Vec<_>) = fresh.into_iter().partition(|path| self.adopted.contains_key(path));
-        let looks: Vec<Look> = paths.iter().map(|path| self.look_at_head(path)).collect();
-        let known = self.known_families(&looks, &paths)?;
-        let mut ordered = Vec::with_capacity(paths.len());
-        for ((place, path, mut ancestors), look) in with_ancestors(&looks, &paths).zip(&looks) {
-            if let (Some(ancestors), Some(family)) =
-                (&mut ancestors, look.root.as_ref().and_then(|root| known.get(root)))
-            {
-                ancestors.extend(family.iter().cloned());
-            }
-            self.in_order |= place.is_copy || ancestors.as_ref().is_some_and(|ancestors| !ancestors.is_empty());
+        let (adopted, mut paths): (Vec<_>, Vec<_>) =
+            fresh.into_iter().partition(|path| self.adopted.contains_key(path));
+        let new = paths.len();
+        let mut looks: Vec<Look> = paths.iter().map(|path| self.look_at_head(path)).collect();
+        self.add_known_families(&mut looks, &mut paths)?;
+        let mut ordered = Vec::with_capacity(new);
+        for (place, path, ancestors) in with_ancestors(&looks, &paths).take(new) {
+            self.in_order |= place.is_copy;
             ordered.push(Fresh { place: Some(place), path: path.clone(), ancestors });
         }
         ordered.extend(adopted.into_iter().map(|path| Fresh { place: None, path, ancestors: None }));
@@ -208,73 +239,85 @@ impl Follower {
         !self.doorbell.is_stopped()
     }
 
-    /// The transcripts that are known already, by the first uuid of their conversation, as far as a new one has the same: it
-    /// may have been copied from them. Of each family the latest ones.
-    fn known_families(&self, new: &[Look], new_paths: &[PathBuf]) -> Result<HashMap<String, Vec<PathBuf>>, QueueError> {
-        let now = Timestamp::now();
-        let is_old = |said_at: Timestamp| now.duration_since(said_at).as_secs() >= SAID_BEFORE_SECONDS_MIN;
-        let roots = new.iter().filter(|look| look.said_at.is_none_or(is_old)).filter_map(|look| look.root.clone());
-        let mut families: HashMap<String, Vec<PathBuf>> = roots.map(|root| (root, Vec::new())).collect();
-        if families.is_empty() {
-            return Ok(families);
+    /// Adds the known transcripts of the same families to looks at new ones: these may have been copied from them.
+    fn add_known_families(&mut self, looks: &mut Vec<Look>, paths: &mut Vec<PathBuf>) -> Result<(), QueueError> {
+        let roots: HashSet<u64> = looks.iter().filter_map(|look| look.root.as_deref().map(hash)).collect();
+        if roots.is_empty() {
+            return Ok(());
         }
-        let mut known: HashSet<PathBuf> = self.files.keys().map(|path| path.to_path_buf()).collect();
-        self.intake.queue().for_each_cursor(|path, _| {
-            known.insert(path);
+        let known = match self.known_roots.take() {
+            Some(known) => known,
+            None => self.look_up_roots()?,
+        };
+        let new: HashSet<PathBuf> = paths.iter().cloned().collect();
+        for path in roots.iter().filter_map(|root| known.0.get(root)).flatten().filter(|path| !new.contains(*path)) {
+            looks.push(Look { is_known: true, ..self.look_at_head(path) });
+            paths.push(path.clone());
+        }
+        self.known_roots = Some(known);
+        Ok(())
+    }
+
+    /// The transcripts that were read before.
+    fn look_up_roots(&self) -> Result<Roots, QueueError> {
+        let mut known: HashSet<PathBuf> = HashSet::new();
+        self.intake.queue().for_each_cursor(|path, cursor| {
+            if cursor.offset > 0 {
+                known.insert(path);
+            }
         })?;
-        new_paths.iter().for_each(|path| drop(known.take(path)));
-        let stems: HashSet<Uuid> = new.iter().map(|look| look.stem).collect();
-        let mut buffer = Vec::new();
+        let read = self.files.iter().filter(|(_, file)| file.cursor.offset > 0);
+        known.extend(read.map(|(path, _)| path.to_path_buf()));
+        let mut roots = Roots::default();
         for path in known {
             if !self.may_go_on() {
                 break;
             }
-            if self.session_of(&path).is_some_and(|session| !stems.contains(&session))
-                && let Some(root) = root_of(&path, &mut buffer)
-                && let Some(family) = families.get_mut(&root)
+            if self.session_of(&path).is_some()
+                && let Some(root) = root_of(&path)
             {
-                family.push(path);
+                roots.0.entry(hash(&root)).or_default().push(path);
             }
         }
-        for family in families.values_mut() {
-            family.sort_by_cached_key(|path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok());
-            family.drain(..family.len().saturating_sub(ANCESTORS_MAX));
-        }
-        Ok(families)
+        Ok(roots)
     }
 
     /// Finds out what a file has inherited, before anything of its own was read.
-    pub(super) fn note_beginning(&self, file: &mut Followed, size: u64, source: &mut Source) -> Result<(), ReadError> {
+    pub(super) fn note_beginning(
+        &mut self,
+        file: &mut Followed,
+        size: u64,
+        source: &mut Source,
+    ) -> Result<(), ReadError> {
         let TranscriptKind::Main { session } = file.kind else { return Ok(()) };
         if file.cursor.session.last_activity.is_some() {
             file.beginning = None;
             return Ok(());
         }
+        let path = Arc::clone(&file.path);
         let beginning = file.beginning.get_or_insert_default();
         if beginning.ancestors.is_none() {
-            beginning.ancestors = self.ancestors_of(&file.path)?;
+            beginning.ancestors = self.ancestors_of(&path)?;
         }
-        let line_bytes_max = self.config.line_bytes_max;
         let ancestors = beginning.ancestors.as_deref().unwrap_or_default();
         if !ancestors.is_empty() && beginning.compared_to < size {
-            let may_go_on = &|| self.may_go_on();
-            let compared = Compared { path: &file.path, session, bytes: size, line_bytes_max, may_go_on };
+            let compared = Compared { path: &path, session, bytes: size, may_go_on: &|| self.may_go_on() };
             beginning.inherited_to = compared.inherited_to(ancestors)?;
             beginning.compared_to = size;
         }
         source.inherited_to = beginning.inherited_to;
         if !std::mem::replace(&mut beginning.knows_other, true) {
-            beginning.other = self.read_again(&file.path, &file.cursor, source)?;
+            beginning.other = self.read_again(&path, &file.cursor, source)?;
         }
         Ok(())
     }
 
     /// The files from which this one may have been copied. `None`: it does not tell yet.
-    fn ancestors_of(&self, path: &Path) -> Result<Option<Vec<PathBuf>>, QueueError> {
-        let looks = [self.look_at_head(path)];
-        let mut families = self.known_families(&looks, &[path.to_owned()])?;
-        let [look] = looks;
-        Ok(look.root.map(|root| families.remove(&root).unwrap_or_default()))
+    fn ancestors_of(&mut self, path: &Path) -> Result<Option<Vec<PathBuf>>, QueueError> {
+        let mut looks = vec![self.look_at_head(path)];
+        let mut paths = vec![path.to_owned()];
+        self.add_known_families(&mut looks, &mut paths)?;
+        Ok(with_ancestors(&looks, &paths).next().and_then(|(_, _, ancestors)| ancestors))
     }
 
     /// The other session of which the lines before the cursor told last.
@@ -310,7 +353,7 @@ mod tests {
     }
 
     /// How many of these lines are inherited from a file with those.
-    fn inherited(lines: &[String], ancestors: &[&[String]], line_bytes_max: u64) -> usize {
+    fn inherited(lines: &[String], ancestors: &[&[String]]) -> usize {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, lines: &[String]| {
             let path = folder.path().join(name);
@@ -321,7 +364,7 @@ mod tests {
         let ancestors: Vec<PathBuf> =
             ancestors.iter().enumerate().map(|(number, lines)| write(&number.to_string(), lines)).collect();
         let size = std::fs::metadata(&path).unwrap().len();
-        let compared = Compared { path: &path, session: SESSION, bytes: size, line_bytes_max, may_go_on: &|| true };
+        let compared = Compared { path: &path, session: SESSION, bytes: size, may_go_on: &|| true };
         let end = compared.inherited_to(&ancestors).unwrap();
         let ends = lines.iter().scan(0, |end, line| {
             *end += line.len() as u64 + 1;
@@ -337,27 +380,52 @@ mod tests {
         let [a, b, c, d] = ["a", "b", "c", "d"].map(line);
         let lines = |lines: &[&String]| lines.iter().map(|line| (*line).clone()).collect::<Vec<_>>();
         let original = lines(&[&a, &b, &c]);
-        let of = |copy: &[&String]| inherited(&lines(copy), &[&original], 1000);
+        let of = |copy: &[&String]| inherited(&lines(copy), &[&original]);
         assert_eq!(of(&[&a, &b, &c, &d]), 3);
         assert_eq!(of(&[&a, &b, &d, &c]), 2, "only the beginning");
         assert_eq!(of(&[&d, &a, &b]), 0);
         assert_eq!(of(&[&a, &c, &d]), 2, "what the original has more makes no difference");
+        assert_eq!(of(&[&a, &c, &b, &b, &d]), 4, "nor does the order, or that one comes twice");
         assert_eq!(of(&[&a, &b]), 2, "all it has so far");
         assert_eq!(of(&[&state(), &a, &damaged(), &state(), &b, &state(), &d]), 5, "state and damage say nothing");
+        let without_uuid = a.replace("uuid", "other");
+        assert_eq!(of(&[&a, &without_uuid, &b, &d]), 3, "nor does a line without a uuid");
         assert_eq!(of(&[&of_another("x"), &a, &d]), 2, "a line that says so itself");
-        assert_eq!(
-            inherited(&lines(&[&a, &b, &d]), &[&lines(&[&a]), &lines(&[&a, &b])], 1000),
-            2,
-            "the longest counts"
-        );
-        assert_eq!(inherited(&lines(&[&a]), &[], 1000), 0);
+        assert_eq!(inherited(&lines(&[&a, &b, &c, &d]), &[&lines(&[&a, &c]), &lines(&[&a, &b])]), 3, "of whichever");
+        assert_eq!(inherited(&lines(&[&d]), &[]), 0);
     }
 
     #[test]
     fn lines_that_are_too_long_are_passed_over() {
         let [a, b, c] = ["a", "b", "c"].map(line);
-        let long = line(&"x".repeat(5000));
-        assert_eq!(inherited(&[a.clone(), long.clone(), b.clone(), c], &[&[a, long, b]], 200), 3);
+        let long = line(&"x".repeat(COMPARED_BYTES_MAX as usize));
+        assert_eq!(inherited(&[a.clone(), long.clone(), b.clone(), c], &[&[a, long, b]]), 3);
+    }
+
+    #[test]
+    fn a_last_line_without_newline_of_an_ancestor_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let [original, copy] = ["original", "copy"].map(|name| folder.path().join(name));
+        std::fs::write(&original, format!("{}\n{}", line("a"), line("b"))).unwrap();
+        let text = format!("{}\n{}\n{}\n", line("a"), line("b"), line("c"));
+        std::fs::write(&copy, &text).unwrap();
+        let bytes = text.len() as u64;
+        let compared = Compared { path: &copy, session: SESSION, bytes, may_go_on: &|| true };
+        assert_eq!(compared.inherited_to(&[original]).unwrap(), 2 * (line("a").len() as u64 + 1));
+    }
+
+    #[test]
+    fn the_head_reaches_to_the_first_words_however_long_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let state = format!(r#"{{"type":"api-request","x":"{}"}}"#, "y".repeat(HEAD_BYTES));
+        for before in [state.clone(), format!("{state}\n{}", line(&"z".repeat(3 << 20)).replace("user", "mode"))] {
+            std::fs::write(&path, format!("{before}\n{}\n", line("a"))).unwrap();
+            assert_eq!(root_of(&path).as_deref(), Some("a"));
+        }
+        let long = line("a").replace(r#""content":"a""#, &format!(r#""content":"{}""#, "z".repeat(5 << 20)));
+        std::fs::write(&path, format!("{}{long}\n", "{\"type\":\"summary\"}\n".repeat(70))).unwrap();
+        assert_eq!(root_of(&path).as_deref(), Some("a"));
     }
 
     #[test]
@@ -365,8 +433,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("copy");
         std::fs::write(&path, line("a") + "\n").unwrap();
-        let compared =
-            Compared { path: &path, session: SESSION, bytes: 1000, line_bytes_max: 1000, may_go_on: &|| true };
+        let compared = Compared { path: &path, session: SESSION, bytes: 1000, may_go_on: &|| true };
         assert_eq!(compared.inherited_to(&[folder.path().join("gone")]).unwrap(), 0);
         assert!(
             Compared { path: &folder.path().join("no"), ..compared }.inherited_to(std::slice::from_ref(&path)).is_err()

@@ -66,9 +66,6 @@ const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Folders deep that are searched: `<project>/<session>/subagents/workflows/<run>/agent-x.jsonl` and some room.
 const DEPTH_MAX: usize = 8;
 
-/// Bytes of a file's head that decide whether it is a copy of another.
-const HEAD_BYTES: usize = 64 * 1024;
-
 /// Ends of sessions, or files that have gone, in one batch.
 const BATCH_SESSIONS_MAX: usize = 256;
 
@@ -155,8 +152,10 @@ pub struct Follower {
     /// SessionEnd hooks that are to be looked at.
     closings: BTreeMap<Uuid, Closing>,
     open_sessions: OpenSessions,
-    /// Those whose files this rescan has found to be new.
+    /// Those whose files this rescan has found to be new, and has not come to yet.
     new_sessions: HashSet<Uuid>,
+    /// What was known before this rescan, once somebody has asked.
+    known_roots: Option<descent::Roots>,
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
     /// In the order of [`FollowConfig::projects`].
@@ -217,6 +216,7 @@ impl Follower {
             closings: BTreeMap::new(),
             open_sessions,
             new_sessions: HashSet::new(),
+            known_roots: None,
             seen_open: HashSet::new(),
             roots,
             unreadable: BTreeSet::new(),
@@ -323,6 +323,7 @@ impl Follower {
         unfinished.extend(self.in_parts(changed, Follower::wake)?);
         unfinished.extend(self.in_parts(fresh, Follower::follow)?);
         self.new_sessions.clear();
+        self.known_roots = None;
         if self.doorbell.is_stopped() {
             return Ok(unfinished);
         }
@@ -604,6 +605,9 @@ impl Follower {
     fn follow(&mut self, fresh: Fresh) -> Result<Vec<Arc<Path>>, QueueError> {
         let Fresh { path, ancestors, .. } = fresh;
         let Some(kind) = self.kind_of(&path) else { return Ok(Vec::new()) };
+        if let TranscriptKind::Main { session } = kind {
+            self.new_sessions.remove(&session);
+        }
         let mut paths = self.wake(Group::of(&kind, &path))?;
         let adopted = self.adopted.remove(&path);
         let is_known = adopted.is_some();
@@ -625,12 +629,13 @@ impl Follower {
         }
     }
 
-    /// Whether a session has a file of its own.
+    /// Whether a session has a file of its own that has registered it, or was not read yet.
     fn has_transcript(&self, session: Uuid) -> bool {
         let is_its = |file: &Followed| matches!(file.kind, TranscriptKind::Main { session: its } if its == session);
+        let registers = |file: &Followed| file.cursor.project_path.is_some() || file.seen.is_none();
         self.new_sessions.contains(&session)
-            || self.resting.contains(Group::of_session(session))
-            || self.files.values().any(|file| is_its(file))
+            || self.resting.registers(Group::of_session(session))
+            || self.files.values().any(|file| is_its(file) && registers(file))
     }
 
     /// The cursor of a file that is followed no more.
@@ -657,6 +662,7 @@ impl Follower {
             let mut batch = Batch::default();
             for path in paths {
                 let was_followed = self.files.contains_key(path.as_path());
+                self.end_other_of(path, now, &mut batch);
                 let Some(cursor) = self.take_cursor(path)? else { continue };
                 debug!(file = %path.display(), "transcript gone");
                 if let Some(TranscriptKind::Main { session }) = self.kind_of(path).filter(|_| was_followed)
@@ -683,6 +689,16 @@ impl Follower {
             self.submit(batch)?;
         }
         Ok(())
+    }
+
+    /// Ends the session that a file, which is gone, was the last to tell of.
+    fn end_other_of(&self, path: &Path, now: Timestamp, batch: &mut Batch) {
+        let Some(file) = self.files.get(path) else { return };
+        let Some(other) = file.other().filter(|other| !self.has_transcript(other.session)) else { return };
+        let gone = Some((EndReason::Unregistered, now));
+        if let Some(end) = other.end(now, self.config.inactivity_timeout, gone) {
+            self.admit_end(other.session, &end, path, &file.cursor, batch);
+        }
     }
 
     /// The session of a transcript that has not ended by what is known of it, or of which a hook says that it has.
@@ -772,14 +788,20 @@ impl Follower {
     /// Tells the ends of sessions that are only named in other sessions' files, by timeout.
     fn end_other_sessions(&mut self, unfinished: &[Arc<Path>], now: Timestamp) -> Result<(), QueueError> {
         let end_of = |file: &Followed| {
-            let other = file.other().filter(|other| file.seen.is_some() && !self.has_transcript(other.session))?;
-            Some((Arc::clone(&file.path), other.session, other.end(now, self.config.inactivity_timeout, None)?))
+            let other = file.other().filter(|_| file.seen.is_some())?;
+            let is_told = self.has_transcript(other.session);
+            // Its own file tells its end; should that go, it has been told.
+            let at_once = is_told.then_some((EndReason::Closed, now));
+            let end = other.end(now, self.config.inactivity_timeout, at_once)?;
+            Some((Arc::clone(&file.path), other.session, end, is_told))
         };
         let ended: Vec<_> = self.files.values().filter_map(|file| end_of(file)).collect();
         let mut batch = Batch::default();
-        for (path, session, end) in ended.into_iter().filter(|(path, ..)| !unfinished.contains(path)) {
+        for (path, session, end, is_told) in ended.into_iter().filter(|(path, ..)| !unfinished.contains(path)) {
             let Some(file) = self.files.get(&path) else { continue };
-            self.admit_end(session, &end, &path, &file.cursor, &mut batch);
+            if !is_told {
+                self.admit_end(session, &end, &path, &file.cursor, &mut batch);
+            }
             let Some(file) = self.files.get_mut(&path) else { continue };
             file.note_end_of_other(&end);
             batch.cursors.push((path.to_path_buf(), Some(file.cursor.clone())));

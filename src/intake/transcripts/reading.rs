@@ -427,7 +427,9 @@ impl Follower {
         }
         info!(file = %file.path.display(), offset = cursor.offset, bytes = metadata.len(),
               "the transcript was replaced or cut short; reading it anew, what is known already is not stored twice");
-        *cursor = Cursor { file: identity(metadata), ..transcript::START };
+        // It is the same session still, with all that was told of it.
+        let (project_path, session) = (cursor.project_path.take(), cursor.session);
+        *cursor = Cursor { file: identity(metadata), project_path, session, ..transcript::START };
         file.scanned_to = 0;
         file.beginning = None;
         Place::at(handle, 0)

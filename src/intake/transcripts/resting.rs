@@ -114,8 +114,10 @@ impl Resting {
         self.files.range((group, CursorId::MIN)..=(group, CursorId::MAX)).map(|((_, id), _)| *id)
     }
 
-    pub fn contains(&self, group: Group) -> bool {
-        self.ids(group).next().is_some()
+    /// Whether one of these has registered its session, or was not read in this run.
+    pub fn registers(&self, group: Group) -> bool {
+        let mut files = self.ids(group).filter_map(|id| self.files.get(&(group, id)));
+        files.any(|rest| rest.is_registered || rest.seen.is_none())
     }
 
     /// A new walk through the folder begins.
