@@ -46,6 +46,9 @@ mod memtable;
 mod reader;
 mod salvage;
 mod sealed;
+#[cfg(test)]
+#[expect(dead_code, reason = "its users are still the queue's")]
+mod segments;
 mod store;
 mod submission;
 #[cfg(test)]

@@ -147,6 +147,7 @@ fn it_stops_in_time_while_the_road_to_postgres_swallows_everything() {
     let mut transcript = stage.transcript("-home-me-app", 1);
     let mut texts = transcript.say_many("before", 10);
     stage.wait_for_rows(11);
+    wait_until("they are settled", SOON, || watcher.health()["queue"]["pending"] == 0);
     proxy.set(Road::Swallows);
     texts.extend(transcript.say_many("swallowed", 500));
     wait_until("these are queued", SOON, || watcher.health()["queue"]["pending"] == 500);

@@ -154,7 +154,7 @@ pub struct Follower {
     open_sessions: OpenSessions,
     /// Those whose files this rescan has found to be new, and has not come to yet.
     new_sessions: HashSet<Uuid>,
-    /// What was known before this rescan, once somebody has asked.
+    /// What was known before this rescan, or this round, once somebody has asked.
     known_roots: Option<descent::Roots>,
     /// Sessions that a process was seen to have open in this run.
     seen_open: HashSet<Uuid>,
@@ -289,6 +289,7 @@ impl Follower {
             }
             // Those that skip a line that is too long share one turn.
             let mut has_skipped = false;
+            self.known_roots = None;
             for path in std::mem::take(&mut more) {
                 if self.doorbell.is_stopped() {
                     break;
@@ -308,6 +309,7 @@ impl Follower {
     /// Looks at every transcript. Gives those with more to read.
     fn rescan(&mut self) -> Result<Vec<Arc<Path>>, QueueError> {
         let begun = Timestamp::now();
+        self.known_roots = None;
         let mut awake = self.take_closings()?;
         let followed = self.files.values().filter_map(|file| Some((file.roots, file.cursor.session.process?)));
         let known: Vec<_> = followed.chain(self.resting.processes()).collect();

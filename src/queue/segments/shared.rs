@@ -1,0 +1,186 @@
+//! What the handles and the writer share.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+
+use tokio::sync::watch;
+
+use super::folder::{self, Letters, Opened};
+use super::log::Log;
+use super::piece::{CONTENT_BYTES_MAX, CursorId};
+use super::repairs::{Batch, QueueConfig, QueueError, QueueStats, storage};
+use super::segment::StoreError;
+use super::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox};
+use crate::event::{Cursor, FailureKind, Origin, Rejection, Sequence, Timestamp};
+use crate::queue::codec::{self, CodecError, Content, Letter};
+
+/// Most chunks of a cursor: room for two paths of the greatest length.
+const CURSOR_CHUNKS_MAX: usize = 3;
+
+/// The share of `max_pending_bytes` up to which the input of rejections is kept: one quarter.
+const DEAD_LETTER_SHARE: u64 = 4;
+
+/// Dead letters above which those of one file and batch are one, and twice above which no more are kept of what never was an
+/// event: the file they are from still has it.
+const DEAD_LETTERS_MAX: u64 = 10_000;
+
+pub struct Shared {
+    pub path: PathBuf,
+    pub max_pending_bytes: u64,
+    pub inbox: Inbox,
+    /// `None` once closed. Readers clone it and let go.
+    pub log: RwLock<Option<Arc<Log>>>,
+    state: Mutex<State>,
+    /// Signalled when room appears, and at the end.
+    pub room: Condvar,
+    pub newest: watch::Sender<Option<Sequence>>,
+    pub failed: watch::Sender<Option<QueueError>>,
+}
+
+#[derive(Default)]
+pub struct State {
+    pub stats: QueueStats,
+    pub letters: Letters,
+    /// Everything up to here has been synced.
+    pub durable: u64,
+    /// No pending event has this number or a smaller one.
+    pub settled: u64,
+    pub failure: Option<QueueError>,
+    pub closed: bool,
+}
+
+impl Shared {
+    pub fn new(config: &QueueConfig, stats: QueueStats, opened: &Opened) -> Shared {
+        let state = State {
+            stats,
+            letters: opened.letters,
+            durable: opened.acknowledged.sequence,
+            settled: opened.settled.sequence,
+            ..State::default()
+        };
+        Shared {
+            path: config.path.clone(),
+            max_pending_bytes: config.max_pending_bytes,
+            inbox: Inbox::default(),
+            log: RwLock::new(Some(Arc::new(opened.log.clone()))),
+            state: Mutex::new(state),
+            room: Condvar::new(),
+            newest: watch::Sender::new(opened.newest),
+            failed: watch::Sender::new(None),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The log as it is now, for reading.
+    pub fn log(&self) -> Result<Arc<Log>, QueueError> {
+        if let Some(failure) = self.state().failure.clone() {
+            return Err(failure);
+        }
+        self.log.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(QueueError::Closed)
+    }
+
+    /// A failed read ends the queue as a failed write does.
+    pub fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
+        result.map_err(|error| self.fail(&error))
+    }
+
+    /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
+    pub fn fail(&self, error: &StoreError) -> QueueError {
+        if let StoreError::Damaged { segment, .. } = error {
+            folder::mark_damaged(&self.path, *segment);
+        }
+        let mut state = self.state();
+        let first = state.failure.get_or_insert_with(|| storage(&self.path, error)).clone();
+        drop(state);
+        self.inbox.end(first.clone());
+        self.failed.send_replace(Some(first.clone()));
+        self.room.notify_all();
+        first
+    }
+
+    pub fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
+        let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
+        let letters = self.state().letters;
+        let events = batch.events.iter().map(|event| codec::encode_event(event, captured_at, 0));
+        let events = events.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
+        let mut room = (self.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(letters.bytes);
+        let mut rejections = Vec::with_capacity(batch.rejections.len());
+        let gathered;
+        let kept = if letters.count + batch.rejections.len() as u64 <= DEAD_LETTERS_MAX {
+            &batch.rejections
+        } else {
+            gathered = gathered_by_file(&batch.rejections);
+            let left = (2 * DEAD_LETTERS_MAX).saturating_sub(letters.count);
+            gathered.get(..gathered.len().min(usize::try_from(left).unwrap_or(usize::MAX))).unwrap_or_default()
+        };
+        for rejection in kept {
+            let fits = rejection.bytes.len() as u64 <= room;
+            room = if fits { room - rejection.bytes.len() as u64 } else { room };
+            rejections.push(encode_rejection(rejection, fits, captured_at).map_err(too_large)?);
+        }
+        let cursors = batch.cursors.iter().map(|(path, cursor)| encode_cursor(path, cursor.as_ref()));
+        let cursors = cursors.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
+        let event_bytes = events.iter().map(|record| record.len() as u64).sum();
+        Ok(EncodedBatch { events, rejections, cursors, event_bytes })
+    }
+}
+
+/// Of each file one rejection that stands for all of them; others as they are.
+fn gathered_by_file(rejections: &[Rejection]) -> Vec<Rejection> {
+    let mut by_file: BTreeMap<&str, (usize, u64, u64)> = BTreeMap::new();
+    let mut gathered: Vec<Rejection> = Vec::new();
+    for rejection in rejections {
+        let Origin::Transcript { path, offset } = &rejection.origin else {
+            gathered.push(rejection.clone());
+            continue;
+        };
+        let next = gathered.len();
+        let (index, lines, first) = by_file.entry(path).or_insert((next, 0, *offset));
+        *lines += 1;
+        if *index == next {
+            gathered.push(Rejection { bytes: Vec::new(), ..rejection.clone() });
+        }
+        if let Some(one) = gathered.get_mut(*index).filter(|_| *lines > 1) {
+            one.failure.kind = FailureKind::Unreadable;
+            one.failure.message = format!(
+                "{lines} pieces from byte {first} to byte {offset} of {path} are no events; they are not kept one by one, for there \
+                 are too many dead letters"
+            );
+        }
+    }
+    gathered
+}
+
+fn encode_rejection(
+    rejection: &Rejection,
+    keep_bytes: bool,
+    failed_at: Timestamp,
+) -> Result<EncodedRejection, CodecError> {
+    let mut failure = rejection.failure.clone();
+    if !keep_bytes {
+        failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
+    }
+    let letter = Letter { failed_at, failure, content: Content::Input, attempts: 0 };
+    Ok(EncodedRejection {
+        letter: codec::encode_letter(&letter)?,
+        content: codec::encode_input(rejection, if keep_bytes { &rejection.bytes } else { &[] })?,
+    })
+}
+
+fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, CodecError> {
+    let id = CursorId::of(path);
+    let Some(cursor) = cursor else { return Ok(EncodedCursor { id, record: None }) };
+    let mut record = codec::encode_cursor(path, cursor)?;
+    if record.len() > CURSOR_CHUNKS_MAX * CONTENT_BYTES_MAX {
+        // No folder has such a name: better to forget it than to be unable to store the cursor.
+        record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
+    }
+    if record.len() > CURSOR_CHUNKS_MAX * CONTENT_BYTES_MAX {
+        return Err(CodecError::TooLarge(record.len()));
+    }
+    Ok(EncodedCursor { id, record: Some(record) })
+}
