@@ -176,15 +176,18 @@ fn move_old_format(path: &Path) -> io::Result<Option<Repair>> {
 pub fn recover(path: &Path) -> Result<Opened, StoreError> {
     /// Far more than there are segments to be opened first.
     const TRIES_MAX: usize = 100;
-    let mut repairs = Vec::new();
+    let (mut repairs, mut last) = (Vec::new(), String::new());
     for _ in 0..TRIES_MAX {
         match recover_once(path, &mut repairs) {
             // It opened, and could not be read.
-            Err(StoreError::Damaged { segment, .. }) => mark_damaged(path, segment),
+            Err(StoreError::Damaged { segment, cause }) => {
+                mark_damaged(path, segment);
+                last = format!("segment {segment}: {cause}");
+            }
             opened => return opened.map(|opened| Opened { repairs, ..opened }),
         }
     }
-    Err(StoreError::Io("damage is found again and again".to_owned()))
+    Err(StoreError::Io(format!("damage is found again and again, at last in {last}")))
 }
 
 fn recover_once(path: &Path, repairs: &mut Vec<Repair>) -> Result<Opened, StoreError> {
@@ -264,6 +267,8 @@ fn open_newest(path: &Path, mark: &mut Mark, repairs: &mut Vec<Repair>) -> Resul
         } else if !begin_opening(path, number)? {
             "sled did not come back from opening it".to_owned()
         } else {
+            // sled shortens a log as it opens it: who dies before the length is noted anew must not find it cut.
+            mark.forget_length()?;
             match Segment::open(&folder, number) {
                 Ok((segment, is_without_snapshots)) => {
                     faults::reach("open-segment-opened");
@@ -351,7 +356,8 @@ fn settled_totals(
     older: &[OlderSegment],
     salvaged: &damage::Salvaged,
 ) -> Result<Totals, StoreError> {
-    if let Some(settled) = salvaged.settled.filter(|settled| settled.sequence <= salvaged.end.sequence) {
+    let settled = salvaged.settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
+    if let Some(settled) = settled.filter(|_| older.is_empty()) {
         return Ok(settled);
     }
     let first_block = match older.first() {
@@ -362,15 +368,10 @@ fn settled_totals(
         None => segment.edge(piece::keys(piece::BLOCK, 1..=NUMBER_MAX), false)?,
     };
     let before = first_block.and_then(|(_, value)| Some(Block::of(&Piece::decode(&value)?)?.before));
-    let mut totals = before.unwrap_or(salvaged.end);
-    // A hole between what is settled and the first block is among what is pending.
-    let lost = salvaged.holes.iter().filter(|hole| hole.first <= totals.sequence);
-    for hole in lost {
-        totals.events = totals.events.saturating_sub(hole.events);
-        totals.bytes = totals.bytes.saturating_sub(hole.bytes);
-    }
-    // Everything that is there is to be delivered.
-    Ok(totals)
+    // Everything that is there is to be delivered. What is missing before it counts as settled: a segment goes only once all
+    // in it is, and the mark that was found may be older than that.
+    let before = before.unwrap_or(salvaged.end);
+    Ok(settled.filter(|settled| settled.sequence > before.sequence).unwrap_or(before))
 }
 
 /// What an older segment holds, by itself, and the totals up to its end. `None` where it can't be read.
