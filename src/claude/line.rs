@@ -73,9 +73,6 @@ fn session_of_stem(stem: &str) -> Option<Uuid> {
 #[derive(Clone, PartialEq, Debug)]
 pub struct LineMeaning {
     pub line_type: LineType,
-    /// Name of a type that this program does not know, to be counted: at most [`UNKNOWN_TYPE_CHARS_MAX`] characters;
-    /// [`NO_TYPE`] where there is none.
-    pub unknown_type: Option<String>,
     /// Whether it belongs to the conversation. Other lines are state that Claude Code writes again whenever a session is
     /// merely opened: they are no activity.
     pub is_envelope: bool,
@@ -96,6 +93,15 @@ pub struct LineMeaning {
     pub unknowns: Vec<Unknown>,
     /// Whether bytes of the line were mended: NULs taken out, or invalid UTF-8 replaced.
     pub repaired: bool,
+}
+
+impl LineMeaning {
+    /// Name of a type that this program does not know: at most [`UNKNOWN_TYPE_CHARS_MAX`] characters; [`NO_TYPE`] where there
+    /// is none.
+    pub fn unknown_type(&self) -> Option<&str> {
+        let unknown = self.unknowns.iter().find(|unknown| unknown.field == UNKNOWN_TYPE)?;
+        Some(&unknown.value)
+    }
 }
 
 /// Stands for the type of an object without one.
@@ -293,14 +299,12 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
         has_attachment: said.has_attachment,
         is_repaired: mender.is_mended,
     });
-    let unknown_type: Option<String> = (line_type == LineType::Unknown)
-        .then(|| type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect());
-    if let Some(name) = &unknown_type {
-        unknowns.push(Unknown { field: UNKNOWN_TYPE, value: name.clone(), version: version(&fields, &mut mender) });
+    if line_type == LineType::Unknown {
+        let value = type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect();
+        unknowns.push(Unknown { field: UNKNOWN_TYPE, value, version: version(&fields, &mut mender) });
     }
     Ok(LineMeaning {
         line_type,
-        unknown_type,
         is_envelope,
         said_in,
         timestamp,
@@ -358,7 +362,6 @@ fn not_an_object(line: &MendedLine<'_>) -> Result<LineMeaning, BadLine> {
     }
     Ok(LineMeaning {
         line_type: LineType::Blank,
-        unknown_type: None,
         is_envelope: false,
         said_in: None,
         timestamp: None,

@@ -170,7 +170,7 @@ impl Record {
             LineType::Attachment => "attachment",
             LineType::Progress => "progress",
             LineType::Metadata => "state",
-            LineType::Unknown => meaning.unknown_type.as_deref().unwrap_or(line::NO_TYPE),
+            LineType::Unknown => meaning.unknown_type().unwrap_or(line::NO_TYPE),
             LineType::Blank => "blank",
         }
     }

@@ -273,7 +273,7 @@ pub fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Renames the snapshots so that sled does not see them; `false` when there are none.
-fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
+pub fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
     let files = snapshots(folder)?;
     for file in &files {
         let name = file.file_name().unwrap_or_default().to_string_lossy();

@@ -764,7 +764,7 @@ fn unused_sequence() -> u64 {
 }
 
 /// Makes the folder where it is missing, and takes the rights of others from one that is there.
-fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
+pub fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
     private_folder::ensure(path).map_err(|error| match error {
         FolderError::Io { cause, .. } => storage(path, &cause),
         error => QueueError::Folder(error),
@@ -772,7 +772,7 @@ fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
 }
 
 /// Takes the rights of others from the files of `folder`. Best effort: the folder itself already keeps them out.
-fn restrict(folder: &Path) {
+pub fn restrict(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_file()) {
             let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o600));
@@ -909,7 +909,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-fn remove_folder(folder: &Path) -> io::Result<()> {
+pub fn remove_folder(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

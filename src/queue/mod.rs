@@ -200,7 +200,7 @@ fn way_out(cause: &str) -> &'static str {
 }
 
 /// Most chunks of a cursor: room for two paths of the greatest length.
-const CURSOR_CHUNKS_MAX: u32 = 3;
+const CURSOR_CHUNKS_MAX: usize = 3;
 
 /// The share of `max_pending_bytes` up to which the input of rejections is kept: one quarter.
 const DEAD_LETTER_SHARE: u64 = 4;
@@ -220,7 +220,7 @@ struct Handle {
 struct Shared {
     path: PathBuf,
     max_pending_bytes: u64,
-    inbox: Inbox,
+    inbox: Inbox<Work>,
     /// The current generation; `None` once closed. Readers clone it and let go.
     store: RwLock<Option<Arc<Store>>>,
     state: Mutex<State>,
@@ -566,7 +566,7 @@ impl Shared {
         let cursors = batch
             .cursors
             .iter()
-            .map(|(path, cursor)| encode_cursor(path, cursor.as_ref()))
+            .map(|(path, cursor)| encode_cursor(path, cursor.as_ref(), CURSOR_CHUNKS_MAX * store::CHUNK_BYTES))
             .collect::<Result<Vec<_>, _>>()
             .map_err(too_large)?;
         let event_bytes = events.iter().map(|record| record.len() as u64).sum();
@@ -590,18 +590,19 @@ fn encode_rejection(
     })
 }
 
-fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, CodecError> {
-    let key = store::cursor_key(CursorId::of(path));
-    let Some(cursor) = cursor else { return Ok(EncodedCursor { key, record: None }) };
+/// The record has `bytes_max` at most.
+fn encode_cursor(path: &Path, cursor: Option<&Cursor>, bytes_max: usize) -> Result<EncodedCursor, CodecError> {
+    let id = CursorId::of(path);
+    let Some(cursor) = cursor else { return Ok(EncodedCursor { id, record: None }) };
     let mut record = codec::encode_cursor(path, cursor)?;
-    if store::chunk_count(record.len()) > CURSOR_CHUNKS_MAX {
+    if record.len() > bytes_max {
         // No folder has such a name: better to forget it than to be unable to store the cursor.
         record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
     }
-    if store::chunk_count(record.len()) > CURSOR_CHUNKS_MAX {
+    if record.len() > bytes_max {
         return Err(CodecError::TooLarge(record.len()));
     }
-    Ok(EncodedCursor { key, record: Some(record) })
+    Ok(EncodedCursor { id, record: Some(record) })
 }
 
 /// A copy of a queue that was opened to be looked at; the copy goes with it.

@@ -821,11 +821,6 @@ pub fn contradiction() -> StoreError {
     StoreError::Corrupt("its pages contradict one another".into())
 }
 
-/// How many chunks a record of `bytes` has; the first one included.
-pub fn chunk_count(bytes: usize) -> u32 {
-    u32::try_from(bytes.div_ceil(CHUNK_BYTES).max(1)).unwrap_or(u32::MAX)
-}
-
 pub fn counters_key() -> Vec<u8> {
     vec![b'm']
 }
@@ -894,7 +889,7 @@ fn sequence_key(prefix: u8, sequence: u64) -> Vec<u8> {
 
 /// By what a cursor is found: a hash of the path of its file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct CursorId([u8; 16]);
+pub struct CursorId(pub(super) [u8; 16]);
 
 impl CursorId {
     pub const MIN: CursorId = CursorId([u8::MIN; 16]);

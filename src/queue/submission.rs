@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::store::CursorId;
 use super::{Accepted, Outcome, QueueError, RetryOutcome};
 use crate::event::Sequence;
 
@@ -28,7 +29,7 @@ pub struct Ticket<T = Accepted> {
 pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
-    pub(super) fn new() -> (Reply<T>, Ticket<T>) {
+    pub(in crate::queue) fn new() -> (Reply<T>, Ticket<T>) {
         let (reply, answer) = oneshot::channel();
         (reply, Ticket { answer })
     }
@@ -88,9 +89,18 @@ pub struct EncodedRejection {
 }
 
 pub struct EncodedCursor {
-    pub key: Vec<u8>,
+    pub id: CursorId,
     /// `None` removes the cursor.
     pub record: Option<Vec<u8>>,
+}
+
+/// One thing for a writer to do.
+pub trait Request {
+    /// About what it takes in memory.
+    fn bytes(&self) -> usize;
+
+    /// Answers with an error instead of doing it.
+    fn refuse(self, error: &QueueError);
 }
 
 /// One thing for the writer to do.
@@ -106,7 +116,7 @@ pub enum Work {
     Close(Reply<()>),
 }
 
-impl Work {
+impl Request for Work {
     fn bytes(&self) -> usize {
         match self {
             Work::Append(batch, _) => batch.bytes(),
@@ -115,8 +125,7 @@ impl Work {
         }
     }
 
-    /// Answers with an error instead of doing it.
-    pub fn refuse(self, error: &QueueError) {
+    fn refuse(self, error: &QueueError) {
         match self {
             Work::Append(_, reply) => drop(reply.send(Err(error.clone()))),
             Work::Settle(_, reply) | Work::SetAside(_, reply) | Work::Close(reply) => {
@@ -129,24 +138,29 @@ impl Work {
 }
 
 /// Work in the order in which it came, bounded in bytes.
-#[derive(Default)]
-pub struct Inbox {
-    state: Mutex<InboxState>,
+pub struct Inbox<W> {
+    state: Mutex<InboxState<W>>,
     arrived: Condvar,
     taken: Condvar,
 }
 
-#[derive(Default)]
-struct InboxState {
-    waiting: VecDeque<(Work, usize)>,
+struct InboxState<W> {
+    waiting: VecDeque<(W, usize)>,
     bytes: usize,
     /// Why nothing is taken in any more.
     ended: Option<QueueError>,
 }
 
-impl Inbox {
+impl<W> Default for Inbox<W> {
+    fn default() -> Self {
+        let state = InboxState { waiting: VecDeque::new(), bytes: 0, ended: None };
+        Inbox { state: Mutex::new(state), arrived: Condvar::new(), taken: Condvar::new() }
+    }
+}
+
+impl<W: Request> Inbox<W> {
     /// Hands `work` over; blocks while far too many bytes wait.
-    pub fn send(&self, work: Work) {
+    pub fn send(&self, work: W) {
         let bytes = work.bytes();
         let mut state = self.lock();
         while state.ended.is_none() && state.bytes > 0 && state.bytes + bytes > WAITING_BYTES_MAX {
@@ -164,8 +178,8 @@ impl Inbox {
 
     /// All that has arrived, at least one; nothing when `patience` ran out (without one it waits for ever).
     /// `None` when the end has come.
-    pub fn take(&self, patience: Option<Duration>) -> Option<Vec<Work>> {
-        let nothing = |state: &mut InboxState| state.waiting.is_empty() && state.ended.is_none();
+    pub fn take(&self, patience: Option<Duration>) -> Option<Vec<W>> {
+        let nothing = |state: &mut InboxState<W>| state.waiting.is_empty() && state.ended.is_none();
         let mut state = self.lock();
         match patience {
             None => state = self.arrived.wait_while(state, nothing).unwrap_or_else(PoisonError::into_inner),
@@ -198,7 +212,7 @@ impl Inbox {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, InboxState> {
+    fn lock(&self) -> MutexGuard<'_, InboxState<W>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -23,13 +23,13 @@ mod model;
 mod sealed;
 mod speed;
 
-const SEED: &str = "HEADSPACE_TEST_SEED";
+pub(super) const SEED: &str = "HEADSPACE_TEST_SEED";
 
 /// xorshift64*: enough to vary what happens.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -80,7 +80,7 @@ impl Fixture {
     }
 }
 
-fn event(number: u64, payload_bytes: usize) -> Event {
+pub(super) fn event(number: u64, payload_bytes: usize) -> Event {
     let text = "x".repeat(payload_bytes);
     Event::from_checked_parts(EventParts {
         id: EventId::derived(&number.to_be_bytes()),
@@ -92,11 +92,11 @@ fn event(number: u64, payload_bytes: usize) -> Event {
     })
 }
 
-fn batch(numbers: std::ops::Range<u64>) -> Batch {
+pub(super) fn batch(numbers: std::ops::Range<u64>) -> Batch {
     Batch { events: numbers.map(|number| event(number, 900)).collect(), ..Batch::default() }
 }
 
-fn cursor(offset: u64) -> Cursor {
+pub(super) fn cursor(offset: u64) -> Cursor {
     Cursor {
         file: FileIdentity { device: 1, inode: 2 },
         offset,
@@ -106,7 +106,7 @@ fn cursor(offset: u64) -> Cursor {
     }
 }
 
-fn rejection(bytes: &[u8]) -> Rejection {
+pub(super) fn rejection(bytes: &[u8]) -> Rejection {
     Rejection {
         failure: Failure { kind: FailureKind::Unreadable, message: "no JSON object".into(), sqlstate: None },
         event_type: None,
@@ -115,16 +115,16 @@ fn rejection(bytes: &[u8]) -> Rejection {
     }
 }
 
-fn refused(message: &str) -> Outcome {
+pub(super) fn refused(message: &str) -> Outcome {
     let failure = Failure { kind: FailureKind::Refused, message: message.into(), sqlstate: Some("22P05".into()) };
     Outcome::Refused { failure, attempts: 3 }
 }
 
-fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
+pub(super) fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
     envelopes.iter().map(|envelope| envelope.sequence.get()).collect()
 }
 
-fn sequence(number: u64) -> Sequence {
+pub(super) fn sequence(number: u64) -> Sequence {
     Sequence::new(number).unwrap()
 }
 
@@ -147,12 +147,12 @@ fn everything(queue: &Queue) -> Vec<Envelope> {
     }
 }
 
-fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
+pub(super) fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
     numbers.into_iter().map(|number| (sequence(number), Outcome::Delivered)).collect()
 }
 
 /// Waits until `condition` holds; panics after 20 s.
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not happen in time");
@@ -166,7 +166,7 @@ pub(crate) fn rounds(few: u32) -> u32 {
 }
 
 /// Of what is random; printed, so that a failure can be repeated.
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
     seed.unwrap_or_else(|| Timestamp::now().as_nanosecond() as u64 | 1)
 }

@@ -437,14 +437,15 @@ impl Writer {
     }
 
     fn stage_cursor(&mut self, cursor: &EncodedCursor) {
+        let head_key = store::cursor_key(cursor.id);
         let record = cursor.record.as_deref().unwrap_or_default();
         match record.split_at_checked(CHUNK_BYTES).unwrap_or((record, &[])) {
-            ([], _) => self.stage.changes.remove(&cursor.key),
-            (head, _) => self.stage.changes.insert(&cursor.key, head),
+            ([], _) => self.stage.changes.remove(&head_key),
+            (head, _) => self.stage.changes.insert(&head_key, head),
         }
-        let chunks = record.chunks(CHUNK_BYTES);
-        for (index, chunk) in (1..CURSOR_CHUNKS_MAX).zip(chunks.skip(1).map(Some).chain(std::iter::repeat(None))) {
-            let key = store::cursor_chunk_key(&cursor.key, index);
+        let chunks = record.chunks(CHUNK_BYTES).map(Some).chain(std::iter::repeat(None));
+        for (index, chunk) in (0..).zip(chunks).take(CURSOR_CHUNKS_MAX).skip(1) {
+            let key = store::cursor_chunk_key(&head_key, index);
             match chunk {
                 Some(chunk) => self.stage.changes.insert(&key, chunk),
                 None => self.stage.changes.remove(&key),

@@ -146,7 +146,7 @@ mod user_turns {
         let line = with(line, "origin", json!({"kind": "human"}));
         let meaning = read(&line);
         assert_eq!(meaning.line_type, LineType::User);
-        assert!(meaning.is_envelope && !meaning.repaired && meaning.unknown_type.is_none());
+        assert!(meaning.is_envelope && !meaning.repaired && meaning.unknown_type().is_none());
         assert_eq!((meaning.said_in, meaning.cwd.as_deref()), (Some(SESSION), Some("/home/u/app")));
         assert_eq!(
             meaning.turn.unwrap(),
@@ -374,7 +374,7 @@ mod other_lines {
         for name in METADATA_TYPES {
             let meaning = read(&json!({"type": name, "sessionId": SESSION.to_string(), "uuid": "x", "timestamp": "y"}));
             assert_eq!((meaning.line_type, meaning.is_envelope), (LineType::Metadata, false), "{name}");
-            assert_eq!((meaning.unknown_type, meaning.cwd, meaning.turn), (None, None, None), "{name}");
+            assert_eq!((meaning.unknown_type(), &meaning.cwd, &meaning.turn), (None, &None, &None), "{name}");
         }
         for name in ["system", "attachment", "progress", "user", "assistant"] {
             assert!(read(&envelope(name, json!({}))).is_envelope, "{name}");
@@ -384,12 +384,12 @@ mod other_lines {
     #[test]
     fn unknown_types_are_named_and_never_bad() {
         let meaning = read(&json!({"type": "new-thing", "x": 1}));
-        assert_eq!((meaning.unknown_type.as_deref(), meaning.is_envelope), (Some("new-thing"), false));
+        assert_eq!((meaning.unknown_type(), meaning.is_envelope), (Some("new-thing"), false));
         assert!(read(&envelope("new-thing", json!({}))).is_envelope);
-        assert_eq!(read(&json!({})).unknown_type.as_deref(), Some(NO_TYPE));
-        assert_eq!(read(&json!({"type": 7})).unknown_type.as_deref(), Some(NO_TYPE));
-        let long = read(&json!({"type": "é".repeat(1000)})).unknown_type.unwrap();
-        assert_eq!(long.chars().count(), UNKNOWN_TYPE_CHARS_MAX);
+        assert_eq!(read(&json!({})).unknown_type(), Some(NO_TYPE));
+        assert_eq!(read(&json!({"type": 7})).unknown_type(), Some(NO_TYPE));
+        let long = read(&json!({"type": "é".repeat(1000)}));
+        assert_eq!(long.unknown_type().unwrap().chars().count(), UNKNOWN_TYPE_CHARS_MAX);
     }
 
     #[test]

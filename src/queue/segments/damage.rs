@@ -12,9 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::piece::{self, Block, BlockBuilder, Hole, Piece, Totals, VALUE_BYTES_MAX};
-use super::segment::{self, Changes, Segment, StoreError, sync_folder};
+use super::segment::{self, Changes, Segment, StoreError};
 use crate::event::Timestamp;
 use crate::queue::faults;
+use crate::queue::folder::{remove_folder, sync_folder};
 
 const READ_BYTES: usize = 1 << 20;
 
@@ -178,13 +179,6 @@ pub fn finish_replacing(path: &Path) -> io::Result<()> {
 
 fn fresh_folder(path: &Path, number: u64) -> PathBuf {
     path.join(format!("salvaged-{number}"))
-}
-
-fn remove_folder(folder: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
 }
 
 /// Moves something in the queue's folder away under a name that says when. It stays inside of it: that may be a mount point.

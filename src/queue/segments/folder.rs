@@ -21,18 +21,19 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::damage::{self, Asked};
 use super::log::Log;
 use super::piece::{self, Block, Hole, NUMBER_MAX, OlderSegment, Piece, Totals};
 use super::reader;
-use super::repairs::{QueueConfig, QueueError, Repair, storage};
-use super::segment::{self, Changes, Segment, StoreError, sync_folder};
+use super::repairs::{QueueConfig, QueueError, Repair};
+use super::segment::{self, Changes, Segment, StoreError};
 use crate::event::{Sequence, Timestamp};
-use crate::private_folder::{self, Ensured, FolderError};
+use crate::private_folder::Ensured;
 use crate::queue::faults;
+use crate::queue::folder::{ensure_folder, restrict, storage, sync_folder};
 use crate::regular_file;
 
 const DAMAGED_MARK: &str = "DAMAGED";
@@ -126,11 +127,7 @@ pub fn open(config: &QueueConfig) -> Result<(Lock, Opened), QueueError> {
     let path = &config.path;
     let io = |error: io::Error| storage(path, &error);
     let mut repairs = Vec::new();
-    let tightened = private_folder::ensure(path).map_err(|error| match error {
-        FolderError::Io { cause, .. } => storage(path, &cause),
-        error => QueueError::Folder(error),
-    })?;
-    if let Ensured::Tightened { mode } = tightened {
+    if let Ensured::Tightened { mode } = ensure_folder(path)? {
         repairs.push(Repair::FolderTightened { folder: path.clone(), mode });
     }
     let lock = take_lock(path)?;
@@ -655,15 +652,6 @@ fn remove_mark(path: &Path, name: &str) -> io::Result<()> {
     match fs::remove_file(path.join(name)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-/// Takes the rights of others from the files of `folder`. Best effort: the folder itself already keeps them out.
-pub fn restrict(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o600));
-        }
     }
 }
 

@@ -121,6 +121,14 @@ impl Log {
         Ok(totals)
     }
 
+    /// Events that wait between these marks, and the bytes of their records.
+    pub fn pending(&self, settled: &Totals, acknowledged: &Totals) -> (u64, u64) {
+        let (lost_events, lost_bytes) = self.lost_behind(settled.sequence);
+        let events = acknowledged.events.saturating_sub(settled.events).saturating_sub(lost_events);
+        let bytes = acknowledged.bytes.saturating_sub(settled.bytes).saturating_sub(lost_bytes);
+        (events, if events == 0 { 0 } else { bytes })
+    }
+
     /// Events and bytes of the holes behind a number.
     pub fn lost_behind(&self, sequence: u64) -> (u64, u64) {
         let behind = self.holes.iter().filter(|hole| hole.last > sequence);

@@ -60,16 +60,17 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use self::piece::CursorId;
 pub use self::repairs::{
     Accepted, Batch, Outcome, QueueConfig, QueueError, QueueStats, Recovery, Repair, RetryOutcome,
 };
 pub use self::submission::Ticket;
+pub use crate::queue::CursorId;
 
 use self::folder::Opened;
 use self::shared::Shared;
 use self::submission::{Reply, Work};
 use crate::event::{Cursor, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp};
+use crate::queue::folder::storage;
 
 /// A handle on the open queue; cheap to clone. When the last one is dropped the queue closes.
 #[derive(Clone)]
@@ -98,7 +99,7 @@ impl Queue {
         let thread = std::thread::Builder::new()
             .name("queue-writer".into())
             .spawn(move || writer.run())
-            .map_err(|error| repairs::storage(&config.path, &error))?;
+            .map_err(|error| storage(&config.path, &error))?;
         let queue = Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)) }) };
         let rejections: Vec<Rejection> = recovery.repairs.iter().filter_map(|repair| notice(config, repair)).collect();
         if !rejections.is_empty() {
@@ -296,9 +297,7 @@ impl Drop for Handle {
 /// The queue in numbers, as it was opened.
 fn stats(opened: &Opened, config: &QueueConfig) -> QueueStats {
     let Opened { log, acknowledged, settled, letters, .. } = opened;
-    let (lost_events, lost_bytes) = log.lost_behind(settled.sequence);
-    let pending = acknowledged.events.saturating_sub(settled.events).saturating_sub(lost_events);
-    let pending_bytes = acknowledged.bytes.saturating_sub(settled.bytes).saturating_sub(lost_bytes);
+    let (pending, pending_bytes) = log.pending(settled, acknowledged);
     QueueStats {
         pending,
         pending_bytes,

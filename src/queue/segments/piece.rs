@@ -32,9 +32,8 @@
 //! numbers are given anew; the log may still have it. There the later one counts.
 
 use std::ops::RangeInclusive;
-use std::path::Path;
 
-use xxhash_rust::xxh3::xxh3_128;
+use crate::queue::CursorId;
 
 /// Longest value: sled keeps longer ones in files that it never syncs.
 pub const VALUE_BYTES_MAX: usize = 4096;
@@ -157,19 +156,7 @@ pub fn key_sequence(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*key.get(1..)?.first_chunk()?))
 }
 
-/// By what a cursor is found: a hash of the path of its file.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct CursorId([u8; 16]);
-
 impl CursorId {
-    pub const MIN: CursorId = CursorId([u8::MIN; 16]);
-    pub const MAX: CursorId = CursorId([u8::MAX; 16]);
-
-    pub fn of(path: &Path) -> CursorId {
-        use std::os::unix::ffi::OsStrExt;
-        CursorId(xxh3_128(path.as_os_str().as_bytes()).to_be_bytes())
-    }
-
     /// In the key of a cursor's chunk.
     pub fn in_key(key: &[u8]) -> Option<CursorId> {
         Some(CursorId(*key.get(1..)?.first_chunk()?))

@@ -4,11 +4,12 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use super::log::{self, Log};
-use super::piece::{self, CursorId, Piece};
+use super::piece::{self, Piece};
 use super::segment::{Segment, StoreError};
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
 };
+use crate::queue::CursorId;
 use crate::queue::codec::{self, CodecError, Content};
 
 /// Bytes a page holds at most, above one element.

@@ -86,7 +86,3 @@ impl fmt::Display for Repair {
         }
     }
 }
-
-pub fn storage(path: &std::path::Path, error: &dyn fmt::Display) -> QueueError {
-    QueueError::Storage { path: path.to_owned(), cause: error.to_string() }
-}

@@ -20,8 +20,9 @@ use sled::IVec;
 use thiserror::Error;
 
 use super::piece::Piece;
-use crate::queue::faults;
-use crate::queue::guard;
+use crate::queue::database::{set_snapshots_aside, snapshots};
+use crate::queue::folder::sync_folder;
+use crate::queue::{faults, guard};
 
 /// Bytes of a segment's pages that sled keeps in memory.
 const CACHE_BYTES: u64 = 1 << 20;
@@ -267,12 +268,6 @@ pub fn folder_of(path: &Path, number: u64) -> PathBuf {
     path.join(format!("segment-{number}"))
 }
 
-/// Makes the entries of `folder` durable.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    File::open(folder)?.sync_all()
-}
-
 fn open_sled(folder: &Path, number: u64) -> Result<sled::Db, StoreError> {
     /// Processor time that opening may use: far more than the second a gigabyte takes.
     const OPENING_MAX: Duration = Duration::from_secs(60);
@@ -316,25 +311,4 @@ fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreE
         sled::Error::Io(error) => StoreError::Io(error.to_string()),
         other => damaged(other.to_string()),
     }
-}
-
-pub fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
-    let is_snapshot =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"snap."));
-    Ok(paths.into_iter().filter(is_snapshot).collect())
-}
-
-/// Renames the snapshots so that sled does not see them; `false` when there are none.
-fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
-    let files = snapshots(folder)?;
-    for file in &files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        fs::rename(file, folder.join(format!("aside.{name}")))?;
-    }
-    Ok(!files.is_empty())
 }

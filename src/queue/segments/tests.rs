@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::TempDir;
 
 use super::*;
-use crate::event::{
-    DeadContent, Event, EventId, EventParts, EventType, FileIdentity, ForeignKeys, Payload, SessionState,
+use crate::event::{DeadContent, Event};
+use crate::queue::database::snapshots;
+use crate::queue::tests::{
+    Random, SEED, batch, cursor, delivered, event, eventually, numbers, refused, rejection, rounds, seed, sequence,
 };
 
 mod basics;
@@ -19,20 +21,6 @@ mod kill;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
 mod model;
-
-const SEED: &str = "HEADSPACE_TEST_SEED";
-
-/// xorshift64*: enough to vary what happens.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
-    }
-}
 
 /// A queue in a folder of its own, removed at the end.
 struct Fixture {
@@ -81,54 +69,6 @@ impl Fixture {
     }
 }
 
-fn event(number: u64, payload_bytes: usize) -> Event {
-    let text = "x".repeat(payload_bytes);
-    Event::from_checked_parts(EventParts {
-        id: EventId::derived(&number.to_be_bytes()),
-        event_type: EventType::new("turn_detected"),
-        timestamp: Timestamp::from_nanosecond(1_700_000_000_123_456_789 + i128::from(number)).unwrap(),
-        payload: Payload::from_json(format!(r#"{{"number":{number},"text":"{text}"}}"#)),
-        refs: ForeignKeys { project_id: Some(7), turn_id: Some(-1), ..ForeignKeys::default() },
-        origin: Origin::Transcript { path: "/home/someone/a.jsonl".into(), offset: number },
-    })
-}
-
-fn batch(numbers: std::ops::Range<u64>) -> Batch {
-    Batch { events: numbers.map(|number| event(number, 900)).collect(), ..Batch::default() }
-}
-
-fn cursor(offset: u64) -> Cursor {
-    Cursor {
-        file: FileIdentity { device: 1, inode: 2 },
-        offset,
-        fingerprint: 99,
-        project_path: Some("/home/someone".into()),
-        session: SessionState::default(),
-    }
-}
-
-fn rejection(bytes: &[u8]) -> Rejection {
-    Rejection {
-        failure: Failure { kind: FailureKind::Unreadable, message: "no JSON object".into(), sqlstate: None },
-        event_type: None,
-        origin: Origin::Transcript { path: "/home/someone/a.jsonl".into(), offset: 5 },
-        bytes: bytes.to_vec(),
-    }
-}
-
-fn refused(message: &str) -> Outcome {
-    let failure = Failure { kind: FailureKind::Refused, message: message.into(), sqlstate: Some("22P05".into()) };
-    Outcome::Refused { failure, attempts: 3 }
-}
-
-fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
-    envelopes.iter().map(|envelope| envelope.sequence.get()).collect()
-}
-
-fn sequence(number: u64) -> Sequence {
-    Sequence::new(number).unwrap()
-}
-
 fn everything(queue: &Queue) -> Vec<Envelope> {
     let mut all: Vec<Envelope> = Vec::new();
     loop {
@@ -138,28 +78,4 @@ fn everything(queue: &Queue) -> Vec<Envelope> {
         }
         all.extend(page);
     }
-}
-
-fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
-    numbers.into_iter().map(|number| (sequence(number), Outcome::Delivered)).collect()
-}
-
-/// Waits until `condition` holds; panics after 20 s.
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what} did not happen in time");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Rounds of a long proof: few in a test run, many under `scripts/torture.sh`.
-pub(crate) fn rounds(few: u32) -> u32 {
-    std::env::var("HEADSPACE_TORTURE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(few)
-}
-
-/// Of what is random; printed, so that a failure can be repeated.
-fn seed() -> u64 {
-    let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
-    seed.unwrap_or_else(|| Timestamp::now().as_nanosecond() as u64 | 1)
 }

@@ -354,10 +354,7 @@ impl Writer {
 
     /// Events that wait, and the bytes of their records.
     fn pending(&self) -> (u64, u64) {
-        let (lost_events, lost_bytes) = self.log.lost_behind(self.settled.sequence);
-        let events = self.acknowledged.events.saturating_sub(self.settled.events).saturating_sub(lost_events);
-        let bytes = self.acknowledged.bytes.saturating_sub(self.settled.bytes).saturating_sub(lost_bytes);
-        (events, if events == 0 { 0 } else { bytes })
+        self.log.pending(&self.settled, &self.acknowledged)
     }
 
     fn add_entry(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) -> Result<(), StoreError> {

@@ -240,7 +240,7 @@ fn an_unfinished_snapshot_is_removed_and_a_broken_one_is_set_aside() {
     fixture.open().close().unwrap();
     let unfinished = fixture.newest().join("snap.00000000000FFFFF.generating");
     fs::write(&unfinished, b"half").unwrap();
-    for snapshot in segment::snapshots(&fixture.newest()).unwrap() {
+    for snapshot in snapshots(&fixture.newest()).unwrap() {
         if snapshot != unfinished {
             fs::write(snapshot, b"not a snapshot at all").unwrap();
         }
@@ -522,7 +522,7 @@ fn bytes_overwritten_anywhere_lose_no_event_that_its_cursor_has_passed() {
         let mut segments = fixture.segments();
         let segment = segments.swap_remove(random.below(segments.len() as u64) as usize);
         let segment = segment::folder_of(&fixture.config.path, segment);
-        let snapshots = segment::snapshots(&segment).unwrap();
+        let snapshots = snapshots(&segment).unwrap();
         let target = match snapshots.first() {
             Some(snapshot) if random.below(4) == 0 => snapshot.clone(),
             _ if random.below(8) == 0 => segment.join("conf"),
