@@ -77,6 +77,9 @@ pub struct QueueHealth {
     pub pending_bytes: u64,
     pub oldest_age_seconds: Option<f64>,
     pub dead_letters: u64,
+    /// Events that were missing when the queue was opened, because its files were damaged.
+    #[serde(default)]
+    pub missing: u64,
     pub disk_bytes: u64,
     pub full: bool,
 }
@@ -181,6 +184,7 @@ impl HealthSource {
                 pending_bytes: stats.pending_bytes,
                 oldest_age_seconds: oldest_age.map(|age| age.as_secs_f64()),
                 dead_letters: stats.dead_letters,
+                missing: stats.missing,
                 disk_bytes: stats.disk_bytes,
                 full: stats.full,
             },
@@ -296,6 +300,9 @@ impl Facts {
         if self.stats.dead_letters > 0 {
             troubles.push(Trouble::DeadLetters(self.stats.dead_letters));
         }
+        if self.stats.missing > 0 {
+            troubles.push(Trouble::EventsMissing(self.stats.missing));
+        }
         let UnreadSpool { files, error, is_folder_unread } = &self.unread_spool;
         if *is_folder_unread || *files > 0 {
             let error = error.clone().unwrap_or_default();
@@ -332,6 +339,11 @@ enum Trouble {
     DatabaseUnconfigured,
     #[error("{0} dead letter{plural}; see \"headspace-watcher queue-dump --dead-letters\"", plural = if *.0 == 1 { "" } else { "s" })]
     DeadLetters(u64),
+    #[error(
+        "{0} events are missing from the queue, whose files were damaged: those from transcripts are read again, hooks and emitted \
+         ones are gone; see \"headspace-watcher queue-dump --dead-letters\""
+    )]
+    EventsMissing(u64),
     /// `files`: `None` where the folder itself can't be read.
     #[error("{} can't be read; correct its owner or mode: {error}", unread_spool(*.files))]
     SpoolUnread { files: Option<usize>, error: String },
@@ -356,7 +368,7 @@ impl Trouble {
             Trouble::QueueFailed(_) | Trouble::QueueFull | Trouble::Stalled(_) => Status::Fail,
             Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => Status::Fail,
             Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) | Trouble::TranscriptsExpire(_) => Status::Warn,
-            Trouble::SpoolUnread { .. } => Status::Warn,
+            Trouble::EventsMissing(_) | Trouble::SpoolUnread { .. } => Status::Warn,
             Trouble::DatabaseAway | Trouble::DatabaseMisconfigured | Trouble::DatabaseUnconfigured => Status::Warn,
         }
     }
@@ -374,6 +386,7 @@ impl Trouble {
             | Trouble::DatabaseMisconfigured
             | Trouble::DatabaseUnconfigured
             | Trouble::DeadLetters(_)
+            | Trouble::EventsMissing(_)
             | Trouble::SpoolUnread { .. }
             | Trouble::TranscriptsExpire(_) => false,
         }
@@ -469,6 +482,7 @@ mod tests {
                 false,
             ),
             (|facts| facts.stats.dead_letters = 3, Trouble::DeadLetters(3), Status::Warn, false),
+            (|facts| facts.stats.missing = 3, Trouble::EventsMissing(3), Status::Warn, false),
             (
                 |facts| {
                     let error = Some("/spool/x.hook: denied".to_owned());

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
-use crate::queue::{Inspector, Queue, QueueError};
+use crate::queue::{Queue, QueueError};
 
 /// Records that are read from the queue at once.
 const PAGE_RECORDS: usize = 128;
@@ -32,35 +32,9 @@ pub struct Filter {
     pub payload: bool,
 }
 
-/// Where a listing is read from: the open queue, or one that nobody holds. At the end a page is empty.
-pub trait Pages {
-    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError>;
-    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError>;
-}
-
-impl Pages for Queue {
-    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
-        Queue::page(self, after, limit)
-    }
-
-    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
-        Queue::dead_letters(self, after, limit)
-    }
-}
-
-impl Pages for Inspector {
-    fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
-        Inspector::page(self, after, limit)
-    }
-
-    fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
-        Inspector::dead_letters(self, after, limit)
-    }
-}
-
 /// Gives the listing, oldest first, in pieces of whole lines of JSON. Takes the memory of one page.
 pub fn write_lines(
-    queue: &impl Pages,
+    queue: &Queue,
     listing: Listing,
     filter: &Filter,
     mut write: impl FnMut(Vec<u8>) -> io::Result<()>,

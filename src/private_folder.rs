@@ -374,15 +374,18 @@ mod tests {
     #[test]
     fn what_others_may_have_planted_is_refused() {
         let (folder, path) = scene();
-        std::fs::create_dir_all(path.join("sled-1")).unwrap();
-        let link = path.join("sled-1/lock");
+        std::fs::create_dir_all(path.join("segment-1")).unwrap();
+        let link = path.join("segment-1/lock");
         std::os::unix::fs::symlink(folder.path().join("mine"), &link).unwrap();
         // Nobody else could write: it is ours.
         set_mode(&path, 0o755);
         assert_eq!(ensure(&path).unwrap(), Ensured::Tightened { mode: 0o755 });
         set_mode(&path, 0o777);
         for error in [look(&path).unwrap_err(), ensure(&path).unwrap_err()] {
-            assert!(matches!(&error, FolderError::Planted { entry, .. } if entry.ends_with("sled-1/lock")), "{error}");
+            assert!(
+                matches!(&error, FolderError::Planted { entry, .. } if entry.ends_with("segment-1/lock")),
+                "{error}"
+            );
         }
         assert_eq!(mode(&path), 0o777, "whoever comes next is to see it, too");
         std::fs::remove_file(&link).unwrap();

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tracing::{debug, error, info, warn};
 
 use self::pulse::Pulse;
@@ -49,7 +50,7 @@ use crate::intake::spool::{Spool, UnreadSpool};
 use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
 use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
 use crate::private_folder::{self, Ensured, FolderError};
-use crate::queue::{Queue, QueueConfig, QueueError, faults};
+use crate::queue::{self, Queue, QueueConfig, QueueError, faults};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
 use crate::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
@@ -63,6 +64,9 @@ const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How often binding the TCP port is tried again.
 const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often a look is taken whether the queue's database comes back from what it was asked.
+const GOES_ON_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a queue that somebody holds is waited for at the start, and how often a look is taken.
 const HELD_QUEUE_PATIENCE: Duration = Duration::from_secs(2);
@@ -228,6 +232,7 @@ impl Service {
                     _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
                     opened = &mut opening => break opened.map_err(|_| ServiceError::Ended("opening the queue"))?,
                     _ = notice.tick() => {
+                        queue::goes_on(&self.config.queue.path)?;
                         if !std::mem::replace(&mut is_logged, true) {
                             info!(queue = %self.config.queue.path.display(), "opening the queue takes long: it is being recovered");
                             systemd.tell(Notice::Status("opening the queue: it is being recovered".to_owned()));
@@ -318,6 +323,8 @@ impl Service {
         let mut stop = self.stop.clone();
         let mut failed = parts.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
+        let mut goes_on = tokio::time::interval(GOES_ON_INTERVAL);
+        goes_on.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut summary = tokio::time::interval(SUMMARY_INTERVAL);
         summary.reset();
         let mut summed_up = 0;
@@ -336,6 +343,12 @@ impl Service {
                     return Err(failure);
                 }
                 error = parts.tasks.first_end() => return Err(error),
+                _ = goes_on.tick() => {
+                    if let Err(failure) = queue::goes_on(&self.config.queue.path) {
+                        error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
+                        return Err(failure.into());
+                    }
+                }
                 _ = idle_check.tick(), if self.until == Until::Idle => {
                     if input.is_read() && parts.queue.stats().pending == 0 {
                         return input.outcome();
@@ -526,8 +539,8 @@ fn declare_labels(metrics: &Metrics, schemas: &Schemas) {
 fn open_queue(config: &Config) -> Result<Queue, QueueError> {
     let queue_config =
         QueueConfig { path: config.queue.path.clone(), max_pending_bytes: config.queue.max_pending_bytes };
-    let (queue, recovery) = Queue::open(&queue_config)?;
-    for repair in &recovery.repairs {
+    let (queue, repairs) = Queue::open(&queue_config)?;
+    for repair in &repairs {
         if repair.is_loss() {
             error!(queue = %config.queue.path.display(), "{repair}");
         } else {

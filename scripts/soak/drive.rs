@@ -39,9 +39,9 @@ const SESSIONS_OPEN_MAX: usize = 6;
 const BACKLOGS_AT: [f64; 3] = [0.1, 0.27, 0.8];
 /// Bytes of transcripts of such a backlog.
 const BACKLOG_BYTES: u64 = 200 << 20;
-/// Pending bytes above which a backlog that begins to be drained is sealed, and some.
-const SEALED_ABOVE_BYTES: u64 = 140 << 20;
-/// How long is waited for the watcher to have read so much, and then for it to begin other files.
+/// Pending bytes that are waited for: more than goes into two segments of the queue.
+const WAITING_BYTES: u64 = 140 << 20;
+/// How long is waited for the watcher to have read so much.
 const BACKLOG_MAX: Duration = Duration::from_secs(60);
 /// How long all may take to settle once nothing goes wrong any more: the supervisor's pause on a full disk is a minute.
 const SETTLE_MAX: Duration = Duration::from_secs(300);
@@ -220,10 +220,10 @@ impl Scene {
         self.disk.clone().unwrap_or_else(|| self.folder.join("data")).join("queue")
     }
 
-    /// Databases of the queue.
-    fn generations(&self) -> usize {
+    /// Segments of the queue.
+    fn segments(&self) -> usize {
         let entries = std::fs::read_dir(self.queue()).into_iter().flatten().flatten();
-        entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"sled-")).count()
+        entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"segment-")).count()
     }
 
     /// Whether `condition` comes true in this time.
@@ -317,20 +317,20 @@ fn restart_postgres(scene: &Scene, how: &str, dice: &mut Dice) -> Result<()> {
     Ok(())
 }
 
-/// Many turns while Postgres is away: more than the queue keeps in one generation of its files once they are drained.
+/// Many turns while Postgres is away: more than goes into one segment of the queue.
 fn bring_backlog(scene: &Scene, historian: &mut Writer, dice: &mut Dice) -> Result<()> {
     scene.say("Postgres away, and 200 MB of transcripts at once");
     scene.postgres(&["stop", "--mode", "fast"])?;
     historian.write_history(BACKLOG_BYTES)?;
     let waits = scene.wait_for(BACKLOG_MAX, || {
         let health = scene.health().unwrap_or_default();
-        health.pointer("/queue/pending_bytes").and_then(Value::as_u64).is_some_and(|bytes| bytes > SEALED_ABOVE_BYTES)
+        health.pointer("/queue/pending_bytes").and_then(Value::as_u64).is_some_and(|bytes| bytes > WAITING_BYTES)
     });
     scene.count("backlogs", u64::from(waits));
+    let segments = scene.segments() > 1;
     scene.postgres(&["start"])?;
-    let sealed = scene.wait_for(BACKLOG_MAX, || scene.generations() > 1);
-    scene.count("backlogs, sealed", u64::from(sealed));
-    scene.say(&format!("it waits: {waits}, in several generations: {sealed}"));
+    scene.count("backlogs, in several segments", u64::from(segments));
+    scene.say(&format!("it waits: {waits}, in several segments: {segments}"));
     if dice.one_in(2) { kill_watcher(scene) } else { Ok(()) }
 }
 

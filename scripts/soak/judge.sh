@@ -106,8 +106,8 @@ expect_none 'ends of sessions told twice' "$(sql "SELECT count(*) FROM (SELECT F
 expect_none 'rows without receipt or receipts without row' "$(sql 'SELECT count(*) FROM events e
   FULL JOIN event_receipts r ON r.row_id = e.id WHERE e.id IS NULL OR r.row_id IS NULL')"
 rows=$(sql 'SELECT count(*) FROM events')
-damaged=$(find "$work" -maxdepth 3 -name 'queue.damaged-*' | wc -l | tr -d ' ')
-expect_none 'queues set aside as damaged' "$damaged"
+damaged=$(find "$work" -maxdepth 4 -path '*/queue/damaged-*' -prune | wc -l | tr -d ' ')
+expect_none 'segments set aside as damaged' "$damaged"
 
 # ---- flat ------------------------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ $verdict
 | kill -9 of the watcher | $(fact kills) |
 | SIGSTOP of the watcher | $(fact pauses) |
 | stops of the supervisor | $(fact stops) |
-| backlogs of 140 MB and more, of which in several generations | $(fact backlogs), $(fact 'backlogs, sealed') |
+| backlogs of 140 MB and more, of which in several segments | $(fact backlogs), $(fact 'backlogs, in several segments') |
 | Postgres: fast, immediate, kill -9 | $(fact 'postgres fast'), $(fact 'postgres immediate'), $(fact 'postgres kill -9') |
 | full disks | ${DISK_WORD:-$(fact 'full disks')} |
 | clock jumps | ${CLOCK_WORD:-$(fact 'clock jumps')} |

@@ -26,7 +26,7 @@ use std::sync::{Arc, Once};
 use crate::config::{Config, Environment, Loaded};
 use crate::event::{Sequence, Timestamp};
 use crate::listing::Filter;
-use crate::queue::{self, Inspector, Queue, QueueConfig, QueueError};
+use crate::queue::{self, Queue, QueueConfig, QueueError};
 use crate::service::ServiceError;
 use crate::sink::postgres::TargetSource;
 use crate::sink::{DeliverError, Verdict};
@@ -567,7 +567,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
 }
 
 /// Opens a copy of the queue for a command that only looks at it while no watcher runs.
-fn inspect_queue(config: &Config) -> Result<Inspector, QueueError> {
+fn inspect_queue(config: &Config) -> Result<Queue, QueueError> {
     remove_copies_at_signals();
     let config = &config.queue;
     Queue::inspect(&QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes })
@@ -602,8 +602,8 @@ fn remove_copies_at_signals() {
 
 /// Opens the queue for a command that changes it while no watcher runs.
 fn open_queue(config: &QueueConfig) -> Result<Queue, Failure> {
-    let (queue, recovery) = Queue::open(config)?;
-    for repair in &recovery.repairs {
+    let (queue, repairs) = Queue::open(config)?;
+    for repair in &repairs {
         eprintln!("headspace-watcher: queue {}: {repair}", config.path.display());
     }
     Ok(queue)

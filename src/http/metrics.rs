@@ -53,6 +53,7 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     );
     page.gauge("queue_disk_bytes", "Bytes of the queue's files.", health.queue.disk_bytes);
     page.gauge("queue_dead_letters", "Dead letters that are kept.", health.queue.dead_letters);
+    page.gauge("queue_missing", "Events that were missing when the queue was opened.", health.queue.missing);
     let up = metrics.database().state == Database::Up;
     page.gauge("database_up", "1 when the last thing heard of the database was good.", u8::from(up));
     page.gauge("files", "Transcripts that are followed.", health.watcher.files);

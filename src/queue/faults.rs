@@ -6,50 +6,6 @@
 
 /// Every point there is, for tests that go through them all.
 pub const POINTS: &[&str] = &[
-    "append-before-apply",
-    "append-between-parts",
-    "append-applied",
-    "append-synced",
-    "settle-before-apply",
-    "settle-applied",
-    "settle-synced",
-    "retry-appended",
-    "retry-staged",
-    "store-applying",
-    "sync-before-flush",
-    "sync-flushed",
-    "fold-synced",
-    "journal-made",
-    "journal-before-write",
-    "journal-written",
-    "open-locked",
-    "open-generation-created",
-    "open-pointer-written",
-    "open-store-opened",
-    "open-recovered",
-    "pointer-before-rename",
-    "compact-begun",
-    "compact-copied",
-    "compact-synced",
-    "compact-pointer-renamed",
-    "compact-switched",
-    "compact-removed",
-    "seal-begun",
-    "seal-copied",
-    "seal-synced",
-    "seal-pointer-renamed",
-    "seal-switched",
-    "spent-carried",
-    "spent-synced",
-    "spent-removed",
-    "damage-salvaged",
-    "damage-moved",
-    "damage-replaced",
-];
-
-/// Those of the log of segments.
-#[cfg(test)]
-pub const SEGMENT_POINTS: &[&str] = &[
     "append-staged",
     "append-between-parts",
     "commit-before-apply",
@@ -92,19 +48,8 @@ pub fn reach_task(name: &str) {
     let _ = name;
 }
 
-/// Size of the files above which a queue moves on to fresh ones: `bytes`, or in a debug build what
-/// `HEADSPACE_COMPACT_ABOVE_BYTES` says, so that a test need not fill tens of megabytes.
-pub(super) fn compact_above(bytes: u64) -> u64 {
-    threshold("HEADSPACE_COMPACT_ABOVE_BYTES", bytes)
-}
-
-/// Size of the files above which a generation is sealed: `bytes`, or what `HEADSPACE_SEAL_ABOVE_BYTES` says.
-pub(super) fn seal_above(bytes: u64) -> u64 {
-    threshold("HEADSPACE_SEAL_ABOVE_BYTES", bytes)
-}
-
-/// Size above which a segment gets no more events: `bytes`, or what `HEADSPACE_SEGMENT_BYTES` says.
-#[cfg(test)]
+/// Size above which a segment gets no more events: `bytes`, or in a debug build what
+/// `HEADSPACE_SEGMENT_BYTES` says, so that a test need not fill tens of megabytes.
 pub(super) fn segment_bytes(bytes: u64) -> u64 {
     threshold("HEADSPACE_SEGMENT_BYTES", bytes)
 }
@@ -153,11 +98,7 @@ mod armed {
     }
 
     pub fn reach(point: &'static str) {
-        #[cfg(test)]
-        let is_of_segments = super::SEGMENT_POINTS.contains(&point);
-        #[cfg(not(test))]
-        let is_of_segments = false;
-        debug_assert!(is_of_segments || super::POINTS.contains(&point), "{point} is not in POINTS");
+        debug_assert!(super::POINTS.contains(&point), "{point} is not in POINTS");
         let fault = FAULT.get_or_init(|| {
             let wanted = std::env::var("HEADSPACE_FAULT_POINT").ok()?;
             let (point, count) = wanted.split_once(':').unwrap_or((&wanted, "1"));

@@ -1,39 +1,33 @@
-//! Keeps sled's faults away from the rest: catches its panics without a word ([`caught`]), and ends the process when it does
-//! not come back.
+//! Keeps sled's faults away from the rest: catches its panics without a word ([`caught`]), and notices a call that does not come
+//! back ([`stuck`]).
 //!
 //! On pages that contradict one another sled can look for a key for ever, on one processor and with ever more memory; nobody
-//! can call it back. Each call notes that it is under way, and a thread of its own looks once a second how much of a
-//! processor the same call has used: what waits for a disk uses none, and no honest call uses seconds. Then the queue is marked, so
-//! that the next opening sets it aside without asking sled, and the process ends as after any storage error, to be
-//! started again.
+//! can call it back. Each call notes that it is under way, and who runs the queue asks once a second how much of a
+//! processor the same call has used: what waits for a disk uses none, and no honest call uses seconds. Then the segment is
+//! marked, so that the next opening sets it aside without asking sled, and the process ends as after any storage error.
 //!
 //! Only where `/proc` says what a thread has used (Linux).
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::Duration;
 
-use super::folder;
-
 /// Processor time that one call may use. The largest, one megabyte applied or synced, takes some ten milliseconds.
 pub const CALL_MAX: Duration = Duration::from_secs(5);
-
-const LOOK_AFTER: Duration = Duration::from_secs(1);
-
-/// EX_IOERR, as when the queue can't be read or written.
-const EXIT_CODE: i32 = 74;
 
 /// The calls of one thread.
 struct Slot {
     thread: u64,
     /// Odd while a call is under way.
     calls: AtomicU64,
+    segment: AtomicU64,
     /// Milliseconds of processor time that the call may use.
     max: AtomicU64,
+    /// The call that was seen last, and what the thread had used when it was first seen.
+    seen: Mutex<(u64, Duration)>,
 }
 
 static SLOTS: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
@@ -47,7 +41,7 @@ thread_local! {
 
     static SLOT: Arc<Slot> = {
         let thread = thread_id();
-        let slot = Arc::new(Slot { thread, calls: AtomicU64::new(0), max: AtomicU64::new(0) });
+        let slot = Arc::new(Slot { thread, calls: AtomicU64::default(), segment: AtomicU64::default(), max: AtomicU64::default(), seen: Mutex::default() });
         let mut slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
         slots.retain(|slot| slot.strong_count() > 0);
         slots.push(Arc::downgrade(&slot));
@@ -55,8 +49,8 @@ thread_local! {
     };
 }
 
-/// Runs a call of sled that may use so much of a processor.
-pub fn limited<T>(max: Duration, call: impl FnOnce() -> T) -> T {
+/// Runs a call of sled for a segment, which may use so much of a processor.
+pub fn limited<T>(segment: u64, max: Duration, call: impl FnOnce() -> T) -> T {
     struct Leave(Arc<Slot>);
     impl Drop for Leave {
         fn drop(&mut self) {
@@ -65,6 +59,7 @@ pub fn limited<T>(max: Duration, call: impl FnOnce() -> T) -> T {
     }
     // A thread that is just ending has no slot any more: its last calls go unwatched.
     let leave = SLOT.try_with(|slot| {
+        slot.segment.store(segment, Ordering::Relaxed);
         slot.max.store(u64::try_from(max.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         slot.calls.fetch_add(1, Ordering::Release);
         Leave(Arc::clone(slot))
@@ -100,55 +95,25 @@ fn print_no_caught_panic() {
     }));
 }
 
-/// Looks after all calls from now on, on behalf of the queue at `path`: of the first one, where a process has several.
-pub fn watch(path: &Path) {
-    static STARTED: Once = Once::new();
-    if !Path::new("/proc/thread-self/stat").exists() {
-        return;
-    }
-    let path = path.to_owned();
-    STARTED.call_once(|| {
-        // Without the thread only this safeguard is missing.
-        let _ = std::thread::Builder::new().name("queue-guard".into()).spawn(move || look(&path));
-    });
+/// The segment of a call that has used more of a processor than it may. Counts from the first time that it is asked during a call.
+pub fn stuck() -> Option<u64> {
+    let slots: Vec<_> = {
+        let slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().filter_map(Weak::upgrade).collect()
+    };
+    slots.iter().find(|slot| slot.is_stuck()).map(|slot| slot.segment.load(Ordering::Relaxed))
 }
 
-fn look(path: &Path) {
-    // Of each thread the call under way, and what the thread had used when it was first seen.
-    let mut seen: HashMap<u64, (u64, Duration)> = HashMap::new();
-    loop {
-        std::thread::sleep(LOOK_AFTER);
-        let slots: Vec<_> = {
-            let slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
-            slots.iter().filter_map(Weak::upgrade).collect()
-        };
-        let mut now = HashMap::new();
-        for slot in slots {
-            let calls = slot.calls.load(Ordering::Acquire);
-            if calls % 2 == 0 {
-                continue;
-            }
-            let Some(used) = processor_time(slot.thread) else { continue };
-            let since = match seen.get(&slot.thread) {
-                Some(&(same, since)) if same == calls => since,
-                _ => used,
-            };
-            if used.saturating_sub(since) >= Duration::from_millis(slot.max.load(Ordering::Relaxed)) {
-                end(path);
-            }
-            now.insert(slot.thread, (calls, since));
+impl Slot {
+    fn is_stuck(&self) -> bool {
+        let calls = self.calls.load(Ordering::Acquire);
+        let Some(used) = processor_time(self.thread).filter(|_| calls % 2 == 1) else { return false };
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.0 != calls {
+            *seen = (calls, used);
         }
-        seen = now;
+        used.saturating_sub(seen.1) >= Duration::from_millis(self.max.load(Ordering::Relaxed))
     }
-}
-
-fn end(path: &Path) -> ! {
-    folder::mark_looping(path);
-    tracing::error!(
-        queue = %path.display(),
-        "sled does not come back from reading its pages: the queue is damaged; ending, the next start sets it aside"
-    );
-    std::process::exit(EXIT_CODE);
 }
 
 fn thread_id() -> u64 {
@@ -193,6 +158,34 @@ mod tests {
     }
 
     #[cfg(target_os = "linux")] // as the guard itself
+    #[test]
+    fn a_call_that_works_on_and_on_is_noticed() {
+        let max = Duration::from_millis(200);
+        let works = std::thread::spawn(move || {
+            let until = std::time::Instant::now() + Duration::from_secs(20);
+            limited(7, max, || {
+                while std::time::Instant::now() < until && !IS_NOTICED.load(Ordering::Relaxed) {
+                    std::hint::black_box((0..100_000u64).sum::<u64>());
+                }
+            });
+        });
+        static IS_NOTICED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+        while stuck() != Some(7) {
+            assert!(!works.is_finished(), "nobody noticed it");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        IS_NOTICED.store(true, Ordering::Relaxed);
+        works.join().unwrap();
+        // One that waits is none.
+        limited(8, Duration::from_millis(50), || {
+            for _ in 0..5 {
+                assert_ne!(stuck(), Some(8));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+    }
+
+    #[cfg(target_os = "linux")]
     #[test]
     fn the_processor_time_of_a_thread_grows_with_its_work() {
         let thread = thread_id();

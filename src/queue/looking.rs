@@ -1,20 +1,17 @@
 //! Looking at a queue that nobody holds, on a copy: nothing in its folder changes, whatever state it is in.
 //!
-//! sled can't only read. Opening may cut the log, remove and rename snapshots; closing writes one. So what is there is
-//! copied into a folder of its own (0700) in the folder for temporary files (`TMPDIR`, else `/tmp`), and that is opened:
-//! the generation that CURRENT names and, where there can be sealed ones, those before it. It takes as much room as
-//! they do, which is checked first; there, and not beside the queue, because the user can choose the place, and because a
-//! full or read-only disk is a reason to look. The copy goes with its [`Copy`], at a signal with
-//! [`remove_all`]; what kill -9 leaves goes at the next look, which finds its lock free.
+//! sled can't only read. Opening may cut the log, remove and rename snapshots; closing writes one. So the current segment, some
+//! 64 MB, is copied into a folder of its own (0700) in the folder for temporary files (`TMPDIR`, else `/tmp`), beside links to the
+//! older ones, which are only read; and that is opened as the queue itself is. There, and not beside the queue, because the user
+//! can choose the place, and because a full or read-only disk is a reason to look. The copy goes with its [`Copy`], at a
+//! signal with [`remove_all`]; what kill -9 leaves goes at the next look, which finds its lock free.
 //!
-//! No watcher is kept out meanwhile. Who opens a queue locks the file `lock` and writes into it before changing anything
-//! ([`LockStamp`]). So where it is held neither before nor after the copy and is the same both times, the copy is of one
-//! state. Holding it for the time of the copy would keep a starting watcher out for as long as gigabytes take; and where
-//! the file is missing it would have to be made.
+//! The queue is held while it is copied: a watcher that starts meanwhile waits so long. What one removes after that, because it was
+//! delivered, can't be looked at any more.
 
-use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
-use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -22,8 +19,10 @@ use std::time::Duration;
 use uuid::Uuid;
 use walkdir::WalkDir;
 
-use super::{QueueError, folder};
-use crate::regular_file;
+use super::files::{Highest, Lock};
+use super::opening;
+use super::segment;
+use super::values::QueueError;
 
 /// How the name of each copy begins.
 const PREFIX: &str = "headspace-watcher-look-";
@@ -44,36 +43,7 @@ pub fn remove_all() {
     copies.iter().for_each(|copy| remove(copy));
 }
 
-/// How the file `lock` was at a moment in which nobody held it; `None` where there was none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct LockStamp(Option<(u64, u64, [i64; 4])>);
-
-impl LockStamp {
-    /// # Errors
-    /// [`QueueError::InUse`] where somebody holds it.
-    pub fn of(path: &Path) -> Result<LockStamp, QueueError> {
-        let failed = |error: io::Error| look_error(path, format!("could not read its lock: {error}"));
-        let mut file = match regular_file::open(&path.join("lock")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LockStamp(None)),
-            opened => opened.map_err(failed)?,
-        };
-        match file.try_lock_shared() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                // The holder may be just writing it: then it stays unnamed.
-                let _ = (&mut file).take(64).read_to_string(&mut holder);
-                return Err(QueueError::InUse { path: path.to_owned(), pid: holder.trim().parse().ok() });
-            }
-            Err(TryLockError::Error(error)) => return Err(failed(error)),
-        }
-        let metadata = file.metadata().map_err(failed)?;
-        let times = [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()];
-        Ok(LockStamp(Some((metadata.ino(), metadata.len(), times))))
-    }
-}
-
-/// A copy of some generations of a queue, removed when it is dropped.
+/// A copy of a queue, removed when it is dropped.
 pub struct Copy {
     folder: PathBuf,
     /// Held for as long as it is in use.
@@ -81,26 +51,40 @@ pub struct Copy {
 }
 
 impl Copy {
-    /// Copies `generations` of the queue at `path`, which must not change meanwhile.
+    /// Copies the queue at `path`.
     ///
     /// # Errors
     /// [`QueueError::Look`] where there is no room, or something can't be read or written.
-    pub fn of(path: &Path, generations: &[u64]) -> Result<Copy, QueueError> {
+    pub fn of(path: &Path) -> Result<Copy, QueueError> {
+        let missing = || QueueError::NotFound { path: path.to_owned() };
+        let cant_read = |error: io::Error| look_error(path, format!("could not read it: {error}"));
+        let lock = Lock::look(path).map_err(|error| match error {
+            QueueError::Storage { cause, .. } => look_error(path, format!("could not read its lock: {cause}")),
+            error => error,
+        })?;
         let temporary = std::env::temp_dir();
         remove_left_overs(&temporary);
-        let folders: Vec<PathBuf> = generations.iter().map(|number| folder::generation_folder(path, *number)).collect();
-        let bytes = folders.iter().map(|folder| bytes_in(folder)).sum();
-        let no_room = |error: io::Error| {
-            let temporary = temporary.display();
-            let way_out = "set TMPDIR to a folder with room, or start the watcher and ask it";
-            look_error(path, format!("could not copy its {bytes} bytes to {temporary}: {error}; {way_out}"))
+        let segments = match opening::segments(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            found => found.map_err(cant_read)?,
         };
+        // One that is only being made may be behind the current one.
+        let current = Highest::read(path)?.segment.min(*segments.last().ok_or_else(missing)?);
+        let copied = |number: &u64| *number >= current;
+        let folders = segments.iter().filter(|number| copied(number)).map(|number| segment::folder_of(path, *number));
+        let bytes = folders.map(|folder| bytes_in(&folder)).sum();
+        let no_room = |error: io::Error| cant_copy(path, &format!("{bytes} bytes: {error}"));
         refuse_without_room(&temporary, bytes).map_err(no_room)?;
         let copy = Copy::begin(&temporary).map_err(no_room)?;
-        for folder in folders {
-            let to = copy.folder.join(folder.file_name().unwrap_or_default());
-            copy_folder(&folder, &to).map_err(no_room)?;
+        for entry in fs::read_dir(path).map_err(cant_read)?.flatten().filter(|entry| entry.path().is_file()) {
+            copy_file(&entry.path(), &copy.folder.join(entry.file_name())).map_err(no_room)?;
         }
+        for number in segments {
+            let (from, to) = (segment::folder_of(path, number), segment::folder_of(&copy.folder, number));
+            let from = std::path::absolute(from).map_err(cant_read)?;
+            if copied(&number) { copy_folder(&from, &to) } else { symlink(&from, &to) }.map_err(no_room)?;
+        }
+        drop(lock);
         Ok(copy)
     }
 
@@ -179,7 +163,7 @@ fn refuse_without_room(temporary: &Path, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// Files and folders only: a queue has nothing else.
+/// Files and folders only: a segment has nothing else.
 fn copy_folder(from: &Path, to: &Path) -> io::Result<()> {
     for entry in WalkDir::new(from) {
         let entry = entry?;
@@ -190,14 +174,24 @@ fn copy_folder(from: &Path, to: &Path) -> io::Result<()> {
         if entry.file_type().is_dir() {
             DirBuilder::new().mode(0o700).create(&target)?;
         } else if entry.file_type().is_file() {
-            fs::copy(entry.path(), &target)?;
-            // sled writes into it, whatever the original allows.
-            fs::set_permissions(&target, Permissions::from_mode(0o600))?;
+            copy_file(entry.path(), &target)?;
         }
     }
     Ok(())
 }
 
-pub fn look_error(path: &Path, cause: String) -> QueueError {
+/// What is copied is written to, whatever the original allows.
+fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
+    fs::copy(from, to)?;
+    fs::set_permissions(to, Permissions::from_mode(0o600))
+}
+
+pub fn cant_copy(path: &Path, cause: &str) -> QueueError {
+    let temporary = std::env::temp_dir();
+    let way_out = "set TMPDIR to a folder with room, or start the watcher and ask it";
+    look_error(path, format!("could not copy it to {}: {cause}; {way_out}", temporary.display()))
+}
+
+fn look_error(path: &Path, cause: String) -> QueueError {
     QueueError::Look { path: path.to_owned(), cause }
 }

@@ -1,10 +1,9 @@
-//! Events wait here: a durable queue on disk between what captures them and what delivers them.
+//! Events wait here: a durable queue on disk between what captures them and what delivers them. A log of sled segments.
 //!
 //! ```text
-//!  append ─┐                                       ┌─ window   (the drainer: oldest durable envelopes)
-//!  settle ─┼─► inbox ─► writer thread ─► store ────┼─ page     (people)
-//!  retry  ─┘     bounded    │  one batch, one sync └─ dead_letters
-//!                           └─► counters, watch of the newest durable sequence, room, failure
+//!  append ─┐                                      ┌─ window   (the drainer: oldest durable envelopes)
+//!  settle ─┼─► inbox ─► writer thread ─► log ─────┼─ page     (people)
+//!  retry  ─┘     bounded   one batch, one sync    └─ dead_letters
 //! ```
 //!
 //! # Promises
@@ -12,198 +11,78 @@
 //! 1. A batch is taken whole or not at all: its events, its rejections and its cursors are one commit. So a cursor never
 //!    runs ahead of its events, where the next batch of the same file is handed over when this one is durable.
 //! 2. What is acknowledged is durable against power loss, and nothing can be read through [`Queue::window`] before it is.
-//! 3. Nothing is removed but by [`Queue::settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
-//! 4. Sequences are the order of acceptance and are never used twice.
-//! 5. A record that can't be read back becomes a dead letter; it stops nothing.
+//! 3. Nothing leaves but by [`Queue::settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
+//! 4. Sequences are the order of acceptance, without gaps, and are never used twice.
+//! 5. What is damaged is noticed when it is read. It is kept aside, all around it that can be read goes on, and it is said how
+//!    many events are missing.
 //! 6. After a storage error the handle is dead ([`Queue::failed`]); there is no half-state to go on from.
-//! 7. Everything is bounded: pending bytes, bytes waiting for the writer, pages, kept bytes of dead letters.
+//! 7. Everything is bounded: pending bytes, bytes waiting for the writer, pages, number and bytes of dead letters.
 //!
-//! Not promised: several processes at once (one holds the lock), order between batches that are submitted at the same
-//! time from different threads, and a size on disk close to the pending bytes (the files shrink when little is pending).
+//! Not promised: several processes at once (one holds the lock), and order between batches that are submitted at the same
+//! time from different threads.
 //!
 //! # How it is done
 //!
-//! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and
-//! answers everybody (group commit); it never waits for more to come. Batches that only settle or only move cursors are
-//! visible at once, and durable some milliseconds later or with the next sync, whichever comes first.
+//! A queue is a log: events enter at its tail and leave from its head, in order. So nothing is deleted one by one. The log is cut
+//! into segments, each a sled database of some 64 MB that is only added to. What has left is a number, the mark `w`; a segment
+//! all of whose events are below it goes as a whole. What has been acknowledged is the mark `m`: it is in the batch of the
+//! events themselves, so what is beyond it was never committed. The newest segment also has what changes: cursors, dead letters,
+//! and the list of the segments before it. When it is large the next one is begun: these are carried over, a slice at a time between
+//! batches, and its own mark, written last, makes it the current one.
 //!
-//! `store` is all that is on disk as one map, with its keys and the syncing; `database` one sled database, `sealed` those
-//! that are full and only read, `journal` the file through which small batches go first, `memtable` what of them is not
-//! in sled yet; `codec` the bytes of a record, `block` of several in one value; `folder` the files around it and opening;
-//! `salvage` what is left of a damaged one; `guard` ends the process when sled does not come back; `writer` the thread;
-//! `reader` what everybody may do; `looking` the copy that is looked at without a watcher; `submission` the way to the writer.
-//! sled is known in this module only.
+//! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and answers everybody
+//! (group commit); it never waits for more to come. What is settled goes along with the next batch, or by itself a moment later.
+//!
+//! Whatever is damaged has one answer: the segment is moved aside, its log is searched for whole pieces without sled, and what
+//! is found takes its place under its old numbers. Numbers have no gaps, so what is missing is noticed when it is read. How many
+//! events are missing is said; all cursors are forgotten, so that the transcripts are read again. Older segments never change and
+//! are read in the same way, so only one database is open.
+//!
+//! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the files around the segments;
+//! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `damage` what takes the
+//! place of one that can't be trusted; `log` all of them; `reader` what everybody may do; `rolling` how a segment is made; `opening` how all is opened and put right; `submission`
+//! the way to the writer; `writer` the thread; `looking` the copy that is looked at without a watcher. sled is known in this
+//! module only.
 
-mod block;
 mod codec;
-mod database;
+mod damage;
 pub mod faults;
-mod folder;
+mod files;
 mod guard;
-mod journal;
+mod log;
 mod looking;
-mod memtable;
+mod opening;
+mod piece;
 mod reader;
-mod salvage;
-mod sealed;
-#[cfg(test)]
-#[expect(dead_code, reason = "its users are still the queue's")]
-mod segments;
-mod store;
+mod remains;
+mod rolling;
+mod segment;
+mod shared;
 mod submission;
 #[cfg(test)]
 pub(crate) mod tests;
+mod values;
 mod writer;
 
 use std::borrow::Borrow;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use thiserror::Error;
 use tokio::sync::watch;
 
-pub use self::folder::Repair;
 pub use self::looking::remove_all as remove_copies;
-pub use self::store::CursorId;
+pub use self::piece::CursorId;
 pub use self::submission::Ticket;
+pub use self::values::{Accepted, Batch, Outcome, QueueConfig, QueueError, QueueStats, Repair, RetryOutcome};
 
-use self::codec::{CodecError, Content, Letter};
-use self::database::StoreError;
-use self::store::Store;
-use self::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox, Reply, Work};
-use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Failure, Origin, Rejection, Sequence, Timestamp};
-use crate::private_folder::FolderError;
-
-/// Where the queue is and how large it may become.
-#[derive(Clone, Debug)]
-pub struct QueueConfig {
-    /// Folder of the queue; made with mode 0700 where it is missing.
-    pub path: PathBuf,
-    /// Bytes of pending events, as they are encoded, above which nothing more is taken in.
-    pub max_pending_bytes: u64,
-}
-
-/// What is taken in together: all of it or nothing.
-#[derive(Clone, Default, Debug)]
-pub struct Batch {
-    pub events: Vec<Event>,
-    /// Input that did not become an event; kept as dead letters.
-    pub rejections: Vec<Rejection>,
-    /// How far files have been read with this batch. `None` forgets the file.
-    pub cursors: Vec<(PathBuf, Option<Cursor>)>,
-}
-
-/// A batch was taken in.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Accepted {
-    /// The numbers of the batch's events, in their order.
-    pub sequences: Vec<Sequence>,
-}
-
-/// What became of a pending event.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Outcome {
-    /// It is durably where it belongs.
-    Delivered,
-    /// It can't be delivered: it becomes a dead letter. `attempts` counts all its refused deliveries.
-    Refused { failure: Failure, attempts: u32 },
-}
-
-/// What became of the wish to send a dead letter again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum RetryOutcome {
-    /// It waits at the tail again, under a new number.
-    Queued(Sequence),
-    /// There is no such dead letter.
-    NotFound,
-    /// It never was an event (or can't be read any more): it can only be looked at or dropped.
-    NotAnEvent,
-}
-
-/// What opening found.
-#[derive(Clone, Default, Debug)]
-pub struct Recovery {
-    pub pending: u64,
-    pub pending_bytes: u64,
-    pub dead_letters: u64,
-    /// What was put right, to be logged: [`Repair::is_loss`] as an error, the others as warnings.
-    pub repairs: Vec<Repair>,
-}
-
-/// The queue in numbers. Kept up to date with every change; asking costs a lock and a copy.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct QueueStats {
-    /// Events waiting, durable or about to be.
-    pub pending: u64,
-    /// Their encoded bytes.
-    pub pending_bytes: u64,
-    /// The one that waits longest and when it was captured.
-    pub oldest: Option<(Sequence, Timestamp)>,
-    pub dead_letters: u64,
-    /// Size of the files.
-    pub disk_bytes: u64,
-    /// No room: the last batch that did not fit would still not fit.
-    pub full: bool,
-    /// The number given last, to an event or a rejection.
-    pub last_sequence: Option<Sequence>,
-}
-
-/// Why the queue did not do it.
-#[derive(Clone, Debug, Error)]
-#[non_exhaustive]
-pub enum QueueError {
-    #[error("queue is full: {pending_bytes} of at most {max} bytes are waiting to be delivered")]
-    Full { pending_bytes: u64, max: u64 },
-    #[error("could not open queue {}: held by {}; ask it with \"headspace-watcher status\"", path.display(), holder(*.pid))]
-    InUse { path: PathBuf, pid: Option<u32> },
-    #[error(
-        "could not open queue {}: written in format {found}, this program knows up to {supported}; use the newer program again",
-        path.display()
-    )]
-    TooNew { path: PathBuf, found: u32, supported: u32 },
-    #[error("could not read queue {}: {cause}; the next start of the watcher sets it aside and starts anew", path.display())]
-    Damaged { path: PathBuf, cause: String },
-    /// Fail-stop: the handle is dead, and so should the process be.
-    #[error("could not use queue {}: {cause}; {}, then start again", path.display(), way_out(cause))]
-    Storage { path: PathBuf, cause: String },
-    #[error("queue is closed")]
-    Closed,
-    #[error("no queue at {}: it is made when the watcher first runs", path.display())]
-    NotFound { path: PathBuf },
-    #[error("could not queue an event: {cause}")]
-    TooLarge { cause: String },
-    #[error("could not look into queue {}: {cause}", path.display())]
-    Look { path: PathBuf, cause: String },
-    #[error(transparent)]
-    Folder(FolderError),
-}
-
-fn holder(pid: Option<u32>) -> String {
-    pid.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
-}
-
-/// What someone can do about an error of the system, in the words of glibc, musl or macOS.
-fn way_out(cause: &str) -> &'static str {
-    const KNOWN: &[(&str, &str)] = &[
-        ("No space left", "free space"),
-        ("uota exceeded", "free space"),
-        ("Permission denied", "mend its owner or mode, or set queue.path"),
-        ("Operation not permitted", "mend its owner or mode, or set queue.path"),
-        ("Read-only file system", "make it writable, or set queue.path"),
-        ("Too many open files", "raise the limit of open files (ulimit -n)"),
-        ("No file descriptors available", "raise the limit of open files (ulimit -n)"),
-    ];
-    KNOWN.iter().find(|(words, _)| cause.contains(words)).map_or("free space or mend the disk", |(_, way_out)| way_out)
-}
-
-/// Most chunks of a cursor: room for two paths of the greatest length.
-const CURSOR_CHUNKS_MAX: usize = 3;
-
-/// The share of `max_pending_bytes` up to which the input of rejections is kept: one quarter.
-const DEAD_LETTER_SHARE: u64 = 4;
+use self::files::storage;
+use self::looking::Copy;
+use self::shared::Shared;
+use self::submission::{Reply, Work};
+use crate::event::{Cursor, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp};
 
 /// A handle on the open queue; cheap to clone. When the last one is dropped the queue closes.
 #[derive(Clone)]
@@ -214,102 +93,53 @@ pub struct Queue {
 struct Handle {
     shared: Arc<Shared>,
     writer: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// What the handles and the writer share.
-struct Shared {
-    path: PathBuf,
-    max_pending_bytes: u64,
-    inbox: Inbox<Work>,
-    /// The current generation; `None` once closed. Readers clone it and let go.
-    store: RwLock<Option<Arc<Store>>>,
-    state: Mutex<State>,
-    /// Signalled when room appears, and at the end.
-    room: Condvar,
-    newest: watch::Sender<Option<Sequence>>,
-    failed: watch::Sender<Option<QueueError>>,
-}
-
-#[derive(Default)]
-struct State {
-    stats: QueueStats,
-    dead_letter_bytes: u64,
-    /// Everything up to here has been synced.
-    durable: u64,
-    /// No pending event has a smaller number.
-    first_pending: u64,
-    failure: Option<QueueError>,
-    closed: bool,
+    /// Where it is a copy that is looked at: goes last.
+    _copy: Option<Copy>,
 }
 
 impl Queue {
     /// Opens the queue for this process alone, making or repairing it where needed.
-    pub fn open(config: &QueueConfig) -> Result<(Queue, Recovery), QueueError> {
-        guard::watch(&config.path);
-        let opened = folder::open(config)?;
-        let folder::Opened { counters, oldest, newest, .. } = opened;
-        let last = counters.next_sequence - 1;
-        let recovery = Recovery {
-            pending: counters.pending,
-            pending_bytes: counters.pending_bytes,
-            dead_letters: counters.dead_letters,
-            repairs: opened.repairs,
-        };
-        let stats = QueueStats {
-            pending: counters.pending,
-            pending_bytes: counters.pending_bytes,
-            oldest,
-            dead_letters: counters.dead_letters,
-            disk_bytes: opened.store.disk_bytes(),
-            full: counters.pending > 0 && counters.pending_bytes >= config.max_pending_bytes,
-            last_sequence: Sequence::new(last),
-        };
-        let store = Arc::new(opened.store);
-        let shared = Arc::new(Shared {
-            path: config.path.clone(),
-            max_pending_bytes: config.max_pending_bytes,
-            inbox: Inbox::default(),
-            store: RwLock::new(Some(Arc::clone(&store))),
-            state: Mutex::new(State {
-                stats,
-                dead_letter_bytes: counters.dead_letter_bytes,
-                durable: last,
-                first_pending: oldest.map_or(counters.next_sequence, |(sequence, _)| sequence.get()),
-                ..State::default()
-            }),
-            room: Condvar::new(),
-            newest: watch::Sender::new(newest),
-            failed: watch::Sender::new(None),
-        });
-        let writer =
-            writer::Writer::new(Arc::clone(&shared), store, opened.lock, opened.mark, opened.generation, counters);
-        let thread = std::thread::Builder::new()
-            .name("queue-writer".into())
-            .spawn(move || writer.run())
-            .map_err(|error| folder::storage(&config.path, &error))?;
-        Ok((Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)) }) }, recovery))
+    pub fn open(config: &QueueConfig) -> Result<(Queue, Vec<Repair>), QueueError> {
+        Queue::open_folder(&config.path, config, None)
     }
 
-    /// Opens a copy of a queue that no watcher holds, to look at it. Nothing in its folder changes, and a watcher may
-    /// start meanwhile.
+    /// Opens a copy of a queue that no watcher holds, to look at it; the copy goes with it. Nothing in the queue's own folder
+    /// changes, and a watcher may start meanwhile.
     ///
     /// # Errors
     /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
     /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
-    pub fn inspect(config: &QueueConfig) -> Result<Inspector, QueueError> {
-        let folder::Inspected { store, counters, oldest, original, copy } = folder::inspect(&config.path)?;
-        let path = config.path.clone();
-        let last = counters.next_sequence.saturating_sub(1);
-        let stats = QueueStats {
-            pending: counters.pending,
-            pending_bytes: counters.pending_bytes,
-            oldest,
-            dead_letters: counters.dead_letters,
-            disk_bytes: store.disk_bytes(),
-            full: counters.pending > 0 && counters.pending_bytes >= config.max_pending_bytes,
-            last_sequence: Sequence::new(last),
-        };
-        Ok(Inspector { path, original, store, stats, last, _copy: copy })
+    pub fn inspect(config: &QueueConfig) -> Result<Queue, QueueError> {
+        let copy = Copy::of(&config.path)?;
+        let folder = copy.folder().to_owned();
+        let (queue, repairs) = Queue::open_folder(&folder, config, Some(copy)).map_err(|error| match error {
+            QueueError::Storage { cause, .. } => looking::cant_copy(&config.path, &cause),
+            error => error.with_path(&config.path),
+        })?;
+        match repairs.into_iter().find(Repair::is_loss) {
+            Some(Repair::SegmentSetAside { cause, .. }) => {
+                Err(QueueError::Damaged { path: config.path.clone(), cause })
+            }
+            _ => Ok(queue),
+        }
+    }
+
+    fn open_folder(path: &Path, config: &QueueConfig, copy: Option<Copy>) -> Result<(Queue, Vec<Repair>), QueueError> {
+        let (lock, opened) = opening::open(path)?;
+        let stats = opened.stats(config);
+        let repairs = opened.repairs.clone();
+        let shared = Arc::new(Shared::new(path, config, stats, &opened));
+        let writer = writer::Writer::new(Arc::clone(&shared), lock, opened);
+        let thread = std::thread::Builder::new()
+            .name("queue-writer".into())
+            .spawn(move || writer.run())
+            .map_err(|error| storage(path, &error))?;
+        let queue = Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)), _copy: copy }) };
+        let rejections: Vec<Rejection> = repairs.iter().filter_map(|repair| notice(config, repair)).collect();
+        if !rejections.is_empty() {
+            queue.append(Batch { rejections, ..Batch::default() })?;
+        }
+        Ok((queue, repairs))
     }
 
     /// Hands `batch` to the writer and returns; the ticket says when it is durable.
@@ -331,27 +161,13 @@ impl Queue {
     }
 
     /// The oldest durable envelopes after `after`, at most `limit`, until they have `bytes_max` encoded bytes; at least
-    /// one if there is one. Removes nothing. A record that can't be read is set aside on the way.
+    /// one if there is one. Removes nothing.
     pub fn window(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
-        let mut before = Vec::new();
-        loop {
-            let found = self.read(after, limit, bytes_max)?;
-            if found.damaged.is_empty() {
-                return Ok(found.envelopes);
-            }
-            let damaged = found.damaged;
-            if damaged == before {
-                return Err(self.handle.shared.fail(&store::contradiction()));
-            }
-            before.clone_from(&damaged);
-            self.send(|reply| Work::SetAside(damaged, reply)).wait()?;
-            if !found.envelopes.is_empty() {
-                return Ok(found.envelopes);
-            }
-        }
+        self.read(after, limit, bytes_max)
     }
 
-    /// Forgets what was delivered and sets aside what was refused; unknown numbers are passed over.
+    /// Forgets what was delivered and sets aside what was refused: the oldest events, without one left out. Those that were settled
+    /// before are passed over.
     ///
     /// Visible on return, durable a little later: losing it only repeats a delivery.
     pub fn settle(&self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), QueueError> {
@@ -364,22 +180,21 @@ impl Queue {
     }
 
     /// Pending envelopes after `after`, oldest first, to look at. May give fewer than `limit` (16 MiB at most, or one):
-    /// only an empty page is the end. Passes over what can't be read.
+    /// only an empty page is the end.
     pub fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
-        self.read(after, limit, reader::PAGE_BYTES_MAX).map(|found| found.envelopes)
+        self.read(after, limit, reader::PAGE_BYTES_MAX)
     }
 
     /// Dead letters after `after`, oldest first; fewer than `limit` as with [`Queue::page`].
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        let (store, durable) = (shared.store()?, shared.state().durable);
-        shared.reading(reader::dead_letters(&store, first, durable, limit))
+        shared.reading(reader::dead_letters(&shared.log()?.newest, first, limit))
     }
 
     pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::dead_letter(&*shared.store()?, sequence))
+        shared.reading(reader::dead_letter(&shared.log()?.newest, sequence))
     }
 
     /// Puts the event of a dead letter back at the tail under a new number; durable on return.
@@ -402,19 +217,13 @@ impl Queue {
     /// As [`Queue::cursors`], one after the other.
     pub fn for_each_cursor(&self, seen: impl FnMut(PathBuf, Cursor)) -> Result<(), QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursors(&*shared.store()?, seen))
+        shared.reading(reader::cursors(&shared.log()?.newest, seen))
     }
 
     /// How far one file has been read, and its path.
     pub fn cursor(&self, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursor(&*shared.store()?, id))
-    }
-
-    /// Gives back what is kept in memory of the files for who reads them next. Takes some milliseconds.
-    pub fn trim_memory(&self) -> Result<(), QueueError> {
-        let shared = &self.handle.shared;
-        shared.reading(shared.store()?.trim_cache())
+        shared.reading(reader::cursor(&shared.log()?.newest, id))
     }
 
     /// The queue in numbers; reads nothing from disk.
@@ -422,7 +231,7 @@ impl Queue {
         self.handle.shared.state().stats.clone()
     }
 
-    /// The newest durable event that was taken in (or found at opening); changes with every append of events.
+    /// The number given last, where events wait; changes with every append of events, once they are durable.
     pub fn subscribe(&self) -> watch::Receiver<Option<Sequence>> {
         self.handle.shared.newest.subscribe()
     }
@@ -464,22 +273,26 @@ impl Queue {
         self.handle.close()
     }
 
-    /// Starts a fresh, small generation of files now if little is pending; says whether it did.
-    ///
-    /// Happens by itself when the files are large for what is in them.
-    pub fn compact(&self) -> Result<bool, QueueError> {
-        self.send(Work::Compact).wait()
+    /// Begins a segment now, whatever the size of the newest.
+    #[cfg(test)]
+    pub fn roll(&self) -> Result<(), QueueError> {
+        self.send(Work::Roll).wait()
     }
 
-    fn read(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<reader::Envelopes, QueueError> {
+    fn read(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
         let shared = &self.handle.shared;
-        let store = shared.store()?;
-        let (first, durable) = {
+        // The log first: what is settled later may take segments from a newer one, never from this.
+        let log = shared.log()?;
+        let (settled, durable) = {
             let state = shared.state();
-            (state.first_pending, state.durable)
+            (state.settled, state.durable)
         };
-        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(first);
-        shared.reading(reader::envelopes(&store, first, durable, limit, bytes_max))
+        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
+        match reader::envelopes(&log, first, durable, limit, bytes_max) {
+            // It was settled, and its segment removed, while it was read.
+            Err(_) if self.handle.shared.state().settled >= first => self.read(after, limit, bytes_max),
+            read => shared.reading(read),
+        }
     }
 
     fn send<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
@@ -515,147 +328,21 @@ impl Drop for Handle {
     }
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The current generation, for reading.
-    fn store(&self) -> Result<Arc<Store>, QueueError> {
-        if let Some(failure) = self.state().failure.clone() {
-            return Err(failure);
-        }
-        self.store.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(QueueError::Closed)
-    }
-
-    /// A failed read ends the queue as a failed write does.
-    fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
-        result.map_err(|error| self.fail(&error))
-    }
-
-    /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
-    fn fail(&self, error: &StoreError) -> QueueError {
-        if matches!(error, StoreError::Corrupt(_)) {
-            folder::mark_damaged(&self.path);
-        }
-        let mut state = self.state();
-        let first = state.failure.get_or_insert_with(|| folder::storage(&self.path, error)).clone();
-        drop(state);
-        self.inbox.end(first.clone());
-        self.failed.send_replace(Some(first.clone()));
-        self.room.notify_all();
-        first
-    }
-
-    fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
-        let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
-        let dead_letter_bytes = self.state().dead_letter_bytes;
-        let events = batch
-            .events
-            .iter()
-            .map(|event| codec::encode_event(event, captured_at, 0))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(too_large)?;
-        let mut room = (self.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(dead_letter_bytes);
-        let mut rejections = Vec::with_capacity(batch.rejections.len());
-        for rejection in &batch.rejections {
-            let fits = rejection.bytes.len() as u64 <= room;
-            room = if fits { room - rejection.bytes.len() as u64 } else { room };
-            rejections.push(encode_rejection(rejection, fits, captured_at).map_err(too_large)?);
-        }
-        let cursors = batch
-            .cursors
-            .iter()
-            .map(|(path, cursor)| encode_cursor(path, cursor.as_ref(), CURSOR_CHUNKS_MAX * store::CHUNK_BYTES))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(too_large)?;
-        let event_bytes = events.iter().map(|record| record.len() as u64).sum();
-        Ok(EncodedBatch { events, rejections, cursors, event_bytes })
-    }
+/// What is missing, as a dead letter: so that it is not only said in the log of one moment.
+fn notice(config: &QueueConfig, repair: &Repair) -> Option<Rejection> {
+    let message = (repair.missing() > 0).then(|| repair.to_string())?;
+    let failure = Failure { kind: FailureKind::Damaged, message, sqlstate: None };
+    let origin = Origin::Transcript { path: config.path.to_string_lossy().as_ref().into(), offset: 0 };
+    Some(Rejection { failure, event_type: None, origin, bytes: Vec::new() })
 }
 
-fn encode_rejection(
-    rejection: &Rejection,
-    keep_bytes: bool,
-    failed_at: Timestamp,
-) -> Result<EncodedRejection, CodecError> {
-    let mut failure = rejection.failure.clone();
-    if !keep_bytes {
-        failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
-    }
-    let letter = Letter { failed_at, failure, content: Content::Input, attempts: 0 };
-    Ok(EncodedRejection {
-        letter: codec::encode_letter(&letter)?,
-        content: codec::encode_input(rejection, if keep_bytes { &rejection.bytes } else { &[] })?,
-    })
-}
-
-/// The record has `bytes_max` at most.
-fn encode_cursor(path: &Path, cursor: Option<&Cursor>, bytes_max: usize) -> Result<EncodedCursor, CodecError> {
-    let id = CursorId::of(path);
-    let Some(cursor) = cursor else { return Ok(EncodedCursor { id, record: None }) };
-    let mut record = codec::encode_cursor(path, cursor)?;
-    if record.len() > bytes_max {
-        // No folder has such a name: better to forget it than to be unable to store the cursor.
-        record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
-    }
-    if record.len() > bytes_max {
-        return Err(CodecError::TooLarge(record.len()));
-    }
-    Ok(EncodedCursor { id, record: Some(record) })
-}
-
-/// A copy of a queue that was opened to be looked at; the copy goes with it.
-pub struct Inspector {
-    path: PathBuf,
-    /// The generation's folder in the queue itself.
-    original: PathBuf,
-    store: Store,
-    stats: QueueStats,
-    last: u64,
-    /// Goes after `store`.
-    _copy: looking::Copy,
-}
-
-impl Inspector {
-    /// As [`Queue::page`].
-    pub fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
-        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        let found = reader::envelopes(&self.store, first, self.last, limit, reader::PAGE_BYTES_MAX);
-        self.reading(found.map(|found| found.envelopes))
-    }
-
-    /// As [`Queue::dead_letters`].
-    pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
-        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        let mut letters = self.reading(reader::dead_letters(&self.store, first, self.last, limit))?;
-        letters.iter_mut().for_each(|letter| self.name_original(letter));
-        Ok(letters)
-    }
-
-    /// What can't be read any more has the folder it was in as its origin: the queue's, and not that of the copy.
-    fn name_original(&self, letter: &mut DeadLetter) {
-        if let DeadContent::Input(Rejection { origin: Origin::Transcript { path, .. }, .. }) = &mut letter.content
-            && **path == *self.store.folder().to_string_lossy()
-        {
-            *path = self.original.to_string_lossy().into();
-        }
-    }
-
-    pub fn cursors(&self) -> Result<Vec<(PathBuf, Cursor)>, QueueError> {
-        let mut cursors = Vec::new();
-        self.reading(reader::cursors(&self.store, |path, cursor| cursors.push((path, cursor))))?;
-        Ok(cursors)
-    }
-
-    pub fn stats(&self) -> QueueStats {
-        self.stats.clone()
-    }
-
-    fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
-        result.map_err(|error| match error {
-            StoreError::Corrupt(cause) => QueueError::Damaged { path: self.path.clone(), cause },
-            StoreError::Io(cause) => looking::look_error(&self.path, cause),
-        })
-    }
+/// Whether sled goes on; to be asked once a second by who runs the queue at `path`.
+///
+/// # Errors
+/// [`QueueError::Damaged`] where a call of it does not come back: the process must end, and the next opening sets the segment aside.
+pub fn goes_on(path: &Path) -> Result<(), QueueError> {
+    let Some(segment) = guard::stuck() else { return Ok(()) };
+    let _ = files::write_mark(path, files::DAMAGED, segment, 1);
+    let cause = format!("sled does not come back from segment {segment}");
+    Err(QueueError::Damaged { path: path.to_owned(), cause })
 }

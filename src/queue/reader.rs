@@ -1,11 +1,12 @@
 //! Reading the queue: on the caller's thread, beside the writer, without changing anything.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::block;
-use super::codec::{self, CodecError, Content, Counters};
-use super::database::StoreError;
-use super::store::{self, CursorId, Store, chunk_key, content_key, key_sequence, letter_key};
+use super::codec::{self, CodecError, Content};
+use super::log::Log;
+use super::piece::{self, CursorId, Piece};
+use super::segment::{Segment, StoreError};
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
 };
@@ -13,287 +14,148 @@ use crate::event::{
 /// Bytes a page holds at most, above one element.
 pub const PAGE_BYTES_MAX: u64 = 16 << 20;
 
-/// Envelopes that were asked for, and the sequences that could not be read back.
-#[derive(Default)]
-pub struct Envelopes {
-    pub envelopes: Vec<Envelope>,
-    pub damaged: Vec<Sequence>,
-}
-
-/// The pending events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
-pub fn envelopes(store: &Store, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Envelopes, StoreError> {
-    let mut found = Envelopes::default();
-    if first > last || limit == 0 {
+/// The events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
+pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, StoreError> {
+    let mut found: Vec<Envelope> = Vec::new();
+    let mut bytes = 0;
+    if limit == 0 {
         return Ok(found);
     }
-    let mut bytes = 0;
-    for pair in store.range(store::sequence_range(b'e', block_of(store, first)?, last))? {
-        let (key, value) = pair?;
-        let Ok(entries) = block::entries(&value) else {
-            found.damaged.extend(key_sequence(&key));
-            continue;
-        };
-        for (sequence, part) in entries {
-            if sequence.get() < first {
+    log.each_block(first, last, |source, block| {
+        for entry in &block.entries {
+            if !(first..=last).contains(&entry.sequence) || entry.record_bytes == 0 {
                 continue;
             }
-            if sequence.get() > last || found.envelopes.len() + found.damaged.len() >= limit {
-                return Ok(found);
+            let is_full = found.len() >= limit || bytes + u64::from(entry.record_bytes) > bytes_max;
+            if is_full && !found.is_empty() {
+                return Ok(ControlFlow::Break(()));
             }
-            let length = codec::record_bytes(part).unwrap_or(part.len()) as u64;
-            if !found.envelopes.is_empty() && bytes + length > bytes_max {
-                return Ok(found);
-            }
-            match event_record(store, sequence, part)? {
-                Ok(stored) => {
-                    bytes += length;
-                    found.envelopes.push(Envelope {
-                        sequence,
-                        event: stored.event,
-                        captured_at: stored.captured_at,
-                        attempts: stored.attempts,
-                    });
-                }
-                // Between its first part and its chunks it may have been settled: then it is not damaged but gone.
-                Err(_) => match event_part(store, sequence)? {
-                    Some(Ok(now)) if now != part => {}
-                    Some(_) => found.damaged.push(sequence),
-                    None => {}
-                },
-            }
+            bytes += u64::from(entry.record_bytes);
+            let damaged = |error: CodecError| source.damaged(format!("event {}: {error}", entry.sequence));
+            let stored = codec::decode_event(&source.record(entry)?).map_err(damaged)?;
+            let Some(sequence) = Sequence::new(entry.sequence) else { continue };
+            let codec::StoredEvent { event, captured_at, attempts } = stored;
+            found.push(Envelope { sequence, event, captured_at, attempts });
         }
-    }
+        Ok(if found.len() >= limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
     Ok(found)
 }
 
-/// The number of the block in which the event numbered `sequence` would be; itself when there is none before it.
-fn block_of(store: &Store, sequence: u64) -> Result<u64, StoreError> {
-    let before = store.last_key(store::sequence_range(b'e', 1, sequence))?;
-    Ok(before.and_then(|key| key_sequence(&key)).map_or(sequence, Sequence::get))
+/// The oldest event from `first` to `last`, and when it was captured.
+pub fn oldest(log: &Log, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
+    let mut oldest = None;
+    log.each_block(first, last, |source, block| {
+        let mut events = block.entries.iter().filter(|entry| entry.record_bytes > 0);
+        let Some(entry) = events.find(|entry| (first..=last).contains(&entry.sequence)) else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let damaged = |error: CodecError| source.damaged(format!("event {}: {error}", entry.sequence));
+        let captured_at = codec::captured_at(entry.part).map_err(damaged)?;
+        oldest = Sequence::new(entry.sequence).map(|sequence| (sequence, captured_at));
+        Ok(ControlFlow::Break(()))
+    })?;
+    Ok(oldest)
 }
 
-/// The block in which `sequence` would be: its number and its value.
-pub fn block(store: &Store, sequence: Sequence) -> Result<Option<(u64, sled::IVec)>, StoreError> {
-    let number = block_of(store, sequence.get())?;
-    Ok(store.get(&store::block_key(number))?.map(|value| (number, value)))
-}
-
-/// What stands in a block of the pending event `sequence`; an error when its block can't be read.
-fn event_part(store: &Store, sequence: Sequence) -> Result<Option<Result<Vec<u8>, CodecError>>, StoreError> {
-    let Some((_, value)) = block(store, sequence)? else { return Ok(None) };
-    Ok(match block::entries(&value) {
-        Ok(entries) => {
-            let part = entries.into_iter().find(|&(here, _)| here == sequence);
-            part.map(|(_, part)| Ok(part.to_vec()))
-        }
-        Err(error) => Some(Err(error)),
-    })
-}
-
-/// The event whose record begins with `part`.
-pub fn event_record(
-    store: &Store,
-    sequence: Sequence,
-    part: &[u8],
-) -> Result<Result<codec::StoredEvent, CodecError>, StoreError> {
-    if codec::record_bytes(part) == Ok(part.len()) {
-        return Ok(codec::decode_event(part));
-    }
-    let record = store.record(part, |index| chunk_key(sequence.get(), index))?;
-    Ok(codec::decode_event(&record))
-}
-
-/// Dead letters from `first` to `last`, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
-pub fn dead_letters(store: &Store, first: u64, last: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
+/// Dead letters from `first` on, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
+pub fn dead_letters(segment: &Segment, first: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
+    let mut sequences = Vec::new();
+    segment.each(piece::keys(piece::LETTER, first..=piece::NUMBER_MAX), |key, _| {
+        sequences.extend(piece::key_sequence(key));
+        sequences.len() < limit
+    })?;
     let mut letters = Vec::new();
-    if first > last || limit == 0 {
-        return Ok(letters);
-    }
     let mut bytes = 0;
-    for pair in store.range(store::sequence_range(b'd', first, last))? {
-        let (key, record) = pair?;
-        let Some(sequence) = key_sequence(&key) else { continue };
-        let head = store.get(&content_key(sequence.get()))?;
-        let length = head.as_ref().map_or(0, |head| codec::record_bytes(head).unwrap_or(head.len())) as u64;
-        if !letters.is_empty() && bytes + length > PAGE_BYTES_MAX {
+    for sequence in sequences.into_iter().take(limit) {
+        if bytes > PAGE_BYTES_MAX {
             break;
         }
-        bytes += length;
-        let letter = assemble(store, sequence, &record, head.as_deref())?;
         // Dropped or put back while it was read.
-        if store.get(&key)?.is_some() {
-            letters.push(letter);
-        }
-        if letters.len() >= limit {
-            break;
-        }
+        let Some((letter, content)) = letter(segment, sequence)? else { continue };
+        bytes += content.len() as u64;
+        letters.extend(Sequence::new(sequence).map(|sequence| assemble(segment, sequence, letter, &content)));
     }
     Ok(letters)
 }
 
-pub fn dead_letter(store: &Store, sequence: Sequence) -> Result<Option<DeadLetter>, StoreError> {
-    let Some(record) = store.get(&letter_key(sequence.get()))? else { return Ok(None) };
-    let head = store.get(&content_key(sequence.get()))?;
-    assemble(store, sequence, &record, head.as_deref()).map(Some)
+pub fn dead_letter(segment: &Segment, sequence: Sequence) -> Result<Option<DeadLetter>, StoreError> {
+    let letter = letter(segment, sequence.get())?;
+    Ok(letter.map(|(letter, content)| assemble(segment, sequence, letter, &content)))
 }
 
-/// A letter is always shown, also when its own record or its content can't be read any more.
-fn assemble(store: &Store, sequence: Sequence, letter: &[u8], head: Option<&[u8]>) -> Result<DeadLetter, StoreError> {
-    let content = match head {
-        Some(head) => store.record(head, |index| chunk_key(sequence.get(), index))?,
-        None => Vec::new(),
-    };
-    let letter = codec::decode_letter(letter).unwrap_or_else(|error| codec::Letter {
-        failed_at: Timestamp::UNIX_EPOCH,
-        failure: damage(&error),
-        content: Content::Raw,
-        attempts: 0,
-    });
+/// The record of a letter, and its content.
+fn letter(segment: &Segment, sequence: u64) -> Result<Option<(codec::Letter, Vec<u8>)>, StoreError> {
+    let read = |piece: &Piece<'_>| codec::decode_letter(piece.content).ok();
+    let Some(letter) = segment.piece(&piece::key(piece::LETTER, sequence), read)? else { return Ok(None) };
+    Ok(Some((letter, content(segment, sequence)?)))
+}
+
+pub fn content(segment: &Segment, sequence: u64) -> Result<Vec<u8>, StoreError> {
+    let mut content = Vec::new();
+    segment.each(piece::keys(piece::LETTER_CONTENT, sequence..=sequence), |_, value| {
+        let piece = Piece::decode(value);
+        piece.iter().for_each(|piece| content.extend_from_slice(piece.content));
+        piece.is_some()
+    })?;
+    Ok(content)
+}
+
+/// A letter is always shown, also when its content can't be read any more.
+fn assemble(segment: &Segment, sequence: Sequence, letter: codec::Letter, content: &[u8]) -> DeadLetter {
     let decoded = match letter.content {
-        Content::Event => codec::decode_event(&content).map(|stored| DeadContent::Event {
+        Content::Event => codec::decode_event(content).map(|stored| DeadContent::Event {
             event: stored.event,
             captured_at: stored.captured_at,
             attempts: letter.attempts,
         }),
-        Content::Input => codec::decode_input(&content, letter.failure.clone()).map(DeadContent::Input),
-        Content::Raw => Ok(raw(store, &letter.failure, content.clone())),
+        Content::Input => codec::decode_input(content, letter.failure.clone()).map(DeadContent::Input),
     };
+    let failed_at = letter.failed_at;
     let (failure, content) = match decoded {
         Ok(decoded) => (letter.failure, decoded),
         Err(error) => {
-            let failure = Failure {
-                kind: FailureKind::Damaged,
-                message: format!("{}; set aside before because: {}", damage(&error).message, letter.failure.message),
-                sqlstate: letter.failure.sqlstate,
-            };
-            let content = raw(store, &failure, content);
-            (failure, content)
+            let message = format!(
+                "could not read the record back from the queue: {error}; set aside before because: {}",
+                letter.failure.message
+            );
+            let failure = Failure { kind: FailureKind::Damaged, message, sqlstate: letter.failure.sqlstate };
+            // Where it was seen is lost with it, so its origin is the queue's own folder.
+            let origin = Origin::Transcript { path: segment.folder().to_string_lossy().as_ref().into(), offset: 0 };
+            let bytes = content.to_vec();
+            let input = Rejection { failure: failure.clone(), event_type: None, origin, bytes };
+            (failure, DeadContent::Input(input))
         }
     };
-    Ok(DeadLetter { sequence, failed_at: letter.failed_at, failure, content })
-}
-
-/// The failure of a record that can't be read back.
-pub fn damage(error: &CodecError) -> Failure {
-    Failure {
-        kind: FailureKind::Damaged,
-        message: format!("could not read the record back from the queue: {error}"),
-        sqlstate: None,
-    }
-}
-
-/// Bytes nobody can read any more. Where they were seen is lost with them, so their origin is the queue's own folder.
-fn raw(store: &Store, failure: &Failure, bytes: Vec<u8>) -> DeadContent {
-    let path = store.folder().to_string_lossy().as_ref().into();
-    DeadContent::Input(Rejection {
-        failure: failure.clone(),
-        event_type: None,
-        origin: Origin::Transcript { path, offset: 0 },
-        bytes,
-    })
+    DeadLetter { sequence, failed_at, failure, content }
 }
 
 /// All cursors; one that can't be read is left out, which only reads its file again.
-pub fn cursors(store: &Store, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
-    for pair in store.range(store::prefix_range(b'c'))? {
-        let (key, head) = pair?;
-        if let Some((path, cursor)) = decoded_cursor(store, &key, &head)? {
+pub fn cursors(segment: &Segment, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
+    let mut record: (Option<CursorId>, Vec<u8>) = (None, Vec::new());
+    let mut tell = |record: &[u8]| {
+        if let Ok((path, cursor)) = codec::decode_cursor(record) {
             seen(path, cursor);
         }
-    }
+    };
+    segment.each(piece::all_keys(piece::CURSOR), |key, value| {
+        let id = CursorId::in_key(key);
+        if record.0 != id {
+            tell(&record.1);
+            record = (id, Vec::new());
+        }
+        Piece::decode(value).iter().for_each(|piece| record.1.extend_from_slice(piece.content));
+        true
+    })?;
+    tell(&record.1);
     Ok(())
 }
 
-pub fn cursor(store: &Store, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, StoreError> {
-    let key = store::cursor_key(id);
-    match store.get(&key)? {
-        Some(head) => decoded_cursor(store, &key, &head),
-        None => Ok(None),
-    }
-}
-
-fn decoded_cursor(store: &Store, key: &[u8], head: &[u8]) -> Result<Option<(PathBuf, Cursor)>, StoreError> {
-    let record = store.record(head, |index| store::cursor_chunk_key(key, index))?;
+pub fn cursor(segment: &Segment, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, StoreError> {
+    let mut record = Vec::new();
+    segment.each(piece::cursor_key(id, 0)..=piece::cursor_key(id, u32::MAX), |_, value| {
+        Piece::decode(value).iter().for_each(|piece| record.extend_from_slice(piece.content));
+        true
+    })?;
     Ok(codec::decode_cursor(&record).ok())
-}
-
-/// The oldest pending event from `first` to `last`, and when it was captured.
-pub fn oldest(store: &Store, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
-    if first > last {
-        return Ok(None);
-    }
-    for pair in store.range(store::sequence_range(b'e', block_of(store, first)?, last))? {
-        let (key, value) = pair?;
-        let Ok(entries) = block::entries(&value) else {
-            return Ok(key_sequence(&key).map(|sequence| (sequence, Timestamp::UNIX_EPOCH)));
-        };
-        let oldest = entries.into_iter().find(|(sequence, _)| (first..=last).contains(&sequence.get()));
-        if let Some((sequence, part)) = oldest {
-            return Ok(Some((sequence, codec::captured_at(part).unwrap_or(Timestamp::UNIX_EPOCH))));
-        }
-    }
-    Ok(None)
-}
-
-/// The newest pending event that was committed.
-pub fn newest(store: &Store, counters: &Counters) -> Result<Option<Sequence>, StoreError> {
-    let Some(last) = Sequence::new(counters.next_sequence.saturating_sub(1)) else { return Ok(None) };
-    let Some((number, value)) = block(store, last)? else { return Ok(None) };
-    let newest = block::entries(&value).ok().and_then(|entries| entries.last().map(|&(sequence, _)| sequence));
-    Ok(newest.or(Sequence::new(number)))
-}
-
-/// What counting everything in a store gave.
-pub struct Counted {
-    pub counters: Counters,
-    /// Whether a block could not be read, so that nobody knows how many events it holds; it counts as one.
-    pub unreadable: bool,
-}
-
-/// Counts everything there is. Numbers from `next_sequence` on are new.
-///
-/// What one after the other gives must also be found by its key: with a page missing sled gives keys that it does not find,
-/// and such an event could never be taken out.
-pub fn recount(store: &Store, next_sequence: u64) -> Result<Counted, StoreError> {
-    let mut counters = Counters::new(next_sequence);
-    let mut unreadable = false;
-    for pair in store.range(store::prefix_range(b'e'))? {
-        let (key, value) = pair?;
-        let Ok(entries) = block::entries(&value) else {
-            // Will be found and set aside as one.
-            unreadable = true;
-            counters.pending += 1;
-            counters.pending_bytes += value.len() as u64;
-            counters.next_sequence = counters.next_sequence.max(after(key_sequence(&key).map_or(0, Sequence::get))?);
-            continue;
-        };
-        if let Some(&(last, _)) = entries.last()
-            && block(store, last)?.is_none_or(|(_, found)| found != value)
-        {
-            return Err(store::contradiction());
-        }
-        for (sequence, part) in entries {
-            counters.add_event(sequence, codec::record_bytes(part).unwrap_or(part.len()) as u64);
-            counters.next_sequence = counters.next_sequence.max(after(sequence.get())?);
-        }
-    }
-    for pair in store.range(store::prefix_range(b'd'))? {
-        let (key, _) = pair?;
-        counters.dead_letters += 1;
-        let sequence = key_sequence(&key).map_or(0, Sequence::get);
-        if let Some(head) = store.get(&content_key(sequence))? {
-            counters.dead_letter_bytes += codec::record_bytes(&head).unwrap_or(head.len()) as u64;
-        }
-        counters.next_sequence = counters.next_sequence.max(after(sequence)?);
-    }
-    Ok(Counted { counters, unreadable })
-}
-
-/// The number after `sequence`, which stands in a key: damage where no queue can have reached it.
-fn after(sequence: u64) -> Result<u64, StoreError> {
-    if sequence < codec::NUMBER_MAX {
-        Ok(sequence + 1)
-    } else {
-        Err(StoreError::Corrupt(format!("the number {sequence} of a record is out of range")))
-    }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::store::CursorId;
-use super::{Accepted, Outcome, QueueError, RetryOutcome};
+use super::piece::CursorId;
+use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
 use crate::event::Sequence;
 
 /// Bytes that may wait for the writer. One more batch than that is always taken, whatever its size.
@@ -29,12 +29,13 @@ pub struct Ticket<T = Accepted> {
 pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
-    pub(in crate::queue) fn new() -> (Reply<T>, Ticket<T>) {
+    pub(super) fn new() -> (Reply<T>, Ticket<T>) {
         let (reply, answer) = oneshot::channel();
         (reply, Ticket { answer })
     }
 
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the ticket instead.
+    // tokio's own way to block panics on the threads of a runtime, where handles may be dropped.
     pub fn wait(mut self) -> Result<T, QueueError> {
         struct Unpark(std::thread::Thread);
         impl Wake for Unpark {
@@ -94,29 +95,20 @@ pub struct EncodedCursor {
     pub record: Option<Vec<u8>>,
 }
 
-/// One thing for a writer to do.
-pub trait Request {
-    /// About what it takes in memory.
-    fn bytes(&self) -> usize;
-
-    /// Answers with an error instead of doing it.
-    fn refuse(self, error: &QueueError);
-}
-
 /// One thing for the writer to do.
 pub enum Work {
     Append(EncodedBatch, Reply<Accepted>),
     Settle(Vec<(Sequence, Outcome)>, Reply<()>),
-    /// Events that a reader could not decode.
-    SetAside(Vec<Sequence>, Reply<()>),
     Retry(Sequence, Reply<RetryOutcome>),
     Drop(Sequence, Reply<bool>),
-    /// Start a fresh generation now if little is pending; says whether it did.
-    Compact(Reply<bool>),
+    /// Begin a segment now.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests ask for it"))]
+    Roll(Reply<()>),
     Close(Reply<()>),
 }
 
-impl Request for Work {
+impl Work {
+    /// About what it takes in memory.
     fn bytes(&self) -> usize {
         match self {
             Work::Append(batch, _) => batch.bytes(),
@@ -125,42 +117,38 @@ impl Request for Work {
         }
     }
 
+    /// Answers with an error instead of doing it.
     fn refuse(self, error: &QueueError) {
         match self {
             Work::Append(_, reply) => drop(reply.send(Err(error.clone()))),
-            Work::Settle(_, reply) | Work::SetAside(_, reply) | Work::Close(reply) => {
+            Work::Settle(_, reply) | Work::Roll(reply) | Work::Close(reply) => {
                 drop(reply.send(Err(error.clone())));
             }
             Work::Retry(_, reply) => drop(reply.send(Err(error.clone()))),
-            Work::Drop(_, reply) | Work::Compact(reply) => drop(reply.send(Err(error.clone()))),
+            Work::Drop(_, reply) => drop(reply.send(Err(error.clone()))),
         }
     }
 }
 
 /// Work in the order in which it came, bounded in bytes.
-pub struct Inbox<W> {
-    state: Mutex<InboxState<W>>,
+#[derive(Default)]
+pub struct Inbox {
+    state: Mutex<InboxState>,
     arrived: Condvar,
     taken: Condvar,
 }
 
-struct InboxState<W> {
-    waiting: VecDeque<(W, usize)>,
+#[derive(Default)]
+struct InboxState {
+    waiting: VecDeque<(Work, usize)>,
     bytes: usize,
     /// Why nothing is taken in any more.
     ended: Option<QueueError>,
 }
 
-impl<W> Default for Inbox<W> {
-    fn default() -> Self {
-        let state = InboxState { waiting: VecDeque::new(), bytes: 0, ended: None };
-        Inbox { state: Mutex::new(state), arrived: Condvar::new(), taken: Condvar::new() }
-    }
-}
-
-impl<W: Request> Inbox<W> {
+impl Inbox {
     /// Hands `work` over; blocks while far too many bytes wait.
-    pub fn send(&self, work: W) {
+    pub fn send(&self, work: Work) {
         let bytes = work.bytes();
         let mut state = self.lock();
         while state.ended.is_none() && state.bytes > 0 && state.bytes + bytes > WAITING_BYTES_MAX {
@@ -178,8 +166,8 @@ impl<W: Request> Inbox<W> {
 
     /// All that has arrived, at least one; nothing when `patience` ran out (without one it waits for ever).
     /// `None` when the end has come.
-    pub fn take(&self, patience: Option<Duration>) -> Option<Vec<W>> {
-        let nothing = |state: &mut InboxState<W>| state.waiting.is_empty() && state.ended.is_none();
+    pub fn take(&self, patience: Option<Duration>) -> Option<Vec<Work>> {
+        let nothing = |state: &mut InboxState| state.waiting.is_empty() && state.ended.is_none();
         let mut state = self.lock();
         match patience {
             None => state = self.arrived.wait_while(state, nothing).unwrap_or_else(PoisonError::into_inner),
@@ -212,7 +200,7 @@ impl<W: Request> Inbox<W> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, InboxState<W>> {
+    fn lock(&self) -> MutexGuard<'_, InboxState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

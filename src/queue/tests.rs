@@ -6,30 +6,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
+use super::segment::snapshots;
 use super::*;
 use crate::event::{
-    DeadContent, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload, SessionState,
+    DeadContent, Event, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
+    SessionState,
 };
 
 mod basics;
 mod damage;
 mod durability;
 mod format;
-mod journal;
 mod kill;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
 mod model;
-mod sealed;
 mod speed;
 
-pub(super) const SEED: &str = "HEADSPACE_TEST_SEED";
+const SEED: &str = "HEADSPACE_TEST_SEED";
 
 /// xorshift64*: enough to vary what happens.
-pub(super) struct Random(pub(super) u64);
+struct Random(u64);
 
 impl Random {
-    pub(super) fn below(&mut self, limit: u64) -> u64 {
+    fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -55,8 +55,8 @@ impl Fixture {
     }
 
     fn open(&self) -> Queue {
-        let (queue, recovery) = Queue::open(&self.config).unwrap();
-        assert_eq!(recovery.repairs, []);
+        let (queue, repairs) = Queue::open(&self.config).unwrap();
+        assert_eq!(repairs, []);
         queue
     }
 
@@ -69,18 +69,22 @@ impl Fixture {
             counted.fetch_add(1, Ordering::SeqCst);
             Ok(())
         };
-        queue.handle.shared.store().unwrap().hooks().before_sync = Some(Arc::new(hook));
+        *queue.handle.shared.log().unwrap().newest.before_sync.lock().unwrap() = Some(Arc::new(hook));
         count
     }
 
-    /// The sled folder of the current generation.
-    fn generation(&self) -> PathBuf {
-        let pointer = std::fs::read_to_string(self.config.path.join("CURRENT")).unwrap();
-        self.config.path.join(pointer.lines().nth(1).unwrap())
+    /// The folder of the newest segment.
+    fn newest(&self) -> PathBuf {
+        segment::folder_of(&self.config.path, *self.segments().last().unwrap())
+    }
+
+    /// The numbers of the segments, oldest first.
+    fn segments(&self) -> Vec<u64> {
+        opening::segments(&self.config.path).unwrap()
     }
 }
 
-pub(super) fn event(number: u64, payload_bytes: usize) -> Event {
+fn event(number: u64, payload_bytes: usize) -> Event {
     let text = "x".repeat(payload_bytes);
     Event::from_checked_parts(EventParts {
         id: EventId::derived(&number.to_be_bytes()),
@@ -92,11 +96,11 @@ pub(super) fn event(number: u64, payload_bytes: usize) -> Event {
     })
 }
 
-pub(super) fn batch(numbers: std::ops::Range<u64>) -> Batch {
+fn batch(numbers: std::ops::Range<u64>) -> Batch {
     Batch { events: numbers.map(|number| event(number, 900)).collect(), ..Batch::default() }
 }
 
-pub(super) fn cursor(offset: u64) -> Cursor {
+fn cursor(offset: u64) -> Cursor {
     Cursor {
         file: FileIdentity { device: 1, inode: 2 },
         offset,
@@ -106,7 +110,7 @@ pub(super) fn cursor(offset: u64) -> Cursor {
     }
 }
 
-pub(super) fn rejection(bytes: &[u8]) -> Rejection {
+fn rejection(bytes: &[u8]) -> Rejection {
     Rejection {
         failure: Failure { kind: FailureKind::Unreadable, message: "no JSON object".into(), sqlstate: None },
         event_type: None,
@@ -115,25 +119,17 @@ pub(super) fn rejection(bytes: &[u8]) -> Rejection {
     }
 }
 
-pub(super) fn refused(message: &str) -> Outcome {
+fn refused(message: &str) -> Outcome {
     let failure = Failure { kind: FailureKind::Refused, message: message.into(), sqlstate: Some("22P05".into()) };
     Outcome::Refused { failure, attempts: 3 }
 }
 
-pub(super) fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
+fn numbers(envelopes: &[Envelope]) -> Vec<u64> {
     envelopes.iter().map(|envelope| envelope.sequence.get()).collect()
 }
 
-pub(super) fn sequence(number: u64) -> Sequence {
+fn sequence(number: u64) -> Sequence {
     Sequence::new(number).unwrap()
-}
-
-/// Seals the current generation, if anything is pending, before the queue does anything else.
-fn seal(queue: &Queue) {
-    queue.handle.shared.store().unwrap().hooks().seal_next = true;
-    queue.settle(vec![]).unwrap();
-    // That was answered in the middle of its round.
-    queue.settle(vec![]).unwrap();
 }
 
 fn everything(queue: &Queue) -> Vec<Envelope> {
@@ -147,12 +143,12 @@ fn everything(queue: &Queue) -> Vec<Envelope> {
     }
 }
 
-pub(super) fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
+fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {
     numbers.into_iter().map(|number| (sequence(number), Outcome::Delivered)).collect()
 }
 
 /// Waits until `condition` holds; panics after 20 s.
-pub(super) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not happen in time");
@@ -166,7 +162,7 @@ pub(crate) fn rounds(few: u32) -> u32 {
 }
 
 /// Of what is random; printed, so that a failure can be repeated.
-pub(super) fn seed() -> u64 {
+fn seed() -> u64 {
     let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
     seed.unwrap_or_else(|| Timestamp::now().as_nanosecond() as u64 | 1)
 }

@@ -1,383 +1,246 @@
 //! The one thread that changes the queue.
 //!
-//! A round: take all that has arrived, stage it as one batch, apply, answer settlements, sync, publish, answer appends.
-//! A batch above [`STAGE_BYTES_MAX`] is applied and synced in parts; its commit (the counters) is in the last one.
+//! A round: take all that has arrived, stage it as one batch, apply, sync, publish, answer. What is settled is only noted: it
+//! goes with the next batch, or is written by itself a little later. A batch above [`STAGE_BYTES_MAX`] is applied and synced in
+//! parts; its commit, the mark `m`, is in the last one.
 
-use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::block::{self, Block, PART_BYTES_MAX};
-use super::codec::{self, CodecError, Content, Counters, Letter};
-use super::database::StoreError;
+use super::codec::{self, CodecError, Content, Letter};
 use super::faults;
-use super::folder::{self, Lock, Mark, corrupt};
-use super::journal;
+use super::files::{Lock, Mark};
+use super::log::Log;
+use super::opening::{Letters, Opened};
+use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, OlderSegment, PART_BYTES_MAX, Piece, Totals};
 use super::reader;
-use super::store::{self, CHUNK_BYTES, Changes, Store};
+use super::rolling::{self, Carrying};
+use super::segment::{Changes, Segment, StoreError};
+use super::shared::Shared;
 use super::submission::{EncodedBatch, EncodedCursor, Reply, Work};
-use super::{Accepted, CURSOR_CHUNKS_MAX, Outcome, QueueError, RetryOutcome, Shared};
+use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
 use crate::event::{DeadContent, Sequence, Timestamp};
 
-/// Bytes of one sled batch. Above it the staged part is applied and synced first.
+/// Bytes of one batch of sled's. Above it the staged part is applied and synced first.
 const STAGE_BYTES_MAX: usize = 512 << 10;
 
-/// How long changes that nobody waits for may stay unsynced. Longer than it takes the next append of a burst to come,
-/// so that they share its sync; short enough that an append after a pause does not have to sync them first.
-const LAZY_SYNC_AFTER: Duration = Duration::from_millis(2);
+/// How long it may take until it is on disk what is settled. Losing it only repeats a delivery.
+const SETTLED_UNWRITTEN_MAX: Duration = Duration::from_millis(20);
 
-/// Size of the files above which a queue that is empty, or nearly, moves on to fresh ones.
-const COMPACT_ABOVE_BYTES: u64 = 48 << 20;
+/// Size of its log above which a segment gets no more events, while some wait, and above which one is left where none do.
+const SEGMENT_BYTES: u64 = 64 << 20;
 
-/// Size of its files above which a generation is sealed while half as much is pending: sled has 2 MB of memory for each
-/// that is open. With less pending, sled finds room in the files it has. While that much is drained it is sealed at once: of
-/// a sealed one no page is written anew for each event that leaves.
-const SEAL_ABOVE_BYTES: u64 = 256 << 20;
-
-/// What a block of the current generation that loses entries takes in memory until its batch is through: its share of a
-/// batch that is to stay below some 64 copies of sled's pages of 64 kB.
-const TOUCHED_BYTES: usize = 16 << 10;
-
-/// Bytes of pending events that are carried over to fresh files. A queue that events keep passing through is never
-/// empty, but soon has less than that.
-pub const CARRIED_BYTES_MAX: u64 = 4 << 20;
-
-/// Pause after a generation that could not be made, and after one that was made while there was work to do.
-const COMPACT_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// Pause after a segment that could not be made.
+const ROLL_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// How long closing waits for readers to let go.
 const READERS_WAIT: Duration = Duration::from_secs(2);
 
+/// Kinds that are carried over to a new segment.
+const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER, piece::LETTER_CONTENT];
+
 pub struct Writer {
     shared: Arc<Shared>,
-    store: Arc<Store>,
+    /// When the queue was opened; microseconds since 1970.
+    opened: u64,
+    log: Log,
     lock: Lock,
     mark: Mark,
-    generation: u64,
     /// As staged: what the commit that comes next will say.
-    counters: Counters,
+    acknowledged: Totals,
+    settled: Totals,
+    /// As it is on disk.
+    settled_synced: u64,
+    /// Since when it is not.
+    unwritten_since: Option<Instant>,
+    letters: Letters,
     stage: Stage,
     /// The newest number given to an event, durable after the next sync.
     newest_event: Option<Sequence>,
-    /// Whether `counters` differ from those last applied.
-    counters_changed: bool,
-    /// Whether events were removed since it was looked up which is the oldest.
-    oldest_unknown: bool,
-    /// Whether events of the current generation were removed in this round.
-    drains_current: bool,
-    /// Events that were to be taken out and were not found: taken out before, as a rule.
-    not_found: Vec<Sequence>,
     /// Pending bytes with which the last refused batch would fit.
     room_wanted: Option<u64>,
-    compact_not_before: Option<Instant>,
-    /// After a generation that could not be made.
-    seal_not_before: Option<Instant>,
-    /// Size of the files when they were fresh; 0 while that is not known.
-    fresh_bytes: u64,
+    /// The next segment, while it is being made.
+    rolling: Option<Rolling>,
+    roll_not_before: Option<Instant>,
 }
 
 #[derive(Default)]
 struct Stage {
     changes: Changes,
     /// New events, until they fill a block.
-    tail: Block,
-    /// Blocks of the store that have lost entries, by their number: what is left of each.
-    touched: BTreeMap<u64, Block>,
-    /// What they take until they are applied.
-    touched_bytes: usize,
-    /// Whether what is staged may be applied in parts: nothing but the batch that is being staged is in it.
-    may_split: bool,
+    tail: BlockBuilder,
+    /// Numbers were given since the last commit.
+    is_begun: bool,
 }
 
 impl Stage {
     fn bytes(&self) -> usize {
-        self.changes.bytes() + self.tail.bytes() + self.touched_bytes
+        self.changes.bytes() + self.tail.bytes()
     }
 
-    fn close_tail(&mut self) {
-        let tail = std::mem::take(&mut self.tail);
-        if let Some(first) = tail.first() {
-            self.changes.insert(&store::block_key(first.get()), &tail.encode());
+    fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.tail.is_empty()
+    }
+
+    fn close_tail(&mut self, opened: u64) {
+        if !self.tail.is_empty() {
+            let (key, value) = self.tail.take(opened);
+            self.changes.insert(key, value);
         }
     }
+}
+
+/// A segment that is being made.
+struct Rolling {
+    segment: Segment,
+    carrying: Carrying,
+}
+
+/// Gives an answer, or the error that came instead. The asker may have gone; then nobody needs it.
+type Answer = Box<dyn FnOnce(Result<(), QueueError>)>;
+
+fn answer<T: 'static>(reply: Reply<T>, answer: Result<T, QueueError>) -> Answer {
+    Box::new(|done| drop(reply.send(done.and(answer))))
 }
 
 /// How answers wait for the end of their round.
 #[derive(Default)]
 struct Round {
-    after_apply: Vec<Reply<()>>,
+    after_settling: Vec<Answer>,
     after_sync: Vec<Answer>,
-    /// Whether somebody waits for the disk.
-    needs_sync: bool,
-    close: Option<Reply<()>>,
-    compact: Vec<Reply<bool>>,
-}
-
-enum Answer {
-    Append(Reply<Accepted>, Result<Accepted, QueueError>),
-    Retry(Reply<RetryOutcome>, Result<RetryOutcome, QueueError>),
-    Drop(Reply<bool>, bool),
-    SetAside(Reply<()>),
-}
-
-impl Answer {
-    /// The asker may have gone; then nobody needs the answer.
-    fn give(self) {
-        match self {
-            Answer::Append(reply, answer) => drop(reply.send(answer)),
-            Answer::Retry(reply, answer) => drop(reply.send(answer)),
-            Answer::Drop(reply, answer) => drop(reply.send(Ok(answer))),
-            Answer::SetAside(reply) => drop(reply.send(Ok(()))),
-        }
-    }
-
-    fn refuse(self, error: &QueueError) {
-        match self {
-            Answer::Append(reply, _) => drop(reply.send(Err(error.clone()))),
-            Answer::Retry(reply, _) => drop(reply.send(Err(error.clone()))),
-            Answer::Drop(reply, _) => drop(reply.send(Err(error.clone()))),
-            Answer::SetAside(reply) => drop(reply.send(Err(error.clone()))),
-        }
-    }
+    after_rolling: Vec<Answer>,
+    close: Option<Answer>,
 }
 
 impl Writer {
-    pub fn new(
-        shared: Arc<Shared>,
-        store: Arc<Store>,
-        lock: Lock,
-        mark: Mark,
-        generation: u64,
-        counters: Counters,
-    ) -> Self {
+    pub fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
+        let Opened { mark, log, acknowledged, settled, letters, .. } = opened;
         Writer {
             shared,
-            store,
+            opened: u64::try_from(Timestamp::now().as_microsecond()).unwrap_or(0),
+            log,
             lock,
             mark,
-            generation,
-            counters,
+            acknowledged,
+            settled,
+            settled_synced: settled.sequence,
+            unwritten_since: None,
+            letters,
             stage: Stage::default(),
             newest_event: None,
-            counters_changed: false,
-            oldest_unknown: false,
-            drains_current: false,
-            not_found: Vec::new(),
             room_wanted: None,
-            compact_not_before: None,
-            seal_not_before: None,
-            fresh_bytes: 0,
+            rolling: None,
+            roll_not_before: None,
         }
     }
 
     /// Works until it is told to close or the storage fails.
     pub fn run(mut self) {
-        // A queue that was left empty, or nearly, and large has its idle moment now.
-        let mut lazy_since = self.is_worth_compacting().then(Instant::now);
         loop {
-            let patience = lazy_since.map(|since| LAZY_SYNC_AFTER.saturating_sub(since.elapsed()));
+            let patience = match self.unwritten_since {
+                _ if self.rolling.is_some() || self.is_worth_rolling() => Some(Duration::ZERO),
+                Some(since) => Some(SETTLED_UNWRITTEN_MAX.saturating_sub(since.elapsed())),
+                None => None,
+            };
             let Some(works) = self.shared.inbox.take(patience) else {
                 // A reader met an error that ended the queue.
                 return self.release();
             };
-            let idle = works.is_empty();
             let mut round = Round::default();
             // A panic must not leave callers waiting for ever: it ends the queue like any storage error.
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(works, idle, &mut round)))
-                .unwrap_or_else(|_| Err(StoreError::Corrupt("writer panicked".into())));
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(works, &mut round)))
+                .unwrap_or_else(|_| Err(self.log.newest.damaged("the writer panicked")));
             if let Err(error) = outcome {
                 let error = self.shared.fail(&error);
-                round.after_sync.into_iter().for_each(|answer| answer.refuse(&error));
-                round.after_apply.into_iter().for_each(|reply| drop(reply.send(Err(error.clone()))));
-                round.compact.into_iter().for_each(|reply| drop(reply.send(Err(error.clone()))));
-                let closing = round.close;
                 self.release();
-                if let Some(reply) = closing {
-                    let _ = reply.send(Err(error));
-                }
+                let Round { after_settling, after_sync, after_rolling, close } = round;
+                let answers = after_settling.into_iter().chain(after_sync).chain(after_rolling).chain(close);
+                answers.for_each(|answer| answer(Err(error.clone())));
                 return;
             }
-            if let Some(reply) = round.close {
+            if let Some(answer) = round.close {
                 self.release();
-                let _ = reply.send(Ok(()));
-                return;
+                return answer(Ok(()));
             }
-            let has_work = self.store.is_unsynced() || self.store.is_journal_half_full();
-            lazy_since = has_work.then(|| lazy_since.unwrap_or_else(Instant::now));
         }
     }
 
-    fn round(&mut self, works: Vec<Work>, idle: bool, round: &mut Round) -> Result<(), StoreError> {
+    fn round(&mut self, works: Vec<Work>, round: &mut Round) -> Result<(), StoreError> {
         for work in works {
             match work {
-                Work::Append(batch, reply) => {
-                    let only_cursors = batch.events.is_empty() && batch.rejections.is_empty();
-                    let answer = self.append(batch);
-                    round.needs_sync |= matches!(answer, Ok(Ok(_))) && !only_cursors;
-                    match answer {
-                        Ok(answer) => round.after_sync.push(Answer::Append(reply, answer)),
-                        Err(error) => {
-                            round.after_sync.push(Answer::Append(reply, Ok(Accepted::default())));
-                            return Err(error);
-                        }
+                Work::Append(batch, reply) => match self.append(batch) {
+                    Ok(accepted) => round.after_sync.push(answer(reply, accepted)),
+                    Err(error) => {
+                        round.after_sync.push(answer(reply, Ok(Accepted::default())));
+                        return Err(error);
                     }
-                }
+                },
                 Work::Settle(outcomes, reply) => {
-                    round.after_apply.push(reply);
+                    let has_letters = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Refused { .. }));
+                    let waiting = if has_letters { &mut round.after_sync } else { &mut round.after_settling };
+                    waiting.push(answer(reply, Ok(())));
                     self.settle(outcomes)?;
                 }
-                Work::SetAside(sequences, reply) => {
-                    round.after_sync.push(Answer::SetAside(reply));
-                    round.needs_sync = true;
-                    self.set_aside(&sequences)?;
-                }
-                Work::Retry(sequence, reply) => {
-                    let answer = self.retry(sequence)?;
-                    round.needs_sync |= matches!(answer, Ok(RetryOutcome::Queued(_)));
-                    round.after_sync.push(Answer::Retry(reply, answer));
-                }
+                Work::Retry(sequence, reply) => round.after_sync.push(answer(reply, self.retry(sequence)?)),
                 Work::Drop(sequence, reply) => {
-                    let answer = self.drop_dead_letter(sequence)?;
-                    round.needs_sync |= answer;
-                    round.after_sync.push(Answer::Drop(reply, answer));
+                    round.after_sync.push(answer(reply, Ok(self.drop_dead_letter(sequence)?)));
                 }
-                Work::Compact(reply) => round.compact.push(reply),
-                Work::Close(reply) => round.close = Some(reply),
+                Work::Roll(reply) => round.after_rolling.push(answer(reply, Ok(()))),
+                Work::Close(reply) => {
+                    round.close = Some(answer(reply, Ok(())));
+                    break;
+                }
             }
-            if round.close.is_some() {
-                break;
-            }
         }
-        faults::reach(if round.needs_sync { "append-before-apply" } else { "settle-before-apply" });
-        self.apply_stage()?;
-        faults::reach(if round.needs_sync { "append-applied" } else { "settle-applied" });
-        self.publish_applied()?;
-        for reply in round.after_apply.drain(..) {
-            let _ = reply.send(Ok(()));
+        self.publish_settled()?;
+        round.after_settling.drain(..).for_each(|answer| answer(Ok(())));
+        let is_due = self.unwritten_since.is_some_and(|since| since.elapsed() >= SETTLED_UNWRITTEN_MAX);
+        let is_asked = round.close.is_some() || !round.after_rolling.is_empty();
+        if self.stage.is_begun || !self.stage.changes.is_empty() || is_due || is_asked {
+            self.commit()?;
         }
-        if round.needs_sync || idle || round.close.is_some() {
-            self.store.sync()?;
-            faults::reach(if round.needs_sync { "append-synced" } else { "settle-synced" });
-            self.publish_synced()?;
+        round.after_sync.drain(..).for_each(|answer| answer(Ok(())));
+        if round.close.is_none() {
+            self.roll(!round.after_rolling.is_empty())?;
         }
-        for answer in round.after_sync.drain(..) {
-            answer.give();
-        }
-        if idle && self.store.is_journal_half_full() {
-            self.store.carry_over()?;
-        }
-        if !round.compact.is_empty() || (round.close.is_none() && self.is_worth_compacting()) {
-            let done = self.compact()?;
-            if !idle {
-                // Whoever waits for an answer is held up meanwhile: not again and again.
-                self.compact_not_before = Some(Instant::now() + COMPACT_AGAIN_AFTER);
-            }
-            for reply in round.compact.drain(..) {
-                let _ = reply.send(Ok(done));
-            }
-        } else if round.close.is_none() && self.is_worth_sealing() {
-            self.seal()?;
-        }
-        self.store.drop_spent()
+        round.after_rolling.drain(..).for_each(|answer| answer(Ok(())));
+        Ok(())
     }
 
-    /// Whether the files are large for what is in them, and fresh ones are soon made.
-    fn is_worth_compacting(&self) -> bool {
-        let live_bytes_max =
-            self.counters.dead_letter_bytes.saturating_add(self.counters.pending_bytes).saturating_mul(4);
-        // Many cursors make fresh files large too: they are not made again and again.
-        let large = faults::compact_above(COMPACT_ABOVE_BYTES)
-            .saturating_add(live_bytes_max)
-            .max(self.fresh_bytes.saturating_mul(2));
-        self.counters.pending_bytes <= CARRIED_BYTES_MAX
-            && self.store.disk_bytes() > large
-            && self.compact_not_before.is_none_or(|then| then <= Instant::now())
-    }
-
-    /// Whether the current generation is large, or a backlog that is being drained, and what is in it too much to be
-    /// carried over.
-    fn is_worth_sealing(&mut self) -> bool {
-        let large = faults::seal_above(SEAL_ABOVE_BYTES);
-        let pending = self.counters.pending_bytes;
-        let drains = std::mem::take(&mut self.drains_current);
-        // The system is asked for the size of the files only where it matters.
-        let is_due = pending > large / 2 && {
-            // What is not of pending events is copied: not again and again.
-            let copied_bytes = self.fresh_bytes.max(self.counters.dead_letter_bytes).saturating_mul(2);
-            let own_bytes = self.store.own_bytes().saturating_sub(copied_bytes);
-            own_bytes > large || (drains && own_bytes > pending)
-        };
-        let may_be = self.seal_not_before.is_none_or(|then| then <= Instant::now());
-        // Where nothing came since the last time there is nothing to seal.
-        ((is_due && may_be) || self.store.hooks().take_seal_next())
-            && self.counters.pending > 0
-            && self.counters.next_sequence > self.store.sealed_end()
-    }
-
-    /// Seals the current generation and moves on to a fresh one. `sealed` says what that means.
-    fn seal(&mut self) -> Result<(), StoreError> {
-        let begun = Instant::now();
-        self.store.carry_over()?;
-        let (sealed, next) = (self.generation, self.generation + 1);
-        match folder::seal_generation(&self.shared.path, &self.store, sealed, next, &self.counters) {
-            Ok(new) => {
-                let old = self.switch(new, next, ["seal-pointer-renamed", "seal-switched"])?;
-                // All that stood in its journal is in sled.
-                let _ = std::fs::remove_file(old.folder().join(journal::FILE));
-                tracing::debug!(generation = sealed, bytes = old.own_bytes(), took = ?begun.elapsed(), "sealed a generation");
-                self.publish_synced()
-            }
-            Err(error) => {
-                self.keep_generation(&error);
-                Ok(())
-            }
+    /// Applies what is staged with the marks that go with it, makes it durable, and tells so.
+    fn commit(&mut self) -> Result<(), StoreError> {
+        self.stage.close_tail(self.opened);
+        if self.stage.is_begun {
+            let value = self.acknowledged.encode(piece::ACKNOWLEDGED, self.opened);
+            self.stage.changes.insert(piece::single_key(piece::ACKNOWLEDGED), value);
+            self.stage.is_begun = false;
         }
-    }
-
-    /// Points to the generation `next`, which is whole, and goes on with it; gives the one before.
-    fn switch(&mut self, new: Store, next: u64, points: [&'static str; 2]) -> Result<Arc<Store>, StoreError> {
-        let [renamed, switched] = points;
-        folder::write_pointer(&self.shared.path, next, !new.sealed().is_empty())?;
-        faults::reach(renamed);
-        let new = Arc::new(new);
-        self.fresh_bytes = new.own_bytes();
-        let old = std::mem::replace(&mut self.store, Arc::clone(&new));
-        *self.shared.store.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
-        faults::reach(switched);
-        self.generation = next;
-        Ok(old)
-    }
-
-    /// Nothing has happened yet: the large files can go on serving, and say so by their size.
-    fn keep_generation(&mut self, error: &StoreError) {
-        tracing::warn!(%error, "could not start a fresh generation of the queue, keeping the old one");
-        folder::remove_generation(&self.shared.path, self.generation + 1);
-        let later = Some(Instant::now() + COMPACT_AGAIN_AFTER);
-        (self.compact_not_before, self.seal_not_before) = (later, later);
-    }
-
-    /// Moves on to a fresh generation if little is pending; says whether it did. `folder` says what is safe when.
-    fn compact(&mut self) -> Result<bool, StoreError> {
-        if self.counters.pending_bytes > CARRIED_BYTES_MAX {
-            return Ok(false);
+        if self.unwritten_since.take().is_some() {
+            self.stage
+                .changes
+                .insert(piece::single_key(piece::SETTLED), self.settled.encode(piece::SETTLED, self.opened));
         }
-        self.store.sync()?;
-        let next = self.generation + 1;
-        match folder::copy_generation(&self.shared.path, &self.store, next, &self.counters) {
-            Ok(new) => {
-                let old = self.switch(new, next, ["compact-pointer-renamed", "compact-switched"])?;
-                old.retire();
-                drop(old);
-                faults::reach("compact-removed");
-                self.publish_synced()?;
-                Ok(true)
-            }
-            Err(error) => {
-                self.keep_generation(&error);
-                Ok(false)
-            }
+        faults::reach("commit-before-apply");
+        self.apply()?;
+        faults::reach("commit-synced");
+        self.settled_synced = self.settled.sequence;
+        self.mark.raise(self.log.newest.highest(self.acknowledged.sequence))?;
+        self.remove_spent();
+        self.publish_committed();
+        Ok(())
+    }
+
+    /// One batch, one sync.
+    fn apply(&mut self) -> Result<(), StoreError> {
+        let changes = std::mem::take(&mut self.stage.changes);
+        if let Some(rolling) = &self.rolling {
+            rolling.segment.apply(changes.of_kinds(CARRIED))?;
         }
+        self.log.newest.apply(changes)?;
+        faults::reach("commit-applied");
+        self.log.newest.sync()
     }
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
@@ -385,229 +248,196 @@ impl Writer {
         if let Err(error) = self.admit(&batch) {
             return Ok(Err(error));
         }
-        self.stage.may_split = self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX;
-        if self.stage.may_split {
-            self.apply_stage()?;
-            self.stage.may_split = true;
+        if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX && !self.stage.is_empty() {
+            // What was staged before is committed by itself; what comes now may take several parts.
+            self.commit()?;
         }
-        let mut next = self.counters;
+        let before = self.acknowledged;
         let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
+        let mut next = before;
         for record in &batch.events {
-            let sequence = take_sequence(&mut next)?;
-            let part = self.put_chunks(sequence, record)?;
-            if !self.stage.tail.has_room(part.len()) {
-                self.stage.close_tail();
+            let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
+            let sequence = next.sequence + 1;
+            for (index, chunk) in (1..).zip(rest.chunks(CONTENT_BYTES_MAX)) {
+                let value = Piece { kind: piece::CHUNK, sequence, index, opened: self.opened, content: chunk }.encode();
+                self.put(piece::indexed_key(piece::CHUNK, sequence, index), value)?;
             }
-            self.stage.tail.add(sequence, part.to_vec());
-            next.add_event(sequence, record.len() as u64);
-            accepted.sequences.push(sequence);
+            let record_bytes = u32::try_from(record.len()).unwrap_or(u32::MAX);
+            self.add_entry(&next, record_bytes, part)?;
+            next = Totals { sequence, events: next.events + 1, bytes: next.bytes + u64::from(record_bytes) };
+            accepted.sequences.extend(Sequence::new(sequence));
         }
         for rejection in &batch.rejections {
-            let sequence = take_sequence(&mut next)?;
-            let part = self.put_chunks(sequence, &rejection.content)?;
-            self.put(&store::content_key(sequence.get()), part)?;
-            self.put(&store::letter_key(sequence.get()), &rejection.letter)?;
-            next.dead_letters += 1;
-            next.dead_letter_bytes += rejection.content.len() as u64;
+            self.add_entry(&next, 0, &[])?;
+            next.sequence += 1;
+            self.put_letter(next.sequence, &rejection.letter, &rejection.content)?;
         }
-        // From here on it is all in one sled batch with the counters: a cursor stands in its old place until the commit.
         for cursor in &batch.cursors {
-            self.stage_cursor(cursor);
+            self.stage_cursor(cursor)?;
         }
-        if next != self.counters {
-            self.commit(next);
-        }
+        self.acknowledged = next;
+        self.stage.is_begun |= next != before;
         if let Some(&last) = accepted.sequences.last() {
             self.newest_event = Some(last);
         }
+        faults::reach("append-staged");
         Ok(Ok(accepted))
     }
 
     /// Whether there is room.
     fn admit(&mut self, batch: &EncodedBatch) -> Result<(), QueueError> {
-        let full = QueueError::Full { pending_bytes: self.counters.pending_bytes, max: self.shared.max_pending_bytes };
-        let fits = batch.events.is_empty()
-            || self.counters.pending == 0
-            || self.counters.pending_bytes + batch.event_bytes <= self.shared.max_pending_bytes;
-        if fits {
+        let (pending, pending_bytes) = self.pending();
+        let max = self.shared.max_pending_bytes;
+        if batch.events.is_empty() || pending == 0 || pending_bytes + batch.event_bytes <= max {
             return Ok(());
         }
-        self.room_wanted = Some(self.shared.max_pending_bytes.saturating_sub(batch.event_bytes));
-        Err(full)
+        self.room_wanted = Some(max.saturating_sub(batch.event_bytes));
+        Err(QueueError::Full { pending_bytes, max })
     }
 
-    fn stage_cursor(&mut self, cursor: &EncodedCursor) {
-        let head_key = store::cursor_key(cursor.id);
+    /// Events that wait, and the bytes of their records.
+    fn pending(&self) -> (u64, u64) {
+        self.acknowledged.since(&self.settled)
+    }
+
+    fn add_entry(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) -> Result<(), StoreError> {
+        if !self.stage.tail.has_room(part.len()) {
+            let (key, value) = self.stage.tail.take(self.opened);
+            self.put(key, value)?;
+        }
+        self.stage.tail.add(totals, record_bytes, part);
+        Ok(())
+    }
+
+    fn put_letter(&mut self, sequence: u64, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
+        for (index, chunk) in (0..).zip(content.chunks(CONTENT_BYTES_MAX)) {
+            let value =
+                Piece { kind: piece::LETTER_CONTENT, sequence, index, opened: self.opened, content: chunk }.encode();
+            self.letters.bytes += value.len() as u64;
+            self.put(piece::indexed_key(piece::LETTER_CONTENT, sequence, index), value)?;
+        }
+        let value = Piece { kind: piece::LETTER, sequence, index: 0, opened: self.opened, content: letter }.encode();
+        self.letters.count += 1;
+        self.put(piece::key(piece::LETTER, sequence), value)
+    }
+
+    /// Stages a value under a number that is not committed yet.
+    fn put(&mut self, key: Vec<u8>, value: Vec<u8>) -> Result<(), StoreError> {
+        if self.stage.bytes() + key.len() + value.len() > STAGE_BYTES_MAX && !self.stage.is_begun {
+            self.apply()?;
+            faults::reach("append-between-parts");
+        }
+        self.stage.changes.insert(key, value);
+        Ok(())
+    }
+
+    fn stage_cursor(&mut self, cursor: &EncodedCursor) -> Result<(), StoreError> {
         let record = cursor.record.as_deref().unwrap_or_default();
-        match record.split_at_checked(CHUNK_BYTES).unwrap_or((record, &[])) {
-            ([], _) => self.stage.changes.remove(&head_key),
-            (head, _) => self.stage.changes.insert(&head_key, head),
+        let mut chunks = 0;
+        for (index, chunk) in (0..).zip(record.chunks(CONTENT_BYTES_MAX)) {
+            let value = Piece { kind: piece::CURSOR, sequence: 0, index, opened: self.opened, content: chunk }.encode();
+            self.stage.changes.insert(piece::cursor_key(cursor.id, index), value);
+            chunks = index + 1;
         }
-        let chunks = record.chunks(CHUNK_BYTES).map(Some).chain(std::iter::repeat(None));
-        for (index, chunk) in (0..).zip(chunks).take(CURSOR_CHUNKS_MAX).skip(1) {
-            let key = store::cursor_chunk_key(&head_key, index);
-            match chunk {
-                Some(chunk) => self.stage.changes.insert(&key, chunk),
-                None => self.stage.changes.remove(&key),
-            }
-        }
+        // What a longer one has left behind.
+        let all = piece::cursor_key(cursor.id, chunks)..=piece::cursor_key(cursor.id, u32::MAX);
+        self.log.newest.each(all, |key, _| {
+            self.stage.changes.remove(key.to_vec());
+            true
+        })
     }
 
+    /// Events leave from the head, in their order: `outcomes` are those of the oldest ones.
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
-        let now = Timestamp::now();
+        let (mut through, mut events) = (self.settled.sequence, 0);
         for (sequence, outcome) in outcomes {
-            let Some(part) = self.take_event(sequence)? else {
-                self.not_found.push(sequence);
+            // Settled before, or never given.
+            if sequence.get() <= through || sequence.get() > self.acknowledged.sequence {
                 continue;
-            };
-            match outcome {
-                Outcome::Delivered => self.remove_chunks(sequence, &part)?,
-                Outcome::Refused { failure, attempts } => {
-                    let letter = Letter { failed_at: now, failure, content: Content::Event, attempts };
-                    self.bury(sequence, &part, &letter)?;
+            }
+            through = sequence.get();
+            events += 1;
+            if let Outcome::Refused { failure, attempts } = outcome {
+                let letter = Letter { failed_at: Timestamp::now(), failure, content: Content::Event, attempts };
+                // In one batch with the mark behind it.
+                if !self.stage.is_empty() {
+                    self.commit()?;
                 }
-            }
-            if self.stage.bytes() > STAGE_BYTES_MAX {
-                self.apply_stage()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Events that a reader could not decode become dead letters, if they really can't be decoded.
-    fn set_aside(&mut self, sequences: &[Sequence]) -> Result<(), StoreError> {
-        let damaged = |error: &CodecError| Letter {
-            failed_at: Timestamp::now(),
-            failure: reader::damage(error),
-            content: Content::Raw,
-            attempts: 0,
-        };
-        folder::mark_reread(&self.shared.path);
-        for &sequence in sequences {
-            self.apply_stage()?;
-            let Some((number, value)) = reader::block(&self.store, sequence)? else { continue };
-            let entries = match block::entries(&value) {
-                Ok(entries) => entries,
-                Err(error) => {
-                    self.bury_block(number, &value, &damaged(&error))?;
-                    continue;
-                }
-            };
-            let Some((_, part)) = entries.into_iter().find(|&(here, _)| here == sequence) else { continue };
-            if let Err(error) = reader::event_record(&self.store, sequence, part)?
-                && let Some(part) = self.take_event(sequence)?
-            {
-                self.bury(sequence, &part, &damaged(&error))?;
+                self.raise_settled(through, events)?;
+                events = 0;
+                self.bury(through, &letter)?;
             }
         }
-        self.apply_stage()
+        self.raise_settled(through, events)
     }
 
-    /// Stages the removal of a pending event and gives what stood in its block; `None` when there is no such event.
-    fn take_event(&mut self, sequence: Sequence) -> Result<Option<Vec<u8>>, StoreError> {
-        let Some(number) = self.touch_block(sequence)? else { return Ok(None) };
-        let Some(part) = self.stage.touched.get_mut(&number).and_then(|block| block.remove(sequence)) else {
-            return Ok(None);
-        };
-        self.oldest_unknown = true;
-        let mut next = self.counters;
-        next.remove_event(sequence, stored_bytes(&part));
-        self.commit(next);
-        Ok(Some(part))
-    }
-
-    /// The number of the staged block with the event `sequence`, which is fetched when it is not staged yet.
-    fn touch_block(&mut self, sequence: Sequence) -> Result<Option<u64>, StoreError> {
-        if let Some((&number, block)) = self.stage.touched.range(..=sequence.get()).next_back()
-            && block.contains(sequence)
-        {
-            return Ok(Some(number));
-        }
-        let Some((number, value)) = reader::block(&self.store, sequence)? else { return Ok(None) };
-        if self.stage.touched.contains_key(&number) {
-            return Ok(None);
-        }
-        // One that can't be read is found by whoever reads it, and set aside then.
-        let Some(block) = Block::decode(&value).ok().filter(|block| block.contains(sequence)) else { return Ok(None) };
-        self.stage.touched.insert(number, block);
-        let is_sealed = number < self.store.sealed_end();
-        self.stage.touched_bytes += if is_sealed { CHUNK_BYTES } else { TOUCHED_BYTES };
-        self.drains_current |= !is_sealed;
-        Ok(Some(number))
-    }
-
-    /// Turns an event that was taken into a dead letter; its further chunks stay where they are.
-    fn bury(&mut self, sequence: Sequence, part: &[u8], letter: &Letter) -> Result<(), StoreError> {
-        let letter = codec::encode_letter(letter).map_err(corrupt)?;
-        self.stage.changes.insert(&store::letter_key(sequence.get()), &letter);
-        self.stage.changes.insert(&store::content_key(sequence.get()), part);
-        let mut next = self.counters;
-        next.dead_letters += 1;
-        next.dead_letter_bytes += stored_bytes(part);
-        self.commit(next);
-        Ok(())
-    }
-
-    /// Turns a block that can't be read into a dead letter of its own number: the numbers of its events are not known.
-    fn bury_block(&mut self, number: u64, value: &[u8], letter: &Letter) -> Result<(), StoreError> {
-        let mut next = self.counters;
-        let sequence = take_sequence(&mut next)?;
-        self.commit(next);
-        self.stage.changes.remove(&store::block_key(number));
-        self.bury(sequence, value, letter)?;
-        self.apply_stage()?;
-        // How many events it held is not known either: all others are counted.
-        let reader::Counted { counters: counted, .. } = reader::recount(&self.store, 1)?;
-        self.commit(Counters {
-            pending: counted.pending,
-            pending_bytes: counted.pending_bytes,
-            pending_checksum: counted.pending_checksum,
-            ..self.counters
-        });
-        self.oldest_unknown = true;
-        Ok(())
-    }
-
-    fn remove_chunks(&mut self, sequence: Sequence, head: &[u8]) -> Result<(), StoreError> {
-        if codec::record_bytes(head) == Ok(head.len()) {
+    fn raise_settled(&mut self, through: u64, events: u64) -> Result<(), StoreError> {
+        if events == 0 {
             return Ok(());
         }
-        // Asks what is there: the length in a damaged head says nothing.
-        let number = sequence.get();
-        for pair in self.store.range(store::sequence_range(b'x', number, number))? {
-            let (key, _) = pair?;
-            self.stage.changes.remove(&key);
+        let totals = self.log.totals_through(through)?;
+        // Lost ones among them count in the totals, too.
+        if totals.events != self.settled.events + events && self.count(through)? != events {
+            return Err(StoreError::Io(format!(
+                "{events} events up to {through} were to be settled, and they are not the oldest ones"
+            )));
         }
+        self.settled = totals;
+        self.unwritten_since.get_or_insert_with(Instant::now);
         Ok(())
+    }
+
+    /// Events that wait up to a number.
+    fn count(&self, through: u64) -> Result<u64, StoreError> {
+        let (first, mut events) = (self.settled.sequence + 1, 0);
+        self.log.each_block(first, through, |_, block| {
+            let waiting = block.entries.iter().filter(|entry| (first..=through).contains(&entry.sequence));
+            events += waiting.filter(|entry| entry.record_bytes > 0).count() as u64;
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(events)
+    }
+
+    /// Stages an event, which has just been settled, as a dead letter.
+    fn bury(&mut self, sequence: u64, letter: &Letter) -> Result<(), StoreError> {
+        let mut record = Vec::new();
+        self.log.each_block(sequence, sequence, |source, block| {
+            let entry = block.entries.iter().find(|entry| entry.sequence == sequence);
+            if let Some(entry) = entry {
+                record = source.record(entry)?;
+            }
+            Ok(ControlFlow::Break(()))
+        })?;
+        let letter = codec::encode_letter(letter).map_err(|error| self.unencodable(&error))?;
+        self.put_letter(sequence, &letter, &record)
+    }
+
+    fn unencodable(&self, error: &CodecError) -> StoreError {
+        self.log.newest.damaged(error.to_string())
     }
 
     fn retry(&mut self, old: Sequence) -> Result<Result<RetryOutcome, QueueError>, StoreError> {
-        self.apply_stage()?;
-        let Some(letter) = reader::dead_letter(&self.store, old)? else { return Ok(Ok(RetryOutcome::NotFound)) };
+        self.commit()?;
+        let Some(letter) = reader::dead_letter(&self.log.newest, old)? else { return Ok(Ok(RetryOutcome::NotFound)) };
         let DeadContent::Event { event, captured_at, attempts } = letter.content else {
             return Ok(Ok(RetryOutcome::NotAnEvent));
         };
-        let record = codec::encode_event(&event, captured_at, attempts).map_err(corrupt)?;
-        let batch = EncodedBatch {
-            event_bytes: record.len() as u64,
-            events: vec![record],
-            rejections: Vec::new(),
-            cursors: Vec::new(),
-        };
+        let record = codec::encode_event(&event, captured_at, attempts).map_err(|error| self.unencodable(&error))?;
+        let event_bytes = record.len() as u64;
+        let batch = EncodedBatch { event_bytes, events: vec![record], rejections: Vec::new(), cursors: Vec::new() };
         let accepted = match self.append(batch)? {
             Ok(accepted) => accepted,
             Err(error) => return Ok(Err(error)),
         };
-        faults::reach("retry-appended");
-        // Nothing was applied since the event was staged whole, or only parts below the commit: one sled batch has both.
+        // In the batch that commits the event.
         self.unbury(old)?;
         faults::reach("retry-staged");
         Ok(Ok(accepted.sequences.first().map_or(RetryOutcome::NotFound, |&new| RetryOutcome::Queued(new))))
     }
 
     fn drop_dead_letter(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
-        self.apply_stage()?;
-        if self.store.get(&store::letter_key(sequence.get()))?.is_none() {
+        self.commit()?;
+        if self.log.newest.get(&piece::key(piece::LETTER, sequence.get()))?.is_none() {
             return Ok(false);
         }
         self.unbury(sequence)?;
@@ -616,98 +446,136 @@ impl Writer {
 
     /// Stages the removal of a dead letter with all that belongs to it.
     fn unbury(&mut self, sequence: Sequence) -> Result<(), StoreError> {
-        let content = store::content_key(sequence.get());
-        let mut next = self.counters;
-        if let Some(head) = self.store.get(&content)? {
-            self.remove_chunks(sequence, &head)?;
-            next.dead_letter_bytes = next.dead_letter_bytes.saturating_sub(stored_bytes(&head));
-        }
-        self.stage.changes.remove(&store::letter_key(sequence.get()));
-        self.stage.changes.remove(&content);
-        next.dead_letters = next.dead_letters.saturating_sub(1);
-        self.commit(next);
+        let number = sequence.get();
+        self.stage.changes.remove(piece::key(piece::LETTER, number));
+        let mut bytes = 0;
+        self.log.newest.each(piece::keys(piece::LETTER_CONTENT, number..=number), |key, value| {
+            self.stage.changes.remove(key.to_vec());
+            bytes += value.len() as u64;
+            true
+        })?;
+        self.letters.count = self.letters.count.saturating_sub(1);
+        self.letters.bytes = self.letters.bytes.saturating_sub(bytes);
         Ok(())
     }
 
-    /// Stages what of a record does not fit into a block, and gives what does.
-    fn put_chunks<'a>(&mut self, sequence: Sequence, record: &'a [u8]) -> Result<&'a [u8], StoreError> {
-        let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
-        for (index, chunk) in (1..).zip(rest.chunks(CHUNK_BYTES)) {
-            self.put(&store::chunk_key(sequence.get(), index), chunk)?;
-        }
-        Ok(part)
+    fn is_worth_rolling(&self) -> bool {
+        let is_large = self.log.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES);
+        is_large && self.roll_not_before.is_none_or(|then| then <= Instant::now())
     }
 
-    /// Stages a value at a number that is not committed yet.
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        if self.stage.may_split && self.stage.bytes() + key.len() + value.len() > STAGE_BYTES_MAX {
-            self.apply_stage()?;
-            self.stage.may_split = true;
-            faults::reach("append-between-parts");
+    /// Makes the next segment, a slice at a time, where the newest is large; all at once where it `is_asked`.
+    fn roll(&mut self, is_asked: bool) -> Result<(), StoreError> {
+        if self.rolling.is_none() {
+            if !is_asked && !self.is_worth_rolling() {
+                return Ok(());
+            }
+            match rolling::begin_segment(&self.shared.path, self.log.newest.number + 1) {
+                Ok(segment) => {
+                    #[cfg(test)]
+                    segment.before_sync.lock().unwrap().clone_from(&self.log.newest.before_sync.lock().unwrap());
+                    self.rolling = Some(Rolling { segment, carrying: Carrying::of(CARRIED) });
+                }
+                Err(error) => {
+                    self.keep_segment(&error);
+                    return Ok(());
+                }
+            }
+            faults::reach("segment-begun");
         }
-        self.stage.changes.insert(key, value);
-        Ok(())
-    }
-
-    fn commit(&mut self, counters: Counters) {
-        self.counters = counters;
-        self.counters_changed = true;
-    }
-
-    /// Applies what is staged, together with the counters as they are committed by now.
-    fn apply_stage(&mut self) -> Result<(), StoreError> {
-        if self.counters_changed {
-            let record = codec::encode_counters(&self.counters).map_err(corrupt)?;
-            self.stage.changes.insert(&store::counters_key(), &record);
-            self.counters_changed = false;
-        }
-        self.stage.close_tail();
-        let mut stage = std::mem::take(&mut self.stage);
-        for (number, block) in &stage.touched {
-            match block.is_empty() {
-                true => stage.changes.remove(&store::block_key(*number)),
-                false => stage.changes.insert(&store::block_key(*number), &block.encode()),
+        loop {
+            let Some(Rolling { segment, carrying }) = &mut self.rolling else { return Ok(()) };
+            match carrying.next(&self.log.newest, segment) {
+                Ok(false) => break,
+                Ok(true) if is_asked => {}
+                Ok(true) => return Ok(()),
+                Err(error) => {
+                    self.keep_segment(&error);
+                    return Ok(());
+                }
             }
         }
-        self.store.apply(stage.changes)
+        self.commit()?;
+        let Some(Rolling { segment, .. }) = self.rolling.take() else { return Ok(()) };
+        let mut older = self.log.older.clone();
+        let all = piece::keys(piece::BLOCK, 1..=piece::NUMBER_MAX);
+        let first = self.log.newest.edge(all, false)?.and_then(|(key, _)| piece::key_sequence(&key));
+        let last = self.acknowledged.sequence;
+        if let Some(first) = first.filter(|_| last > self.settled.sequence) {
+            let (number, log_bytes) = (self.log.newest.number, self.log.newest.bytes());
+            older.push(OlderSegment { number, first, last, log_bytes });
+        }
+        if let Err(error) = rolling::finish_segment(&segment, &older, &self.acknowledged, &self.settled) {
+            self.keep_segment(&error);
+            return Ok(());
+        }
+        tracing::debug!(segment = segment.number, older = older.len(), "began a segment of the queue");
+        let log = self.log.with_newest(Arc::new(segment), older);
+        let old = std::mem::replace(&mut self.log, log).newest;
+        self.publish_log();
+        faults::reach("segment-switched");
+        if self.log.older.iter().all(|one| one.number != old.number) {
+            rolling::remove_segment(&self.shared.path, old.number);
+        }
+        self.mark.raise(self.log.newest.highest(self.acknowledged.sequence))?;
+        self.publish_committed();
+        Ok(())
     }
 
-    /// Tells what readers may see by now, synced or not: fewer events, more room.
-    fn publish_applied(&mut self) -> Result<(), StoreError> {
-        let (first, oldest_known) = {
+    /// Nothing has happened yet: the large segment can go on serving, and says so by its size.
+    fn keep_segment(&mut self, error: &StoreError) {
+        tracing::warn!(%error, "could not begin a segment of the queue, going on with the large one");
+        self.rolling = None;
+        rolling::remove_segment(&self.shared.path, self.log.newest.number + 1);
+        self.roll_not_before = Some(Instant::now() + ROLL_AGAIN_AFTER);
+    }
+
+    /// Lets go of the segments in which everything is settled, once that is on disk.
+    fn remove_spent(&mut self) {
+        let is_spent = |one: &OlderSegment| one.last <= self.settled_synced;
+        let spent: Vec<u64> = self.log.older.iter().filter(|one| is_spent(one)).map(|one| one.number).collect();
+        if spent.is_empty() {
+            return;
+        }
+        self.log = self.log.without_settled(self.settled_synced);
+        self.publish_log();
+        for number in spent {
+            faults::reach("segment-spent");
+            // Who still reads in it has its files open.
+            rolling::remove_segment(&self.shared.path, number);
+        }
+    }
+
+    fn publish_log(&self) {
+        let log = Arc::new(self.log.clone());
+        *self.shared.log.write().unwrap_or_else(PoisonError::into_inner) = Some(log);
+    }
+
+    /// Tells what is settled: fewer events, more room.
+    fn publish_settled(&mut self) -> Result<(), StoreError> {
+        let (durable, known, first) = {
             let state = self.shared.state();
-            (state.first_pending, state.stats.oldest)
+            (state.durable, state.stats.oldest, self.settled.sequence + 1)
         };
-        let last = self.counters.next_sequence - 1;
-        let oldest = match oldest_known {
-            _ if self.counters.pending == 0 => None,
-            Some(known) if !self.oldest_unknown && self.not_found.is_empty() => Some(known),
-            _ => reader::oldest(&self.store, first, last)?,
+        let oldest = match known {
+            Some((sequence, _)) if sequence.get() >= first => known,
+            _ if first > durable => None,
+            _ => reader::oldest(&self.log, first, durable)?,
         };
-        self.oldest_unknown = false;
-        // One that is read and not found would be delivered and stay for ever.
-        if oldest.is_some_and(|(oldest, _)| self.not_found.contains(&oldest)) {
-            return Err(StoreError::Corrupt("an event that is there can't be taken out".into()));
+        if oldest.is_none() && self.acknowledged.sequence == durable && self.settled != self.acknowledged {
+            // Nothing but rejections and lost ones is behind it.
+            self.settled = self.acknowledged;
+            self.unwritten_since.get_or_insert_with(Instant::now);
         }
-        self.not_found.clear();
-        // Here it costs nothing to ask whether all that was taken in has come out: the numbers of a queue that was drained
-        // are those of an empty one, else an event vanished, or a delivered one came back. Opening counts, and puts it right.
-        if self.counters.pending == 0 && self.counters.pending_checksum.is_some_and(|sum| sum != 0)
-            || self.counters.pending > 0 && oldest.is_none()
-        {
-            return Err(StoreError::Corrupt(folder::EVENTS_MISSING.into()));
-        }
+        let (pending, pending_bytes) = self.pending();
         let mut state = self.shared.state();
         state.stats.oldest = oldest;
-        state.first_pending = oldest.map_or(self.counters.next_sequence, |(sequence, _)| sequence.get());
-        state.stats.pending = self.counters.pending;
-        state.stats.pending_bytes = self.counters.pending_bytes;
-        state.stats.dead_letters = self.counters.dead_letters;
-        state.stats.last_sequence = Sequence::new(last);
-        state.dead_letter_bytes = self.counters.dead_letter_bytes;
-        let full = self.counters.pending > 0
-            && (self.counters.pending_bytes >= self.shared.max_pending_bytes
-                || self.room_wanted.is_some_and(|wanted| self.counters.pending_bytes > wanted));
+        state.settled = self.settled.sequence;
+        state.stats.pending = pending;
+        state.stats.pending_bytes = pending_bytes;
+        let full = pending > 0
+            && (pending_bytes >= self.shared.max_pending_bytes
+                || self.room_wanted.is_some_and(|wanted| pending_bytes > wanted));
         let room_appeared = state.stats.full && !full;
         state.stats.full = full;
         drop(state);
@@ -719,44 +587,50 @@ impl Writer {
     }
 
     /// Tells what is durable by now.
-    fn publish_synced(&mut self) -> Result<(), StoreError> {
-        self.mark.raise(self.counters.next_sequence - 1)?;
-        let disk_bytes = self.store.disk_bytes();
+    fn publish_committed(&mut self) {
+        let (pending, pending_bytes) = self.pending();
+        let disk_bytes = self.log.bytes();
         let mut state = self.shared.state();
-        state.durable = self.counters.next_sequence - 1;
+        state.durable = self.acknowledged.sequence;
+        state.stats.last_sequence = Sequence::new(self.acknowledged.sequence);
+        state.stats.pending = pending;
+        state.stats.pending_bytes = pending_bytes;
+        state.stats.dead_letters = self.letters.count;
         state.stats.disk_bytes = disk_bytes;
+        state.letters = self.letters;
+        if state.stats.oldest.is_none()
+            && pending > 0
+            && let Ok(oldest) = reader::oldest(&self.log, self.settled.sequence + 1, self.acknowledged.sequence)
+        {
+            state.stats.oldest = oldest;
+        }
+        state.stats.full |= pending > 0 && pending_bytes >= self.shared.max_pending_bytes;
         drop(state);
         if let Some(newest) = self.newest_event.take() {
             self.shared.newest.send_replace(Some(newest));
         }
-        Ok(())
     }
 
     /// Lets go of files and lock, and refuses whatever still comes.
     fn release(self) {
-        let Writer { shared, store, lock, .. } = self;
+        let Writer { shared, log, lock, rolling, .. } = self;
         shared.inbox.end(QueueError::Closed);
         shared.state().closed = true;
         shared.room.notify_all();
-        drop(shared.store.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(shared.log.write().unwrap_or_else(PoisonError::into_inner).take());
+        // One that is half made is a left-over.
+        if let Some(Rolling { segment, .. }) = rolling {
+            let number = segment.number;
+            drop(segment);
+            rolling::remove_segment(&shared.path, number);
+        }
         // The lock goes last: who opens next must not find sled's own lock held by a reader of ours.
-        let readers = Arc::downgrade(&store);
-        drop(store);
+        let readers = Arc::downgrade(&log.newest);
+        drop(log);
         let deadline = Instant::now() + READERS_WAIT;
         while readers.strong_count() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(lock);
     }
-}
-
-fn take_sequence(counters: &mut Counters) -> Result<Sequence, StoreError> {
-    let sequence = Sequence::new(counters.next_sequence);
-    counters.next_sequence += 1;
-    sequence.ok_or_else(|| StoreError::Corrupt("sequence 0 was to be given".into()))
-}
-
-/// What a record adds to the counters, from its first part.
-fn stored_bytes(part: &[u8]) -> u64 {
-    codec::record_bytes(part).unwrap_or(part.len()) as u64
 }

@@ -133,3 +133,45 @@ fn no_module_is_named_after_nothing() {
         }
     }
 }
+
+/// The files of a folder that a file of it names by `super::` or by the folder's own path.
+fn siblings(folder: &str, text: &str, names: &[String]) -> Vec<String> {
+    let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let named = |name: &String| {
+        let after = |path: &str| {
+            code.match_indices(path).any(|(at, _)| {
+                let rest = &code[at + path.len()..];
+                let list = rest.strip_prefix('{').and_then(|list| list.split('}').next());
+                let words: Vec<&str> = list.map_or_else(|| vec![rest], |list| list.split(',').collect());
+                words.iter().any(|word| {
+                    let word = word.trim_start();
+                    word.starts_with(name.as_str())
+                        && !word[name.len()..].starts_with(|next: char| next.is_alphanumeric() || next == '_')
+                })
+            })
+        };
+        after("super::") || after(&format!("crate::{folder}::"))
+    };
+    names.iter().filter(|name| named(name)).cloned().collect()
+}
+
+#[test]
+fn the_files_of_the_queue_do_not_import_one_another_in_a_circle() {
+    let files: Vec<(String, String)> = sources()
+        .into_iter()
+        .filter_map(|(file, text)| Some((file.strip_prefix("queue/")?.strip_suffix(".rs")?.to_owned(), text)))
+        .filter(|(name, _)| name != "mod")
+        .collect();
+    let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
+    assert!(names.len() > 10, "{names:?}");
+    let mut left: Vec<(String, Vec<String>)> =
+        files.iter().map(|(name, text)| (name.clone(), siblings("queue", text, &names))).collect();
+    assert!(left.iter().any(|(name, uses)| name == "writer" && uses.contains(&"segment".to_owned())), "{left:?}");
+    // Who uses none of those that are left goes, until nobody is left.
+    while !left.is_empty() {
+        let before = left.len();
+        let waiting: Vec<String> = left.iter().map(|(name, _)| name.clone()).collect();
+        left.retain(|(name, uses)| uses.iter().any(|used| used != name && waiting.contains(used)));
+        assert!(left.len() < before, "these import one another in a circle, or are imported by such: {left:?}");
+    }
+}

@@ -68,7 +68,7 @@ fn status_tells_health_and_its_exit_code() {
             assert!(json[section].get(*field).is_some(), "{section}.{field}: {json}");
         }
     };
-    has("queue", &["pending", "pending_bytes", "oldest_age_seconds", "dead_letters", "disk_bytes", "full"]);
+    has("queue", &["pending", "pending_bytes", "oldest_age_seconds", "dead_letters", "missing", "disk_bytes", "full"]);
     has("database", &["state", "since", "last_error"]);
     has("writes", &["succeeded", "failed", "duplicates", "last_write_timestamp"]);
     has("watcher", &["files", "sessions", "lines", "bad_lines", "last_rescan"]);

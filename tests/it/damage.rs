@@ -7,24 +7,21 @@ use std::path::{Path, PathBuf};
 use crate::stage::{AWAY, Dice, SOON, Stage, rounds, wait_until};
 
 /// What is done to the files of a queue that nobody holds.
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "bytes of db overwritten",
     "conf gone",
     "conf unreadable",
     "snapshots torn",
     "db cut short",
+    "db cut by its last bytes",
     "db all zeros",
     "a foreign file",
-    "CURRENT gone",
+    "the segment gone",
 ];
 
 fn damage(kind: &str, queue: &Path, dice: &mut Dice) {
-    let generation = fs::read_dir(queue)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.is_dir() && path.file_name().unwrap().to_str().unwrap().starts_with("sled-"))
-        .unwrap();
-    let db = generation.join("db");
+    let segment = queue.join("segment-1");
+    let db = segment.join("db");
     match kind {
         "bytes of db overwritten" => {
             let mut bytes = fs::read(&db).unwrap();
@@ -35,37 +32,42 @@ fn damage(kind: &str, queue: &Path, dice: &mut Dice) {
             }
             fs::write(&db, bytes).unwrap();
         }
-        "conf gone" => fs::remove_file(generation.join("conf")).unwrap(),
-        "conf unreadable" => fs::write(generation.join("conf"), "segment_size: banana\n").unwrap(),
+        "conf gone" => fs::remove_file(segment.join("conf")).unwrap(),
+        "conf unreadable" => fs::write(segment.join("conf"), "segment_size: banana\n").unwrap(),
         "snapshots torn" => {
-            for path in fs::read_dir(&generation).unwrap().map(|entry| entry.unwrap().path()) {
+            for path in fs::read_dir(&segment).unwrap().map(|entry| entry.unwrap().path()) {
                 if path.file_name().unwrap().to_str().unwrap().starts_with("snap.") {
                     let bytes = fs::read(&path).unwrap();
                     fs::write(&path, &bytes[..dice.below(bytes.len() as u64) as usize]).unwrap();
                 }
             }
-            fs::write(generation.join("snap.00000000000FFFFF"), "torn").unwrap();
+            fs::write(segment.join("snap.00000000000FFFFF"), "torn").unwrap();
         }
         "db cut short" => {
             let file = fs::OpenOptions::new().write(true).open(&db).unwrap();
             file.set_len(dice.below(file.metadata().unwrap().len())).unwrap();
         }
+        "db cut by its last bytes" => {
+            let file = fs::OpenOptions::new().write(true).open(&db).unwrap();
+            let bytes = file.metadata().unwrap().len();
+            file.set_len(bytes - bytes / 300).unwrap();
+        }
         "db all zeros" => fs::write(&db, vec![0; fs::metadata(&db).unwrap().len() as usize]).unwrap(),
         "a foreign file" => {
             fs::write(queue.join("notes.txt"), "not ours").unwrap();
-            fs::create_dir(queue.join("sled-x")).unwrap();
-            fs::write(generation.join("notes.txt"), "not ours").unwrap();
-            fs::write(generation.join("snap.notes"), "not ours").unwrap();
+            fs::create_dir(queue.join("segment-x")).unwrap();
+            fs::write(segment.join("notes.txt"), "not ours").unwrap();
+            fs::write(segment.join("snap.notes"), "not ours").unwrap();
         }
-        "CURRENT gone" => fs::remove_file(queue.join("CURRENT")).unwrap(),
+        "the segment gone" => fs::remove_dir_all(&segment).unwrap(),
         other => panic!("{other}"),
     }
 }
 
-/// Folders beside the queue that hold what could not be opened.
+/// Folders in the queue that hold what could not be trusted.
 fn set_aside(queue: &Path) -> Vec<PathBuf> {
-    let beside = fs::read_dir(queue.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
-    beside.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("queue.damaged-")).collect()
+    let entries = fs::read_dir(queue).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("damaged-")).collect()
 }
 
 #[test]
@@ -112,7 +114,7 @@ fn whatever_is_damaged_it_starts_and_postgres_ends_with_each_turn_once() {
         // Nothing that was set aside goes unsaid.
         let aside = set_aside(&queue);
         for folder in &aside {
-            assert!(folder.join("lock").exists(), "{kind}: it is kept as it was: {}", folder.display());
+            assert!(folder.join("db").exists(), "{kind}: it is kept as it was: {}", folder.display());
             let name = folder.file_name().unwrap().to_str().unwrap();
             let errors = said.iter().flat_map(|log| log.lines()).filter(|line| line.contains("\"ERROR\""));
             assert!(errors.filter(|line| line.contains(name)).count() >= 1, "{kind}: {said:?}");
@@ -143,9 +145,32 @@ fn what_came_from_elsewhere_than_transcripts_is_salvaged_too() {
     damage("conf unreadable", &queue, &mut Dice::new("salvage"));
     stage.environment.remove("HEADSPACE_DATABASE__URL");
     let watcher = stage.start();
-    assert_eq!(watcher.logged("salvaged 300 events").len(), 1, "{}", watcher.log());
+    assert_eq!(watcher.logged("found 300 events in it, 0 are missing").len(), 1, "{}", watcher.log());
     wait_until("all is delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
     let stored = "SELECT string_agg(payload->>'session_uuid', ' ' ORDER BY id) FROM events";
     let expected: Vec<String> = (0..300).map(|number| number.to_string()).collect();
     assert_eq!(stage.database().value(stored), expected.join(" "));
+}
+
+#[test]
+fn how_many_events_are_missing_is_said_at_error_in_health_and_in_a_dead_letter() {
+    let mut stage = Stage::new();
+    stage.environment.insert("HEADSPACE_DATABASE__URL".to_owned(), AWAY.to_owned());
+    let watcher = stage.start();
+    let event = r#"{"event_type":"session_ended","payload":{"session_uuid":"s","reason":"closed"}}"#;
+    for _ in 0..50 {
+        assert_eq!(watcher.ask("POST", "/events", &[], event).code, 202);
+    }
+    watcher.kill();
+    let db = stage.folder().join("data/queue/segment-1/db");
+    fs::write(&db, vec![0; fs::metadata(&db).unwrap().len() as usize]).unwrap();
+    let watcher = stage.start();
+    let said = watcher.logged("50 are missing");
+    assert_eq!((said.len(), said[0]["level"].as_str()), (1, Some("ERROR")), "{}", watcher.log());
+    let health = watcher.health();
+    assert_eq!((&health["queue"]["missing"], &health["status"]), (&50.into(), &"warn".into()), "{health}");
+    assert!(health["reasons"].to_string().contains("50 events are missing"), "{health}");
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    assert_eq!(letters.len(), 1, "{letters:?}");
+    assert!(letters[0]["message"].to_string().contains("50 are missing"), "{letters:?}");
 }

@@ -195,7 +195,7 @@ fn a_long_stream_that_was_accepted_survives_kill_9_and_one_that_was_not_leaves_n
     let count = 6000;
     // Dies once a part of the stream is in the queue, and again after the next part.
     for nth in [2, 5] {
-        stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), format!("append-synced:{nth}"));
+        stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), format!("commit-synced:{nth}"));
         let mut watcher = stage.start();
         if nth == 2 {
             let answer = watcher.ask("POST", "/events", &[], &stream(count));
@@ -395,7 +395,7 @@ fn whatever_an_event_says_about_itself_is_in_its_row_by_every_way_in() {
 
 #[test]
 fn no_answer_says_accepted_before_the_event_is_durable() {
-    for point in ["append-before-apply:1", "append-applied:1"] {
+    for point in ["commit-before-apply:1", "commit-applied:1"] {
         let mut stage = Stage::with(None);
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
         let mut watcher = stage.start();

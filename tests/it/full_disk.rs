@@ -12,20 +12,20 @@ use tempfile::TempDir;
 use crate::stage::{AWAY, SOON, Stage, Transcript, Watcher, is_root, wait_until};
 
 /// A small file system in memory.
-struct SmallDisk {
+pub struct SmallDisk {
     folder: TempDir,
 }
 
 impl SmallDisk {
     /// `None` where this process may not mount.
-    fn new(megabytes: u32) -> Option<SmallDisk> {
+    pub fn new(megabytes: u32) -> Option<SmallDisk> {
         let disk = SmallDisk { folder: tempfile::Builder::new().prefix("hw-small").tempdir().unwrap() };
         let options = format!("size={megabytes}m");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(disk.path()).output();
         mounted.is_ok_and(|output| output.status.success()).then_some(disk)
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.folder.path()
     }
 

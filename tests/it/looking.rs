@@ -64,8 +64,8 @@ fn left_in_temporary_folder(stage: &Stage) -> Vec<PathBuf> {
     std::fs::read_dir(stage.folder().join("tmp")).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
-fn generation(stage: &Stage) -> PathBuf {
-    stage.folder().join("data/queue/sled-1")
+fn segment(stage: &Stage) -> PathBuf {
+    stage.folder().join("data/queue/segment-1")
 }
 
 fn overwrite(file: &Path, offset: u64, length: usize) {
@@ -74,7 +74,7 @@ fn overwrite(file: &Path, offset: u64, length: usize) {
 }
 
 fn snapshot(stage: &Stage) -> PathBuf {
-    let mut files = std::fs::read_dir(generation(stage)).unwrap().map(|entry| entry.unwrap().path());
+    let mut files = std::fs::read_dir(segment(stage)).unwrap().map(|entry| entry.unwrap().path());
     files.find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("snap.")).expect("sled has left one")
 }
 
@@ -89,7 +89,7 @@ fn reopened() -> Stage {
 #[test]
 fn looking_changes_no_name_no_size_no_time_and_no_byte_whatever_the_queue_is_like() {
     type State = (&'static str, Option<usize>, fn() -> Stage);
-    let states: [State; 12] = [
+    let states: [State; 11] = [
         ("stopped", Some(41), || filled(false)),
         ("killed", Some(41), || filled(true)),
         ("opened twice", Some(41), reopened),
@@ -98,14 +98,14 @@ fn looking_changes_no_name_no_size_no_time_and_no_byte_whatever_the_queue_is_lik
             std::fs::remove_file(stage.folder().join("data/queue/lock")).unwrap();
             stage
         }),
-        ("without its pointer", Some(41), || {
+        ("without its marks", Some(41), || {
             let stage = filled(false);
-            std::fs::remove_file(stage.folder().join("data/queue/CURRENT")).unwrap();
+            std::fs::remove_file(stage.folder().join("data/queue/HIGHEST")).unwrap();
             stage
         }),
         ("with an unfinished snapshot", Some(41), || {
             let stage = reopened();
-            std::fs::write(generation(&stage).join("snap.00000000000FFFFF.generating"), "half").unwrap();
+            std::fs::write(segment(&stage).join("snap.00000000000FFFFF.generating"), "half").unwrap();
             stage
         }),
         ("with a damaged snapshot", Some(41), || {
@@ -115,31 +115,24 @@ fn looking_changes_no_name_no_size_no_time_and_no_byte_whatever_the_queue_is_lik
         }),
         ("with a damaged log", None, || {
             let stage = reopened();
-            overwrite(&generation(&stage).join("db"), 0, 300_000);
-            overwrite(&generation(&stage).join("conf"), 0, 8);
+            overwrite(&segment(&stage).join("db"), 0, 300_000);
+            overwrite(&segment(&stage).join("conf"), 0, 8);
             stage
         }),
         ("with a log cut short", None, || {
             let stage = filled(true);
-            let db = std::fs::OpenOptions::new().write(true).open(generation(&stage).join("db")).unwrap();
+            let db = std::fs::OpenOptions::new().write(true).open(segment(&stage).join("db")).unwrap();
             db.set_len(db.metadata().unwrap().len() / 3 + 7).unwrap();
-            stage
-        }),
-        ("with a damaged journal", None, || {
-            let stage = filled(true);
-            overwrite(&generation(&stage).join("journal"), 100, 200);
             stage
         }),
         ("without its log", None, || {
             let stage = filled(false);
-            std::fs::remove_file(generation(&stage).join("db")).unwrap();
+            std::fs::remove_file(segment(&stage).join("db")).unwrap();
             stage
         }),
-        ("without conf and journal", None, || {
+        ("without conf", None, || {
             let stage = filled(true);
-            for name in ["conf", "journal"] {
-                let _ = std::fs::remove_file(generation(&stage).join(name));
-            }
+            std::fs::remove_file(segment(&stage).join("conf")).unwrap();
             stage
         }),
     ];

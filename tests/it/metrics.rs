@@ -124,6 +124,7 @@ fn the_numbers_tell_what_happened() {
         ("events_dead_lettered_total{reason=\"refused\"}", 0.0),
         ("unknown_line_types_total{type=\"brand-new\"}", 2.0),
         ("queue_dead_letters", 2.0),
+        ("queue_missing", 0.0),
         ("queue_oldest_age_seconds", 0.0),
         ("database_up", 1.0),
         ("health_status", 1.0),

@@ -151,8 +151,10 @@ fn a_backend_killed_hard_takes_the_server_down_and_nothing_with_it() {
         // It may be just between two sessions.
         let own = "SELECT pid FROM pg_stat_activity
                     WHERE application_name = 'headspace-watcher' AND datname = current_database()";
-        let pid = wait_for("its session", SOON, || database.try_query(own).ok()?.pop()?.pop()?);
-        assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+        wait_until("its session is killed", SOON, || {
+            let pid = database.try_query(own).ok().and_then(|mut rows| rows.pop()?.pop()?);
+            pid.is_some_and(|pid| Command::new("kill").args(["-9", &pid]).status().unwrap().success())
+        });
         wait_until("rows go on", SOON, || count() > before);
     }
     scene.finish_whole();

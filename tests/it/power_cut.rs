@@ -17,8 +17,8 @@ use tempfile::TempDir;
 
 use crate::stage::{AWAY, Dice, Poster, SOON, Stage, pause, rounds, wait_for, wait_until};
 
-/// Size of the files above which a generation of the queue is sealed.
-const SEAL_ABOVE: &str = "HEADSPACE_SEAL_ABOVE_BYTES";
+/// Size above which a segment of the queue gets no more events.
+const SEGMENT_BYTES: &str = "HEADSPACE_SEGMENT_BYTES";
 
 /// An ext4 file system on an image file.
 struct Disk {
@@ -183,7 +183,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
             stage.set("database.url", AWAY);
         }
         if dice.below(2) == 0 {
-            stage.environment.insert(SEAL_ABOVE.to_owned(), "3000000".to_owned());
+            stage.environment.insert(SEGMENT_BYTES.to_owned(), "3000000".to_owned());
         }
         let mut watcher = stage.start();
         if while_opening {
@@ -217,95 +217,84 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
 }
 
 #[test]
-fn what_was_acknowledged_survives_a_power_cut_while_fresh_files_are_begun() {
+fn what_was_acknowledged_survives_a_power_cut_while_segments_come_and_go() {
     if Disk::new().is_none() {
         eprintln!("SKIPPED: power cuts need root, mkfs.ext4 and a loop device");
         return;
     }
-    let mut dice = Dice::new("power cuts while fresh files are begun");
+    let mut dice = Dice::new("power cuts while segments come and go");
     for round in 0..rounds(1) {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
-        // So much that its files are large once it is delivered.
-        stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
+        stage.environment.insert(SEGMENT_BYTES.to_owned(), "2000000".to_owned());
         let filled = fill(&mut stage, 14, 900_000);
         let watcher = stage.start();
-        wait_until("it is nearly empty", SOON * 4, || {
-            watcher.health()["queue"]["pending_bytes"].as_u64().unwrap() < 6_000_000
-        });
         let sender = Sender::start(watcher.poster(), dice.fork(), 1);
-        std::thread::sleep(Duration::from_millis(dice.below(400)));
+        std::thread::sleep(Duration::from_millis(dice.below(1500)));
         pause(watcher.pid());
         let after = disk.cut();
-        let fresh = !disk.queue().join("sled-1").exists();
+        let is_removed = !disk.queue().join("segment-1").exists();
         watcher.kill();
-        eprint!("{} begun: ", if fresh { "files were" } else { "files were not" });
+        eprint!("the first segment {} there: ", if is_removed { "is not" } else { "is" });
         check(&stage, &after, &[filled, sender.finish()], round);
     }
 }
 
 #[test]
-fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_compaction() {
+fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_of_a_new_segment() {
     if Disk::new().is_none() {
         eprintln!("SKIPPED: power cuts need root, mkfs.ext4 and a loop device");
         return;
     }
+    // Some are passed once when the first segment is made.
     let points = [
         "open-locked",
-        "open-generation-created",
-        "open-pointer-written",
+        "open-segment-created",
         "open-recovered",
-        "journal-written:20",
-        "sync-flushed:4",
-        "compact-pointer-renamed",
-        "seal-switched:2",
-        "spent-removed",
-        "compact-copied",
-        "open-store-opened",
-        "pointer-before-rename",
-        "append-applied:20",
-        "journal-before-write:40",
-        "fold-synced:3",
-        "compact-begun",
-        "compact-synced",
-        "compact-switched",
-        "compact-removed",
-        "settle-applied:5",
-        "seal-begun",
-        "seal-copied:2",
-        "seal-synced",
-        "seal-pointer-renamed:3",
-        "spent-carried",
-        "spent-synced",
+        "commit-applied:20",
+        "sync-flushed:8",
+        "segment-copied:2",
+        "segment-committed:3",
+        "segment-switched:2",
+        "segment-spent",
+        "segment-copied",
+        "segment-committed",
+        "open-segment-opened",
+        "append-staged:20",
+        "append-between-parts:3",
+        "commit-before-apply:40",
+        "commit-synced:5",
+        "segment-applying:30",
+        "sync-before-flush:30",
+        "segment-begun",
+        "segment-spent:3",
     ];
-    // Those of fresh files take their time: one of each kind here, all, many times over, in a long run.
+    // One of each kind here, all, many times over, in a long run.
     for (round, point) in points.into_iter().cycle().take(rounds(9) as usize).enumerate() {
         let disk = Disk::new().unwrap();
         let mut stage = Stage::new();
         stage.set("queue.path", disk.queue().to_str().unwrap());
         let mut acknowledged = Vec::new();
-        let seals = point.starts_with("seal");
-        if seals || point.starts_with("spent") {
-            stage.environment.insert(SEAL_ABOVE.to_owned(), "2000000".to_owned());
+        let begins = point.starts_with("segment-") && point.contains(':') || point == "segment-begun";
+        let large = begins || point.starts_with("append-between");
+        let spends = point.starts_with("segment-spent");
+        if large || spends {
+            stage.environment.insert(SEGMENT_BYTES.to_owned(), "2000000".to_owned());
         }
-        if point.starts_with("spent") {
+        if spends {
             acknowledged = fill(&mut stage, 12, 900_000);
-        }
-        if seals {
+        } else if large {
             stage.set("database.url", AWAY);
         }
-        if matches!(point, "open-locked" | "open-store-opened" | "open-recovered") || point.starts_with("compact") {
-            // For compaction so much that its files are large once all is delivered.
-            let (count, bytes) = if point.starts_with("compact") { (10, 900_000) } else { (40, 2_000) };
-            acknowledged = fill(&mut stage, count, bytes);
+        if matches!(point, "open-locked" | "open-segment-opened" | "open-recovered") {
+            acknowledged = fill(&mut stage, 40, 2_000);
         }
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
-        stage.environment.insert("HEADSPACE_COMPACT_ABOVE_BYTES".to_owned(), "4000000".to_owned());
         let mut watcher = stage.start_with(&[]);
-        if seals {
+        if large && !spends {
             watcher.wait_for_log("ready");
-            acknowledged = send(&watcher.poster(), 40, 500_000);
+            acknowledged = send(&watcher.poster(), 40, 600_000);
         } else if point.contains(':') && acknowledged.is_empty() {
             watcher.wait_for_log("ready");
             acknowledged = send(&watcher.poster(), 1_000, 2_000);

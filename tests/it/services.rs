@@ -260,7 +260,7 @@ fn a_hang_of_its_own_starves_the_watchdog_and_shows_on_livez() {
     let mut stage = Stage::with(None);
     stage.set("file_watcher.polling_interval", "0.2");
     // The thread that writes the queue stays at work for ever, and so whoever waits for it.
-    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-before-apply".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "commit-before-apply".to_owned());
     stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
     let mut manager = Manager::listen(&mut stage, Duration::from_millis(400));
     let watcher = stage.start();

@@ -228,7 +228,7 @@ fn a_session_end_hook_closes_its_session_once_whether_the_watcher_runs_or_not() 
     // Back again; the watcher dies when the hook is in its queue and the end was not told yet.
     say_now(&mut transcript, "three");
     stage.run_until_idle();
-    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-synced:1".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "commit-synced:1".to_owned());
     let mut watcher = stage.start();
     end_by_hook(&stage, &transcript);
     watcher.wait();

@@ -69,7 +69,7 @@ fn a_spool_file_that_ends_the_program_twice_is_moved_aside_and_becomes_a_dead_le
     let spool = stage.folder().join("data/spool");
     let fatal = names(&spool).remove(0);
     assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
-    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "append-before-apply:1".to_owned());
+    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "commit-before-apply:1".to_owned());
     for _ in 0..2 {
         let mut watcher = stage.start_with(&[]);
         assert!(!watcher.wait().success(), "it has not died: {}", watcher.log());

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::full_disk::SmallDisk;
 use crate::proxy::Proxy;
 use crate::stage::{
     Database, Dice, SOON, Stage, busy_socket, is_root, lacks_proc, rounds, signal, wait_for, wait_until,
@@ -203,7 +204,7 @@ fn damaged() -> (Stage, Vec<String>) {
     wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 321);
     watcher.kill();
     stage.environment.remove("HEADSPACE_DATABASE__URL");
-    fs::write(stage.folder().join("data/queue/sled-1/conf"), "segment_size: banana\n").unwrap();
+    fs::write(stage.folder().join("data/queue/segment-1/conf"), "segment_size: banana\n").unwrap();
     (stage, texts)
 }
 
@@ -231,12 +232,12 @@ fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on()
         stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
         let watcher = stage.start_with(&[]);
         let queue = stage.folder().join("data/queue");
-        let salvaged = stage.folder().join("data/queue.salvaged");
+        let (segment, salvaged) = (queue.join("segment-1/db"), queue.join("salvaged-1"));
         wait_until(&format!("it is at {point}"), SOON, || match point {
             "open-locked" => holds(&queue, watcher.pid()),
-            "damage-salvaged" => salvaged.join("CURRENT").exists(),
-            "damage-moved" => !queue.exists() && salvaged.join("CURRENT").exists(),
-            _ => queue.join("CURRENT").exists() && !salvaged.exists() && holds(&queue, watcher.pid()),
+            "damage-salvaged" => segment.exists() && salvaged.join("db").exists(),
+            "damage-moved" => !segment.exists() && salvaged.join("db").exists(),
+            _ => segment.exists() && !salvaged.exists() && holds(&queue, watcher.pid()),
         });
         let (status, took) = watcher.stop();
         assert_eq!(status.code(), Some(0), "{point}");
@@ -246,6 +247,21 @@ fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on()
         }
         assert_nothing_is_lost(&stage, &texts, point);
     }
+}
+
+#[test]
+fn a_damaged_queue_in_a_mount_point_is_put_right_there() {
+    let Some(disk) = SmallDisk::new(64) else {
+        eprintln!("SKIPPED: a mount point needs root");
+        return;
+    };
+    let (mut stage, texts) = damaged();
+    let copied = Command::new("cp").arg("-a").arg(stage.folder().join("data/queue/.")).arg(disk.path()).status();
+    assert!(copied.unwrap().success());
+    stage.set("queue.path", disk.path().to_str().unwrap());
+    assert_nothing_is_lost(&stage, &texts, "in a mount point");
+    let aside = fs::read_dir(disk.path()).unwrap().flatten();
+    assert_eq!(aside.filter(|entry| entry.file_name().to_string_lossy().starts_with("damaged-")).count(), 1);
 }
 
 #[test]

@@ -902,9 +902,13 @@ impl Follower {
         if self.moved.is_empty() {
             return Ok(());
         }
-        let moved = std::mem::take(&mut self.moved).into_iter();
-        let cursors = moved.map(|(path, cursor)| (path.to_path_buf(), Some(cursor))).collect();
+        let cursors = self.take_moved().collect();
         self.submit(Batch { cursors, ..Batch::default() })
+    }
+
+    fn take_moved(&mut self) -> impl Iterator<Item = (PathBuf, Option<Cursor>)> + use<> {
+        let moved = std::mem::take(&mut self.moved).into_iter();
+        moved.map(|(path, cursor)| (path.to_path_buf(), Some(cursor)))
     }
 
     /// Hands a batch over once the one before it is durable. Nothing more is handed over once the follower is stopped while

@@ -649,6 +649,7 @@ impl Follower {
             return self.move_cursor(file);
         }
         self.moved.remove(&file.path);
+        batch.cursors.extend(self.take_moved());
         batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
         Ok(self.submit(batch)?)
     }

@@ -213,9 +213,6 @@ impl Follower {
                 awake.extend(self.wake(*group)?);
             }
         }
-        if !unmet.is_empty() {
-            self.intake.queue().trim_memory()?;
-        }
         Ok(awake)
     }
 
@@ -256,8 +253,7 @@ impl Follower {
             left -= paths.len();
             self.put_group_to_rest(&paths)?;
         }
-        // Cursors were looked up all over the queue.
-        self.intake.queue().trim_memory()
+        Ok(())
     }
 
     fn may_rest(&self, file: &Followed) -> bool {

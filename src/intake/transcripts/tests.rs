@@ -201,8 +201,8 @@ fn open(folder: &Path) -> Queue {
 
 fn open_with_room(folder: &Path, max_pending_bytes: u64) -> Queue {
     let config = QueueConfig { path: folder.join("queue"), max_pending_bytes };
-    let (queue, recovery) = Queue::open(&config).unwrap();
-    assert_eq!(recovery.repairs, []);
+    let (queue, repairs) = Queue::open(&config).unwrap();
+    assert_eq!(repairs, []);
     queue
 }
 

@@ -67,7 +67,7 @@ fn refused_events_become_dead_letters_that_keep_everything() {
     let queue = fixture.open();
     queue.append(batch(0..3)).unwrap();
     let captured_at = everything(&queue)[1].captured_at;
-    queue.settle(vec![(sequence(2), refused("bad text")), (sequence(1), Outcome::Delivered)]).unwrap();
+    queue.settle(vec![(sequence(1), Outcome::Delivered), (sequence(2), refused("bad text"))]).unwrap();
     assert_eq!(numbers(&everything(&queue)), [3]);
     let letters = queue.dead_letters(None, 10).unwrap();
     assert_eq!(letters.len(), 1);
@@ -85,7 +85,7 @@ fn refused_events_become_dead_letters_that_keep_everything() {
 fn rejections_are_kept_with_their_bytes_and_share_the_numbers() {
     let fixture = Fixture::new();
     let queue = fixture.open();
-    let large = vec![0xff; 3 * store::CHUNK_BYTES + 17];
+    let large = vec![0xff; 3 * piece::CONTENT_BYTES_MAX + 17];
     let both = Batch { rejections: vec![rejection(b"no json"), rejection(&large)], ..batch(0..2) };
     assert_eq!(queue.append(both).unwrap().sequences, [sequence(1), sequence(2)]);
     let letters = queue.dead_letters(None, 10).unwrap();
@@ -119,9 +119,14 @@ fn a_retried_dead_letter_waits_at_the_tail_under_a_new_number() {
     assert!(!queue.drop_dead_letter(sequence(2)).unwrap());
     assert_eq!(queue.stats().dead_letters, 0);
     queue.close().unwrap();
-    let (store, _) = Store::open(&fixture.generation()).unwrap();
-    let keys: Vec<_> = store.range(vec![]..=vec![255]).unwrap().map(|pair| pair.unwrap().0).collect();
-    assert_eq!(keys, [b"j".to_vec(), store::counters_key()], "nothing is left behind");
+    let (segment, _) = segment::Segment::open(&fixture.newest(), 1).unwrap();
+    let mut kinds = std::collections::BTreeSet::new();
+    let mut note = |key: &[u8], _: &[u8]| {
+        kinds.insert(key[0]);
+        true
+    };
+    segment.each(vec![]..=vec![255], &mut note).unwrap();
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), b"egmwx", "nothing of the letters is left behind");
 }
 
 #[test]
@@ -159,13 +164,13 @@ fn reopening_finds_everything_again() {
     assert!(matches!(queue.append(batch(0..1)), Err(QueueError::Closed)));
     assert!(matches!(queue.window(None, 1, 1), Err(QueueError::Closed)));
 
-    let (queue, recovery) = Queue::open(&fixture.config).unwrap();
-    assert_eq!(recovery.repairs, []);
-    assert_eq!((recovery.pending, recovery.dead_letters), (14, 2));
+    let (queue, repairs) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(repairs, []);
+    assert_eq!((queue.stats().pending, queue.stats().dead_letters), (14, 2));
     assert_eq!((everything(&queue), queue.dead_letters(None, 10).unwrap(), queue.cursors().unwrap()), before);
     let reopened = queue.stats();
     assert_eq!(QueueStats { disk_bytes: 0, ..reopened }, QueueStats { disk_bytes: 0, ..stats });
-    assert_eq!(*queue.subscribe().borrow(), Some(sequence(20)));
+    assert_eq!(*queue.subscribe().borrow(), Some(sequence(21)));
     assert_eq!(queue.append(batch(20..21)).unwrap().sequences, [sequence(22)]);
 }
 
@@ -175,27 +180,8 @@ fn a_second_opening_names_the_holder() {
     let queue = fixture.open();
     let Err(QueueError::InUse { pid, .. }) = Queue::open(&fixture.config) else { panic!("opened twice") };
     assert_eq!(pid, Some(std::process::id()));
-    assert!(matches!(Queue::inspect(&fixture.config), Err(QueueError::InUse { .. })));
     drop(queue);
     fixture.open();
-}
-
-#[test]
-fn inspecting_creates_nothing_and_changes_no_record() {
-    let fixture = Fixture::new();
-    assert!(matches!(Queue::inspect(&fixture.config), Err(QueueError::NotFound { .. })));
-    assert!(!fixture.folder.path().join("data").exists());
-    let queue = fixture.open();
-    queue.append(Batch { rejections: vec![rejection(b"?")], ..batch(0..3) }).unwrap();
-    let (envelopes, letters, stats) = (everything(&queue), queue.dead_letters(None, 9).unwrap(), queue.stats());
-    queue.close().unwrap();
-    for _ in 0..2 {
-        let inspector = Queue::inspect(&fixture.config).unwrap();
-        assert_eq!(inspector.page(None, 10).unwrap(), envelopes);
-        assert_eq!(inspector.dead_letters(None, 10).unwrap(), letters);
-        assert_eq!(QueueStats { disk_bytes: 0, ..inspector.stats() }, QueueStats { disk_bytes: 0, ..stats.clone() });
-    }
-    assert_eq!(everything(&fixture.open()), envelopes);
 }
 
 #[test]
@@ -262,7 +248,7 @@ fn large_events_survive_in_chunks_and_nothing_reaches_blobs() {
     assert_eq!(queue.stats().pending, 0);
     assert!(queue.drop_dead_letter(sequence(1)).unwrap());
     queue.close().unwrap();
-    assert_eq!(std::fs::read_dir(fixture.generation().join("blobs")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(fixture.newest().join("blobs")).unwrap().count(), 0);
 }
 
 #[test]
@@ -282,4 +268,49 @@ fn handles_can_be_shared_between_threads() {
         }
     });
     assert_eq!(numbers(&everything(&queue)), (1..=40).collect::<Vec<_>>());
+}
+
+#[test]
+fn inspecting_creates_nothing_and_changes_nothing() {
+    let fixture = Fixture::new();
+    let inspected = Queue::inspect(&fixture.config);
+    assert!(matches!(inspected, Err(QueueError::NotFound { .. })));
+    assert!(!fixture.config.path.exists());
+    let queue = fixture.open();
+    let cursors = vec![(PathBuf::from("/a"), Some(cursor(5)))];
+    queue.append(Batch { cursors, rejections: vec![rejection(b"?")], ..batch(0..3) }).unwrap();
+    queue.roll().unwrap();
+    queue.append(batch(3..5)).unwrap();
+    queue.settle(delivered(1..=1)).unwrap();
+    assert!(matches!(Queue::inspect(&fixture.config), Err(QueueError::InUse { pid: Some(_), .. })));
+    let expected = (everything(&queue), queue.dead_letters(None, 9).unwrap(), queue.cursors().unwrap());
+    let stats = queue.stats();
+    drop(queue);
+    let files = || {
+        let files = walkdir::WalkDir::new(&fixture.config.path).sort_by_file_name().into_iter().map(Result::unwrap);
+        let files = files.filter(|entry| entry.file_type().is_file());
+        files.map(|file| (file.path().to_owned(), std::fs::read(file.path()).unwrap())).collect::<Vec<_>>()
+    };
+    let before = files();
+    let inspector = Queue::inspect(&fixture.config).unwrap();
+    let listed = inspector.page(None, 100).unwrap();
+    assert_eq!((listed, inspector.dead_letters(None, 9).unwrap(), inspector.cursors().unwrap()), expected);
+    let found = inspector.stats();
+    assert_eq!((found.pending, found.pending_bytes, found.oldest), (stats.pending, stats.pending_bytes, stats.oldest));
+    drop(inspector);
+    assert_eq!(files(), before);
+    let inspector = Queue::inspect(&fixture.config).unwrap();
+    // A watcher may start meanwhile.
+    drop(fixture.open());
+    assert_eq!(inspector.page(None, 100).unwrap(), expected.0);
+    drop(inspector);
+    // The older segment is not copied; nothing is put right in it either.
+    std::fs::write(segment::folder_of(&fixture.config.path, 1).join("db"), [0; 5000]).unwrap();
+    let before = files();
+    let inspected = Queue::inspect(&fixture.config);
+    assert!(
+        matches!(&inspected, Err(QueueError::Damaged { path, .. }) if *path == fixture.config.path),
+        "{inspected:?}"
+    );
+    assert_eq!(files(), before);
 }

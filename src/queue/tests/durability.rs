@@ -52,17 +52,14 @@ fn an_append_is_acknowledged_only_after_its_sync() {
 }
 
 #[test]
-fn settlements_and_cursors_do_not_wait_for_a_sync_of_their_own() {
+fn settlements_do_not_wait_for_a_sync() {
     let fixture = Fixture::new();
     let queue = fixture.open();
     queue.append(batch(0..10)).unwrap();
     let (begins, permit) = gated(&queue);
     queue.settle(delivered(1..=5)).unwrap();
     assert_eq!(queue.stats().pending, 5);
-    begins.recv().unwrap();
-    permit.send(()).unwrap();
-    let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(1)))];
-    queue.append(Batch { cursors, ..Batch::default() }).unwrap();
+    // That of a moment later.
     begins.recv().unwrap();
     drop(permit);
 }
@@ -80,19 +77,6 @@ fn what_is_left_unsynced_is_synced_when_idle() {
 }
 
 #[test]
-fn never_more_than_one_batch_of_sleds_is_unsynced() {
-    let fixture = Fixture::new();
-    let queue = fixture.open();
-    // Each event has a block of its own, and too many for the journal.
-    queue.append(Batch { events: (0..40).map(|number| event(number, 3000)).collect(), ..Batch::default() }).unwrap();
-    let syncs = Fixture::on_sync(&queue, || Ok(()));
-    for number in 1..=40 {
-        queue.settle(delivered([number])).unwrap();
-        assert!(syncs.load(Ordering::SeqCst) >= number - 1);
-    }
-}
-
-#[test]
 #[ignore = "needs HEADSPACE_SMALL_FOLDER, a file system of some 24 MB"]
 fn a_full_disk_ends_the_queue_and_loses_nothing() {
     let parent = std::env::var_os("HEADSPACE_SMALL_FOLDER").unwrap();
@@ -102,8 +86,8 @@ fn a_full_disk_ends_the_queue_and_loses_nothing() {
     std::fs::write(&ballast, vec![1; 4 << 20]).unwrap();
     let mut acknowledged = 0;
     for round in 0..3 {
-        let (queue, recovery) = Queue::open(&config).unwrap();
-        assert!(!recovery.repairs.iter().any(Repair::is_loss), "{:?}", recovery.repairs);
+        let (queue, repairs) = Queue::open(&config).unwrap();
+        assert!(!repairs.iter().any(Repair::is_loss), "{:?}", repairs);
         assert!(queue.stats().pending >= acknowledged);
         assert_eq!(everything(&queue).len() as u64, queue.stats().pending);
         let error = loop {
@@ -227,118 +211,115 @@ fn submitters_are_held_back_while_too_much_waits() {
     first.wait().unwrap();
 }
 
+/// A queue whose segments are full with a hundred kilobytes.
+const SMALL: u64 = 100 << 10;
+
 #[test]
-fn an_empty_queue_with_large_files_moves_on_to_small_ones() {
+fn segments_in_which_all_is_settled_go_as_a_whole() {
     let fixture = Fixture::new();
     let queue = fixture.open();
     let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
     let large = vec![b'?'; 10_000];
     queue.append(Batch { cursors: cursors.clone(), rejections: vec![rejection(&large)], ..batch(0..2) }).unwrap();
     queue.settle(vec![(sequence(1), refused("no")), (sequence(2), Outcome::Delivered)]).unwrap();
-    let mut next = 4;
-    while queue.stats().disk_bytes <= 49 << 20 {
-        queue.append(Batch { events: vec![event(0, 3 << 20)], ..Batch::default() }).unwrap();
-        queue.append(batch(0..200)).unwrap();
-        queue.settle(delivered(next..next + 150)).unwrap();
-        next += 201;
-    }
-    assert_eq!(fixture.generation().file_name().unwrap(), "sled-1");
     let letters = queue.dead_letters(None, 10).unwrap();
-    let before = queue.stats();
-    queue.settle(delivered(1..next)).unwrap();
-    eventually("small files", || queue.stats().disk_bytes <= 48 << 20);
-    if queue.stats().disk_bytes > 4 << 20 {
-        // Now and then sled cuts off free segments at the end of its file, and it is small enough as it is.
-        assert!(queue.compact().unwrap());
+    for segment in 1..=4 {
+        queue.append(batch(0..100)).unwrap();
+        queue.append(Batch { events: vec![event(7, 3 << 20)], ..Batch::default() }).unwrap();
+        queue.roll().unwrap();
+        assert_eq!(fixture.segments(), (1..=segment + 1).collect::<Vec<_>>());
     }
-    assert!(queue.stats().disk_bytes < 4 << 20);
-    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
-    eventually("the removal of the old one", || !fixture.config.path.join("sled-1").exists());
-    let moved = |queue: &Queue| {
+    let bytes = queue.stats().disk_bytes;
+    assert_eq!(queue.stats().pending, 404);
+    // Numbers 4 to 104 are in the first, and so on.
+    for (through, segments) in [(103, vec![1, 2, 3, 4, 5]), (104, vec![2, 3, 4, 5]), (306, vec![4, 5])] {
+        let first = queue.stats().oldest.unwrap().0.get();
+        queue.settle(delivered(first..=through)).unwrap();
+        eventually("what is settled is gone", || fixture.segments() == segments);
+    }
+    queue.settle(delivered(307..=407)).unwrap();
+    eventually("all is gone", || fixture.segments() == [5]);
+    assert!(queue.stats().disk_bytes < bytes / 4);
+    for _ in 0..2 {
         assert_eq!(queue.dead_letters(None, 10).unwrap(), letters);
         assert_eq!(queue.cursors().unwrap(), [("/t/a".into(), cursor(5))]);
-        let stats = queue.stats();
-        assert_eq!((stats.pending, stats.pending_bytes, stats.dead_letters), (0, 0, 2));
-        assert_eq!(stats.last_sequence, before.last_sequence);
-    };
-    moved(&queue);
+        queue.roll().unwrap();
+    }
     queue.close().unwrap();
     let queue = fixture.open();
-    moved(&queue);
-    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next)]);
-    queue.settle(delivered([next])).unwrap();
-    assert!(queue.compact().unwrap());
-    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next + 1)]);
-    assert_eq!(everything(&queue).len(), 1);
+    assert_eq!(queue.dead_letters(None, 10).unwrap(), letters);
+    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(408)]);
 }
 
 #[test]
-fn little_that_is_pending_is_carried_over_to_fresh_files_and_much_is_not() {
-    let fixture = Fixture::new();
-    let queue = fixture.open();
-    queue.append(Batch { events: vec![event(0, 20_000), event(1, 900)], ..Batch::default() }).unwrap();
-    queue.settle(vec![(sequence(1), refused("no"))]).unwrap();
-    queue.append(Batch { events: vec![event(2, 100_000), event(3, 5000)], ..Batch::default() }).unwrap();
-    queue.append(batch(4..50)).unwrap();
-    queue.settle(delivered(10..20)).unwrap();
-    let (pending, letters, stats) = (everything(&queue), queue.dead_letters(None, 10).unwrap(), queue.stats());
-    assert!(queue.compact().unwrap());
-    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
-    assert!(everything(&queue) == pending && queue.dead_letters(None, 10).unwrap() == letters);
-    assert!(queue.window(None, 1000, u64::MAX).unwrap() == pending);
-    assert_eq!(QueueStats { disk_bytes: 0, ..queue.stats() }, QueueStats { disk_bytes: 0, ..stats });
-    queue.close().unwrap();
-    let queue = fixture.open();
-    assert!(everything(&queue) == pending);
-    queue.append(Batch { events: vec![event(50, 4 << 20)], ..Batch::default() }).unwrap();
-    assert!(!queue.compact().unwrap(), "that is too much to copy");
-    assert_eq!(fixture.generation().file_name().unwrap(), "sled-2");
+fn a_large_segment_gets_no_more_events_and_an_empty_queue_gives_its_disk_back() {
+    // The size is asked of the environment, so it takes a process of its own.
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "queue::tests::durability::rolling", "--ignored", "--nocapture", "--test-threads=1"])
+        .env("HEADSPACE_SEGMENT_BYTES", SMALL.to_string())
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout).into_owned() + &String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success() && output.contains("1 passed"), "{output}");
 }
 
 #[test]
-fn files_shrink_also_while_events_never_cease_to_come() {
+#[ignore = "the child of the test above"]
+fn rolling() {
+    if std::env::var_os("HEADSPACE_SEGMENT_BYTES").is_none() {
+        return;
+    }
     let fixture = Fixture::new();
     let queue = fixture.open();
     let mut next = 1;
-    while queue.stats().disk_bytes <= 49 << 20 {
-        queue.append(Batch { events: vec![event(0, 3 << 20)], ..Batch::default() }).unwrap();
-        next += 1;
+    while fixture.segments().len() < 4 {
+        queue.append(batch(next..next + 20)).unwrap();
+        next += 20;
+        // Events come all the time, one is always pending, and what is old goes.
+        queue.settle(delivered(next.saturating_sub(40).max(1)..next - 1)).unwrap();
+        assert!(next < 100_000);
+        if next > 1000 {
+            break;
+        }
     }
-    queue.append(batch(0..1)).unwrap();
+    assert!(*fixture.segments().last().unwrap() > 2, "{:?}", fixture.segments());
     queue.settle(delivered(1..next)).unwrap();
-    eventually("small files", || {
-        queue.append(batch(1..2)).unwrap();
-        queue.settle(delivered([next])).unwrap();
-        next += 1;
-        assert!(queue.stats().pending > 0, "one event is always pending");
-        queue.stats().disk_bytes < 16 << 20
-    });
+    eventually("one small segment", || fixture.segments().len() == 1);
+    assert_eq!(queue.stats().pending, 0);
+    assert_eq!(queue.append(batch(0..1)).unwrap().sequences, [sequence(next)]);
     assert_eq!(numbers(&everything(&queue)), [next]);
 }
 
 #[test]
-fn many_cursors_do_not_make_fresh_files_again_and_again() {
+fn what_changes_while_the_next_segment_is_made_is_in_it() {
     let fixture = Fixture::new();
     let queue = fixture.open();
-    // So large that fresh files, too, are above the size at which an empty queue moves on.
-    let long = "p".repeat(11_000);
-    for first in (0..5_000).step_by(250) {
-        let cursor = |offset| Cursor { project_path: Some(format!("{offset}{long}")), ..cursor(offset) };
-        let cursors = (first..first + 250).map(|number| (format!("/t/{number}").into(), Some(cursor(number))));
-        queue.append(Batch { cursors: cursors.collect(), ..Batch::default() }).unwrap();
+    // Several slices.
+    let many = (0..3000).map(|number| (PathBuf::from(format!("/t/{number}")), Some(cursor(number))));
+    queue
+        .append(Batch { cursors: many.collect(), rejections: vec![rejection(&[b'x'; 60_000]); 20], ..batch(0..10) })
+        .unwrap();
+    let rolling = {
+        let queue = queue.clone();
+        std::thread::spawn(move || queue.roll().unwrap())
+    };
+    for number in 0..50 {
+        let cursors = vec![(PathBuf::from(format!("/t/{number}")), Some(cursor(100_000 + number)))];
+        queue.append(Batch { cursors, ..batch(number..number + 1) }).unwrap();
+        if number < 10 {
+            assert!(queue.drop_dead_letter(sequence(11 + number)).unwrap());
+        }
     }
-    eventually("fresh files", || fixture.generation().file_name().unwrap() != "sled-1");
-    queue.compact().unwrap();
-    let generation = fixture.generation();
-    assert!(queue.stats().disk_bytes > 48 << 20, "{:?}", queue.stats());
-    for number in 1..=5 {
-        queue.append(batch(number..number + 1)).unwrap();
-        queue.settle(delivered([number])).unwrap();
-        // An idle moment, with its sync.
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert_eq!(fixture.generation(), generation);
-    assert_eq!(queue.cursors().unwrap().len(), 5_000);
+    rolling.join().unwrap();
+    queue.roll().unwrap();
+    assert_eq!(queue.stats().dead_letters, 10);
+    queue.close().unwrap();
+    let queue = fixture.open();
+    let cursors = queue.cursors().unwrap();
+    assert_eq!(cursors.len(), 3000);
+    assert_eq!(cursors.iter().filter(|(_, cursor)| cursor.offset >= 100_000).count(), 50);
+    assert_eq!(queue.dead_letters(None, 100).unwrap().len(), 10);
+    assert_eq!(everything(&queue).len(), 60);
 }
 
 /// sled splits and merges pages when they are asked for. Done by a reader, that would be in its log after the sync, and not
@@ -351,12 +332,15 @@ fn reading_writes_nothing() {
     for round in 0..40 {
         let first = round * EVENTS;
         if round > 0 {
-            queue.settle(delivered(first - EVENTS + 1..=first - EVENTS / 3)).unwrap();
+            let oldest = queue.stats().oldest.unwrap().0.get();
+            queue.settle(delivered(oldest..=first - EVENTS / 3)).unwrap();
+            // What is settled is written by itself a little later.
+            std::thread::sleep(Duration::from_millis(60));
         }
         queue.append(batch(first..first + EVENTS)).unwrap();
-        let store = queue.handle.shared.store().unwrap();
-        assert_eq!(store.write_out().unwrap(), 0, "round {round}: it was synced");
+        let segment = Arc::clone(&queue.handle.shared.log().unwrap().newest);
+        assert_eq!(segment.write_out().unwrap(), 0, "round {round}: it was synced");
         everything(&queue);
-        assert_eq!(store.write_out().unwrap(), 0, "round {round}");
+        assert_eq!(segment.write_out().unwrap(), 0, "round {round}");
     }
 }

@@ -1,21 +1,26 @@
 //! What the handles and the writer share.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use super::folder::{self, Letters, Opened};
+use super::codec::{self, CodecError, Content, Letter};
+use super::files;
 use super::log::Log;
-use super::piece::CONTENT_BYTES_MAX;
-use super::repairs::{Batch, QueueConfig, QueueError, QueueStats};
+use super::opening::{Letters, Opened};
+use super::piece::{CONTENT_BYTES_MAX, CursorId};
 use super::segment::StoreError;
-use super::submission::{EncodedBatch, Inbox, Work};
-use crate::event::{FailureKind, Origin, Rejection, Sequence, Timestamp};
-use crate::queue::codec::{self, CodecError};
-use crate::queue::folder::storage;
-use crate::queue::{CURSOR_CHUNKS_MAX, DEAD_LETTER_SHARE, encode_cursor, encode_rejection};
+use super::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox};
+use super::values::{Batch, QueueConfig, QueueError, QueueStats};
+use crate::event::{Cursor, FailureKind, Origin, Rejection, Sequence, Timestamp};
+
+/// Longest record of a cursor: room for two paths of the greatest length.
+const CURSOR_BYTES_MAX: usize = 3 * CONTENT_BYTES_MAX;
+
+/// The share of `max_pending_bytes` up to which the input of rejections is kept: one quarter.
+const DEAD_LETTER_SHARE: u64 = 4;
 
 /// Dead letters above which those of one file and batch are one, and twice above which no more are kept of what never was an
 /// event: the file they are from still has it.
@@ -23,8 +28,10 @@ const DEAD_LETTERS_MAX: u64 = 10_000;
 
 pub struct Shared {
     pub path: PathBuf,
+    /// What it is called in errors: where it is, or of what it is a copy.
+    pub shown: PathBuf,
     pub max_pending_bytes: u64,
-    pub inbox: Inbox<Work>,
+    pub inbox: Inbox,
     /// `None` once closed. Readers clone it and let go.
     pub log: RwLock<Option<Arc<Log>>>,
     state: Mutex<State>,
@@ -47,7 +54,7 @@ pub struct State {
 }
 
 impl Shared {
-    pub fn new(config: &QueueConfig, stats: QueueStats, opened: &Opened) -> Shared {
+    pub fn new(path: &Path, config: &QueueConfig, stats: QueueStats, opened: &Opened) -> Shared {
         let state = State {
             stats,
             letters: opened.letters,
@@ -56,13 +63,14 @@ impl Shared {
             ..State::default()
         };
         Shared {
-            path: config.path.clone(),
+            path: path.to_owned(),
+            shown: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
             inbox: Inbox::default(),
             log: RwLock::new(Some(Arc::new(opened.log.clone()))),
             state: Mutex::new(state),
             room: Condvar::new(),
-            newest: watch::Sender::new(opened.newest),
+            newest: watch::Sender::new(opened.oldest.and(Sequence::new(opened.acknowledged.sequence))),
             failed: watch::Sender::new(None),
         }
     }
@@ -87,10 +95,10 @@ impl Shared {
     /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
     pub fn fail(&self, error: &StoreError) -> QueueError {
         if let StoreError::Damaged { segment, .. } = error {
-            folder::mark_damaged(&self.path, *segment);
+            let _ = files::write_mark(&self.path, files::DAMAGED, *segment, 1);
         }
         let mut state = self.state();
-        let first = state.failure.get_or_insert_with(|| storage(&self.path, error)).clone();
+        let first = state.failure.get_or_insert_with(|| error.of_queue(&self.shown)).clone();
         drop(state);
         self.inbox.end(first.clone());
         self.failed.send_replace(Some(first.clone()));
@@ -118,10 +126,7 @@ impl Shared {
             room = if fits { room - rejection.bytes.len() as u64 } else { room };
             rejections.push(encode_rejection(rejection, fits, captured_at).map_err(too_large)?);
         }
-        let cursors = batch
-            .cursors
-            .iter()
-            .map(|(path, cursor)| encode_cursor(path, cursor.as_ref(), CURSOR_CHUNKS_MAX * CONTENT_BYTES_MAX));
+        let cursors = batch.cursors.iter().map(|(path, cursor)| encode_cursor(path, cursor.as_ref()));
         let cursors = cursors.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
         let event_bytes = events.iter().map(|record| record.len() as u64).sum();
         Ok(EncodedBatch { events, rejections, cursors, event_bytes })
@@ -152,4 +157,34 @@ fn gathered_by_file(rejections: &[Rejection]) -> Vec<Rejection> {
         }
     }
     gathered
+}
+
+fn encode_rejection(
+    rejection: &Rejection,
+    keep_bytes: bool,
+    failed_at: Timestamp,
+) -> Result<EncodedRejection, CodecError> {
+    let mut failure = rejection.failure.clone();
+    if !keep_bytes {
+        failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
+    }
+    let letter = Letter { failed_at, failure, content: Content::Input, attempts: 0 };
+    Ok(EncodedRejection {
+        letter: codec::encode_letter(&letter)?,
+        content: codec::encode_input(rejection, if keep_bytes { &rejection.bytes } else { &[] })?,
+    })
+}
+
+fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, CodecError> {
+    let id = CursorId::of(path);
+    let Some(cursor) = cursor else { return Ok(EncodedCursor { id, record: None }) };
+    let mut record = codec::encode_cursor(path, cursor)?;
+    if record.len() > CURSOR_BYTES_MAX {
+        // No folder has such a name: better to forget it than to be unable to store the cursor.
+        record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
+    }
+    if record.len() > CURSOR_BYTES_MAX {
+        return Err(CodecError::TooLarge(record.len()));
+    }
+    Ok(EncodedCursor { id, record: Some(record) })
 }

@@ -6,7 +6,6 @@
 //! x S I        further chunk I of event S (from 1 on)
 //! d S, f S I   dead letter S: its record, chunk I of its content (from 0 on)
 //! c H I        chunk I of the cursor of the file whose path has the hash H
-//! h S          hole: numbers from S on that were lost
 //! m            mark: the last number that was acknowledged, and the totals up to it
 //! w            mark: the last number that is settled, and the totals up to it
 //! g            the older segments that are still needed
@@ -32,8 +31,10 @@
 //! numbers are given anew; the log may still have it. There the later one counts.
 
 use std::ops::RangeInclusive;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use crate::queue::CursorId;
+use xxhash_rust::xxh3::xxh3_128;
 
 /// Longest value: sled keeps longer ones in files that it never syncs.
 pub const VALUE_BYTES_MAX: usize = 4096;
@@ -53,7 +54,6 @@ pub const CHUNK: u8 = b'x';
 pub const LETTER: u8 = b'd';
 pub const LETTER_CONTENT: u8 = b'f';
 pub const CURSOR: u8 = b'c';
-pub const HOLE: u8 = b'h';
 pub const ACKNOWLEDGED: u8 = b'm';
 pub const SETTLED: u8 = b'w';
 pub const OLDER: u8 = b'g';
@@ -156,7 +156,18 @@ pub fn key_sequence(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*key.get(1..)?.first_chunk()?))
 }
 
+/// By what a cursor is found: a hash of the path of its file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct CursorId([u8; 16]);
+
 impl CursorId {
+    pub const MIN: CursorId = CursorId([u8::MIN; 16]);
+    pub const MAX: CursorId = CursorId([u8::MAX; 16]);
+
+    pub fn of(path: &Path) -> CursorId {
+        CursorId(xxh3_128(path.as_os_str().as_bytes()).to_be_bytes())
+    }
+
     /// In the key of a cursor's chunk.
     pub fn in_key(key: &[u8]) -> Option<CursorId> {
         Some(CursorId(*key.get(1..)?.first_chunk()?))
@@ -179,6 +190,12 @@ impl Totals {
         Piece { kind, sequence: self.sequence, index: 0, opened, content: &content }.encode()
     }
 
+    /// Events that wait between these marks, and the bytes of their records. Lost ones among them count until it is past them.
+    pub fn since(&self, settled: &Totals) -> (u64, u64) {
+        let events = self.events.saturating_sub(settled.events);
+        (events, if events == 0 { 0 } else { self.bytes.saturating_sub(settled.bytes) })
+    }
+
     pub fn of(piece: &Piece<'_>) -> Option<Totals> {
         let [events, bytes] = numbers(piece.content)?;
         Some(Totals { sequence: piece.sequence, events, bytes })
@@ -197,34 +214,13 @@ fn numbers<const N: usize>(content: &[u8]) -> Option<[u64; N]> {
     found.iter().all(|number| *number <= NUMBER_MAX).then_some(found)
 }
 
-/// Numbers that were lost, and what had been under them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Hole {
-    pub first: u64,
-    pub last: u64,
-    pub events: u64,
-    pub bytes: u64,
-}
-
-impl Hole {
-    pub fn encode(&self) -> Vec<u8> {
-        let content = [self.last, self.events, self.bytes].map(u64::to_be_bytes).concat();
-        Piece { kind: HOLE, sequence: self.first, index: 0, opened: 0, content: &content }.encode()
-    }
-
-    pub fn of(piece: &Piece<'_>) -> Option<Hole> {
-        let [last, events, bytes] = numbers(piece.content)?;
-        (last >= piece.sequence).then_some(Hole { first: piece.sequence, last, events, bytes })
-    }
-}
-
 /// A segment that gets no more events.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OlderSegment {
     pub number: u64,
     pub first: u64,
     pub last: u64,
-    /// Length of its log when it was finished: it never changes again.
+    /// Length of its log when it was finished.
     pub log_bytes: u64,
 }
 
@@ -262,15 +258,18 @@ pub struct Entry<'a> {
 /// size  field
 ///    8  events before it, of all that were ever taken in
 ///    8  bytes of their records
-///    2  n, the number of entries: at least 1
-///  6 n  for each: length of its record, u32 (0: a rejection); bytes of it that stand here, u16
+///    2  n, the number of entries
+///  6 n  for each: length of its record, u32 (0: a rejection, or lost); bytes of it that stand here, u16
 ///  ...  these bytes, one after another
 /// ```
+///
+/// One without entries stands for numbers that are lost: behind n is the last of them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Block<'a> {
     /// Up to the number before its first.
     pub before: Totals,
     pub entries: Vec<Entry<'a>>,
+    pub last: u64,
 }
 
 const BLOCK_HEADER_BYTES: usize = 18;
@@ -294,11 +293,21 @@ impl<'a> Block<'a> {
             entries.push(Entry { sequence, record_bytes, part });
         }
         let before = Totals { sequence: piece.sequence.checked_sub(1)?, events, bytes };
-        (piece.kind == BLOCK && !entries.is_empty() && parts.is_empty()).then_some(Block { before, entries })
+        let last = if entries.is_empty() {
+            let [last] = numbers(std::mem::take(&mut parts))?;
+            last
+        } else {
+            before.sequence + entries.len() as u64
+        };
+        (piece.kind == BLOCK && last > before.sequence && parts.is_empty()).then_some(Block { before, entries, last })
     }
 
-    pub fn last(&self) -> u64 {
-        self.before.sequence + self.entries.len() as u64
+    /// Key and value of one that stands for the numbers behind `before` up to `last`, which are lost.
+    pub fn lost(before: &Totals, last: u64, opened: u64) -> (Vec<u8>, Vec<u8>) {
+        let sequence = before.sequence + 1;
+        let content =
+            [&before.events.to_be_bytes()[..], &before.bytes.to_be_bytes(), &[0, 0], &last.to_be_bytes()].concat();
+        (key(BLOCK, sequence), Piece { kind: BLOCK, sequence, index: 0, opened, content: &content }.encode())
     }
 
     /// The totals up to a number of this block.
@@ -373,7 +382,7 @@ mod tests {
         let parts: Vec<_> =
             block.entries.iter().map(|entry| (entry.sequence, entry.record_bytes, entry.part)).collect();
         assert_eq!(parts, [(7, 5, &b"first"[..]), (8, 0, b""), (9, 9000, b"begin")]);
-        assert_eq!((block.before, block.last()), (before, 9));
+        assert_eq!((block.before, block.last), (before, 9));
         assert_eq!(block.totals_through(8), Totals { sequence: 8, events: 4, bytes: 505 });
         assert_eq!(block.totals_through(9), Totals { sequence: 9, events: 5, bytes: 9505 });
         let among = [&value[..], b"more"].concat();
@@ -403,11 +412,14 @@ mod tests {
     }
 
     #[test]
-    fn marks_holes_and_the_list_come_back_as_they_were() {
+    fn marks_lost_numbers_and_the_list_come_back_as_they_were() {
         let totals = Totals { sequence: 5, events: 4, bytes: 300 };
         assert_eq!(Totals::of(&Piece::decode(&totals.encode(SETTLED, 9)).unwrap()), Some(totals));
-        let hole = Hole { first: 3, last: 9, events: 6, bytes: 100 };
-        assert_eq!(Hole::of(&Piece::decode(&hole.encode()).unwrap()), Some(hole));
+        let (key, value) = Block::lost(&totals, 9, 1);
+        assert_eq!(key_sequence(&key), Some(6));
+        let expected = Block { before: totals, entries: Vec::new(), last: 9 };
+        assert_eq!(Block::of(&Piece::decode(&value).unwrap()), Some(expected));
+        assert_eq!(Block::of(&Piece::decode(&Block::lost(&totals, 5, 1).1).unwrap()), None, "it has no number");
         let list =
             [1, 2].map(|number| OlderSegment { number, first: 10 * number, last: 10 * number + 9, log_bytes: 7 });
         assert_eq!(decode_older(&Piece::decode(&encode_older(&list, 0)).unwrap()), Some(list.to_vec()));

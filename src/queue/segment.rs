@@ -19,10 +19,13 @@ use std::time::{Duration, Instant};
 use sled::IVec;
 use thiserror::Error;
 
+use super::files::{self, Highest, sync_folder};
 use super::piece::Piece;
-use crate::queue::database::{set_snapshots_aside, snapshots};
-use crate::queue::folder::sync_folder;
-use crate::queue::{faults, guard};
+use super::values::QueueError;
+use super::{faults, guard};
+
+/// How the folders of segments are called, before their number.
+pub const PREFIX: &str = "segment-";
 
 /// Bytes of a segment's pages that sled keeps in memory.
 const CACHE_BYTES: u64 = 1 << 20;
@@ -39,6 +42,17 @@ pub enum StoreError {
     /// What is on disk is not what was written.
     #[error("{cause}")]
     Damaged { segment: u64, cause: String },
+}
+
+impl StoreError {
+    /// In the words of the queue at `path`.
+    pub fn of_queue(&self, path: &Path) -> QueueError {
+        let (path, cause) = (path.to_owned(), self.to_string());
+        match self {
+            StoreError::Io(_) => QueueError::Storage { path, cause },
+            StoreError::Damaged { .. } => QueueError::Damaged { path, cause },
+        }
+    }
 }
 
 impl From<io::Error> for StoreError {
@@ -142,6 +156,11 @@ impl Segment {
         self.log.metadata().map_or(0, |metadata| metadata.len())
     }
 
+    /// What is noted of it when all up to `sequence` is durable.
+    pub fn highest(&self, sequence: u64) -> Highest {
+        Highest { sequence, segment: self.number }
+    }
+
     pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
         StoreError::Damaged { segment: self.number, cause: cause.into() }
     }
@@ -221,13 +240,21 @@ impl Segment {
         faults::reach("sync-before-flush");
         self.guarded(|db| db.flush())?;
         faults::reach("sync-flushed");
+        self.sync_log().inspect_err(|_| {
+            // Linux counts pages as written that it could not write: the next opening must not trust what it reads.
+            let queue = self.folder.parent().unwrap_or(&self.folder);
+            let _ = files::write_mark(queue, files::UNSYNCED, self.number, 1);
+        })?;
+        self.unsynced.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    fn sync_log(&self) -> io::Result<()> {
         #[cfg(test)]
         if let Some(before_sync) = &*self.before_sync.lock().unwrap() {
             before_sync()?;
         }
-        self.log.sync_data()?;
-        self.unsynced.store(false, Ordering::Release);
-        Ok(())
+        self.log.sync_data()
     }
 
     /// Bytes that sled had still to write.
@@ -265,7 +292,7 @@ impl Drop for Segment {
 
 /// Where a segment of the queue at `path` is.
 pub fn folder_of(path: &Path, number: u64) -> PathBuf {
-    path.join(format!("segment-{number}"))
+    path.join(format!("{PREFIX}{number}"))
 }
 
 fn open_sled(folder: &Path, number: u64) -> Result<sled::Db, StoreError> {
@@ -287,7 +314,7 @@ fn open_sled(folder: &Path, number: u64) -> Result<sled::Db, StoreError> {
 /// Runs a call of sled. A panic is damage.
 fn guarded<T>(segment: u64, max: Duration, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
     let damaged = |cause: String| StoreError::Damaged { segment, cause };
-    match guard::caught(|| guard::limited(max, work)) {
+    match guard::caught(|| guard::limited(segment, max, work)) {
         Ok(answer) => answer.map_err(|error| of_sled(error, damaged)),
         Err(panic) => {
             let message = panic.downcast_ref::<String>().map(String::as_str);
@@ -295,6 +322,28 @@ fn guarded<T>(segment: u64, max: Duration, work: impl FnOnce() -> Result<T, sled
             Err(damaged(format!("sled panicked: {message}")))
         }
     }
+}
+
+/// sled's snapshots in a folder: what it need not read of the log at opening.
+pub fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let paths = entries.map(|entry| Ok(entry?.path()));
+    let is_snapshot =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"snap."));
+    paths.filter(|path: &io::Result<PathBuf>| path.as_ref().map_or(true, is_snapshot)).collect()
+}
+
+/// Renames the snapshots so that sled does not see them; `false` when there are none.
+fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
+    let files = snapshots(folder)?;
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        fs::rename(file, folder.join(format!("aside.{name}")))?;
+    }
+    Ok(!files.is_empty())
 }
 
 fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreError {

@@ -1,0 +1,384 @@
+//! Opening: what stands in the folder is made whole, with all in the place of what is damaged that can be had.
+//!
+//! ```text
+//! <queue>/segment-<n>/       a sled database; n grows. The newest that has the mark `m` is the current one
+//! <queue>/salvaged-<n>/      what takes the place of a damaged segment, while it is being made
+//! <queue>/damaged-<time>-…   what was damaged, kept as it was
+//! <queue>/old-<time>/        what an earlier version has written
+//! ```
+//!
+//! Damage has one answer, whatever it is ([`damage`]): the segment is moved aside, and what is found in its log takes its
+//! place. A segment that sled twice did not come back from opening is not opened a third time. Each step may be the last one of
+//! a process: the next opening goes on.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use super::damage::{self, Asked};
+use super::faults;
+use super::files::{self, Highest, Lock, Mark, ensure_folder, remove_folder, restrict, storage, sync_folder};
+use super::log::Log;
+use super::piece::{self, NUMBER_MAX, OlderSegment, Totals};
+use super::reader;
+use super::remains::Remains;
+use super::rolling::{Carrying, begin_segment, clear, finish_segment, put_older};
+use super::segment::{self, Changes, Segment, StoreError};
+use super::values::{QueueConfig, QueueError, QueueStats, Repair};
+use crate::event::{Sequence, Timestamp};
+use crate::private_folder::Ensured;
+
+/// Dead letters, and the bytes of what they hold.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Letters {
+    pub count: u64,
+    pub bytes: u64,
+}
+
+/// A queue's folder, opened.
+pub struct Opened {
+    pub mark: Mark,
+    pub log: Log,
+    pub acknowledged: Totals,
+    pub settled: Totals,
+    pub letters: Letters,
+    /// The oldest event that waits, and when it was captured.
+    pub oldest: Option<(Sequence, Timestamp)>,
+    pub repairs: Vec<Repair>,
+}
+
+impl Opened {
+    pub fn stats(&self, config: &QueueConfig) -> QueueStats {
+        let (pending, pending_bytes) = self.acknowledged.since(&self.settled);
+        QueueStats {
+            pending,
+            pending_bytes,
+            oldest: self.oldest,
+            dead_letters: self.letters.count,
+            missing: self.repairs.iter().map(Repair::missing).sum(),
+            disk_bytes: self.log.bytes(),
+            full: pending > 0 && pending_bytes >= config.max_pending_bytes,
+            last_sequence: Sequence::new(self.acknowledged.sequence),
+        }
+    }
+}
+
+/// Opens the folder for work: makes it where it is missing, and puts right what can be.
+pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
+    let mut repairs = Vec::new();
+    if let Ensured::Tightened { mode } = ensure_folder(path)? {
+        repairs.push(Repair::FolderTightened { folder: path.to_owned(), mode });
+    }
+    let lock = Lock::take(path)?;
+    faults::reach("open-locked");
+    repairs.extend(move_old_format(path).map_err(|error| storage(path, &error))?);
+    let mut opened = recover(path)?;
+    restrict(path);
+    repairs.append(&mut opened.repairs);
+    faults::reach("open-recovered");
+    Ok((lock, Opened { repairs, ..opened }))
+}
+
+/// What an earlier version of the program has written, moved away.
+fn move_old_format(path: &Path) -> io::Result<Option<Repair>> {
+    if !path.join("CURRENT").exists() && !path.join("sled-1").exists() {
+        return Ok(None);
+    }
+    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let to = path.join(format!("old-{time}"));
+    fs::create_dir(&to)?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_old = ["CURRENT", "HIGHEST", "DAMAGED", "REREAD"].iter().any(|old| name == *old)
+            || name.as_encoded_bytes().starts_with(b"sled-");
+        if is_old {
+            fs::rename(entry.path(), to.join(name))?;
+        }
+    }
+    sync_folder(&to)?;
+    sync_folder(path)?;
+    Ok(Some(Repair::OldFormat { to }))
+}
+
+/// What stands in the folder, cleared of left-overs.
+fn recover(path: &Path) -> Result<Opened, QueueError> {
+    /// Far more than there are segments to be opened first.
+    const TRIES_MAX: usize = 100;
+    let (mut repairs, mut last) = (Vec::new(), String::new());
+    for _ in 0..TRIES_MAX {
+        match recover_once(path, Mark::open(path)?, &mut repairs) {
+            // It opened, and could not be read.
+            Err(StoreError::Damaged { segment, cause }) => {
+                let _ = files::write_mark(path, files::DAMAGED, segment, 1);
+                last = format!("segment {segment}: {cause}");
+            }
+            Err(error) => return Err(error.of_queue(path)),
+            Ok(recovered) => return Ok(Opened { repairs, ..recovered }),
+        }
+    }
+    Err(storage(path, &format!("damage is found again and again, at last in {last}")))
+}
+
+fn recover_once(path: &Path, mut mark: Mark, repairs: &mut Vec<Repair>) -> Result<Opened, StoreError> {
+    damage::finish_replacing(path)?;
+    let (segment, acknowledged) = open_newest(path, mark.written, repairs)?;
+    let mut settled = segment.piece(&piece::single_key(piece::SETTLED), Totals::of)?.unwrap_or_default();
+    let mut older = read_older(&segment)?;
+    older.retain(|one| one.last > settled.sequence);
+    remove_uncommitted(&segment, acknowledged.sequence + 1, repairs)?;
+    let mut log = Log::new(path, segment, older);
+    for one in log.older.clone() {
+        // It is opened, and looked at as a whole, when it is read.
+        if files::read_mark(path, files::DAMAGED).is_some_and(|(damaged, _)| damaged == one.number) {
+            replace_older(path, &mut log, one, "the queue had stopped at it".to_owned(), settled.sequence, repairs)?;
+        }
+    }
+    if repairs.iter().any(Repair::is_loss) {
+        clear(&log.newest, &piece::all_keys(piece::CURSOR))?;
+    }
+    // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
+    log.newest.sync()?;
+    if path.join(files::UNSYNCED).exists() {
+        log = copy_newest(path, &log, &acknowledged, &settled)?;
+    }
+    remove_left_overs(path, &log, repairs)?;
+    let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
+    if oldest.is_none() {
+        settled = acknowledged;
+    }
+    let letters = count_letters(&log.newest)?;
+    mark.raise(log.newest.highest(acknowledged.sequence))?;
+    for name in [files::DAMAGED, files::UNSYNCED, files::OPENING] {
+        files::remove_mark(path, name)?;
+    }
+    Ok(Opened { mark, log, acknowledged, settled, letters, oldest, repairs: Vec::new() })
+}
+
+/// Opens the newest segment that was ever in use.
+fn open_newest(path: &Path, highest: Highest, repairs: &mut Vec<Repair>) -> Result<(Segment, Totals), StoreError> {
+    let numbers = segments(path)?;
+    for (index, number) in numbers.iter().copied().enumerate().rev() {
+        let cause = match damage_of(path, number, highest)? {
+            Some(cause) => cause,
+            None => match open_marked(path, number, repairs) {
+                Ok((segment, Some(acknowledged))) if acknowledged.sequence >= highest.sequence => {
+                    return Ok((segment, acknowledged));
+                }
+                Ok((_, Some(Totals { sequence, .. }))) => {
+                    format!("it ends at number {sequence}, and {} was acknowledged", highest.sequence)
+                }
+                // It was being made when the process died: nothing was ever acknowledged in it.
+                Ok((_, None)) if number != highest.segment => continue,
+                Ok((_, None)) => "its mark is missing".to_owned(),
+                Err(StoreError::Damaged { cause, .. }) => cause,
+                Err(error) => return Err(error),
+            },
+        };
+        let older = numbers.get(..index).unwrap_or_default();
+        return replace_newest(path, number, older, highest, cause, repairs);
+    }
+    create_first(path)
+}
+
+/// What is known to be wrong with a segment, the newest one, before it is opened.
+fn damage_of(path: &Path, number: u64, highest: Highest) -> Result<Option<String>, StoreError> {
+    let named = |name| files::read_mark(path, name).filter(|(named, _)| *named == number).map(|(_, times)| times);
+    if named(files::DAMAGED).is_some() {
+        return Ok(Some("the queue had stopped at it".to_owned()));
+    }
+    // sled takes a log that was cut for a whole one, and does not say what it has passed over.
+    let remains = if number == highest.segment { Some(Remains::of(path, number)?) } else { None };
+    if remains.is_some_and(|remains| !remains.is_whole(None, highest.sequence)) {
+        return Ok(Some("numbers are missing in its log".to_owned()));
+    }
+    match named(files::OPENING).unwrap_or(0) {
+        tried if tried >= 2 => Ok(Some("sled did not come back from opening it".to_owned())),
+        tried => {
+            files::write_mark(path, files::OPENING, number, tried + 1)?;
+            Ok(None)
+        }
+    }
+}
+
+/// A segment and the last number that was acknowledged in it.
+fn open_marked(path: &Path, number: u64, repairs: &mut Vec<Repair>) -> Result<(Segment, Option<Totals>), StoreError> {
+    let (segment, is_without_snapshots) = Segment::open(&segment::folder_of(path, number), number)?;
+    faults::reach("open-segment-opened");
+    repairs.extend(is_without_snapshots.then_some(Repair::SnapshotsSetAside { segment: number }));
+    let acknowledged = segment.piece(&piece::single_key(piece::ACKNOWLEDGED), Totals::of)?;
+    if acknowledged.is_some() {
+        files::remove_mark(path, files::OPENING)?;
+    }
+    Ok((segment, acknowledged))
+}
+
+/// Makes the first segment.
+fn create_first(path: &Path) -> Result<(Segment, Totals), StoreError> {
+    let number = segments(path)?.last().map_or(1, |last| last + 1);
+    let segment = Segment::open(&segment::folder_of(path, number), number)?.0;
+    finish_segment(&segment, &[], &Totals::default(), &Totals::default())?;
+    faults::reach("open-segment-created");
+    Ok((segment, Totals::default()))
+}
+
+/// Puts what is found of the newest segment in its place.
+fn replace_newest(
+    path: &Path,
+    number: u64,
+    others: &[u64],
+    highest: Highest,
+    cause: String,
+    repairs: &mut Vec<Repair>,
+) -> Result<(Segment, Totals), StoreError> {
+    let remains = Remains::of(path, number)?;
+    // What it said of the others is lost: they tell themselves.
+    let Others { mut older, begin, end: before } = Others::by_themselves(path, others, &remains)?;
+    let first = older.last().map_or(1, |one| one.last + 1);
+    let asked = Asked { first, before, end: None, last_min: highest.sequence, is_newest: true };
+    let salvaged = damage::salvage(path, &remains, asked, |segment, salvaged| {
+        // Where the mark of what is settled is lost, all that is there is delivered once more, and refused by its receipts. What is
+        // missing before it counts as settled: a segment goes only once all in it is, and the mark may be older than that.
+        let settled = salvaged.settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
+        let known = begin.unwrap_or(salvaged.end);
+        let sequence = older.first().map_or(known.sequence, |one| one.first - 1);
+        // Where nothing tells, each number was an event's.
+        let begin = Totals { sequence, events: known.events.saturating_sub(known.sequence - sequence), ..known };
+        let settled = match settled {
+            Some(settled) if older.is_empty() || settled.sequence > begin.sequence => settled,
+            _ => begin,
+        };
+        older.retain(|one| one.last > settled.sequence);
+        let mut changes = Changes::default();
+        put_older(&mut changes, &older);
+        changes.insert(piece::single_key(piece::SETTLED), settled.encode(piece::SETTLED, 0));
+        changes.insert(piece::single_key(piece::ACKNOWLEDGED), salvaged.end.encode(piece::ACKNOWLEDGED, 0));
+        segment.apply(changes)
+    })?;
+    let segment = Segment::open(&segment::folder_of(path, number), number)?.0;
+    repairs.push(salvaged.repair(cause));
+    Ok((segment, salvaged.end))
+}
+
+/// The older segments as their logs tell.
+struct Others {
+    older: Vec<OlderSegment>,
+    /// The totals up to before the first number that is there, of all segments.
+    begin: Option<Totals>,
+    /// The totals up to the end of the last older one.
+    end: Option<Totals>,
+}
+
+impl Others {
+    /// What is missing between two of them counts to the one before, and is noticed when that is read.
+    fn by_themselves(path: &Path, numbers: &[u64], newest: &Remains) -> Result<Others, StoreError> {
+        let (mut found, mut begin, mut end) = (Vec::new(), newest.before(), None);
+        for number in numbers.iter().rev() {
+            let remains = Remains::of(path, *number)?;
+            let own_end = remains.end();
+            let last = begin.or(own_end).map(|totals| totals.sequence);
+            if found.is_empty() {
+                end = own_end.filter(|end| Some(end.sequence) == last);
+            }
+            found.extend(last.map(|last| (*number, remains.first(), last, remains.log_bytes)));
+            begin = remains.before().or(begin);
+        }
+        let mut older: Vec<OlderSegment> = Vec::new();
+        for (number, first, last, log_bytes) in found.into_iter().rev() {
+            let first = first.unwrap_or_else(|| older.last().map_or(1, |one| one.last + 1));
+            older.extend((first <= last).then_some(OlderSegment { number, first, last, log_bytes }));
+        }
+        Ok(Others { older, begin, end })
+    }
+}
+
+/// Puts what is found of an older segment in its place.
+fn replace_older(
+    path: &Path,
+    log: &mut Log,
+    one: OlderSegment,
+    cause: String,
+    settled: u64,
+    repairs: &mut Vec<Repair>,
+) -> Result<(), StoreError> {
+    let next = log.older.iter().find(|other| other.first > one.last).map_or(log.newest.number, |next| next.number);
+    let end = Remains::of(path, next)?.before().filter(|end| end.sequence == one.last);
+    let first = one.first.max(settled + 1);
+    let asked = Asked { first, before: None, end, last_min: one.last, is_newest: false };
+    let salvaged = damage::salvage(path, &Remains::of(path, one.number)?, asked, |_, _| Ok(()))?;
+    let log_bytes = fs::metadata(segment::folder_of(path, one.number).join("db"))?.len();
+    for other in log.older.iter_mut().filter(|other| other.number == one.number) {
+        *other = OlderSegment { first, log_bytes, ..one };
+    }
+    let mut changes = Changes::default();
+    put_older(&mut changes, &log.older);
+    log.newest.apply(changes)?;
+    log.newest.sync()?;
+    repairs.push(salvaged.repair(cause));
+    Ok(())
+}
+
+/// Copies the newest segment into a fresh one, after a sync that failed: pages of it that the system counts as written may be
+/// in its memory only.
+fn copy_newest(path: &Path, log: &Log, acknowledged: &Totals, settled: &Totals) -> Result<Log, StoreError> {
+    let new = begin_segment(path, log.newest.number + 1)?;
+    let mut carrying = Carrying::of(b"exdfc");
+    while carrying.next(&log.newest, &new)? {}
+    finish_segment(&new, &log.older, acknowledged, settled)?;
+    Ok(log.with_newest(new.into(), log.older.clone()))
+}
+
+fn read_older(segment: &Segment) -> Result<Vec<OlderSegment>, StoreError> {
+    let mut older = Vec::new();
+    for index in 0.. {
+        let part = segment.piece(&piece::indexed_key(piece::OLDER, 0, index), piece::decode_older)?.unwrap_or_default();
+        if part.is_empty() {
+            break;
+        }
+        older.extend(part);
+    }
+    Ok(older)
+}
+
+fn count_letters(segment: &Segment) -> Result<Letters, StoreError> {
+    let mut letters = Letters::default();
+    segment.each(piece::all_keys(piece::LETTER), |_, _| {
+        letters.count += 1;
+        true
+    })?;
+    segment.each(piece::all_keys(piece::LETTER_CONTENT), |_, value| {
+        letters.bytes += value.len() as u64;
+        true
+    })?;
+    Ok(letters)
+}
+
+/// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
+fn remove_uncommitted(segment: &Segment, first: u64, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
+    let mut removed = 0;
+    for kind in [piece::BLOCK, piece::CHUNK, piece::LETTER, piece::LETTER_CONTENT] {
+        removed += clear(segment, &piece::keys(kind, first..=NUMBER_MAX))?;
+    }
+    repairs.extend((removed > 0).then_some(Repair::UncommittedRemoved { keys: removed }));
+    Ok(())
+}
+
+fn remove_left_overs(path: &Path, log: &Log, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
+    for number in segments(path)? {
+        if number == log.newest.number || log.older.iter().any(|one| one.number == number) {
+            continue;
+        }
+        let folder = segment::folder_of(path, number);
+        remove_folder(&folder)?;
+        // One that was settled is no surprise.
+        if number > log.newest.number {
+            repairs.push(Repair::LeftOverRemoved { folder });
+        }
+    }
+    Ok(())
+}
+
+/// The segments in the folder, oldest first.
+pub fn segments(path: &Path) -> io::Result<Vec<u64>> {
+    files::numbered(path, segment::PREFIX)
+}
