@@ -69,7 +69,7 @@ pub fn measure(bench: &mut Bench) -> Result<()> {
         100.0 * share(&single, &single_disk),
         "%",
         "median of rounds",
-        Aim::Least(80.0),
+        Aim::Least(50.0),
     )?;
     std::fs::remove_dir_all(folder.join("queue"))?;
 

@@ -67,22 +67,23 @@ pub fn salvage(
     let damaged = segment::folder_of(path, remains.number);
     let fresh = fresh_folder(path, remains.number);
     remove_folder(&fresh)?;
-    let segment = Segment::open(&fresh, remains.number)?.0;
+    let segment = Segment::open(&fresh, remains.number)?;
     let mut filling = Filling { segment: &segment, changes: Changes::default() };
     // Where that mark is lost, all that is there is delivered once more.
-    let settled = remains.settled.filter(|_| asked.is_newest);
+    let settled = remains.marks.filter(|_| asked.is_newest).map(|marks| marks.settled);
     // Up to here it has nothing that is wanted.
     let begin = settled.map_or(0, |settled| settled.sequence).max(asked.first - 1);
     let before = settled.or(asked.before).filter(|before| before.sequence == begin);
     // Where nothing tells, rather too many are counted as waiting than too few.
-    let end = Totals { sequence: begin, ..before.or(remains.acknowledged).unwrap_or_default() };
+    let acknowledged = remains.marks.map(|marks| marks.acknowledged);
+    let end = Totals { sequence: begin, ..before.or(acknowledged).unwrap_or_default() };
     let mut salvaged = Salvaged { to: PathBuf::new(), end, settled, found: 0, missing: 0 };
     let mut is_counted = before.is_some() || begin == 0;
     fill(remains, &asked, &mut filling, &mut salvaged, &mut is_counted)?;
     let last = asked.last_min;
     if last > salvaged.end.sequence {
         // A mark that is in the log may be of a batch that never was whole: of the newest, what was acknowledged counts.
-        let end = asked.end.or(remains.acknowledged).filter(|end| end.sequence == last && is_counted);
+        let end = asked.end.or(acknowledged).filter(|end| end.sequence == last && is_counted);
         salvaged.missing += lost(&salvaged.end, last, end);
         let (key, value) = Block::lost(&salvaged.end, last, remains.opened());
         filling.insert(key, value)?;

@@ -24,9 +24,9 @@
 //! # How it is done
 //!
 //! A queue is a log: events enter at its tail and leave from its head, in order. So nothing is deleted one by one. The log is cut
-//! into segments, each a sled database of some 64 MB that is only added to. What has left is a number, the mark `w`; a segment
-//! all of whose events are below it goes as a whole. What has been acknowledged is the mark `m`: it is in the batch of the
-//! events themselves, so what is beyond it was never committed. The newest segment also has what changes: cursors, dead letters,
+//! into segments, each a sled database of some 64 MB that is only added to. What has left is a number, and so is what has been
+//! acknowledged: both are in the mark `m`, in the batch of the events themselves, so what is beyond it was never committed. A segment
+//! all of whose events have left goes as a whole. The newest one also has what changes: cursors, dead letters,
 //! and the list of the segments before it. When it is large the next one is begun: these are carried over, a slice at a time between
 //! batches, and its own mark, written last, makes it the current one.
 //!
@@ -39,10 +39,10 @@
 //! are read in the same way, so only one database is open.
 //!
 //! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the files around the segments;
-//! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `damage` what takes the
-//! place of one that can't be trusted; `log` all of them; `reader` what everybody may do; `rolling` how a segment is made; `opening` how all is opened and put right; `submission`
-//! the way to the writer; `writer` the thread; `looking` the copy that is looked at without a watcher. sled is known in this
-//! module only.
+//! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `damage` what takes
+//! the place of one that can't be trusted; `log` all of them; `reader` what everybody may do; `rolling` how a segment is made;
+//! `opening` how all is opened and put right; `submission` the way to the writer; `writer` the thread; `looking` the copy that is
+//! looked at without a watcher. sled is known in this module only.
 
 mod codec;
 mod damage;

@@ -19,7 +19,7 @@ use super::damage::{self, Asked};
 use super::faults;
 use super::files::{self, Highest, Lock, Mark, ensure_folder, remove_folder, restrict, storage, sync_folder};
 use super::log::Log;
-use super::piece::{self, NUMBER_MAX, OlderSegment, Totals};
+use super::piece::{self, Marks, NUMBER_MAX, OlderSegment, Totals};
 use super::reader;
 use super::remains::Remains;
 use super::rolling::{Carrying, begin_segment, clear, finish_segment, put_older};
@@ -39,8 +39,7 @@ pub struct Letters {
 pub struct Opened {
     pub mark: Mark,
     pub log: Log,
-    pub acknowledged: Totals,
-    pub settled: Totals,
+    pub marks: Marks,
     pub letters: Letters,
     /// The oldest event that waits, and when it was captured.
     pub oldest: Option<(Sequence, Timestamp)>,
@@ -49,7 +48,7 @@ pub struct Opened {
 
 impl Opened {
     pub fn stats(&self, config: &QueueConfig) -> QueueStats {
-        let (pending, pending_bytes) = self.acknowledged.since(&self.settled);
+        let (pending, pending_bytes) = self.marks.acknowledged.since(&self.marks.settled);
         QueueStats {
             pending,
             pending_bytes,
@@ -58,7 +57,7 @@ impl Opened {
             missing: self.repairs.iter().map(Repair::missing).sum(),
             disk_bytes: self.log.bytes(),
             full: pending > 0 && pending_bytes >= config.max_pending_bytes,
-            last_sequence: Sequence::new(self.acknowledged.sequence),
+            last_sequence: Sequence::new(self.marks.acknowledged.sequence),
         }
     }
 }
@@ -122,11 +121,11 @@ fn recover(path: &Path) -> Result<Opened, QueueError> {
 
 fn recover_once(path: &Path, mut mark: Mark, repairs: &mut Vec<Repair>) -> Result<Opened, StoreError> {
     damage::finish_replacing(path)?;
-    let (segment, acknowledged) = open_newest(path, mark.written, repairs)?;
-    let mut settled = segment.piece(&piece::single_key(piece::SETTLED), Totals::of)?.unwrap_or_default();
+    let (segment, mut marks) = open_newest(path, mark.written, repairs)?;
+    let Marks { acknowledged, settled } = marks;
     let mut older = read_older(&segment)?;
     older.retain(|one| one.last > settled.sequence);
-    remove_uncommitted(&segment, acknowledged.sequence + 1, repairs)?;
+    remove_uncommitted(&segment, acknowledged.sequence + 1)?;
     let mut log = Log::new(path, segment, older);
     for one in log.older.clone() {
         // It is opened, and looked at as a whole, when it is read.
@@ -140,32 +139,33 @@ fn recover_once(path: &Path, mut mark: Mark, repairs: &mut Vec<Repair>) -> Resul
     // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
     log.newest.sync()?;
     if path.join(files::UNSYNCED).exists() {
-        log = copy_newest(path, &log, &acknowledged, &settled)?;
+        log = copy_newest(path, &log, &marks)?;
     }
-    remove_left_overs(path, &log, repairs)?;
+    remove_left_overs(path, &log)?;
     let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
     if oldest.is_none() {
-        settled = acknowledged;
+        marks.settled = acknowledged;
     }
     let letters = count_letters(&log.newest)?;
     mark.raise(log.newest.highest(acknowledged.sequence))?;
     for name in [files::DAMAGED, files::UNSYNCED, files::OPENING] {
         files::remove_mark(path, name)?;
     }
-    Ok(Opened { mark, log, acknowledged, settled, letters, oldest, repairs: Vec::new() })
+    Ok(Opened { mark, log, marks, letters, oldest, repairs: Vec::new() })
 }
 
 /// Opens the newest segment that was ever in use.
-fn open_newest(path: &Path, highest: Highest, repairs: &mut Vec<Repair>) -> Result<(Segment, Totals), StoreError> {
+fn open_newest(path: &Path, highest: Highest, repairs: &mut Vec<Repair>) -> Result<(Segment, Marks), StoreError> {
     let numbers = segments(path)?;
     for (index, number) in numbers.iter().copied().enumerate().rev() {
         let cause = match damage_of(path, number, highest)? {
             Some(cause) => cause,
-            None => match open_marked(path, number, repairs) {
-                Ok((segment, Some(acknowledged))) if acknowledged.sequence >= highest.sequence => {
-                    return Ok((segment, acknowledged));
+            None => match open_marked(path, number) {
+                Ok((segment, Some(marks))) if marks.acknowledged.sequence >= highest.sequence => {
+                    return Ok((segment, marks));
                 }
-                Ok((_, Some(Totals { sequence, .. }))) => {
+                Ok((_, Some(marks))) => {
+                    let sequence = marks.acknowledged.sequence;
                     format!("it ends at number {sequence}, and {} was acknowledged", highest.sequence)
                 }
                 // It was being made when the process died: nothing was ever acknowledged in it.
@@ -201,25 +201,24 @@ fn damage_of(path: &Path, number: u64, highest: Highest) -> Result<Option<String
     }
 }
 
-/// A segment and the last number that was acknowledged in it.
-fn open_marked(path: &Path, number: u64, repairs: &mut Vec<Repair>) -> Result<(Segment, Option<Totals>), StoreError> {
-    let (segment, is_without_snapshots) = Segment::open(&segment::folder_of(path, number), number)?;
+/// A segment and what it says of the queue.
+fn open_marked(path: &Path, number: u64) -> Result<(Segment, Option<Marks>), StoreError> {
+    let segment = Segment::open(&segment::folder_of(path, number), number)?;
     faults::reach("open-segment-opened");
-    repairs.extend(is_without_snapshots.then_some(Repair::SnapshotsSetAside { segment: number }));
-    let acknowledged = segment.piece(&piece::single_key(piece::ACKNOWLEDGED), Totals::of)?;
-    if acknowledged.is_some() {
+    let marks = segment.piece(&[piece::MARK], Marks::of)?;
+    if marks.is_some() {
         files::remove_mark(path, files::OPENING)?;
     }
-    Ok((segment, acknowledged))
+    Ok((segment, marks))
 }
 
 /// Makes the first segment.
-fn create_first(path: &Path) -> Result<(Segment, Totals), StoreError> {
+fn create_first(path: &Path) -> Result<(Segment, Marks), StoreError> {
     let number = segments(path)?.last().map_or(1, |last| last + 1);
-    let segment = Segment::open(&segment::folder_of(path, number), number)?.0;
-    finish_segment(&segment, &[], &Totals::default(), &Totals::default())?;
+    let segment = begin_segment(path, number)?;
+    finish_segment(&segment, &[], &Marks::default())?;
     faults::reach("open-segment-created");
-    Ok((segment, Totals::default()))
+    Ok((segment, Marks::default()))
 }
 
 /// Puts what is found of the newest segment in its place.
@@ -230,12 +229,13 @@ fn replace_newest(
     highest: Highest,
     cause: String,
     repairs: &mut Vec<Repair>,
-) -> Result<(Segment, Totals), StoreError> {
+) -> Result<(Segment, Marks), StoreError> {
     let remains = Remains::of(path, number)?;
     // What it said of the others is lost: they tell themselves.
     let Others { mut older, begin, end: before } = Others::by_themselves(path, others, &remains)?;
     let first = older.last().map_or(1, |one| one.last + 1);
     let asked = Asked { first, before, end: None, last_min: highest.sequence, is_newest: true };
+    let mut marks = Marks::default();
     let salvaged = damage::salvage(path, &remains, asked, |segment, salvaged| {
         // Where the mark of what is settled is lost, all that is there is delivered once more, and refused by its receipts. What is
         // missing before it counts as settled: a segment goes only once all in it is, and the mark may be older than that.
@@ -251,13 +251,14 @@ fn replace_newest(
         older.retain(|one| one.last > settled.sequence);
         let mut changes = Changes::default();
         put_older(&mut changes, &older);
-        changes.insert(piece::single_key(piece::SETTLED), settled.encode(piece::SETTLED, 0));
-        changes.insert(piece::single_key(piece::ACKNOWLEDGED), salvaged.end.encode(piece::ACKNOWLEDGED, 0));
+        marks = Marks { acknowledged: salvaged.end, settled };
+        let (key, value) = marks.encode(0);
+        changes.insert(key, value);
         segment.apply(changes)
     })?;
-    let segment = Segment::open(&segment::folder_of(path, number), number)?.0;
+    let segment = Segment::open(&segment::folder_of(path, number), number)?;
     repairs.push(salvaged.repair(cause));
-    Ok((segment, salvaged.end))
+    Ok((segment, marks))
 }
 
 /// The older segments as their logs tell.
@@ -320,11 +321,11 @@ fn replace_older(
 
 /// Copies the newest segment into a fresh one, after a sync that failed: pages of it that the system counts as written may be
 /// in its memory only.
-fn copy_newest(path: &Path, log: &Log, acknowledged: &Totals, settled: &Totals) -> Result<Log, StoreError> {
+fn copy_newest(path: &Path, log: &Log, marks: &Marks) -> Result<Log, StoreError> {
     let new = begin_segment(path, log.newest.number + 1)?;
     let mut carrying = Carrying::of(b"exdfc");
     while carrying.next(&log.newest, &new)? {}
-    finish_segment(&new, &log.older, acknowledged, settled)?;
+    finish_segment(&new, &log.older, marks)?;
     Ok(log.with_newest(new.into(), log.older.clone()))
 }
 
@@ -354,25 +355,18 @@ fn count_letters(segment: &Segment) -> Result<Letters, StoreError> {
 }
 
 /// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
-fn remove_uncommitted(segment: &Segment, first: u64, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
-    let mut removed = 0;
+fn remove_uncommitted(segment: &Segment, first: u64) -> Result<(), StoreError> {
     for kind in [piece::BLOCK, piece::CHUNK, piece::LETTER, piece::LETTER_CONTENT] {
-        removed += clear(segment, &piece::keys(kind, first..=NUMBER_MAX))?;
+        clear(segment, &piece::keys(kind, first..=NUMBER_MAX))?;
     }
-    repairs.extend((removed > 0).then_some(Repair::UncommittedRemoved { keys: removed }));
     Ok(())
 }
 
-fn remove_left_overs(path: &Path, log: &Log, repairs: &mut Vec<Repair>) -> Result<(), StoreError> {
+fn remove_left_overs(path: &Path, log: &Log) -> Result<(), StoreError> {
     for number in segments(path)? {
-        if number == log.newest.number || log.older.iter().any(|one| one.number == number) {
-            continue;
-        }
-        let folder = segment::folder_of(path, number);
-        remove_folder(&folder)?;
-        // One that was settled is no surprise.
-        if number > log.newest.number {
-            repairs.push(Repair::LeftOverRemoved { folder });
+        if number != log.newest.number && log.older.iter().all(|one| one.number != number) {
+            tracing::debug!(segment = number, "removing a segment of the queue that is not needed");
+            remove_folder(&segment::folder_of(path, number))?;
         }
     }
     Ok(())

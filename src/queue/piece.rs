@@ -6,8 +6,7 @@
 //! x S I        further chunk I of event S (from 1 on)
 //! d S, f S I   dead letter S: its record, chunk I of its content (from 0 on)
 //! c H I        chunk I of the cursor of the file whose path has the hash H
-//! m            mark: the last number that was acknowledged, and the totals up to it
-//! w            mark: the last number that is settled, and the totals up to it
+//! m            mark: the last number that was acknowledged and the last one that is settled, with the totals up to them
 //! g            the older segments that are still needed
 //! ```
 //!
@@ -54,8 +53,7 @@ pub const CHUNK: u8 = b'x';
 pub const LETTER: u8 = b'd';
 pub const LETTER_CONTENT: u8 = b'f';
 pub const CURSOR: u8 = b'c';
-pub const ACKNOWLEDGED: u8 = b'm';
-pub const SETTLED: u8 = b'w';
+pub const MARK: u8 = b'm';
 pub const OLDER: u8 = b'g';
 
 /// A value, taken apart.
@@ -125,11 +123,6 @@ fn checksum(header: &[u8], content: &[u8]) -> [u8; 4] {
     hasher.finalize().to_be_bytes()
 }
 
-/// The key of a kind of which there is one.
-pub fn single_key(kind: u8) -> Vec<u8> {
-    vec![kind]
-}
-
 pub fn key(kind: u8, sequence: u64) -> Vec<u8> {
     [&[kind], &sequence.to_be_bytes()[..]].concat()
 }
@@ -184,21 +177,37 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// As a mark of this kind.
-    pub fn encode(&self, kind: u8, opened: u64) -> Vec<u8> {
-        let content = [self.events.to_be_bytes(), self.bytes.to_be_bytes()].concat();
-        Piece { kind, sequence: self.sequence, index: 0, opened, content: &content }.encode()
-    }
-
     /// Events that wait between these marks, and the bytes of their records. Lost ones among them count until it is past them.
     pub fn since(&self, settled: &Totals) -> (u64, u64) {
         let events = self.events.saturating_sub(settled.events);
         (events, if events == 0 { 0 } else { self.bytes.saturating_sub(settled.bytes) })
     }
+}
 
-    pub fn of(piece: &Piece<'_>) -> Option<Totals> {
-        let [events, bytes] = numbers(piece.content)?;
-        Some(Totals { sequence: piece.sequence, events, bytes })
+/// What has entered and what has left.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Marks {
+    pub acknowledged: Totals,
+    pub settled: Totals,
+}
+
+impl Marks {
+    /// Key and value.
+    pub fn encode(&self, opened: u64) -> (Vec<u8>, Vec<u8>) {
+        let Marks { acknowledged, settled } = self;
+        let numbers = [acknowledged.events, acknowledged.bytes, settled.sequence, settled.events, settled.bytes];
+        let content = numbers.map(u64::to_be_bytes).concat();
+        let piece = Piece { kind: MARK, sequence: acknowledged.sequence, index: 0, opened, content: &content };
+        (vec![MARK], piece.encode())
+    }
+
+    pub fn of(piece: &Piece<'_>) -> Option<Marks> {
+        let [events, bytes, settled, settled_events, settled_bytes] = numbers(piece.content)?;
+        let acknowledged = Totals { sequence: piece.sequence, events, bytes };
+        Some(Marks {
+            acknowledged,
+            settled: Totals { sequence: settled, events: settled_events, bytes: settled_bytes },
+        })
     }
 }
 
@@ -414,7 +423,8 @@ mod tests {
     #[test]
     fn marks_lost_numbers_and_the_list_come_back_as_they_were() {
         let totals = Totals { sequence: 5, events: 4, bytes: 300 };
-        assert_eq!(Totals::of(&Piece::decode(&totals.encode(SETTLED, 9)).unwrap()), Some(totals));
+        let marks = Marks { acknowledged: totals, settled: Totals { sequence: 4, events: 3, bytes: 200 } };
+        assert_eq!(Marks::of(&Piece::decode(&marks.encode(9).1).unwrap()), Some(marks));
         let (key, value) = Block::lost(&totals, 9, 1);
         assert_eq!(key_sequence(&key), Some(6));
         let expected = Block { before: totals, entries: Vec::new(), last: 9 };
@@ -423,6 +433,6 @@ mod tests {
         let list =
             [1, 2].map(|number| OlderSegment { number, first: 10 * number, last: 10 * number + 9, log_bytes: 7 });
         assert_eq!(decode_older(&Piece::decode(&encode_older(&list, 0)).unwrap()), Some(list.to_vec()));
-        assert_eq!(Totals::of(&Piece { kind: SETTLED, sequence: 1, index: 0, opened: 0, content: &[0xff; 16] }), None);
+        assert_eq!(Marks::of(&Piece { kind: MARK, sequence: 1, index: 0, opened: 0, content: &[0xff; 40] }), None);
     }
 }

@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::piece::{self, Block, Piece, Totals, VALUE_BYTES_MAX};
+use super::piece::{self, Block, Marks, Piece, Totals, VALUE_BYTES_MAX};
 use super::segment::{self, StoreError};
 
 const READ_BYTES: usize = 1 << 20;
@@ -33,9 +33,8 @@ pub struct Remains {
     pub log_bytes: u64,
     /// By kind, number and index; the last ones that were written.
     places: BTreeMap<(u8, u64, u32), Place>,
-    /// The newest marks that were found.
-    pub acknowledged: Option<Totals>,
-    pub settled: Option<Totals>,
+    /// The newest that were found.
+    pub marks: Option<Marks>,
 }
 
 impl Remains {
@@ -59,7 +58,7 @@ impl Remains {
     pub fn is_whole(&self, first: Option<u64>, last: u64) -> bool {
         let mut next = match (first, self.first()) {
             (Some(first), _) => first,
-            (None, Some(begin)) => self.settled.map_or(0, |settled| settled.sequence).max(begin - 1) + 1,
+            (None, Some(begin)) => self.marks.map_or(0, |marks| marks.settled.sequence).max(begin - 1) + 1,
             // What there is may be in the segments before it.
             (None, None) => last + 1,
         };
@@ -69,7 +68,7 @@ impl Remains {
                 next = next.max(end + 1);
             }
         }
-        let is_acknowledged = self.acknowledged.is_some_and(|acknowledged| acknowledged.sequence >= last);
+        let is_acknowledged = self.marks.is_some_and(|marks| marks.acknowledged.sequence >= last);
         next > last && (first.is_some() || is_acknowledged)
     }
 
@@ -159,12 +158,11 @@ impl Remains {
     }
 
     fn note(&mut self, piece: &Piece<'_>, offset: u64, length: usize) {
-        let later = |known: Option<Totals>| {
-            Totals::of(piece).filter(|new| known.is_none_or(|known| new.sequence >= known.sequence)).or(known)
-        };
         match piece.kind {
-            piece::ACKNOWLEDGED => self.acknowledged = later(self.acknowledged),
-            piece::SETTLED => self.settled = later(self.settled),
+            piece::MARK => {
+                let age = |marks: &Marks| (marks.acknowledged.sequence, marks.settled.sequence);
+                self.marks = self.marks.into_iter().chain(Marks::of(piece)).max_by_key(age);
+            }
             piece::BLOCK | piece::LETTER | piece::CHUNK | piece::LETTER_CONTENT => {
                 let place = Place { offset, length, opened: piece.opened };
                 let known = self.places.entry((piece.kind, piece.sequence, piece.index)).or_insert(place);

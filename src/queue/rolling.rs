@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::faults;
 use super::files::{remove_folder, restrict};
-use super::piece::{self, OlderSegment, Totals};
+use super::piece::{self, Marks, OlderSegment};
 use super::segment::{self, Changes, Segment, StoreError};
 
 /// Bytes that are carried over at once: some ten milliseconds.
@@ -18,7 +18,7 @@ const CLEAR_KEYS_MAX: usize = 1024;
 pub fn begin_segment(path: &Path, number: u64) -> Result<Segment, StoreError> {
     let folder = segment::folder_of(path, number);
     remove_folder(&folder)?;
-    Ok(Segment::open(&folder, number)?.0)
+    Segment::open(&folder, number)
 }
 
 /// Best effort: what stays is removed at the next opening.
@@ -60,21 +60,13 @@ impl Carrying {
 }
 
 /// Makes a segment the current one: its mark is the commit, and the last thing that is written.
-pub fn finish_segment(
-    segment: &Segment,
-    older: &[OlderSegment],
-    acknowledged: &Totals,
-    settled: &Totals,
-) -> Result<(), StoreError> {
+pub fn finish_segment(segment: &Segment, older: &[OlderSegment], marks: &Marks) -> Result<(), StoreError> {
     let mut changes = Changes::default();
     put_older(&mut changes, older);
-    changes.insert(piece::single_key(piece::SETTLED), settled.encode(piece::SETTLED, 0));
     segment.apply(changes)?;
     segment.sync_folder()?;
     faults::reach("segment-copied");
-    let mut changes = Changes::default();
-    changes.insert(piece::single_key(piece::ACKNOWLEDGED), acknowledged.encode(piece::ACKNOWLEDGED, 0));
-    segment.apply(changes)?;
+    segment.apply(Changes::of([marks.encode(0)]))?;
     segment.sync()?;
     restrict(segment.folder());
     faults::reach("segment-committed");
@@ -89,9 +81,8 @@ pub fn put_older(changes: &mut Changes, older: &[OlderSegment]) {
     }
 }
 
-/// Removes all keys in `range`; says how many there were.
-pub fn clear(segment: &Segment, range: &RangeInclusive<Vec<u8>>) -> Result<u64, StoreError> {
-    let mut removed = 0;
+/// Removes all keys in `range`.
+pub fn clear(segment: &Segment, range: &RangeInclusive<Vec<u8>>) -> Result<(), StoreError> {
     let mut before: Option<Vec<u8>> = None;
     loop {
         let (mut changes, mut keys, mut first) = (Changes::default(), 0, None);
@@ -102,13 +93,12 @@ pub fn clear(segment: &Segment, range: &RangeInclusive<Vec<u8>>) -> Result<u64, 
             keys < CLEAR_KEYS_MAX
         })?;
         if keys == 0 {
-            return Ok(removed);
+            return Ok(());
         }
         if first == before {
             return Err(segment.damaged("a key was removed and is there again"));
         }
         before = first;
-        removed += keys as u64;
         segment.apply(changes)?;
     }
 }

@@ -69,6 +69,12 @@ pub struct Changes {
 }
 
 impl Changes {
+    pub fn of(pairs: impl IntoIterator<Item = (Vec<u8>, Vec<u8>)>) -> Changes {
+        let mut changes = Changes::default();
+        pairs.into_iter().for_each(|(key, value)| changes.insert(key, value));
+        changes
+    }
+
     pub fn insert(&mut self, key: Vec<u8>, value: Vec<u8>) {
         self.bytes += key.len() + value.len();
         self.list.push((key, Some(value)));
@@ -118,23 +124,26 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Opens the segment in `folder`, or makes one where there is none; says whether it took setting snapshots aside.
-    pub fn open(folder: &Path, number: u64) -> Result<(Segment, bool), StoreError> {
+    /// Opens the segment in `folder`, or makes one where there is none.
+    pub fn open(folder: &Path, number: u64) -> Result<Segment, StoreError> {
         for file in snapshots(folder)? {
             if file.extension().is_some_and(|end| end == "generating") {
                 fs::remove_file(file)?;
             }
         }
-        let mut is_without_snapshots = false;
         let db = match open_sled(folder, number) {
-            Err(StoreError::Damaged { .. }) if set_snapshots_aside(folder)? => {
-                is_without_snapshots = true;
+            Err(StoreError::Damaged { cause, .. }) if set_snapshots_aside(folder)? => {
+                tracing::warn!(
+                    segment = number,
+                    error = cause,
+                    "set snapshots of the queue aside, reading the whole log"
+                );
                 open_sled(folder, number)?
             }
             opened => opened?,
         };
         let log = File::open(folder.join("db"))?;
-        let segment = Segment {
+        Ok(Segment {
             number,
             folder: folder.to_owned(),
             db: Some(db),
@@ -143,8 +152,7 @@ impl Segment {
             unsynced: AtomicBool::new(true),
             #[cfg(test)]
             before_sync: std::sync::Mutex::default(),
-        };
-        Ok((segment, is_without_snapshots))
+        })
     }
 
     pub fn folder(&self) -> &Path {

@@ -58,8 +58,8 @@ impl Shared {
         let state = State {
             stats,
             letters: opened.letters,
-            durable: opened.acknowledged.sequence,
-            settled: opened.settled.sequence,
+            durable: opened.marks.acknowledged.sequence,
+            settled: opened.marks.settled.sequence,
             ..State::default()
         };
         Shared {
@@ -70,7 +70,7 @@ impl Shared {
             log: RwLock::new(Some(Arc::new(opened.log.clone()))),
             state: Mutex::new(state),
             room: Condvar::new(),
-            newest: watch::Sender::new(opened.oldest.and(Sequence::new(opened.acknowledged.sequence))),
+            newest: watch::Sender::new(opened.oldest.and(Sequence::new(opened.marks.acknowledged.sequence))),
             failed: watch::Sender::new(None),
         }
     }

@@ -138,12 +138,6 @@ fn way_out(cause: &str) -> &'static str {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Repair {
-    /// sled did not open a segment with its snapshots, but did without.
-    SnapshotsSetAside { segment: u64 },
-    /// Records of a batch whose commit was never reached.
-    UncommittedRemoved { keys: u64 },
-    /// A segment that was being made when the process died.
-    LeftOverRemoved { folder: PathBuf },
     /// A segment could not be trusted: it was moved away, and what was found in its log took its place. Where events are
     /// missing, all files are to be read from their beginning.
     SegmentSetAside { to: PathBuf, cause: String, found: u64, missing: u64 },
@@ -156,7 +150,7 @@ pub enum Repair {
 impl Repair {
     /// Whether something may be missing now: somebody should look.
     pub fn is_loss(&self) -> bool {
-        matches!(self, Repair::SegmentSetAside { .. } | Repair::OldFormat { .. })
+        !matches!(self, Repair::FolderTightened { .. })
     }
 
     /// Events that were acknowledged and are not there any more, at most.
@@ -171,13 +165,6 @@ impl Repair {
 impl fmt::Display for Repair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Repair::SnapshotsSetAside { segment } => {
-                write!(f, "read the whole log of segment {segment}, whose snapshots were not readable")
-            }
-            Repair::UncommittedRemoved { keys } => {
-                write!(f, "removed {keys} records that had not been acknowledged")
-            }
-            Repair::LeftOverRemoved { folder } => write!(f, "removed left-over {}", folder.display()),
             Repair::SegmentSetAside { to, cause, found, missing } => write!(
                 f,
                 "a part of the queue was damaged ({cause}); kept it in {}, found {found} events in it, {missing} are missing; \

@@ -14,7 +14,7 @@ use super::faults;
 use super::files::{Lock, Mark};
 use super::log::Log;
 use super::opening::{Letters, Opened};
-use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, OlderSegment, PART_BYTES_MAX, Piece, Totals};
+use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, Marks, OlderSegment, PART_BYTES_MAX, Piece, Totals};
 use super::reader;
 use super::rolling::{self, Carrying};
 use super::segment::{Changes, Segment, StoreError};
@@ -49,8 +49,7 @@ pub struct Writer {
     lock: Lock,
     mark: Mark,
     /// As staged: what the commit that comes next will say.
-    acknowledged: Totals,
-    settled: Totals,
+    marks: Marks,
     /// As it is on disk.
     settled_synced: u64,
     /// Since when it is not.
@@ -116,16 +115,15 @@ struct Round {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
-        let Opened { mark, log, acknowledged, settled, letters, .. } = opened;
+        let Opened { mark, log, marks, letters, .. } = opened;
         Writer {
             shared,
             opened: u64::try_from(Timestamp::now().as_microsecond()).unwrap_or(0),
             log,
             lock,
             mark,
-            acknowledged,
-            settled,
-            settled_synced: settled.sequence,
+            marks,
+            settled_synced: marks.settled.sequence,
             unwritten_since: None,
             letters,
             stage: Stage::default(),
@@ -212,21 +210,15 @@ impl Writer {
     /// Applies what is staged with the marks that go with it, makes it durable, and tells so.
     fn commit(&mut self) -> Result<(), StoreError> {
         self.stage.close_tail(self.opened);
-        if self.stage.is_begun {
-            let value = self.acknowledged.encode(piece::ACKNOWLEDGED, self.opened);
-            self.stage.changes.insert(piece::single_key(piece::ACKNOWLEDGED), value);
-            self.stage.is_begun = false;
-        }
-        if self.unwritten_since.take().is_some() {
-            self.stage
-                .changes
-                .insert(piece::single_key(piece::SETTLED), self.settled.encode(piece::SETTLED, self.opened));
+        if self.unwritten_since.take().is_some() | std::mem::take(&mut self.stage.is_begun) {
+            let (key, value) = self.marks.encode(self.opened);
+            self.stage.changes.insert(key, value);
         }
         faults::reach("commit-before-apply");
         self.apply()?;
         faults::reach("commit-synced");
-        self.settled_synced = self.settled.sequence;
-        self.mark.raise(self.log.newest.highest(self.acknowledged.sequence))?;
+        self.settled_synced = self.marks.settled.sequence;
+        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
         self.remove_spent();
         self.publish_committed();
         Ok(())
@@ -252,7 +244,7 @@ impl Writer {
             // What was staged before is committed by itself; what comes now may take several parts.
             self.commit()?;
         }
-        let before = self.acknowledged;
+        let before = self.marks.acknowledged;
         let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
         let mut next = before;
         for record in &batch.events {
@@ -275,7 +267,7 @@ impl Writer {
         for cursor in &batch.cursors {
             self.stage_cursor(cursor)?;
         }
-        self.acknowledged = next;
+        self.marks.acknowledged = next;
         self.stage.is_begun |= next != before;
         if let Some(&last) = accepted.sequences.last() {
             self.newest_event = Some(last);
@@ -297,7 +289,7 @@ impl Writer {
 
     /// Events that wait, and the bytes of their records.
     fn pending(&self) -> (u64, u64) {
-        self.acknowledged.since(&self.settled)
+        self.marks.acknowledged.since(&self.marks.settled)
     }
 
     fn add_entry(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) -> Result<(), StoreError> {
@@ -349,10 +341,10 @@ impl Writer {
 
     /// Events leave from the head, in their order: `outcomes` are those of the oldest ones.
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
-        let (mut through, mut events) = (self.settled.sequence, 0);
+        let (mut through, mut events) = (self.marks.settled.sequence, 0);
         for (sequence, outcome) in outcomes {
             // Settled before, or never given.
-            if sequence.get() <= through || sequence.get() > self.acknowledged.sequence {
+            if sequence.get() <= through || sequence.get() > self.marks.acknowledged.sequence {
                 continue;
             }
             through = sequence.get();
@@ -377,19 +369,19 @@ impl Writer {
         }
         let totals = self.log.totals_through(through)?;
         // Lost ones among them count in the totals, too.
-        if totals.events != self.settled.events + events && self.count(through)? != events {
+        if totals.events != self.marks.settled.events + events && self.count(through)? != events {
             return Err(StoreError::Io(format!(
                 "{events} events up to {through} were to be settled, and they are not the oldest ones"
             )));
         }
-        self.settled = totals;
+        self.marks.settled = totals;
         self.unwritten_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
     /// Events that wait up to a number.
     fn count(&self, through: u64) -> Result<u64, StoreError> {
-        let (first, mut events) = (self.settled.sequence + 1, 0);
+        let (first, mut events) = (self.marks.settled.sequence + 1, 0);
         self.log.each_block(first, through, |_, block| {
             let waiting = block.entries.iter().filter(|entry| (first..=through).contains(&entry.sequence));
             events += waiting.filter(|entry| entry.record_bytes > 0).count() as u64;
@@ -500,12 +492,12 @@ impl Writer {
         let mut older = self.log.older.clone();
         let all = piece::keys(piece::BLOCK, 1..=piece::NUMBER_MAX);
         let first = self.log.newest.edge(all, false)?.and_then(|(key, _)| piece::key_sequence(&key));
-        let last = self.acknowledged.sequence;
-        if let Some(first) = first.filter(|_| last > self.settled.sequence) {
+        let last = self.marks.acknowledged.sequence;
+        if let Some(first) = first.filter(|_| last > self.marks.settled.sequence) {
             let (number, log_bytes) = (self.log.newest.number, self.log.newest.bytes());
             older.push(OlderSegment { number, first, last, log_bytes });
         }
-        if let Err(error) = rolling::finish_segment(&segment, &older, &self.acknowledged, &self.settled) {
+        if let Err(error) = rolling::finish_segment(&segment, &older, &self.marks) {
             self.keep_segment(&error);
             return Ok(());
         }
@@ -517,7 +509,7 @@ impl Writer {
         if self.log.older.iter().all(|one| one.number != old.number) {
             rolling::remove_segment(&self.shared.path, old.number);
         }
-        self.mark.raise(self.log.newest.highest(self.acknowledged.sequence))?;
+        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
         self.publish_committed();
         Ok(())
     }
@@ -555,22 +547,25 @@ impl Writer {
     fn publish_settled(&mut self) -> Result<(), StoreError> {
         let (durable, known, first) = {
             let state = self.shared.state();
-            (state.durable, state.stats.oldest, self.settled.sequence + 1)
+            (state.durable, state.stats.oldest, self.marks.settled.sequence + 1)
         };
         let oldest = match known {
             Some((sequence, _)) if sequence.get() >= first => known,
             _ if first > durable => None,
             _ => reader::oldest(&self.log, first, durable)?,
         };
-        if oldest.is_none() && self.acknowledged.sequence == durable && self.settled != self.acknowledged {
+        if oldest.is_none()
+            && self.marks.acknowledged.sequence == durable
+            && self.marks.settled != self.marks.acknowledged
+        {
             // Nothing but rejections and lost ones is behind it.
-            self.settled = self.acknowledged;
+            self.marks.settled = self.marks.acknowledged;
             self.unwritten_since.get_or_insert_with(Instant::now);
         }
         let (pending, pending_bytes) = self.pending();
         let mut state = self.shared.state();
         state.stats.oldest = oldest;
-        state.settled = self.settled.sequence;
+        state.settled = self.marks.settled.sequence;
         state.stats.pending = pending;
         state.stats.pending_bytes = pending_bytes;
         let full = pending > 0
@@ -591,8 +586,8 @@ impl Writer {
         let (pending, pending_bytes) = self.pending();
         let disk_bytes = self.log.bytes();
         let mut state = self.shared.state();
-        state.durable = self.acknowledged.sequence;
-        state.stats.last_sequence = Sequence::new(self.acknowledged.sequence);
+        state.durable = self.marks.acknowledged.sequence;
+        state.stats.last_sequence = Sequence::new(self.marks.acknowledged.sequence);
         state.stats.pending = pending;
         state.stats.pending_bytes = pending_bytes;
         state.stats.dead_letters = self.letters.count;
@@ -600,7 +595,8 @@ impl Writer {
         state.letters = self.letters;
         if state.stats.oldest.is_none()
             && pending > 0
-            && let Ok(oldest) = reader::oldest(&self.log, self.settled.sequence + 1, self.acknowledged.sequence)
+            && let Ok(oldest) =
+                reader::oldest(&self.log, self.marks.settled.sequence + 1, self.marks.acknowledged.sequence)
         {
             state.stats.oldest = oldest;
         }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::queue::codec::{self, CodecError, Content, Letter};
-use crate::queue::piece::{BlockBuilder, Piece, Totals};
+use crate::queue::piece::{BlockBuilder, Marks, Piece, Totals};
 
 const EVENT: &str = "01abd4c1c70100b49376e2fa180000000000000000020000004022a59619de5b93a9d0467b28aea5943fcd853dfe9c971700000000000000000d000000000000007475726e5f64657465637465640107000000000001ffffffff0000000015000000000000002f686f6d652f736f6d656f6e652f612e6a736f6e6c2a000000000000001a000000000000007b226e756d626572223a34322c2274657874223a22787878227d";
 const INPUT: &str = "0101012efd0101000000000000007402000000020000000000000000ff";
@@ -12,7 +12,7 @@ const CURSOR: &str = "01890e7efc05000000000000002f742fc3a90100000000000000020000
 /// A block of an event, whose record goes on elsewhere, and a rejection.
 const BLOCK: &str = "687771316500000000000000050000000000000000000000070021e6ac18aa0000000000000003000000000000012c0002000023280003000000000000616263";
 const CHUNK: &str = "687771317800000000000000050000000100000000000000070003e91ba0ac646566";
-const MARK: &str = "687771316d0000000000000006000000000000000000000007001035ddf79600000000000000040000000000002454";
+const MARK: &str = "687771316d00000000000000060000000000000000000000070028f1443b5a0000000000000004000000000000245400000000000000050000000000000003000000000000012c";
 
 fn bytes(hex: &str) -> Vec<u8> {
     (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
@@ -95,7 +95,9 @@ fn pieces_are_written_as_they_always_were() {
     builder.add(&Totals { sequence: 5, events: 4, bytes: 9300 }, 0, b"");
     assert_eq!(hex(&builder.take(7).1), BLOCK);
     assert_eq!(hex(&Piece { kind: piece::CHUNK, sequence: 5, index: 1, opened: 7, content: b"def" }.encode()), CHUNK);
-    assert_eq!(hex(&Totals { sequence: 6, events: 4, bytes: 9300 }.encode(piece::ACKNOWLEDGED, 7)), MARK);
+    let acknowledged = Totals { sequence: 6, events: 4, bytes: 9300 };
+    let settled = Totals { sequence: 5, events: 3, bytes: 300 };
+    assert_eq!(hex(&Marks { acknowledged, settled }.encode(7).1), MARK);
 }
 
 #[test]
