@@ -300,6 +300,8 @@ fn the_projects_folder_may_be_missing_appear_go_and_come_back() {
     fs::rename(&away, stage.projects()).unwrap();
     transcript.say("two");
     wait_for_texts(&stage, &["one", "two"]);
+    // The file may have been read before the folder was looked at.
+    wait_until("it is found again", SOON, || watcher.logged("the transcripts folder is there").len() == 2);
     // Removed with all that is in it, and made anew.
     fs::remove_dir_all(stage.projects()).unwrap();
     wait_until("it is missed", SOON, || watcher.logged("the transcripts folder can't be read").len() == 3);

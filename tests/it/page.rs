@@ -89,6 +89,9 @@ fn without_the_token_the_page_gets_numbers_and_with_it_everything_and_no_page_of
         assert_eq!(code(&format!("Origin: http://evil.example\r\n{token}")), 403, "{target}");
         assert_eq!(code("Origin: http://evil.example\r\n"), 403, "{target}");
     }
+    // It is counted a moment after it is queued.
+    let counted = || next_event(&mut ask(port, "/live", ""))["totals"]["captured"] == 2;
+    wait_until("it is counted", SOON, counted);
     let open = next_event(&mut ask(port, "/live?text=true", ""));
     let event = &open["events"][0];
     assert_eq!((&event["event_type"], &event["origin"]), (&"turn_detected".into(), &"transcript".into()));
