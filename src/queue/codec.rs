@@ -117,6 +117,7 @@ enum OriginBody<'a> {
 struct InputBody<'a> {
     event_type: Option<&'a str>,
     origin: OriginBody<'a>,
+    mask: [u8; 16],
     bytes: &'a [u8],
 }
 
@@ -197,13 +198,20 @@ pub fn captured_at(head: &[u8]) -> Result<Timestamp, CodecError> {
     timestamp(begin(take_apart(head)?.1)?.0)
 }
 
+/// The bytes are masked with random ones: whole pieces of a segment among them must not be found in its log.
 pub fn encode_input(rejection: &Rejection, bytes: &[u8]) -> Result<Vec<u8>, CodecError> {
+    let mask = Uuid::new_v4().into_bytes();
     let body = InputBody {
         event_type: rejection.event_type.as_ref().map(EventType::as_str),
         origin: origin_body(&rejection.origin),
-        bytes,
+        mask,
+        bytes: &masked(bytes, mask),
     };
     encode(&body, 256 + bytes.len())
+}
+
+fn masked(bytes: &[u8], mask: [u8; 16]) -> Vec<u8> {
+    bytes.iter().zip(mask.into_iter().cycle()).map(|(byte, mask)| byte ^ mask).collect()
 }
 
 /// The rejection in `record`; the failure is the letter's.
@@ -213,7 +221,7 @@ pub fn decode_input(record: &[u8], failure: Failure) -> Result<Rejection, CodecE
         failure,
         event_type: body.event_type.map(EventType::new),
         origin: origin(body.origin),
-        bytes: body.bytes.to_vec(),
+        bytes: masked(body.bytes, body.mask),
     })
 }
 

@@ -9,8 +9,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::codec;
 use super::faults;
-use super::files::{numbered, remove_folder, set_aside, sync_folder};
+use super::files::{self, numbered, remove_folder, sync_folder};
 use super::piece::{self, Block, BlockBuilder, Piece, Totals};
 use super::remains::Remains;
 use super::segment::{self, Changes, Segment, StoreError};
@@ -39,8 +40,6 @@ pub struct Asked {
 
 /// What came of it.
 pub struct Salvaged {
-    /// Where the damaged one is now.
-    pub to: PathBuf,
     pub end: Totals,
     /// What is settled, where the newest segment tells.
     pub settled: Option<Totals>,
@@ -50,18 +49,13 @@ pub struct Salvaged {
     missing: u64,
 }
 
-impl Salvaged {
-    pub fn repair(&self, cause: String) -> Repair {
-        Repair::SegmentSetAside { to: self.to.clone(), cause, found: self.found, missing: self.missing }
-    }
-}
-
 /// Makes a fresh segment of what is found in the log of a damaged one, and lets it take its place once `finish` has put in what
 /// it is to say besides.
 pub fn salvage(
     path: &Path,
     remains: &Remains,
     asked: Asked,
+    cause: String,
     finish: impl FnOnce(&Segment, &Salvaged) -> Result<(), StoreError>,
 ) -> Result<Salvaged, StoreError> {
     let damaged = segment::folder_of(path, remains.number);
@@ -77,7 +71,7 @@ pub fn salvage(
     // Where nothing tells, rather too many are counted as waiting than too few.
     let acknowledged = remains.marks.map(|marks| marks.acknowledged);
     let end = Totals { sequence: begin, ..before.or(acknowledged).unwrap_or_default() };
-    let mut salvaged = Salvaged { to: PathBuf::new(), end, settled, found: 0, missing: 0 };
+    let mut salvaged = Salvaged { end, settled, found: 0, missing: 0 };
     let mut is_counted = before.is_some() || begin == 0;
     fill(remains, &asked, &mut filling, &mut salvaged, &mut is_counted)?;
     let last = asked.last_min;
@@ -85,7 +79,7 @@ pub fn salvage(
         // A mark that is in the log may be of a batch that never was whole: of the newest, what was acknowledged counts.
         let end = asked.end.or(acknowledged).filter(|end| end.sequence == last && is_counted);
         salvaged.missing += lost(&salvaged.end, last, end);
-        let (key, value) = Block::lost(&salvaged.end, last, remains.opened());
+        let (key, value) = Block::lost(&salvaged.end, last, remains.last_start());
         filling.insert(key, value)?;
         salvaged.end.sequence = last;
     }
@@ -97,10 +91,17 @@ pub fn salvage(
     segment.sync_folder()?;
     drop(segment);
     faults::reach("damage-salvaged");
-    salvaged.to = set_aside(path, &damaged)?;
+    let to = files::name_aside(path, &damaged);
+    let Salvaged { found, missing, .. } = salvaged;
+    // Before it is moved: who dies from here on has it told at the next opening.
+    files::note_repair(path, &Repair::SegmentSetAside { to: to.clone(), cause, found, missing })?;
+    files::set_aside(path, &damaged, &to)?;
     faults::reach("damage-moved");
     fs::rename(&fresh, &damaged)?;
     sync_folder(path)?;
+    if files::read_mark(path, files::DAMAGED).is_some_and(|(number, _)| number == remains.number) {
+        files::remove_mark(path, files::DAMAGED)?;
+    }
     faults::reach("damage-replaced");
     Ok(salvaged)
 }
@@ -165,7 +166,7 @@ fn fill(
                 break;
             }
             salvaged.missing += lost(&salvaged.end, block.before.sequence, is_counted.then_some(block.before));
-            let (key, value) = Block::lost(&salvaged.end, block.before.sequence, piece.opened);
+            let (key, value) = Block::lost(&salvaged.end, block.before.sequence, piece.start);
             filling.insert(key, value)?;
         }
         *is_counted = true;
@@ -182,27 +183,33 @@ fn fill(
         }
         salvaged.missing += lost;
         let (key, value) =
-            if lost > 0 { rebuilt.take(piece.opened) } else { (piece::key(piece::BLOCK, piece.sequence), value) };
+            if lost > 0 { rebuilt.take(piece.start) } else { (piece::key(piece::BLOCK, piece.sequence), value) };
         filling.insert(key, value)?;
     }
     Ok(())
 }
 
-/// Takes over the chunks of an event; says whether it is whole.
+/// Takes over the chunks of an event; says whether it is whole. A chunk that another event has left under its number is not taken
+/// for its own.
 fn copy_chunks(remains: &Remains, filling: &mut Filling<'_>, entry: &piece::Entry<'_>) -> Result<bool, StoreError> {
-    let mut missing = (entry.record_bytes as usize).saturating_sub(entry.part.len());
-    let mut index = 1;
-    while missing > 0 {
-        let Some(value) = remains.value(piece::CHUNK, entry.sequence, index)? else { return Ok(false) };
-        let content_bytes = value.len() - piece::HEADER_BYTES;
-        if content_bytes == 0 || content_bytes > missing {
-            return Ok(false);
-        }
-        filling.insert(piece::indexed_key(piece::CHUNK, entry.sequence, index), value)?;
-        missing -= content_bytes;
-        index += 1;
+    if entry.record_bytes == 0 {
+        return Ok(true);
     }
-    Ok(true)
+    let (mut record, mut chunks) = (entry.part.to_vec(), Vec::new());
+    for index in 1.. {
+        if record.len() >= entry.record_bytes as usize {
+            break;
+        }
+        let Some(value) = remains.value(piece::CHUNK, entry.sequence, index)? else { return Ok(false) };
+        let Some(piece) = Piece::decode(&value).filter(|piece| !piece.content.is_empty()) else { return Ok(false) };
+        record.extend_from_slice(piece.content);
+        chunks.push((piece::indexed_key(piece::CHUNK, entry.sequence, index), value));
+    }
+    let is_whole = record.len() == entry.record_bytes as usize && codec::decode_event(&record).is_ok();
+    if is_whole {
+        chunks.into_iter().try_for_each(|(key, value)| filling.insert(key, value))?;
+    }
+    Ok(is_whole)
 }
 
 fn copy_letters(remains: &Remains, filling: &mut Filling<'_>) -> Result<(), StoreError> {

@@ -6,6 +6,7 @@
 //!                            each sync, never synced itself
 //! <queue>/OPENING            the segment that is being opened, and how often that was tried
 //! <queue>/DAMAGED            the segment in which a running queue met damage
+//! <queue>/REPAIRS            segments that were moved aside, and what is missing: until a dead letter says so
 //! <queue>/UNSYNCED           a sync had failed: the newest segment is copied before anything is built on it
 //! ```
 //!
@@ -20,7 +21,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::piece::NUMBER_MAX;
-use super::values::QueueError;
+use super::values::{QueueError, Repair};
 use crate::event::Timestamp;
 use crate::private_folder::{self, Ensured, FolderError};
 use crate::regular_file;
@@ -31,6 +32,7 @@ const FORMAT: u64 = 1;
 pub const DAMAGED: &str = "DAMAGED";
 pub const UNSYNCED: &str = "UNSYNCED";
 pub const OPENING: &str = "OPENING";
+const REPAIRS: &str = "REPAIRS";
 const HIGHEST: &str = "HIGHEST";
 
 /// Holding it is holding the queue; the system lets go of it when the process ends, however it ends.
@@ -206,15 +208,48 @@ pub fn numbered(folder: &Path, prefix: &str) -> io::Result<Vec<u64>> {
     Ok(found)
 }
 
-/// Moves something in the queue's folder away under a name that says when. It stays inside of it: that may be a mount point.
-pub fn set_aside(path: &Path, what: &Path) -> io::Result<PathBuf> {
+/// The name under which something in the queue's folder is moved away: it says when. It stays inside of it: that may be a mount point.
+pub fn name_aside(path: &Path, what: &Path) -> PathBuf {
     let time = Timestamp::now().strftime("%Y%m%dT%H%M%S.%6fZ");
-    let name = what.file_name().unwrap_or_default().to_string_lossy();
-    let to = path.join(format!("damaged-{time}-{name}"));
-    match fs::rename(what, &to) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(&to)?,
+    path.join(format!("damaged-{time}-{}", what.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+pub fn set_aside(path: &Path, what: &Path, to: &Path) -> io::Result<()> {
+    match fs::rename(what, to) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(to)?,
         renamed => renamed?,
     }
-    sync_folder(path)?;
-    Ok(to)
+    sync_folder(path)
+}
+
+/// Notes that a segment is about to be moved aside.
+pub fn note_repair(path: &Path, repair: &Repair) -> io::Result<()> {
+    let Repair::SegmentSetAside { to, cause, found, missing } = repair else { return Ok(()) };
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let mut options = OpenOptions::new();
+    let mut file = options.append(true).create(true).mode(0o600).open(path.join(REPAIRS))?;
+    writeln!(file, "{found} {missing} {name} {}", cause.replace('\n', " "))?;
+    file.sync_all()
+}
+
+/// What was noted, where it did come to it.
+pub fn noted_repairs(path: &Path) -> Vec<Repair> {
+    let text = regular_file::read(&path.join(REPAIRS), 1 << 20).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let repairs = text.lines().filter_map(|line| {
+        let mut fields = line.splitn(4, ' ');
+        let (found, missing) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        let to = path.join(fields.next()?);
+        to.exists().then(|| Repair::SegmentSetAside {
+            to,
+            cause: fields.next().unwrap_or_default().into(),
+            found,
+            missing,
+        })
+    });
+    repairs.collect()
+}
+
+pub fn forget_repairs(path: &Path) -> io::Result<()> {
+    remove_mark(path, REPAIRS)
 }

@@ -69,7 +69,9 @@ impl Copy {
             found => found.map_err(cant_read)?,
         };
         // One that is only being made may be behind the current one.
-        let current = Highest::read(path)?.segment.min(*segments.last().ok_or_else(missing)?);
+        let highest = Highest::read(path)?.segment;
+        let current = segments.iter().rev().find(|number| **number <= highest).or(segments.first());
+        let current = *current.ok_or_else(missing)?;
         let copied = |number: &u64| *number >= current;
         let folders = segments.iter().filter(|number| copied(number)).map(|number| segment::folder_of(path, *number));
         let bytes = folders.map(|folder| bytes_in(&folder)).sum();

@@ -16,7 +16,8 @@
 //! 5. What is damaged is noticed when it is read. It is kept aside, all around it that can be read goes on, and it is said how
 //!    many events are missing.
 //! 6. After a storage error the handle is dead ([`Queue::failed`]); there is no half-state to go on from.
-//! 7. Everything is bounded: pending bytes, bytes waiting for the writer, pages, number and bytes of dead letters.
+//! 7. Everything is bounded: pending bytes, bytes waiting for the writer, pages, number and bytes of dead letters of what never
+//!    was an event.
 //!
 //! Not promised: several processes at once (one holds the lock), and order between batches that are submitted at the same
 //! time from different threads.
@@ -139,6 +140,7 @@ impl Queue {
         if !rejections.is_empty() {
             queue.append(Batch { rejections, ..Batch::default() })?;
         }
+        files::forget_repairs(path).map_err(|error| storage(path, &error))?;
         Ok((queue, repairs))
     }
 
@@ -281,12 +283,10 @@ impl Queue {
 
     fn read(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
         let shared = &self.handle.shared;
-        // The log first: what is settled later may take segments from a newer one, never from this.
+        // In this order: the log has what is durable, and what it has not any more is settled.
+        let durable = shared.state().durable;
         let log = shared.log()?;
-        let (settled, durable) = {
-            let state = shared.state();
-            (state.settled, state.durable)
-        };
+        let settled = shared.state().settled;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
         match reader::envelopes(&log, first, durable, limit, bytes_max) {
             // It was settled, and its segment removed, while it was read.

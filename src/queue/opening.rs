@@ -11,6 +11,7 @@
 //! place. A segment that sled twice did not come back from opening is not opened a third time. Each step may be the last one of
 //! a process: the next opening goes on.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -104,60 +105,68 @@ fn move_old_format(path: &Path) -> io::Result<Option<Repair>> {
 fn recover(path: &Path) -> Result<Opened, QueueError> {
     /// Far more than there are segments to be opened first.
     const TRIES_MAX: usize = 100;
-    let (mut repairs, mut last) = (Vec::new(), String::new());
+    let mut last = String::new();
     for _ in 0..TRIES_MAX {
-        match recover_once(path, Mark::open(path)?, &mut repairs) {
+        match recover_once(path, Mark::open(path)?) {
             // It opened, and could not be read.
             Err(StoreError::Damaged { segment, cause }) => {
                 let _ = files::write_mark(path, files::DAMAGED, segment, 1);
                 last = format!("segment {segment}: {cause}");
             }
             Err(error) => return Err(error.of_queue(path)),
-            Ok(recovered) => return Ok(Opened { repairs, ..recovered }),
+            Ok(recovered) => return Ok(recovered),
         }
     }
     Err(storage(path, &format!("damage is found again and again, at last in {last}")))
 }
 
-fn recover_once(path: &Path, mut mark: Mark, repairs: &mut Vec<Repair>) -> Result<Opened, StoreError> {
+fn recover_once(path: &Path, mut mark: Mark) -> Result<Opened, StoreError> {
     damage::finish_replacing(path)?;
-    let (segment, mut marks) = open_newest(path, mark.written, repairs)?;
-    let Marks { acknowledged, settled } = marks;
+    let (segment, mut marks) = open_newest(path, mark.written)?;
+    let Marks { acknowledged, settled, .. } = marks;
     let mut older = read_older(&segment)?;
     older.retain(|one| one.last > settled.sequence);
     remove_uncommitted(&segment, acknowledged.sequence + 1)?;
     let mut log = Log::new(path, segment, older);
     for one in log.older.clone() {
-        // It is opened, and looked at as a whole, when it is read.
+        // It is looked at as a whole when it is read.
         if files::read_mark(path, files::DAMAGED).is_some_and(|(damaged, _)| damaged == one.number) {
-            replace_older(path, &mut log, one, "the queue had stopped at it".to_owned(), settled.sequence, repairs)?;
+            replace_older(path, &mut log, one, "the queue had stopped at it".to_owned(), settled.sequence)?;
         }
     }
-    if repairs.iter().any(Repair::is_loss) {
+    let repairs = files::noted_repairs(path);
+    if !repairs.is_empty() {
         clear(&log.newest, &piece::all_keys(piece::CURSOR))?;
     }
+    let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
+    if oldest.is_none() {
+        marks.settled = acknowledged;
+    }
+    // What is written from now on is told from what an earlier start has left uncommitted.
+    marks.start = marks.start.saturating_add(1);
+    log.newest.apply(Changes::of([marks.encode()]))?;
     // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
     log.newest.sync()?;
     if path.join(files::UNSYNCED).exists() {
         log = copy_newest(path, &log, &marks)?;
     }
     remove_left_overs(path, &log)?;
-    let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
-    if oldest.is_none() {
-        marks.settled = acknowledged;
-    }
     let letters = count_letters(&log.newest)?;
     mark.raise(log.newest.highest(acknowledged.sequence))?;
     for name in [files::DAMAGED, files::UNSYNCED, files::OPENING] {
         files::remove_mark(path, name)?;
     }
-    Ok(Opened { mark, log, marks, letters, oldest, repairs: Vec::new() })
+    Ok(Opened { mark, log, marks, letters, oldest, repairs })
 }
 
 /// Opens the newest segment that was ever in use.
-fn open_newest(path: &Path, highest: Highest, repairs: &mut Vec<Repair>) -> Result<(Segment, Marks), StoreError> {
+fn open_newest(path: &Path, highest: Highest) -> Result<(Segment, Marks), StoreError> {
     let numbers = segments(path)?;
     for (index, number) in numbers.iter().copied().enumerate().rev() {
+        // It was being made when the process died: nothing was ever acknowledged in it, whatever became of it.
+        if number != highest.segment && is_unfinished(&Remains::of(path, number)?, highest) {
+            continue;
+        }
         let cause = match damage_of(path, number, highest)? {
             Some(cause) => cause,
             None => match open_marked(path, number) {
@@ -168,17 +177,25 @@ fn open_newest(path: &Path, highest: Highest, repairs: &mut Vec<Repair>) -> Resu
                     let sequence = marks.acknowledged.sequence;
                     format!("it ends at number {sequence}, and {} was acknowledged", highest.sequence)
                 }
-                // It was being made when the process died: nothing was ever acknowledged in it.
-                Ok((_, None)) if number != highest.segment => continue,
                 Ok((_, None)) => "its mark is missing".to_owned(),
                 Err(StoreError::Damaged { cause, .. }) => cause,
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // sled did come back.
+                    files::remove_mark(path, files::OPENING)?;
+                    return Err(error);
+                }
             },
         };
-        let older = numbers.get(..index).unwrap_or_default();
-        return replace_newest(path, number, older, highest, cause, repairs);
+        return replace_newest(path, number, numbers.get(..index).unwrap_or_default(), highest, cause);
     }
     create_first(path)
+}
+
+/// Whether a segment never was the newest one: then it would have its mark. Where nothing tells which one was, one with events is
+/// not taken for unfinished.
+fn is_unfinished(remains: &Remains, highest: Highest) -> bool {
+    let may_be = if highest.segment == 0 { remains.first().is_none() } else { remains.number > highest.segment };
+    remains.marks.is_none() && may_be
 }
 
 /// What is known to be wrong with a segment, the newest one, before it is opened.
@@ -228,7 +245,6 @@ fn replace_newest(
     others: &[u64],
     highest: Highest,
     cause: String,
-    repairs: &mut Vec<Repair>,
 ) -> Result<(Segment, Marks), StoreError> {
     let remains = Remains::of(path, number)?;
     // What it said of the others is lost: they tell themselves.
@@ -236,7 +252,7 @@ fn replace_newest(
     let first = older.last().map_or(1, |one| one.last + 1);
     let asked = Asked { first, before, end: None, last_min: highest.sequence, is_newest: true };
     let mut marks = Marks::default();
-    let salvaged = damage::salvage(path, &remains, asked, |segment, salvaged| {
+    damage::salvage(path, &remains, asked, cause, |segment, salvaged| {
         // Where the mark of what is settled is lost, all that is there is delivered once more, and refused by its receipts. What is
         // missing before it counts as settled: a segment goes only once all in it is, and the mark may be older than that.
         let settled = salvaged.settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
@@ -251,13 +267,12 @@ fn replace_newest(
         older.retain(|one| one.last > settled.sequence);
         let mut changes = Changes::default();
         put_older(&mut changes, &older);
-        marks = Marks { acknowledged: salvaged.end, settled };
-        let (key, value) = marks.encode(0);
+        marks = Marks { start: remains.start, acknowledged: salvaged.end, settled };
+        let (key, value) = marks.encode();
         changes.insert(key, value);
         segment.apply(changes)
     })?;
     let segment = Segment::open(&segment::folder_of(path, number), number)?;
-    repairs.push(salvaged.repair(cause));
     Ok((segment, marks))
 }
 
@@ -294,19 +309,12 @@ impl Others {
 }
 
 /// Puts what is found of an older segment in its place.
-fn replace_older(
-    path: &Path,
-    log: &mut Log,
-    one: OlderSegment,
-    cause: String,
-    settled: u64,
-    repairs: &mut Vec<Repair>,
-) -> Result<(), StoreError> {
+fn replace_older(path: &Path, log: &mut Log, one: OlderSegment, cause: String, settled: u64) -> Result<(), StoreError> {
     let next = log.older.iter().find(|other| other.first > one.last).map_or(log.newest.number, |next| next.number);
     let end = Remains::of(path, next)?.before().filter(|end| end.sequence == one.last);
     let first = one.first.max(settled + 1);
     let asked = Asked { first, before: None, end, last_min: one.last, is_newest: false };
-    let salvaged = damage::salvage(path, &Remains::of(path, one.number)?, asked, |_, _| Ok(()))?;
+    damage::salvage(path, &Remains::of(path, one.number)?, asked, cause, |_, _| Ok(()))?;
     let log_bytes = fs::metadata(segment::folder_of(path, one.number).join("db"))?.len();
     for other in log.older.iter_mut().filter(|other| other.number == one.number) {
         *other = OlderSegment { first, log_bytes, ..one };
@@ -315,7 +323,6 @@ fn replace_older(
     put_older(&mut changes, &log.older);
     log.newest.apply(changes)?;
     log.newest.sync()?;
-    repairs.push(salvaged.repair(cause));
     Ok(())
 }
 
@@ -341,16 +348,24 @@ fn read_older(segment: &Segment) -> Result<Vec<OlderSegment>, StoreError> {
     Ok(older)
 }
 
+/// Counts the dead letters, and removes what a process that died has left of one.
 fn count_letters(segment: &Segment) -> Result<Letters, StoreError> {
-    let mut letters = Letters::default();
-    segment.each(piece::all_keys(piece::LETTER), |_, _| {
+    let (mut letters, mut known, mut orphans) = (Letters::default(), BTreeSet::new(), BTreeSet::new());
+    segment.each(piece::all_keys(piece::LETTER), |key, _| {
         letters.count += 1;
+        known.extend(piece::key_sequence(key));
         true
     })?;
-    segment.each(piece::all_keys(piece::LETTER_CONTENT), |_, value| {
-        letters.bytes += value.len() as u64;
+    segment.each(piece::all_keys(piece::LETTER_CONTENT), |key, value| {
+        match piece::key_sequence(key) {
+            Some(sequence) if known.contains(&sequence) => letters.bytes += value.len() as u64,
+            other => orphans.extend(other),
+        }
         true
     })?;
+    for sequence in orphans {
+        clear(segment, &piece::keys(piece::LETTER_CONTENT, sequence..=sequence))?;
+    }
     Ok(letters)
 }
 

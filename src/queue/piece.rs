@@ -19,7 +19,7 @@
 //!      4     1  kind: the first byte of its key
 //!      5     8  S, else 0
 //!     13     4  I, else 0
-//!     17     8  when the queue was opened in which it was written, microseconds since 1970
+//!     17     8  in which start of the queue it was written; they are counted
 //!     25     2  length of the content
 //!     27     4  crc32 (IEEE) over bytes 0..27 and the content
 //!     31     n  content
@@ -62,8 +62,8 @@ pub struct Piece<'a> {
     pub kind: u8,
     pub sequence: u64,
     pub index: u32,
-    /// When the queue was opened in which it was written.
-    pub opened: u64,
+    /// The start in which it was written.
+    pub start: u64,
     pub content: &'a [u8],
 }
 
@@ -77,7 +77,7 @@ impl<'a> Piece<'a> {
             kind: header[4],
             sequence: u64::from_be_bytes(*header.get(5..)?.first_chunk()?),
             index: u32::from_be_bytes(*header.get(13..)?.first_chunk()?),
-            opened: u64::from_be_bytes(*header.get(17..)?.first_chunk()?),
+            start: u64::from_be_bytes(*header.get(17..)?.first_chunk()?),
             content,
         };
         let is_sound = header.starts_with(&MAGIC)
@@ -92,7 +92,7 @@ impl<'a> Piece<'a> {
             return None;
         }
         let length = HEADER_BYTES + usize::from(u16::from_be_bytes(*bytes.get(25..)?.first_chunk()?));
-        Piece::decode(bytes.get(..length)?).map(|piece| (piece, length))
+        Piece::decode(bytes.get(..length.min(VALUE_BYTES_MAX + 1))?).map(|piece| (piece, length))
     }
 
     pub fn encode(&self) -> Vec<u8> {
@@ -101,7 +101,7 @@ impl<'a> Piece<'a> {
         value.push(self.kind);
         value.extend_from_slice(&self.sequence.to_be_bytes());
         value.extend_from_slice(&self.index.to_be_bytes());
-        value.extend_from_slice(&self.opened.to_be_bytes());
+        value.extend_from_slice(&self.start.to_be_bytes());
         let length = u16::try_from(self.content.len()).unwrap_or(u16::MAX);
         value.extend_from_slice(&length.to_be_bytes());
         let checksum = checksum(&value, self.content);
@@ -187,17 +187,19 @@ impl Totals {
 /// What has entered and what has left.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Marks {
+    /// How often the queue was opened.
+    pub start: u64,
     pub acknowledged: Totals,
     pub settled: Totals,
 }
 
 impl Marks {
     /// Key and value.
-    pub fn encode(&self, opened: u64) -> (Vec<u8>, Vec<u8>) {
-        let Marks { acknowledged, settled } = self;
+    pub fn encode(&self) -> (Vec<u8>, Vec<u8>) {
+        let Marks { start, acknowledged, settled } = *self;
         let numbers = [acknowledged.events, acknowledged.bytes, settled.sequence, settled.events, settled.bytes];
         let content = numbers.map(u64::to_be_bytes).concat();
-        let piece = Piece { kind: MARK, sequence: acknowledged.sequence, index: 0, opened, content: &content };
+        let piece = Piece { kind: MARK, sequence: acknowledged.sequence, index: 0, start, content: &content };
         (vec![MARK], piece.encode())
     }
 
@@ -205,6 +207,7 @@ impl Marks {
         let [events, bytes, settled, settled_events, settled_bytes] = numbers(piece.content)?;
         let acknowledged = Totals { sequence: piece.sequence, events, bytes };
         Some(Marks {
+            start: piece.start,
             acknowledged,
             settled: Totals { sequence: settled, events: settled_events, bytes: settled_bytes },
         })
@@ -240,7 +243,7 @@ pub const OLDER_MAX: usize = CONTENT_BYTES_MAX / 32;
 pub fn encode_older(list: &[OlderSegment], index: u32) -> Vec<u8> {
     let numbers = |one: &OlderSegment| [one.number, one.first, one.last, one.log_bytes].map(u64::to_be_bytes).concat();
     let content: Vec<u8> = list.iter().flat_map(numbers).collect();
-    Piece { kind: OLDER, sequence: 0, index, opened: 0, content: &content }.encode()
+    Piece { kind: OLDER, sequence: 0, index, start: 0, content: &content }.encode()
 }
 
 pub fn decode_older(piece: &Piece<'_>) -> Option<Vec<OlderSegment>> {
@@ -312,11 +315,11 @@ impl<'a> Block<'a> {
     }
 
     /// Key and value of one that stands for the numbers behind `before` up to `last`, which are lost.
-    pub fn lost(before: &Totals, last: u64, opened: u64) -> (Vec<u8>, Vec<u8>) {
+    pub fn lost(before: &Totals, last: u64, start: u64) -> (Vec<u8>, Vec<u8>) {
         let sequence = before.sequence + 1;
         let content =
             [&before.events.to_be_bytes()[..], &before.bytes.to_be_bytes(), &[0, 0], &last.to_be_bytes()].concat();
-        (key(BLOCK, sequence), Piece { kind: BLOCK, sequence, index: 0, opened, content: &content }.encode())
+        (key(BLOCK, sequence), Piece { kind: BLOCK, sequence, index: 0, start, content: &content }.encode())
     }
 
     /// The totals up to a number of this block.
@@ -363,12 +366,12 @@ impl BlockBuilder {
     }
 
     /// Key and value; it is empty then.
-    pub fn take(&mut self, opened: u64) -> (Vec<u8>, Vec<u8>) {
+    pub fn take(&mut self, start: u64) -> (Vec<u8>, Vec<u8>) {
         let BlockBuilder { before, table, parts } = std::mem::take(self);
         let count = u16::try_from(table.len() / ENTRY_BYTES).unwrap_or(u16::MAX).to_be_bytes();
         let content = [&before.events.to_be_bytes()[..], &before.bytes.to_be_bytes(), &count, &table, &parts].concat();
         let sequence = before.sequence + 1;
-        (key(BLOCK, sequence), Piece { kind: BLOCK, sequence, index: 0, opened, content: &content }.encode())
+        (key(BLOCK, sequence), Piece { kind: BLOCK, sequence, index: 0, start, content: &content }.encode())
     }
 }
 
@@ -400,7 +403,7 @@ mod tests {
 
     #[test]
     fn whatever_byte_of_a_piece_is_changed_or_missing_it_is_damaged() {
-        let value = Piece { kind: CHUNK, sequence: 7, index: 3, opened: 9, content: b"content" }.encode();
+        let value = Piece { kind: CHUNK, sequence: 7, index: 3, start: 9, content: b"content" }.encode();
         assert!(Piece::decode(&value).is_some());
         for at in 0..value.len() {
             let mut changed = value.clone();
@@ -423,8 +426,8 @@ mod tests {
     #[test]
     fn marks_lost_numbers_and_the_list_come_back_as_they_were() {
         let totals = Totals { sequence: 5, events: 4, bytes: 300 };
-        let marks = Marks { acknowledged: totals, settled: Totals { sequence: 4, events: 3, bytes: 200 } };
-        assert_eq!(Marks::of(&Piece::decode(&marks.encode(9).1).unwrap()), Some(marks));
+        let marks = Marks { start: 9, acknowledged: totals, settled: Totals { sequence: 4, events: 3, bytes: 200 } };
+        assert_eq!(Marks::of(&Piece::decode(&marks.encode().1).unwrap()), Some(marks));
         let (key, value) = Block::lost(&totals, 9, 1);
         assert_eq!(key_sequence(&key), Some(6));
         let expected = Block { before: totals, entries: Vec::new(), last: 9 };
@@ -433,6 +436,6 @@ mod tests {
         let list =
             [1, 2].map(|number| OlderSegment { number, first: 10 * number, last: 10 * number + 9, log_bytes: 7 });
         assert_eq!(decode_older(&Piece::decode(&encode_older(&list, 0)).unwrap()), Some(list.to_vec()));
-        assert_eq!(Marks::of(&Piece { kind: MARK, sequence: 1, index: 0, opened: 0, content: &[0xff; 40] }), None);
+        assert_eq!(Marks::of(&Piece { kind: MARK, sequence: 1, index: 0, start: 0, content: &[0xff; 40] }), None);
     }
 }

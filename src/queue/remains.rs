@@ -20,8 +20,8 @@ const READ_BYTES: usize = 1 << 20;
 struct Place {
     offset: u64,
     length: usize,
-    /// When the queue was opened in which it was written.
-    opened: u64,
+    /// The start in which it was written.
+    start: u64,
 }
 
 /// The whole pieces of a log.
@@ -33,6 +33,8 @@ pub struct Remains {
     pub log_bytes: u64,
     /// By kind, number and index; the last ones that were written.
     places: BTreeMap<(u8, u64, u32), Place>,
+    /// The latest start in which something of it was written.
+    pub start: u64,
     /// The newest that were found.
     pub marks: Option<Marks>,
 }
@@ -92,10 +94,10 @@ impl Remains {
         self.block(self.blocks().next_back()?, |block| block.totals_through(block.last))
     }
 
-    /// When the last of the blocks was written.
-    pub fn opened(&self) -> u64 {
+    /// The start in which the last of the blocks was written.
+    pub fn last_start(&self) -> u64 {
         let last = self.blocks().next_back().and_then(|sequence| self.places.get(&(piece::BLOCK, sequence, 0)));
-        last.map_or(0, |place| place.opened)
+        last.map_or(0, |place| place.start)
     }
 
     /// The value of a piece.
@@ -118,12 +120,12 @@ impl Remains {
     }
 
     /// Forgets blocks of batches that were never committed and whose numbers were given anew: of two that follow one another none was
-    /// written by an earlier process than the one before.
+    /// written in an earlier start than the one before.
     fn forget_uncommitted(&mut self) {
         let mut latest = 0;
         self.places.retain(|(kind, ..), place| {
-            let is_stale = *kind == piece::BLOCK && place.opened < latest;
-            latest = if *kind == piece::BLOCK { latest.max(place.opened) } else { latest };
+            let is_stale = *kind == piece::BLOCK && place.start < latest;
+            latest = if *kind == piece::BLOCK { latest.max(place.start) } else { latest };
             !is_stale
         });
     }
@@ -158,15 +160,16 @@ impl Remains {
     }
 
     fn note(&mut self, piece: &Piece<'_>, offset: u64, length: usize) {
+        self.start = self.start.max(piece.start);
         match piece.kind {
             piece::MARK => {
-                let age = |marks: &Marks| (marks.acknowledged.sequence, marks.settled.sequence);
+                let age = |marks: &Marks| (marks.start, marks.acknowledged.sequence, marks.settled.sequence);
                 self.marks = self.marks.into_iter().chain(Marks::of(piece)).max_by_key(age);
             }
             piece::BLOCK | piece::LETTER | piece::CHUNK | piece::LETTER_CONTENT => {
-                let place = Place { offset, length, opened: piece.opened };
+                let place = Place { offset, length, start: piece.start };
                 let known = self.places.entry((piece.kind, piece.sequence, piece.index)).or_insert(place);
-                if known.opened <= place.opened {
+                if known.start <= place.start {
                     *known = place;
                 }
             }

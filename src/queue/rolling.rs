@@ -66,7 +66,7 @@ pub fn finish_segment(segment: &Segment, older: &[OlderSegment], marks: &Marks) 
     segment.apply(changes)?;
     segment.sync_folder()?;
     faults::reach("segment-copied");
-    segment.apply(Changes::of([marks.encode(0)]))?;
+    segment.apply(Changes::of([marks.encode()]))?;
     segment.sync()?;
     restrict(segment.folder());
     faults::reach("segment-committed");

@@ -238,6 +238,7 @@ impl Segment {
             db.apply_batch(batch)?;
             keys.iter().try_for_each(|key| db.get(key).map(drop))
         })
+        .inspect_err(|error| self.note_unsynced(error))
     }
 
     /// Makes all that was applied durable against power loss. Costs nothing when there is nothing to do.
@@ -246,15 +247,20 @@ impl Segment {
             return Ok(());
         }
         faults::reach("sync-before-flush");
-        self.guarded(|db| db.flush())?;
+        self.guarded(|db| db.flush()).inspect_err(|error| self.note_unsynced(error))?;
         faults::reach("sync-flushed");
-        self.sync_log().inspect_err(|_| {
-            // Linux counts pages as written that it could not write: the next opening must not trust what it reads.
-            let queue = self.folder.parent().unwrap_or(&self.folder);
-            let _ = files::write_mark(queue, files::UNSYNCED, self.number, 1);
-        })?;
+        self.sync_log().map_err(StoreError::from).inspect_err(|error| self.note_unsynced(error))?;
         self.unsynced.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// Linux counts pages as written that it could not write: the next opening must not trust what it reads. Where there was no room,
+    /// nothing was written.
+    fn note_unsynced(&self, error: &StoreError) {
+        if matches!(error, StoreError::Io(cause) if !cause.contains("space") && !cause.contains("uota")) {
+            let queue = self.folder.parent().unwrap_or(&self.folder);
+            let _ = files::write_mark(queue, files::UNSYNCED, self.number, 1);
+        }
     }
 
     fn sync_log(&self) -> io::Result<()> {

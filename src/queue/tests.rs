@@ -13,6 +13,7 @@ use crate::event::{
     SessionState,
 };
 
+mod attacks;
 mod basics;
 mod damage;
 mod durability;

@@ -43,14 +43,13 @@ const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER, piece::LETTER_CONTENT];
 
 pub struct Writer {
     shared: Arc<Shared>,
-    /// When the queue was opened; microseconds since 1970.
-    opened: u64,
     log: Log,
     lock: Lock,
     mark: Mark,
     /// As staged: what the commit that comes next will say.
     marks: Marks,
-    /// As it is on disk.
+    /// As they are on disk.
+    acknowledged_synced: u64,
     settled_synced: u64,
     /// Since when it is not.
     unwritten_since: Option<Instant>,
@@ -63,6 +62,8 @@ pub struct Writer {
     /// The next segment, while it is being made.
     rolling: Option<Rolling>,
     roll_not_before: Option<Instant>,
+    /// Size of the newest segment's log when it was begun: what was carried over may be large itself.
+    begun_bytes: u64,
 }
 
 #[derive(Default)]
@@ -83,9 +84,9 @@ impl Stage {
         self.changes.is_empty() && self.tail.is_empty()
     }
 
-    fn close_tail(&mut self, opened: u64) {
+    fn close_tail(&mut self, start: u64) {
         if !self.tail.is_empty() {
-            let (key, value) = self.tail.take(opened);
+            let (key, value) = self.tail.take(start);
             self.changes.insert(key, value);
         }
     }
@@ -118,11 +119,11 @@ impl Writer {
         let Opened { mark, log, marks, letters, .. } = opened;
         Writer {
             shared,
-            opened: u64::try_from(Timestamp::now().as_microsecond()).unwrap_or(0),
             log,
             lock,
             mark,
             marks,
+            acknowledged_synced: marks.acknowledged.sequence,
             settled_synced: marks.settled.sequence,
             unwritten_since: None,
             letters,
@@ -131,6 +132,7 @@ impl Writer {
             room_wanted: None,
             rolling: None,
             roll_not_before: None,
+            begun_bytes: 0,
         }
     }
 
@@ -204,22 +206,24 @@ impl Writer {
             self.roll(!round.after_rolling.is_empty())?;
         }
         round.after_rolling.drain(..).for_each(|answer| answer(Ok(())));
+        // Nobody waits for these.
+        self.mark.raise(self.log.newest.highest(self.acknowledged_synced))?;
+        self.remove_spent();
         Ok(())
     }
 
     /// Applies what is staged with the marks that go with it, makes it durable, and tells so.
     fn commit(&mut self) -> Result<(), StoreError> {
-        self.stage.close_tail(self.opened);
+        self.stage.close_tail(self.marks.start);
         if self.unwritten_since.take().is_some() | std::mem::take(&mut self.stage.is_begun) {
-            let (key, value) = self.marks.encode(self.opened);
+            let (key, value) = self.marks.encode();
             self.stage.changes.insert(key, value);
         }
         faults::reach("commit-before-apply");
         self.apply()?;
         faults::reach("commit-synced");
+        self.acknowledged_synced = self.marks.acknowledged.sequence;
         self.settled_synced = self.marks.settled.sequence;
-        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
-        self.remove_spent();
         self.publish_committed();
         Ok(())
     }
@@ -227,8 +231,10 @@ impl Writer {
     /// One batch, one sync.
     fn apply(&mut self) -> Result<(), StoreError> {
         let changes = std::mem::take(&mut self.stage.changes);
-        if let Some(rolling) = &self.rolling {
-            rolling.segment.apply(changes.of_kinds(CARRIED))?;
+        if let Some(rolling) = &self.rolling
+            && let Err(error) = rolling.segment.apply(changes.of_kinds(CARRIED))
+        {
+            self.keep_segment(&error);
         }
         self.log.newest.apply(changes)?;
         faults::reach("commit-applied");
@@ -251,7 +257,8 @@ impl Writer {
             let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
             let sequence = next.sequence + 1;
             for (index, chunk) in (1..).zip(rest.chunks(CONTENT_BYTES_MAX)) {
-                let value = Piece { kind: piece::CHUNK, sequence, index, opened: self.opened, content: chunk }.encode();
+                let value =
+                    Piece { kind: piece::CHUNK, sequence, index, start: self.marks.start, content: chunk }.encode();
                 self.put(piece::indexed_key(piece::CHUNK, sequence, index), value)?;
             }
             let record_bytes = u32::try_from(record.len()).unwrap_or(u32::MAX);
@@ -294,7 +301,7 @@ impl Writer {
 
     fn add_entry(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) -> Result<(), StoreError> {
         if !self.stage.tail.has_room(part.len()) {
-            let (key, value) = self.stage.tail.take(self.opened);
+            let (key, value) = self.stage.tail.take(self.marks.start);
             self.put(key, value)?;
         }
         self.stage.tail.add(totals, record_bytes, part);
@@ -303,12 +310,13 @@ impl Writer {
 
     fn put_letter(&mut self, sequence: u64, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
         for (index, chunk) in (0..).zip(content.chunks(CONTENT_BYTES_MAX)) {
-            let value =
-                Piece { kind: piece::LETTER_CONTENT, sequence, index, opened: self.opened, content: chunk }.encode();
+            let value = Piece { kind: piece::LETTER_CONTENT, sequence, index, start: self.marks.start, content: chunk }
+                .encode();
             self.letters.bytes += value.len() as u64;
             self.put(piece::indexed_key(piece::LETTER_CONTENT, sequence, index), value)?;
         }
-        let value = Piece { kind: piece::LETTER, sequence, index: 0, opened: self.opened, content: letter }.encode();
+        let value =
+            Piece { kind: piece::LETTER, sequence, index: 0, start: self.marks.start, content: letter }.encode();
         self.letters.count += 1;
         self.put(piece::key(piece::LETTER, sequence), value)
     }
@@ -327,9 +335,14 @@ impl Writer {
         let record = cursor.record.as_deref().unwrap_or_default();
         let mut chunks = 0;
         for (index, chunk) in (0..).zip(record.chunks(CONTENT_BYTES_MAX)) {
-            let value = Piece { kind: piece::CURSOR, sequence: 0, index, opened: self.opened, content: chunk }.encode();
+            let value =
+                Piece { kind: piece::CURSOR, sequence: 0, index, start: self.marks.start, content: chunk }.encode();
             self.stage.changes.insert(piece::cursor_key(cursor.id, index), value);
             chunks = index + 1;
+        }
+        if chunks == 0 {
+            // It may be among what is staged.
+            self.stage.changes.remove(piece::cursor_key(cursor.id, 0));
         }
         // What a longer one has left behind.
         let all = piece::cursor_key(cursor.id, chunks)..=piece::cursor_key(cursor.id, u32::MAX);
@@ -452,7 +465,7 @@ impl Writer {
     }
 
     fn is_worth_rolling(&self) -> bool {
-        let is_large = self.log.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES);
+        let is_large = self.log.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES) + 2 * self.begun_bytes;
         is_large && self.roll_not_before.is_none_or(|then| then <= Instant::now())
     }
 
@@ -481,6 +494,9 @@ impl Writer {
                 Ok(false) => break,
                 Ok(true) if is_asked => {}
                 Ok(true) => return Ok(()),
+                Err(error @ StoreError::Damaged { segment, .. }) if segment == self.log.newest.number => {
+                    return Err(error);
+                }
                 Err(error) => {
                     self.keep_segment(&error);
                     return Ok(());
@@ -504,12 +520,12 @@ impl Writer {
         tracing::debug!(segment = segment.number, older = older.len(), "began a segment of the queue");
         let log = self.log.with_newest(Arc::new(segment), older);
         let old = std::mem::replace(&mut self.log, log).newest;
+        self.begun_bytes = self.log.newest.bytes();
         self.publish_log();
         faults::reach("segment-switched");
         if self.log.older.iter().all(|one| one.number != old.number) {
             rolling::remove_segment(&self.shared.path, old.number);
         }
-        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
         self.publish_committed();
         Ok(())
     }
@@ -531,6 +547,7 @@ impl Writer {
         }
         self.log = self.log.without_settled(self.settled_synced);
         self.publish_log();
+        self.shared.state().stats.disk_bytes = self.log.bytes();
         for number in spent {
             faults::reach("segment-spent");
             // Who still reads in it has its files open.

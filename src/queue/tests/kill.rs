@@ -301,3 +301,34 @@ fn a_damaged_queue_is_salvaged_though_the_process_dies_on_the_way() {
         assert!(folders[0].starts_with("damaged-") && folders[1] == "segment-1", "{point}: {folders:?}");
     }
 }
+
+#[test]
+#[cfg(debug_assertions)]
+fn what_is_missing_is_said_though_the_process_dies_on_the_way() {
+    let mut silent = Vec::new();
+    for is_older in [false, true] {
+        for point in ["damage-salvaged", "damage-moved", "damage-replaced", "open-recovered"] {
+            let folder = TempDir::new().unwrap();
+            let config = config(folder.path());
+            let (queue, _) = Queue::open(&config).unwrap();
+            queue.append(batch(0..300)).unwrap();
+            if is_older {
+                queue.roll().unwrap();
+                queue.append(batch(300..310)).unwrap();
+            }
+            queue.close().unwrap();
+            let db = config.path.join("segment-1/db");
+            let file = std::fs::File::options().write(true).open(&db).unwrap();
+            file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+            drop(file);
+            let died = run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default());
+            assert!(died, "{point} was never reached");
+            let (queue, _) = Queue::open(&config).unwrap();
+            let stats = queue.stats();
+            if stats.missing == 0 && stats.dead_letters == 0 {
+                silent.push((is_older, point));
+            }
+        }
+    }
+    assert!(silent.is_empty(), "nobody is told of what is missing: {silent:?}");
+}
