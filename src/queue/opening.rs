@@ -188,6 +188,10 @@ fn open_newest(path: &Path, highest: Highest) -> Result<(Segment, Marks), StoreE
         };
         return replace_newest(path, number, numbers.get(..index).unwrap_or_default(), highest, cause);
     }
+    if highest.sequence > 0 {
+        // Or its numbers would be given again.
+        return replace_newest(path, highest.segment.max(1), &[], highest, "its folder is gone".to_owned());
+    }
     create_first(path)
 }
 

@@ -48,8 +48,7 @@ pub struct Writer {
     mark: Mark,
     /// As staged: what the commit that comes next will say.
     marks: Marks,
-    /// As they are on disk.
-    acknowledged_synced: u64,
+    /// As it is on disk.
     settled_synced: u64,
     /// Since when it is not.
     unwritten_since: Option<Instant>,
@@ -123,7 +122,6 @@ impl Writer {
             lock,
             mark,
             marks,
-            acknowledged_synced: marks.acknowledged.sequence,
             settled_synced: marks.settled.sequence,
             unwritten_since: None,
             letters,
@@ -206,8 +204,7 @@ impl Writer {
             self.roll(!round.after_rolling.is_empty())?;
         }
         round.after_rolling.drain(..).for_each(|answer| answer(Ok(())));
-        // Nobody waits for these.
-        self.mark.raise(self.log.newest.highest(self.acknowledged_synced))?;
+        // Nobody waits for that.
         self.remove_spent();
         Ok(())
     }
@@ -222,8 +219,9 @@ impl Writer {
         faults::reach("commit-before-apply");
         self.apply()?;
         faults::reach("commit-synced");
-        self.acknowledged_synced = self.marks.acknowledged.sequence;
         self.settled_synced = self.marks.settled.sequence;
+        // Before anybody is answered: what was acknowledged is missed where it comes back shorter.
+        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
         self.publish_committed();
         Ok(())
     }
@@ -523,6 +521,8 @@ impl Writer {
         self.begun_bytes = self.log.newest.bytes();
         self.publish_log();
         faults::reach("segment-switched");
+        // Before the old one goes: where the new one comes back empty it must not be taken for unfinished.
+        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
         if self.log.older.iter().all(|one| one.number != old.number) {
             rolling::remove_segment(&self.shared.path, old.number);
         }

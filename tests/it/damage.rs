@@ -145,7 +145,7 @@ fn what_came_from_elsewhere_than_transcripts_is_salvaged_too() {
     damage("conf unreadable", &queue, &mut Dice::new("salvage"));
     stage.environment.remove("HEADSPACE_DATABASE__URL");
     let watcher = stage.start();
-    assert_eq!(watcher.logged("found 300 events in it, 0 are missing").len(), 1, "{}", watcher.log());
+    watcher.wait_for_log("found 300 events in it, 0 are missing");
     wait_until("all is delivered", SOON, || watcher.health()["queue"]["pending"] == 0);
     let stored = "SELECT string_agg(payload->>'session_uuid', ' ' ORDER BY id) FROM events";
     let expected: Vec<String> = (0..300).map(|number| number.to_string()).collect();
@@ -165,6 +165,7 @@ fn how_many_events_are_missing_is_said_at_error_in_health_and_in_a_dead_letter()
     let db = stage.folder().join("data/queue/segment-1/db");
     fs::write(&db, vec![0; fs::metadata(&db).unwrap().len() as usize]).unwrap();
     let watcher = stage.start();
+    watcher.wait_for_log("50 are missing");
     let said = watcher.logged("50 are missing");
     assert_eq!((said.len(), said[0]["level"].as_str()), (1, Some("ERROR")), "{}", watcher.log());
     let health = watcher.health();

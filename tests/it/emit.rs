@@ -363,6 +363,8 @@ fn whatever_an_event_says_about_itself_is_in_its_row_by_every_way_in() {
     stage.set("file_watcher.polling_interval", "0.2");
     let watcher = stage.start();
     emit(&stage, ids[1]);
+    // Two ways in have no order among them.
+    wait_until("the first two are delivered", SOON, || watcher.has_settled(2));
     let mut event = json!({"event_type": "session_ended", "timestamp": time, "project_id": 1, "agent_id": 2,
                            "command_id": 3, "turn_id": 4});
     event["payload"] = serde_json::from_str(payload).unwrap();

@@ -144,6 +144,43 @@ fn reading_while_dead_letters_are_made_across_segments_is_no_damage() {
 }
 
 #[test]
+fn where_all_segments_are_gone_no_number_is_given_again() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..10)).unwrap();
+    queue.settle(delivered(1..=10)).unwrap();
+    queue.roll().unwrap();
+    queue.close().unwrap();
+    assert_eq!(fixture.segments(), [2]);
+    fs::remove_dir_all(fixture.newest()).unwrap();
+    let (queue, repairs) = Queue::open(&fixture.config).unwrap();
+    assert_eq!(repairs.iter().map(Repair::missing).sum::<u64>(), 10);
+    assert_eq!(everything(&queue), []);
+    assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 10);
+}
+
+/// The next segment is the current one as soon as it is begun, also where nothing was added to it yet.
+#[test]
+fn a_new_segment_that_comes_back_empty_is_missed() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(batch(0..10)).unwrap();
+    queue.settle(delivered(1..=10)).unwrap();
+    queue.roll().unwrap();
+    // The process is killed: nothing is closed.
+    let copy = fixture.folder.path().join("copy");
+    assert!(
+        std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&copy).status().unwrap().success()
+    );
+    let log = segment::folder_of(&copy, 2).join("db");
+    let length = fs::metadata(&log).unwrap().len();
+    fs::write(&log, vec![0; usize::try_from(length).unwrap()]).unwrap();
+    let (queue, repairs) = Queue::open(&QueueConfig { path: copy, ..fixture.config.clone() }).unwrap();
+    assert!(matches!(&repairs[..], [Repair::SegmentSetAside { .. }]), "{repairs:?}");
+    assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 10);
+}
+
+#[test]
 fn what_was_missing_is_said_once() {
     let fixture = Fixture::new();
     let queue = fixture.open();
