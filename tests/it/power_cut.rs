@@ -150,13 +150,13 @@ fn text(size: usize) -> String {
     text
 }
 
-/// Every file below a folder that is called `blobs` or lies in one.
+/// Every file below a folder that is called `blobs` or lies in one. What goes meanwhile is none.
 fn blobs(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let mut found = Vec::new();
-    for path in entries.map(|entry| entry.unwrap().path()) {
+    for path in entries.flatten().map(|entry| entry.path()) {
         if path.file_name().is_some_and(|name| name == "blobs") {
-            found.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            found.extend(std::fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()));
         } else if path.is_dir() {
             found.extend(blobs(&path));
         }
