@@ -338,16 +338,11 @@ impl Service {
                     return Ok(());
                 }
                 Ok(failure) = failed.wait_for(Option::is_some) => {
-                    let failure = failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue);
-                    error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
-                    return Err(failure);
+                    return Err(failed_queue(failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue)));
                 }
                 error = parts.tasks.first_end() => return Err(error),
                 _ = goes_on.tick() => {
-                    if let Err(failure) = queue::goes_on(&self.config.queue.path) {
-                        error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
-                        return Err(failure.into());
-                    }
+                    queue::goes_on(&self.config.queue.path).map_err(|failure| failed_queue(failure.into()))?;
                 }
                 _ = idle_check.tick(), if self.until == Until::Idle => {
                     if input.is_read() && parts.queue.stats().pending == 0 {
@@ -383,6 +378,12 @@ impl Service {
             "since start"
         );
     }
+}
+
+/// Says that the queue has failed, which ends the process.
+fn failed_queue(failure: ServiceError) -> ServiceError {
+    error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
+    failure
 }
 
 /// Sees to it that nobody else gets into the spool, or can replace what is in the folder of the socket. The queue sees to

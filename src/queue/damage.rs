@@ -41,8 +41,6 @@ pub struct Asked {
 /// What came of it.
 pub struct Salvaged {
     pub end: Totals,
-    /// What is settled, where the newest segment tells.
-    pub settled: Option<Totals>,
     /// Events that were found.
     pub found: u64,
     /// Events that were not, at most.
@@ -71,7 +69,7 @@ pub fn salvage(
     // Where nothing tells, rather too many are counted as waiting than too few.
     let acknowledged = remains.marks.map(|marks| marks.acknowledged);
     let end = Totals { sequence: begin, ..before.or(acknowledged).unwrap_or_default() };
-    let mut salvaged = Salvaged { end, settled, found: 0, missing: 0 };
+    let mut salvaged = Salvaged { end, found: 0, missing: 0 };
     let mut is_counted = before.is_some() || begin == 0;
     fill(remains, &asked, &mut filling, &mut salvaged, &mut is_counted)?;
     let last = asked.last_min;
@@ -99,7 +97,7 @@ pub fn salvage(
     faults::reach("damage-moved");
     fs::rename(&fresh, &damaged)?;
     sync_folder(path)?;
-    if files::read_mark(path, files::DAMAGED).is_some_and(|(number, _)| number == remains.number) {
+    if files::read_mark(path, files::DAMAGED, remains.number).is_some() {
         files::remove_mark(path, files::DAMAGED)?;
     }
     faults::reach("damage-replaced");
@@ -195,17 +193,13 @@ fn copy_chunks(remains: &Remains, filling: &mut Filling<'_>, entry: &piece::Entr
     if entry.record_bytes == 0 {
         return Ok(true);
     }
-    let (mut record, mut chunks) = (entry.part.to_vec(), Vec::new());
-    for index in 1.. {
-        if record.len() >= entry.record_bytes as usize {
-            break;
-        }
-        let Some(value) = remains.value(piece::CHUNK, entry.sequence, index)? else { return Ok(false) };
-        let Some(piece) = Piece::decode(&value).filter(|piece| !piece.content.is_empty()) else { return Ok(false) };
-        record.extend_from_slice(piece.content);
-        chunks.push((piece::indexed_key(piece::CHUNK, entry.sequence, index), value));
-    }
-    let is_whole = record.len() == entry.record_bytes as usize && codec::decode_event(&record).is_ok();
+    let mut chunks = Vec::new();
+    let record = entry.record(|index| {
+        let value = remains.value(piece::CHUNK, entry.sequence, index)?;
+        chunks.extend(value.clone().map(|value| (piece::indexed_key(piece::CHUNK, entry.sequence, index), value)));
+        io::Result::Ok(value)
+    })?;
+    let is_whole = record.is_some_and(|record| codec::decode_event(&record).is_ok());
     if is_whole {
         chunks.into_iter().try_for_each(|(key, value)| filling.insert(key, value))?;
     }

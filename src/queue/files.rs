@@ -134,8 +134,13 @@ impl Mark {
     }
 }
 
-/// Notes something for the next opening. Best effort: a disk that is failing may not take it, and without the mark of damage that
+/// Asks the next opening to set a segment aside. Best effort: a disk that is failing may not take it, and without the mark the damage
 /// is only met again.
+pub fn mark_damaged(path: &Path, segment: u64) {
+    let _ = write_mark(path, DAMAGED, segment, 1);
+}
+
+/// Notes something of a segment for the next opening.
 pub fn write_mark(path: &Path, name: &str, segment: u64, times: u64) -> io::Result<()> {
     let mut options = OpenOptions::new();
     let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path.join(name))?;
@@ -143,9 +148,9 @@ pub fn write_mark(path: &Path, name: &str, segment: u64, times: u64) -> io::Resu
     file.sync_all()
 }
 
-/// The segment that a mark names, and how often.
-pub fn read_mark(path: &Path, name: &str) -> Option<(u64, u64)> {
-    read_numbers(path, name).map(|[segment, times]| (segment, times))
+/// How often it was noted of this segment; `None`: the mark names another one, or there is none.
+pub fn read_mark(path: &Path, name: &str, segment: u64) -> Option<u64> {
+    read_numbers(path, name).and_then(|[named, times]| (named == segment).then_some(times))
 }
 
 pub fn remove_mark(path: &Path, name: &str) -> io::Result<()> {

@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::codec::RECORD_BYTES_MAX;
 use super::piece::{self, Block, Entry, OlderSegment, Piece, Totals};
 use super::remains::Remains;
 use super::segment::{Segment, StoreError};
@@ -77,7 +76,8 @@ impl Log {
             let source = self.source_of(next)?;
             let is_missing = || source.damaged(format!("what has the number {next} is not there, or is damaged"));
             // The first may have begun before.
-            let value = source.block(next, next == first)?.ok_or_else(is_missing)?;
+            let value = if next == first { source.last_block(next)? } else { source.value(piece::BLOCK, next, 0)? };
+            let value = value.ok_or_else(is_missing)?;
             let piece = Piece::decode(&value).ok_or_else(is_missing)?;
             let block = Block::of(&piece).filter(|block| block.last >= next).ok_or_else(is_missing)?;
             if visit(&source, &block)?.is_break() {
@@ -106,34 +106,29 @@ pub enum Source {
 }
 
 impl Source {
-    /// The block that begins with a number; or the last one that begins with a smaller one, where that will do.
-    fn block(&self, sequence: u64, may_begin_before: bool) -> Result<Option<Vec<u8>>, StoreError> {
-        let found = match self {
-            Source::Newest(segment) => segment.get(&piece::key(piece::BLOCK, sequence))?.map(|value| value.to_vec()),
-            Source::Older(remains) => remains.value(piece::BLOCK, sequence, 0)?,
-        };
-        if found.is_some() || !may_begin_before {
-            return Ok(found);
-        }
+    fn value(&self, kind: u8, sequence: u64, index: u32) -> Result<Option<Vec<u8>>, StoreError> {
         match self {
             Source::Newest(segment) => {
-                let last = segment.edge(piece::keys(piece::BLOCK, 1..=sequence), true)?;
-                Ok(last.map(|(_, value)| value.to_vec()))
+                let key = match kind {
+                    piece::BLOCK => piece::key(kind, sequence),
+                    _ => piece::indexed_key(kind, sequence, index),
+                };
+                Ok(segment.get(&key)?.map(|value| value.to_vec()))
             }
-            Source::Older(remains) => match remains.pieces(piece::BLOCK, 1, sequence).next_back() {
-                Some((begin, _)) => Ok(remains.value(piece::BLOCK, begin, 0)?),
-                None => Ok(None),
-            },
+            Source::Older(remains) => Ok(remains.value(kind, sequence, index)?),
         }
     }
 
-    fn chunk(&self, sequence: u64, index: u32) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(match self {
+    /// The last block that begins with this number or a smaller one.
+    fn last_block(&self, sequence: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let begin = match self {
             Source::Newest(segment) => {
-                segment.get(&piece::indexed_key(piece::CHUNK, sequence, index))?.map(|value| value.to_vec())
+                let last = segment.edge(piece::keys(piece::BLOCK, 1..=sequence), true)?;
+                last.and_then(|(key, _)| piece::key_sequence(&key))
             }
-            Source::Older(remains) => remains.value(piece::CHUNK, sequence, index)?,
-        })
+            Source::Older(remains) => remains.pieces(piece::BLOCK, 1, sequence).next_back().map(|(begin, _)| begin),
+        };
+        begin.map_or(Ok(None), |begin| self.value(piece::BLOCK, begin, 0))
     }
 
     pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
@@ -146,20 +141,7 @@ impl Source {
 
     /// The whole record of an event of a block.
     pub fn record(&self, entry: &Entry<'_>) -> Result<Vec<u8>, StoreError> {
-        let length = entry.record_bytes as usize;
-        let mut record = Vec::with_capacity(length.min(RECORD_BYTES_MAX));
-        record.extend_from_slice(entry.part);
-        let mut index = 1;
-        while record.len() < length {
-            let missing = || self.damaged(format!("a part of event {} is not there", entry.sequence));
-            let value = self.chunk(entry.sequence, index)?.ok_or_else(missing)?;
-            let content = Piece::decode(&value).map(|piece| piece.content).ok_or_else(missing)?;
-            if content.is_empty() || record.len() + content.len() > length {
-                return Err(missing());
-            }
-            record.extend_from_slice(content);
-            index += 1;
-        }
-        Ok(record)
+        let record = entry.record(|index| self.value(piece::CHUNK, entry.sequence, index))?;
+        record.ok_or_else(|| self.damaged(format!("a part of event {} is not there", entry.sequence)))
     }
 }

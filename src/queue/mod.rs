@@ -165,7 +165,17 @@ impl Queue {
     /// The oldest durable envelopes after `after`, at most `limit`, until they have `bytes_max` encoded bytes; at least
     /// one if there is one. Removes nothing.
     pub fn window(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
-        self.read(after, limit, bytes_max)
+        let shared = &self.handle.shared;
+        // In this order: the log has what is durable, and what it has not any more is settled.
+        let durable = shared.state().durable;
+        let log = shared.log()?;
+        let settled = shared.state().settled;
+        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
+        match reader::envelopes(&log, first, durable, limit, bytes_max) {
+            // It was settled, and its segment removed, while it was read.
+            Err(_) if self.handle.shared.state().settled >= first => self.window(after, limit, bytes_max),
+            read => shared.reading(read),
+        }
     }
 
     /// Forgets what was delivered and sets aside what was refused: the oldest events, without one left out. Those that were settled
@@ -184,7 +194,7 @@ impl Queue {
     /// Pending envelopes after `after`, oldest first, to look at. May give fewer than `limit` (16 MiB at most, or one):
     /// only an empty page is the end.
     pub fn page(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<Envelope>, QueueError> {
-        self.read(after, limit, reader::PAGE_BYTES_MAX)
+        self.window(after, limit, reader::PAGE_BYTES_MAX)
     }
 
     /// Dead letters after `after`, oldest first; fewer than `limit` as with [`Queue::page`].
@@ -281,20 +291,6 @@ impl Queue {
         self.send(Work::Roll).wait()
     }
 
-    fn read(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
-        let shared = &self.handle.shared;
-        // In this order: the log has what is durable, and what it has not any more is settled.
-        let durable = shared.state().durable;
-        let log = shared.log()?;
-        let settled = shared.state().settled;
-        let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
-        match reader::envelopes(&log, first, durable, limit, bytes_max) {
-            // It was settled, and its segment removed, while it was read.
-            Err(_) if self.handle.shared.state().settled >= first => self.read(after, limit, bytes_max),
-            read => shared.reading(read),
-        }
-    }
-
     fn send<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
         let (reply, ticket) = Ticket::new();
         self.handle.shared.inbox.send(work(reply));
@@ -342,7 +338,7 @@ fn notice(config: &QueueConfig, repair: &Repair) -> Option<Rejection> {
 /// [`QueueError::Damaged`] where a call of it does not come back: the process must end, and the next opening sets the segment aside.
 pub fn goes_on(path: &Path) -> Result<(), QueueError> {
     let Some(segment) = guard::stuck() else { return Ok(()) };
-    let _ = files::write_mark(path, files::DAMAGED, segment, 1);
+    files::mark_damaged(path, segment);
     let cause = format!("sled does not come back from segment {segment}");
     Err(QueueError::Damaged { path: path.to_owned(), cause })
 }

@@ -110,7 +110,7 @@ fn recover(path: &Path) -> Result<Opened, QueueError> {
         match recover_once(path, Mark::open(path)?) {
             // It opened, and could not be read.
             Err(StoreError::Damaged { segment, cause }) => {
-                let _ = files::write_mark(path, files::DAMAGED, segment, 1);
+                files::mark_damaged(path, segment);
                 last = format!("segment {segment}: {cause}");
             }
             Err(error) => return Err(error.of_queue(path)),
@@ -130,7 +130,7 @@ fn recover_once(path: &Path, mut mark: Mark) -> Result<Opened, StoreError> {
     let mut log = Log::new(path, segment, older);
     for one in log.older.clone() {
         // It is looked at as a whole when it is read.
-        if files::read_mark(path, files::DAMAGED).is_some_and(|(damaged, _)| damaged == one.number) {
+        if files::read_mark(path, files::DAMAGED, one.number).is_some() {
             replace_older(path, &mut log, one, "the queue had stopped at it".to_owned(), settled.sequence)?;
         }
     }
@@ -204,8 +204,7 @@ fn is_unfinished(remains: &Remains, highest: Highest) -> bool {
 
 /// What is known to be wrong with a segment, the newest one, before it is opened.
 fn damage_of(path: &Path, number: u64, highest: Highest) -> Result<Option<String>, StoreError> {
-    let named = |name| files::read_mark(path, name).filter(|(named, _)| *named == number).map(|(_, times)| times);
-    if named(files::DAMAGED).is_some() {
+    if files::read_mark(path, files::DAMAGED, number).is_some() {
         return Ok(Some("the queue had stopped at it".to_owned()));
     }
     // sled takes a log that was cut for a whole one, and does not say what it has passed over.
@@ -213,7 +212,7 @@ fn damage_of(path: &Path, number: u64, highest: Highest) -> Result<Option<String
     if remains.is_some_and(|remains| !remains.is_whole(None, highest.sequence)) {
         return Ok(Some("numbers are missing in its log".to_owned()));
     }
-    match named(files::OPENING).unwrap_or(0) {
+    match files::read_mark(path, files::OPENING, number).unwrap_or(0) {
         tried if tried >= 2 => Ok(Some("sled did not come back from opening it".to_owned())),
         tried => {
             files::write_mark(path, files::OPENING, number, tried + 1)?;
@@ -259,7 +258,8 @@ fn replace_newest(
     damage::salvage(path, &remains, asked, cause, |segment, salvaged| {
         // Where the mark of what is settled is lost, all that is there is delivered once more, and refused by its receipts. What is
         // missing before it counts as settled: a segment goes only once all in it is, and the mark may be older than that.
-        let settled = salvaged.settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
+        let settled = remains.marks.map(|marks| marks.settled);
+        let settled = settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
         let known = begin.unwrap_or(salvaged.end);
         let sequence = older.first().map_or(known.sequence, |one| one.first - 1);
         // Where nothing tells, each number was an event's.

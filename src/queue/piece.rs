@@ -35,6 +35,8 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::codec::RECORD_BYTES_MAX;
+
 /// Longest value: sled keeps longer ones in files that it never syncs.
 pub const VALUE_BYTES_MAX: usize = 4096;
 
@@ -262,6 +264,24 @@ pub struct Entry<'a> {
     pub record_bytes: u32,
     /// The record, or the first part of a long one.
     pub part: &'a [u8],
+}
+
+impl Entry<'_> {
+    /// The whole record, of which `chunk` gives the further pieces; `None` where one of them is missing or does not fit.
+    pub fn record<E>(&self, mut chunk: impl FnMut(u32) -> Result<Option<Vec<u8>>, E>) -> Result<Option<Vec<u8>>, E> {
+        let length = self.record_bytes as usize;
+        let mut record = Vec::with_capacity(length.min(RECORD_BYTES_MAX));
+        record.extend_from_slice(self.part);
+        for index in 1.. {
+            if record.len() >= length {
+                break;
+            }
+            let Some(value) = chunk(index)? else { return Ok(None) };
+            let Some(piece) = Piece::decode(&value).filter(|piece| !piece.content.is_empty()) else { return Ok(None) };
+            record.extend_from_slice(piece.content);
+        }
+        Ok(Some(record).filter(|record| record.len() == length))
+    }
 }
 
 /// A block, taken apart.

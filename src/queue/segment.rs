@@ -195,7 +195,7 @@ impl Segment {
         })
     }
 
-    /// Gives `visit` keys and values of the range, in order, until it has enough; at most so many. Gives the last key.
+    /// Gives `visit` keys and values of the range, in order, until it has enough.
     pub fn each(
         &self,
         range: RangeInclusive<Vec<u8>>,

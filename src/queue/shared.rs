@@ -95,7 +95,7 @@ impl Shared {
     /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
     pub fn fail(&self, error: &StoreError) -> QueueError {
         if let StoreError::Damaged { segment, .. } = error {
-            let _ = files::write_mark(&self.path, files::DAMAGED, *segment, 1);
+            files::mark_damaged(&self.path, *segment);
         }
         let mut state = self.state();
         let first = state.failure.get_or_insert_with(|| error.of_queue(&self.shown)).clone();

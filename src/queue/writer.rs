@@ -255,8 +255,7 @@ impl Writer {
             let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
             let sequence = next.sequence + 1;
             for (index, chunk) in (1..).zip(rest.chunks(CONTENT_BYTES_MAX)) {
-                let value =
-                    Piece { kind: piece::CHUNK, sequence, index, start: self.marks.start, content: chunk }.encode();
+                let value = self.piece(piece::CHUNK, sequence, index, chunk);
                 self.put(piece::indexed_key(piece::CHUNK, sequence, index), value)?;
             }
             let record_bytes = u32::try_from(record.len()).unwrap_or(u32::MAX);
@@ -308,15 +307,18 @@ impl Writer {
 
     fn put_letter(&mut self, sequence: u64, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
         for (index, chunk) in (0..).zip(content.chunks(CONTENT_BYTES_MAX)) {
-            let value = Piece { kind: piece::LETTER_CONTENT, sequence, index, start: self.marks.start, content: chunk }
-                .encode();
+            let value = self.piece(piece::LETTER_CONTENT, sequence, index, chunk);
             self.letters.bytes += value.len() as u64;
             self.put(piece::indexed_key(piece::LETTER_CONTENT, sequence, index), value)?;
         }
-        let value =
-            Piece { kind: piece::LETTER, sequence, index: 0, start: self.marks.start, content: letter }.encode();
+        let value = self.piece(piece::LETTER, sequence, 0, letter);
         self.letters.count += 1;
         self.put(piece::key(piece::LETTER, sequence), value)
+    }
+
+    /// A value that is written in this start.
+    fn piece(&self, kind: u8, sequence: u64, index: u32, content: &[u8]) -> Vec<u8> {
+        Piece { kind, sequence, index, start: self.marks.start, content }.encode()
     }
 
     /// Stages a value under a number that is not committed yet.
@@ -333,8 +335,7 @@ impl Writer {
         let record = cursor.record.as_deref().unwrap_or_default();
         let mut chunks = 0;
         for (index, chunk) in (0..).zip(record.chunks(CONTENT_BYTES_MAX)) {
-            let value =
-                Piece { kind: piece::CURSOR, sequence: 0, index, start: self.marks.start, content: chunk }.encode();
+            let value = self.piece(piece::CURSOR, 0, index, chunk);
             self.stage.changes.insert(piece::cursor_key(cursor.id, index), value);
             chunks = index + 1;
         }

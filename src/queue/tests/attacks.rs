@@ -13,6 +13,18 @@ fn aside(fixture: &Fixture) -> usize {
     entries.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("damaged-")).count()
 }
 
+/// Of the queue as it is on disk at this moment: what a kill leaves.
+fn killed(fixture: &Fixture) -> QueueConfig {
+    let path = fixture.folder.path().join("copy");
+    let copied = std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&path).status();
+    assert!(copied.unwrap().success());
+    QueueConfig { path, ..fixture.config.clone() }
+}
+
+fn fill_with_zeros(file: &std::path::Path) {
+    fs::write(file, vec![0; usize::try_from(fs::metadata(file).unwrap().len()).unwrap()]).unwrap();
+}
+
 /// Blocks the writer in a sync: the n-th after it was armed.
 struct Gate {
     reached: Arc<AtomicBool>,
@@ -59,9 +71,7 @@ fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     begun.sync().unwrap();
     drop(begun);
     // A power cut: nothing of it was synced but its length.
-    let torn = segment::folder_of(&fixture.config.path, 2).join("conf");
-    let length = fs::metadata(&torn).unwrap().len();
-    fs::write(&torn, vec![0; usize::try_from(length).unwrap()]).unwrap();
+    fill_with_zeros(&segment::folder_of(&fixture.config.path, 2).join("conf"));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(queue.stats().dead_letters, 1, "the dead letter");
     assert_eq!(everything(&queue).len(), 5);
@@ -168,14 +178,9 @@ fn a_new_segment_that_comes_back_empty_is_missed() {
     queue.settle(delivered(1..=10)).unwrap();
     queue.roll().unwrap();
     // The process is killed: nothing is closed.
-    let copy = fixture.folder.path().join("copy");
-    assert!(
-        std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&copy).status().unwrap().success()
-    );
-    let log = segment::folder_of(&copy, 2).join("db");
-    let length = fs::metadata(&log).unwrap().len();
-    fs::write(&log, vec![0; usize::try_from(length).unwrap()]).unwrap();
-    let (queue, repairs) = Queue::open(&QueueConfig { path: copy, ..fixture.config.clone() }).unwrap();
+    let config = killed(&fixture);
+    fill_with_zeros(&segment::folder_of(&config.path, 2).join("db"));
+    let (queue, repairs) = Queue::open(&config).unwrap();
     assert!(matches!(&repairs[..], [Repair::SegmentSetAside { .. }]), "{repairs:?}");
     assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 10);
 }
@@ -188,9 +193,7 @@ fn what_was_missing_is_said_once() {
     queue.roll().unwrap();
     queue.close().unwrap();
     assert_eq!(fixture.segments(), [1, 2]);
-    let log = fixture.config.path.join("segment-1/db");
-    let length = fs::metadata(&log).unwrap().len();
-    fs::write(&log, vec![0; usize::try_from(length).unwrap()]).unwrap();
+    fill_with_zeros(&fixture.config.path.join("segment-1/db"));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(repairs.iter().map(Repair::missing).sum::<u64>(), 300);
     // The transcripts are read again; the database can't be reached, so nothing is settled.
@@ -222,12 +225,8 @@ fn rejections_alone_and_a_kill_are_no_damage() {
     rejections.wait().unwrap();
     roll.wait().unwrap();
     // The kill: what is on disk by now.
-    let copy = fixture.folder.path().join("copy");
-    assert!(
-        std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&copy).status().unwrap().success()
-    );
+    let config = killed(&fixture);
     queue.close().unwrap();
-    let config = QueueConfig { path: copy.clone(), ..fixture.config.clone() };
     let (queue, _) = Queue::open(&config).unwrap();
     let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(5)))];
     queue.append(Batch { cursors, ..batch(2..3) }).unwrap();
@@ -403,18 +402,14 @@ fn parts_that_a_dead_letter_has_left_are_removed() {
     let gate = gate(&queue, 3);
     let ticket = queue.submit_settle(vec![(sequence(1), refused("x"))]);
     eventually("the gate", || gate.reached.load(Ordering::SeqCst));
-    let copy = fixture.folder.path().join("copy");
-    assert!(
-        std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&copy).status().unwrap().success()
-    );
+    let config = killed(&fixture);
     gate.released.store(true, Ordering::SeqCst);
     ticket.wait().unwrap();
     queue.close().unwrap();
-    let config = QueueConfig { path: copy.clone(), ..fixture.config.clone() };
     let (queue, _) = Queue::open(&config).unwrap();
     queue.settle(delivered(1..=1)).unwrap();
     queue.close().unwrap();
-    let (lock, opened) = opening::open(&copy).unwrap();
+    let (lock, opened) = opening::open(&config.path).unwrap();
     drop(lock);
     assert_eq!((opened.letters.count, opened.letters.bytes), (0, 0));
 }

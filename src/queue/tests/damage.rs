@@ -161,7 +161,7 @@ fn whatever_is_done_to_a_segment_all_that_is_whole_in_it_is_found() {
 }
 
 /// Cuts the log to so many thousandths.
-fn cut(folder: &Path, thousandths: u64) {
+pub(super) fn cut(folder: &Path, thousandths: u64) {
     let file = fs::File::options().write(true).open(folder.join("db")).unwrap();
     let bytes = file.metadata().unwrap().len();
     file.set_len(bytes * thousandths / 1000).unwrap();

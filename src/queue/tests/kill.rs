@@ -317,10 +317,7 @@ fn what_is_missing_is_said_though_the_process_dies_on_the_way() {
                 queue.append(batch(300..310)).unwrap();
             }
             queue.close().unwrap();
-            let db = config.path.join("segment-1/db");
-            let file = std::fs::File::options().write(true).open(&db).unwrap();
-            file.set_len(file.metadata().unwrap().len() / 2).unwrap();
-            drop(file);
+            damage::cut(&config.path.join("segment-1"), 500);
             let died = run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default());
             assert!(died, "{point} was never reached");
             let (queue, _) = Queue::open(&config).unwrap();
