@@ -44,6 +44,7 @@ pub mod claude;
 pub mod cli;
 pub mod config;
 pub mod event;
+pub mod faults;
 pub mod health;
 pub mod history;
 pub mod http;

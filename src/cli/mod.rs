@@ -21,12 +21,12 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use crate::config::{Config, Environment, Loaded};
 use crate::event::{Sequence, Timestamp};
 use crate::listing::Filter;
-use crate::queue::{self, Queue, QueueConfig, QueueError};
+use crate::queue::{Queue, QueueConfig, QueueError};
 use crate::service::ServiceError;
 use crate::sink::postgres::TargetSource;
 use crate::sink::{DeliverError, Verdict};
@@ -566,38 +566,10 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
     }
 }
 
-/// Opens a copy of the queue for a command that only looks at it while no watcher runs.
+/// Looks at the queue for a command while no watcher runs.
 fn inspect_queue(config: &Config) -> Result<Queue, QueueError> {
-    remove_copies_at_signals();
     let config = &config.queue;
     Queue::inspect(&QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes })
-}
-
-/// From now on a signal that ends the command removes its copies of the queue first. Without a thread for it they stay
-/// until somebody looks again.
-fn remove_copies_at_signals() {
-    use tokio::signal::unix::{SignalKind, signal};
-    static STARTED: Once = Once::new();
-    STARTED.call_once(|| {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        let listening = {
-            let _context = runtime.enter();
-            [SignalKind::hangup(), SignalKind::interrupt(), SignalKind::terminate()].map(signal)
-        };
-        let [Ok(mut hang_up), Ok(mut interrupt), Ok(mut terminate)] = listening else { return };
-        let _ = std::thread::Builder::new().name("signals".into()).spawn(move || {
-            let signal = runtime.block_on(async {
-                tokio::select! {
-                    _ = hang_up.recv() => SignalKind::hangup(),
-                    _ = interrupt.recv() => SignalKind::interrupt(),
-                    _ = terminate.recv() => SignalKind::terminate(),
-                }
-            });
-            queue::remove_copies();
-            // As a process that the signal itself had ended.
-            std::process::exit(128 + signal.as_raw_value());
-        });
-    });
 }
 
 /// Opens the queue for a command that changes it while no watcher runs.

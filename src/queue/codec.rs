@@ -3,29 +3,29 @@
 //! ```text
 //! offset  size  field
 //!      0     1  version of the layout: 1
-//!      1     4  crc32 (IEEE) of the body, u32 little endian: a long record stands in several pieces, which must be of one event
+//!      1     4  crc32 (IEEE) of the body, u32 little endian: a long record stands in several pieces, which must be of one record
 //!      5     n  body: bincode 2, little endian, integers at full width, fields in the order of the structs below
 //! ```
 //!
-//! What records stand in is at the head of `piece`.
+//! What records stand in is at the head of `piece`. What is in a single piece, which has a checksum itself, is bincode 2 alone,
+//! integers at variable width.
 //!
 //! Nothing outside this file knows bincode, and nothing inside it knows sled. What is written here is read
 //! by every later version of the program, so a layout is never edited: it gets a new version number.
 //!
-//! The body of an event begins with `captured_at`, so it can be read from the first bytes of a record whose rest is
-//! elsewhere ([`captured_at`]).
 //! Timestamps are nanoseconds since 1970 as i128; paths of cursors are the bytes the system uses.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use bincode::{BorrowDecode, Encode};
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian, Varint};
+use bincode::{BorrowDecode, Decode, Encode};
 use thiserror::Error;
 use uuid::Uuid;
 
 use crate::event::{
-    Cursor, Event, EventId, EventParts, EventType, Failure, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
-    Rejection, SessionState, Timestamp,
+    Cursor, DeadContent, DeadLetter, Event, EventId, EventParts, EventType, Failure, FailureKind, FileIdentity,
+    ForeignKeys, Origin, Payload, Rejection, Sequence, SessionState, Timestamp,
 };
 
 /// The layout that is written, and the newest that is understood.
@@ -37,16 +37,19 @@ const HEADER_BYTES: usize = 5;
 /// Longest record. Above every limit of the intake.
 pub const RECORD_BYTES_MAX: usize = 96 << 20;
 
-/// Longest message of a failure that is kept; with it a letter always fits into one piece.
-const MESSAGE_BYTES_MAX: usize = 2048;
-const SQLSTATE_BYTES_MAX: usize = 16;
+/// Greatest number that is believed when it is read from disk: counting by ones never gets there, and adding to one that is
+/// believed cannot overflow.
+pub const NUMBER_MAX: u64 = u64::MAX / 2;
 
-/// Little endian and full-width integers, so that a record's length follows from its content alone.
-const BINCODE: bincode::config::Configuration<
-    bincode::config::LittleEndian,
-    bincode::config::Fixint,
-    bincode::config::Limit<RECORD_BYTES_MAX>,
-> = bincode::config::standard().with_fixed_int_encoding().with_limit::<RECORD_BYTES_MAX>();
+/// Longest message of a failure that is kept.
+const MESSAGE_BYTES_MAX: usize = 2048;
+
+/// Full-width integers, so that a record's length follows from its content alone.
+const RECORD: Configuration<LittleEndian, Fixint, Limit<RECORD_BYTES_MAX>> =
+    bincode::config::standard().with_fixed_int_encoding().with_limit::<RECORD_BYTES_MAX>();
+
+const PIECE: Configuration<LittleEndian, Varint, Limit<RECORD_BYTES_MAX>> =
+    bincode::config::standard().with_limit::<RECORD_BYTES_MAX>();
 
 /// Why bytes are not the record they should be.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -61,31 +64,82 @@ pub enum CodecError {
     TooLarge(usize),
 }
 
-/// What lies in the record beside a letter.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, BorrowDecode)]
-pub enum Content {
-    /// A record of an event, good to be sent again.
-    Event,
-    /// A record of an input that was rejected.
-    Input,
-}
-
-/// Why and when something was set aside.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Letter {
-    pub failed_at: Timestamp,
-    pub failure: Failure,
-    pub content: Content,
-    /// Deliveries that were refused, in all.
-    pub attempts: u32,
-}
-
 /// An event as it was accepted, without its sequence (which is the key).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct StoredEvent {
     pub event: Event,
     pub captured_at: Timestamp,
     pub attempts: u32,
+}
+
+/// How far the queue has come at a number: what has been taken in up to it, since the queue was made.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
+pub struct Totals {
+    pub sequence: u64,
+    pub events: u64,
+    /// Of their records.
+    pub bytes: u64,
+}
+
+impl Totals {
+    /// With the next number, which has a record of so many bytes; 0: a rejection.
+    pub fn with(self, record_bytes: u32) -> Totals {
+        let bytes = self.bytes + u64::from(record_bytes);
+        Totals { sequence: self.sequence + 1, events: self.events + u64::from(record_bytes > 0), bytes }
+    }
+
+    /// Events that wait between these marks, and the bytes of their records. Lost ones among them count until it is past them.
+    pub fn since(&self, settled: &Totals) -> (u64, u64) {
+        let events = self.events.saturating_sub(settled.events);
+        (events, if events == 0 { 0 } else { self.bytes.saturating_sub(settled.bytes) })
+    }
+
+    fn is_sound(&self) -> bool {
+        self.sequence.max(self.events).max(self.bytes) <= NUMBER_MAX
+    }
+}
+
+/// What has entered and what has left.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
+pub struct Marks {
+    pub acknowledged: Totals,
+    pub settled: Totals,
+}
+
+pub fn encode_marks(marks: &Marks) -> Vec<u8> {
+    pack(marks)
+}
+
+pub fn decode_marks(content: &[u8]) -> Option<Marks> {
+    unpack(content).filter(|marks: &Marks| marks.acknowledged.is_sound() && marks.settled.is_sound())
+}
+
+/// One number of a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, BorrowDecode)]
+pub struct Entry<'a> {
+    /// Length of the event's record; 0 for a rejection.
+    pub record_bytes: u32,
+    /// The record, or the first part of a long one.
+    pub part: &'a [u8],
+}
+
+pub fn encode_block(before: &Totals, entries: &[(u32, Vec<u8>)]) -> Vec<u8> {
+    pack(&(before.events, before.bytes, entries))
+}
+
+/// Events and bytes before it, and its entries.
+pub fn decode_block(content: &[u8]) -> Option<(u64, u64, Vec<Entry<'_>>)> {
+    unpack(content).filter(|(events, bytes, _): &(u64, u64, _)| events.max(bytes) <= &NUMBER_MAX)
+}
+
+fn pack(content: &impl Encode) -> Vec<u8> {
+    // Into memory, without a limit on what is written: nothing in it can fail.
+    bincode::encode_to_vec(content, PIECE).unwrap_or_default()
+}
+
+fn unpack<'a, T: BorrowDecode<'a, ()>>(content: &'a [u8]) -> Option<T> {
+    let (value, read) = bincode::borrow_decode_from_slice(content, PIECE).ok()?;
+    (read == content.len()).then_some(value)
 }
 
 // The mirrors: what is on disk. Never reorder, never edit: add a version.
@@ -97,10 +151,8 @@ struct EventBody<'a> {
     id: [u8; 16],
     timestamp: i128,
     event_type: &'a str,
-    project_id: Option<i32>,
-    agent_id: Option<i32>,
-    command_id: Option<i32>,
-    turn_id: Option<i32>,
+    /// Project, agent, command and turn.
+    refs: [Option<i32>; 4],
     origin: OriginBody<'a>,
     payload: &'a str,
 }
@@ -114,43 +166,34 @@ enum OriginBody<'a> {
 }
 
 #[derive(Encode, BorrowDecode)]
-struct InputBody<'a> {
-    event_type: Option<&'a str>,
-    origin: OriginBody<'a>,
-    mask: [u8; 16],
-    bytes: &'a [u8],
-}
-
-#[derive(Encode, BorrowDecode)]
 struct LetterBody<'a> {
     failed_at: i128,
-    attempts: u32,
-    content: Content,
-    kind: FailureBody,
+    /// Place in [`KINDS`].
+    kind: u8,
     message: &'a str,
     sqlstate: Option<&'a str>,
+    content: ContentBody<'a>,
 }
 
+const KINDS: [FailureKind; 5] =
+    [FailureKind::Unreadable, FailureKind::Invalid, FailureKind::TooLarge, FailureKind::Refused, FailureKind::Damaged];
+
 #[derive(Encode, BorrowDecode)]
-enum FailureBody {
-    Unreadable,
-    Invalid,
-    TooLarge,
-    Refused,
-    Damaged,
+enum ContentBody<'a> {
+    Event { attempts: u32, record: &'a [u8] },
+    Input { event_type: Option<&'a str>, origin: OriginBody<'a>, mask: [u8; 16], bytes: &'a [u8] },
 }
 
 #[derive(Encode, BorrowDecode)]
 struct CursorBody<'a> {
     path: &'a [u8],
-    device: u64,
-    inode: u64,
+    /// Device and inode.
+    file: [u64; 2],
     offset: u64,
     fingerprint: u64,
     project_path: Option<&'a str>,
-    began_at: Option<i128>,
-    last_activity: Option<i128>,
-    ended_through: Option<i128>,
+    /// Began, last activity, ended through.
+    session: [Option<i128>; 3],
     process: Option<u32>,
 }
 
@@ -162,10 +205,7 @@ pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Res
         id: event.id().0.into_bytes(),
         timestamp: event.timestamp().as_nanosecond(),
         event_type: event.event_type().as_str(),
-        project_id: refs.project_id,
-        agent_id: refs.agent_id,
-        command_id: refs.command_id,
-        turn_id: refs.turn_id,
+        refs: [refs.project_id, refs.agent_id, refs.command_id, refs.turn_id],
         origin: origin_body(event.origin()),
         payload: event.payload().as_json(),
     };
@@ -174,127 +214,107 @@ pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Res
 
 pub fn decode_event(record: &[u8]) -> Result<StoredEvent, CodecError> {
     let body: EventBody<'_> = decode(record)?;
-    Ok(StoredEvent {
-        captured_at: timestamp(body.captured_at)?,
-        attempts: body.attempts,
-        event: Event::from_checked_parts(EventParts {
-            id: EventId(Uuid::from_bytes(body.id)),
-            event_type: EventType::new(body.event_type),
-            timestamp: timestamp(body.timestamp)?,
-            payload: Payload::from_json(body.payload.to_owned()),
-            refs: ForeignKeys {
-                project_id: body.project_id,
-                agent_id: body.agent_id,
-                command_id: body.command_id,
-                turn_id: body.turn_id,
-            },
-            origin: origin(body.origin),
-        }),
-    })
+    let [project_id, agent_id, command_id, turn_id] = body.refs;
+    let event = Event::from_checked_parts(EventParts {
+        id: EventId(Uuid::from_bytes(body.id)),
+        event_type: EventType::new(body.event_type),
+        timestamp: timestamp(body.timestamp)?,
+        payload: Payload::from_json(body.payload.to_owned()),
+        refs: ForeignKeys { project_id, agent_id, command_id, turn_id },
+        origin: origin(body.origin),
+    });
+    Ok(StoredEvent { event, captured_at: timestamp(body.captured_at)?, attempts: body.attempts })
 }
 
-/// When an event was captured, from the first bytes of its record.
-pub fn captured_at(head: &[u8]) -> Result<Timestamp, CodecError> {
-    timestamp(begin(take_apart(head)?.1)?.0)
+/// A dead letter of an event, by its record. `attempts`: deliveries that were refused, in all.
+pub fn encode_refused(
+    failure: &Failure,
+    failed_at: Timestamp,
+    attempts: u32,
+    record: &[u8],
+) -> Result<Vec<u8>, CodecError> {
+    encode_letter(failure, failed_at, ContentBody::Event { attempts, record }, record.len())
 }
 
-/// The bytes are masked with random ones: whole pieces of a segment among them must not be found in its log.
-pub fn encode_input(rejection: &Rejection, bytes: &[u8]) -> Result<Vec<u8>, CodecError> {
+/// A dead letter of what never was an event. Its bytes are masked with random ones: whole pieces of a segment among
+/// them must not be found in its log.
+pub fn encode_rejection(rejection: &Rejection, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
     let mask = Uuid::new_v4().into_bytes();
-    let body = InputBody {
-        event_type: rejection.event_type.as_ref().map(EventType::as_str),
-        origin: origin_body(&rejection.origin),
-        mask,
-        bytes: &masked(bytes, mask),
-    };
-    encode(&body, 256 + bytes.len())
+    let event_type = rejection.event_type.as_ref().map(EventType::as_str);
+    let bytes = &masked(&rejection.bytes, mask);
+    let content = ContentBody::Input { event_type, origin: origin_body(&rejection.origin), mask, bytes };
+    encode_letter(&rejection.failure, failed_at, content, bytes.len())
 }
 
 fn masked(bytes: &[u8], mask: [u8; 16]) -> Vec<u8> {
     bytes.iter().zip(mask.into_iter().cycle()).map(|(byte, mask)| byte ^ mask).collect()
 }
 
-/// The rejection in `record`; the failure is the letter's.
-pub fn decode_input(record: &[u8], failure: Failure) -> Result<Rejection, CodecError> {
-    let body: InputBody<'_> = decode(record)?;
-    Ok(Rejection {
-        failure,
-        event_type: body.event_type.map(EventType::new),
-        origin: origin(body.origin),
-        bytes: masked(body.bytes, body.mask),
-    })
-}
-
-/// Always fits into one piece: a message above 2 KiB is cut.
-pub fn encode_letter(letter: &Letter) -> Result<Vec<u8>, CodecError> {
+fn encode_letter(
+    failure: &Failure,
+    failed_at: Timestamp,
+    content: ContentBody<'_>,
+    content_bytes: usize,
+) -> Result<Vec<u8>, CodecError> {
+    let kind = KINDS.iter().position(|kind| *kind == failure.kind).unwrap_or_default();
+    let message = failure.message.get(..failure.message.floor_char_boundary(MESSAGE_BYTES_MAX)).unwrap_or_default();
     let body = LetterBody {
-        failed_at: letter.failed_at.as_nanosecond(),
-        attempts: letter.attempts,
-        content: letter.content,
-        kind: match letter.failure.kind {
-            FailureKind::Unreadable => FailureBody::Unreadable,
-            FailureKind::Invalid => FailureBody::Invalid,
-            FailureKind::TooLarge => FailureBody::TooLarge,
-            FailureKind::Refused => FailureBody::Refused,
-            FailureKind::Damaged => FailureBody::Damaged,
-        },
-        message: cut(&letter.failure.message, MESSAGE_BYTES_MAX),
-        sqlstate: letter.failure.sqlstate.as_deref().map(|state| cut(state, SQLSTATE_BYTES_MAX)),
+        failed_at: failed_at.as_nanosecond(),
+        kind: u8::try_from(kind).unwrap_or_default(),
+        message,
+        sqlstate: failure.sqlstate.as_deref(),
+        content,
     };
-    encode(&body, 128 + body.message.len())
+    encode(&body, 256 + message.len() + content_bytes)
 }
 
-pub fn decode_letter(record: &[u8]) -> Result<Letter, CodecError> {
+pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, CodecError> {
     let body: LetterBody<'_> = decode(record)?;
-    Ok(Letter {
-        failed_at: timestamp(body.failed_at)?,
-        attempts: body.attempts,
-        content: body.content,
-        failure: Failure {
-            kind: match body.kind {
-                FailureBody::Unreadable => FailureKind::Unreadable,
-                FailureBody::Invalid => FailureKind::Invalid,
-                FailureBody::TooLarge => FailureKind::TooLarge,
-                FailureBody::Refused => FailureKind::Refused,
-                FailureBody::Damaged => FailureKind::Damaged,
-            },
-            message: body.message.to_owned(),
-            sqlstate: body.sqlstate.map(str::to_owned),
-        },
-    })
+    let kind = KINDS.get(usize::from(body.kind)).copied().ok_or_else(|| CodecError::Body("unknown kind".into()))?;
+    let failure = Failure { kind, message: body.message.to_owned(), sqlstate: body.sqlstate.map(str::to_owned) };
+    let content = match body.content {
+        ContentBody::Event { attempts, record } => {
+            let StoredEvent { event, captured_at, .. } = decode_event(record)?;
+            DeadContent::Event { event, captured_at, attempts }
+        }
+        ContentBody::Input { event_type, origin: body, mask, bytes } => DeadContent::Input(Rejection {
+            failure: failure.clone(),
+            event_type: event_type.map(EventType::new),
+            origin: origin(body),
+            bytes: masked(bytes, mask),
+        }),
+    };
+    Ok(DeadLetter { sequence, failed_at: timestamp(body.failed_at)?, failure, content })
 }
 
 pub fn encode_cursor(path: &Path, cursor: &Cursor) -> Result<Vec<u8>, CodecError> {
-    let nanoseconds = |time: Option<Timestamp>| time.map(Timestamp::as_nanosecond);
-    let session = &cursor.session;
+    let SessionState { began_at, last_activity, ended_through, process } = cursor.session;
     let body = CursorBody {
         path: path.as_os_str().as_bytes(),
-        device: cursor.file.device,
-        inode: cursor.file.inode,
+        file: [cursor.file.device, cursor.file.inode],
         offset: cursor.offset,
         fingerprint: cursor.fingerprint,
         project_path: cursor.project_path.as_deref(),
-        began_at: nanoseconds(session.began_at),
-        last_activity: nanoseconds(session.last_activity),
-        ended_through: nanoseconds(session.ended_through),
-        process: session.process,
+        session: [began_at, last_activity, ended_through].map(|time| time.map(Timestamp::as_nanosecond)),
+        process,
     };
     encode(&body, 256 + body.path.len())
 }
 
 pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
     let body: CursorBody<'_> = decode(record)?;
-    let time = |nanoseconds: Option<i128>| nanoseconds.map(timestamp).transpose();
     let path = PathBuf::from(std::ffi::OsString::from_vec(body.path.to_vec()));
+    let [device, inode] = body.file;
+    let [began_at, last_activity, ended_through] = body.session.map(|time| time.map(timestamp).transpose());
     let cursor = Cursor {
-        file: FileIdentity { device: body.device, inode: body.inode },
+        file: FileIdentity { device, inode },
         offset: body.offset,
         fingerprint: body.fingerprint,
         project_path: body.project_path.map(str::to_owned),
         session: SessionState {
-            began_at: time(body.began_at)?,
-            last_activity: time(body.last_activity)?,
-            ended_through: time(body.ended_through)?,
+            began_at: began_at?,
+            last_activity: last_activity?,
+            ended_through: ended_through?,
             process: body.process,
         },
     };
@@ -304,33 +324,21 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
 fn encode<T: Encode>(body: &T, bytes_expected: usize) -> Result<Vec<u8>, CodecError> {
     let mut record = Vec::with_capacity(HEADER_BYTES + bytes_expected);
     record.extend_from_slice(&[VERSION, 0, 0, 0, 0]);
-    bincode::encode_into_std_write(body, &mut record, BINCODE).map_err(|error| CodecError::Body(error.to_string()))?;
+    bincode::encode_into_std_write(body, &mut record, RECORD).map_err(|error| CodecError::Body(error.to_string()))?;
     let checksum = crc32fast::hash(record.get(HEADER_BYTES..).unwrap_or_default());
     record.splice(1..HEADER_BYTES, checksum.to_le_bytes());
     if record.len() > RECORD_BYTES_MAX { Err(CodecError::TooLarge(record.len())) } else { Ok(record) }
 }
 
 fn decode<'a, T: BorrowDecode<'a, ()>>(record: &'a [u8]) -> Result<T, CodecError> {
-    let (checksum, body) = take_apart(record)?;
-    if crc32fast::hash(body) != checksum {
-        return Err(CodecError::Checksum);
-    }
-    let (value, read) = begin(body)?;
+    let body = match record {
+        [VERSION, a, b, c, d, body @ ..] if u32::from_le_bytes([*a, *b, *c, *d]) == crc32fast::hash(body) => body,
+        [version, ..] if *version != VERSION => return Err(CodecError::Version(*version)),
+        _ => return Err(CodecError::Checksum),
+    };
+    let decoded = bincode::borrow_decode_from_slice(body, RECORD);
+    let (value, read) = decoded.map_err(|error| CodecError::Body(error.to_string()))?;
     if read == body.len() { Ok(value) } else { Err(CodecError::Body(format!("{} bytes too many", body.len() - read))) }
-}
-
-/// Checksum and body.
-fn take_apart(record: &[u8]) -> Result<(u32, &[u8]), CodecError> {
-    match record {
-        [VERSION, a, b, c, d, body @ ..] => Ok((u32::from_le_bytes([*a, *b, *c, *d]), body)),
-        [version, ..] if *version != VERSION => Err(CodecError::Version(*version)),
-        _ => Err(CodecError::Checksum),
-    }
-}
-
-/// What a body begins with, and how many bytes that takes.
-fn begin<'a, T: BorrowDecode<'a, ()>>(body: &'a [u8]) -> Result<(T, usize), CodecError> {
-    bincode::borrow_decode_from_slice(body, BINCODE).map_err(|error| CodecError::Body(error.to_string()))
 }
 
 fn timestamp(nanoseconds: i128) -> Result<Timestamp, CodecError> {
@@ -353,9 +361,4 @@ fn origin(body: OriginBody<'_>) -> Origin {
         OriginBody::Http => Origin::Http,
         OriginBody::Cli => Origin::Cli,
     }
-}
-
-/// `text`, or as much of its beginning as fits into `bytes_max`.
-fn cut(text: &str, bytes_max: usize) -> &str {
-    text.get(..text.floor_char_boundary(bytes_max)).unwrap_or_default()
 }

@@ -1,13 +1,14 @@
-//! The files around the segments, and what everybody needs of the file system.
+//! The files of a queue's folder, and what everybody needs of the file system.
 //!
 //! ```text
 //! <queue>/lock               held while open; process id of the holder
 //! <queue>/HIGHEST            format of the folder, the last number that was acknowledged, and the segment it is in: written after
 //!                            each sync, never synced itself
 //! <queue>/OPENING            the segment that is being opened, and how often that was tried
-//! <queue>/DAMAGED            the segment in which a running queue met damage
-//! <queue>/REPAIRS            segments that were moved aside, and what is missing: until a dead letter says so
-//! <queue>/UNSYNCED           a sync had failed: the newest segment is copied before anything is built on it
+//! <queue>/DAMAGED            segments that can't be trusted, and why, until a dead letter says what is missing
+//! <queue>/segment-<n>/       a sled database; n grows
+//! <queue>/segment-<n>/FIRST  the first number that is in it, or comes into it
+//! <queue>/damaged-<n>/       one that can't be trusted: read like any older one, and never removed
 //! ```
 //!
 //! HIGHEST costs one small write and tells what nothing else can: that a log came back shorter than it was acknowledged to be (a
@@ -20,20 +21,69 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::piece::NUMBER_MAX;
-use super::values::{QueueError, Repair};
-use crate::event::Timestamp;
+use super::codec::NUMBER_MAX;
+use super::values::QueueError;
 use crate::private_folder::{self, Ensured, FolderError};
 use crate::regular_file;
 
 /// Layout of the folder and of what is in the segments.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
-pub const DAMAGED: &str = "DAMAGED";
-pub const UNSYNCED: &str = "UNSYNCED";
-pub const OPENING: &str = "OPENING";
-const REPAIRS: &str = "REPAIRS";
+const DAMAGED: &str = "DAMAGED";
+const OPENING: &str = "OPENING";
 const HIGHEST: &str = "HIGHEST";
+const FIRST: &str = "FIRST";
+
+/// A segment, by its folder.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Name {
+    pub number: u64,
+    /// The first number that is in it, or comes into it; 0: it is not known.
+    pub first: u64,
+    pub is_damaged: bool,
+}
+
+impl Name {
+    /// One that is to be made.
+    pub fn new(number: u64) -> Name {
+        Name { number, first: 0, is_damaged: false }
+    }
+
+    pub fn folder(&self, path: &Path) -> PathBuf {
+        let kind = if self.is_damaged { "damaged" } else { "segment" };
+        path.join(format!("{kind}-{}", self.number))
+    }
+}
+
+/// The segments in the folder, oldest first.
+pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some((kind, number)) = name.to_str().and_then(|name| name.split_once('-')) else { continue };
+        let number = number.parse().ok().filter(|number| *number < NUMBER_MAX);
+        if let Some(number) = number.filter(|_| matches!(kind, "segment" | "damaged") && entry.path().is_dir()) {
+            let first = read_numbers(&entry.path(), FIRST).map_or(0, |[first]| first);
+            found.push(Name { number, first, is_damaged: kind == "damaged" });
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Notes with which number a segment begins; durable once its folder is synced.
+pub fn write_first(folder: &Path, first: u64) -> io::Result<()> {
+    write(&folder.join(FIRST), &format!("{first}\n"))
+}
+
+/// Renames the folder of a segment that can't be trusted.
+pub fn set_aside(path: &Path, name: &mut Name) -> io::Result<()> {
+    let from = name.folder(path);
+    name.is_damaged = true;
+    fs::rename(from, name.folder(path))?;
+    sync_folder(path)
+}
 
 /// Holding it is holding the queue; the system lets go of it when the process ends, however it ends.
 #[derive(Debug)]
@@ -86,13 +136,7 @@ fn check(path: &Path, file: &File, locked: Result<(), TryLockError>) -> Result<(
     }
 }
 
-/// The file HIGHEST, open for writing.
-pub struct Mark {
-    file: File,
-    pub written: Highest,
-}
-
-/// What stands in it.
+/// What stands in the file HIGHEST.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Highest {
     pub sequence: u64,
@@ -105,12 +149,20 @@ impl Highest {
     /// # Errors
     /// [`QueueError::TooNew`] where a newer program has written it.
     pub fn read(path: &Path) -> Result<Highest, QueueError> {
-        let [format, sequence, segment] = read_numbers(path, HIGHEST).unwrap_or_default();
-        if format > FORMAT {
-            return Err(QueueError::TooNew { path: path.to_owned(), found: format, supported: FORMAT });
+        match read_numbers(path, HIGHEST) {
+            Some([found, _, _]) if found > FORMAT => {
+                Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT })
+            }
+            Some([FORMAT, sequence, segment]) => Ok(Highest { sequence, segment }),
+            _ => Ok(Highest::default()),
         }
-        Ok(Highest { sequence, segment })
     }
+}
+
+/// The file HIGHEST, open for writing.
+pub struct Mark {
+    file: File,
+    pub written: Highest,
 }
 
 impl Mark {
@@ -134,26 +186,57 @@ impl Mark {
     }
 }
 
-/// Asks the next opening to set a segment aside. Best effort: a disk that is failing may not take it, and without the mark the damage
-/// is only met again.
-pub fn mark_damaged(path: &Path, segment: u64) {
-    let _ = write_mark(path, DAMAGED, segment, 1);
+/// Whether the folder was written by an earlier version of the program.
+pub fn is_old(path: &Path) -> bool {
+    let is_older = |[format, ..]: [u64; 3]| format < FORMAT;
+    path.join("CURRENT").exists() || path.join("sled-1").exists() || read_numbers(path, HIGHEST).is_some_and(is_older)
 }
 
-/// Notes something of a segment for the next opening.
-pub fn write_mark(path: &Path, name: &str, segment: u64, times: u64) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path.join(name))?;
-    writeln!(file, "{segment} {times}")?;
+/// Notes that a segment can't be trusted, for the next opening.
+pub fn note_damaged(path: &Path, segment: u64, cause: &str) -> io::Result<()> {
+    if damaged(path).iter().any(|(noted, _)| *noted == segment) {
+        return Ok(());
+    }
+    let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(path.join(DAMAGED))?;
+    writeln!(file, "{segment} {}", cause.replace('\n', " "))?;
     file.sync_all()
 }
 
-/// How often it was noted of this segment; `None`: the mark names another one, or there is none.
-pub fn read_mark(path: &Path, name: &str, segment: u64) -> Option<u64> {
-    read_numbers(path, name).and_then(|[named, times]| (named == segment).then_some(times))
+/// The segments that can't be trusted, and why.
+pub fn damaged(path: &Path) -> Vec<(u64, String)> {
+    let text = regular_file::read(&path.join(DAMAGED), 1 << 20).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let noted = text.lines().filter_map(|line| line.split_once(' '));
+    noted.filter_map(|(segment, cause)| Some((segment.parse().ok()?, cause.to_owned()))).collect()
 }
 
-pub fn remove_mark(path: &Path, name: &str) -> io::Result<()> {
+/// Nobody need be told of them any more.
+pub fn forget_damaged(path: &Path) -> io::Result<()> {
+    remove(path, DAMAGED)
+}
+
+/// Notes that a segment is about to be opened.
+pub fn note_opening(path: &Path, segment: u64, times: u64) -> io::Result<()> {
+    write(&path.join(OPENING), &format!("{segment} {times}\n"))
+}
+
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+/// How often it was tried to open this segment, without coming back.
+pub fn openings(path: &Path, segment: u64) -> u64 {
+    let noted = read_numbers(path, OPENING);
+    noted.and_then(|[noted, times]| (noted == segment).then_some(times)).unwrap_or(0)
+}
+
+pub fn forget_opening(path: &Path) -> io::Result<()> {
+    remove(path, OPENING)
+}
+
+fn remove(path: &Path, name: &str) -> io::Result<()> {
     match fs::remove_file(path.join(name)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -199,62 +282,4 @@ pub fn remove_folder(folder: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-/// Folders in `folder` that are called `prefix` and a number, in the order of the numbers.
-pub fn numbered(folder: &Path, prefix: &str) -> io::Result<Vec<u64>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let number = entry.file_name().to_str().and_then(|name| name.strip_prefix(prefix)?.parse::<u64>().ok());
-        found.extend(number.filter(|number| *number < NUMBER_MAX && entry.path().is_dir()));
-    }
-    found.sort_unstable();
-    Ok(found)
-}
-
-/// The name under which something in the queue's folder is moved away: it says when. It stays inside of it: that may be a mount point.
-pub fn name_aside(path: &Path, what: &Path) -> PathBuf {
-    let time = Timestamp::now().strftime("%Y%m%dT%H%M%S.%6fZ");
-    path.join(format!("damaged-{time}-{}", what.file_name().unwrap_or_default().to_string_lossy()))
-}
-
-pub fn set_aside(path: &Path, what: &Path, to: &Path) -> io::Result<()> {
-    match fs::rename(what, to) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(to)?,
-        renamed => renamed?,
-    }
-    sync_folder(path)
-}
-
-/// Notes that a segment is about to be moved aside.
-pub fn note_repair(path: &Path, repair: &Repair) -> io::Result<()> {
-    let Repair::SegmentSetAside { to, cause, found, missing } = repair else { return Ok(()) };
-    let name = to.file_name().unwrap_or_default().to_string_lossy();
-    let mut options = OpenOptions::new();
-    let mut file = options.append(true).create(true).mode(0o600).open(path.join(REPAIRS))?;
-    writeln!(file, "{found} {missing} {name} {}", cause.replace('\n', " "))?;
-    file.sync_all()
-}
-
-/// What was noted, where it did come to it.
-pub fn noted_repairs(path: &Path) -> Vec<Repair> {
-    let text = regular_file::read(&path.join(REPAIRS), 1 << 20).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let repairs = text.lines().filter_map(|line| {
-        let mut fields = line.splitn(4, ' ');
-        let (found, missing) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-        let to = path.join(fields.next()?);
-        to.exists().then(|| Repair::SegmentSetAside {
-            to,
-            cause: fields.next().unwrap_or_default().into(),
-            found,
-            missing,
-        })
-    });
-    repairs.collect()
-}
-
-pub fn forget_repairs(path: &Path) -> io::Result<()> {
-    remove_mark(path, REPAIRS)
 }

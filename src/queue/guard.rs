@@ -9,28 +9,26 @@
 //! Only where `/proc` says what a thread has used (Linux).
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 /// Processor time that one call may use. The largest, one megabyte applied or synced, takes some ten milliseconds.
 pub const CALL_MAX: Duration = Duration::from_secs(5);
 
-/// The calls of one thread.
-struct Slot {
-    thread: u64,
-    /// Odd while a call is under way.
-    calls: AtomicU64,
-    segment: AtomicU64,
-    /// Milliseconds of processor time that the call may use.
-    max: AtomicU64,
-    /// The call that was seen last, and what the thread had used when it was first seen.
-    seen: Mutex<(u64, Duration)>,
+/// A call that is under way.
+struct Call {
+    segment: u64,
+    /// Processor time that it may use.
+    max: Duration,
+    /// What its thread had used when it was first asked.
+    used: Option<Duration>,
 }
 
-static SLOTS: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
+/// The calls that are under way, by their threads.
+static CALLS: Mutex<BTreeMap<u64, Call>> = Mutex::new(BTreeMap::new());
 
 /// How the threads are called that sled starts. It catches their panics itself, and refuses all work from then on.
 const SLED_THREADS: &str = "sled-io-";
@@ -38,31 +36,25 @@ const SLED_THREADS: &str = "sled-io-";
 thread_local! {
     /// Calls under way on this thread whose panics are caught.
     static CAUGHT: Cell<u32> = const { Cell::new(0) };
+    static THREAD: u64 = thread_id();
+}
 
-    static SLOT: Arc<Slot> = {
-        let thread = thread_id();
-        let slot = Arc::new(Slot { thread, calls: AtomicU64::default(), segment: AtomicU64::default(), max: AtomicU64::default(), seen: Mutex::default() });
-        let mut slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
-        slots.retain(|slot| slot.strong_count() > 0);
-        slots.push(Arc::downgrade(&slot));
-        slot
-    };
+fn calls() -> MutexGuard<'static, BTreeMap<u64, Call>> {
+    CALLS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs a call of sled for a segment, which may use so much of a processor.
 pub fn limited<T>(segment: u64, max: Duration, call: impl FnOnce() -> T) -> T {
-    struct Leave(Arc<Slot>);
+    struct Leave(u64);
     impl Drop for Leave {
         fn drop(&mut self) {
-            self.0.calls.fetch_add(1, Ordering::Release);
+            calls().remove(&self.0);
         }
     }
-    // A thread that is just ending has no slot any more: its last calls go unwatched.
-    let leave = SLOT.try_with(|slot| {
-        slot.segment.store(segment, Ordering::Relaxed);
-        slot.max.store(u64::try_from(max.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        slot.calls.fetch_add(1, Ordering::Release);
-        Leave(Arc::clone(slot))
+    // A thread that is just ending has no number any more: its last calls go unwatched.
+    let leave = THREAD.try_with(|thread| {
+        calls().insert(*thread, Call { segment, max, used: None });
+        Leave(*thread)
     });
     let answer = call();
     drop(leave);
@@ -97,23 +89,11 @@ fn print_no_caught_panic() {
 
 /// The segment of a call that has used more of a processor than it may. Counts from the first time that it is asked during a call.
 pub fn stuck() -> Option<u64> {
-    let slots: Vec<_> = {
-        let slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
-        slots.iter().filter_map(Weak::upgrade).collect()
+    let is_stuck = |(thread, call): (&u64, &mut Call)| {
+        let used = processor_time(*thread)?;
+        (used.saturating_sub(*call.used.get_or_insert(used)) >= call.max).then_some(call.segment)
     };
-    slots.iter().find(|slot| slot.is_stuck()).map(|slot| slot.segment.load(Ordering::Relaxed))
-}
-
-impl Slot {
-    fn is_stuck(&self) -> bool {
-        let calls = self.calls.load(Ordering::Acquire);
-        let Some(used) = processor_time(self.thread).filter(|_| calls % 2 == 1) else { return false };
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.0 != calls {
-            *seen = (calls, used);
-        }
-        used.saturating_sub(seen.1) >= Duration::from_millis(self.max.load(Ordering::Relaxed))
-    }
+    calls().iter_mut().find_map(is_stuck)
 }
 
 fn thread_id() -> u64 {
@@ -135,6 +115,8 @@ fn processor_time(thread: u64) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[test]
@@ -169,7 +151,7 @@ mod tests {
                 }
             });
         });
-        static IS_NOTICED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+        static IS_NOTICED: AtomicBool = AtomicBool::new(false);
         while stuck() != Some(7) {
             assert!(!works.is_finished(), "nobody noticed it");
             std::thread::sleep(Duration::from_millis(10));

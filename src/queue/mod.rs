@@ -25,29 +25,28 @@
 //! # How it is done
 //!
 //! A queue is a log: events enter at its tail and leave from its head, in order. So nothing is deleted one by one. The log is cut
-//! into segments, each a sled database of some 64 MB that is only added to. What has left is a number, and so is what has been
-//! acknowledged: both are in the mark `m`, in the batch of the events themselves, so what is beyond it was never committed. A segment
-//! all of whose events have left goes as a whole. The newest one also has what changes: cursors, dead letters,
-//! and the list of the segments before it. When it is large the next one is begun: these are carried over, a slice at a time between
-//! batches, and its own mark, written last, makes it the current one.
+//! into segments, each a sled database of some 64 MB that is only added to, in a folder whose name says with which number it begins:
+//! the names are the list. What has left is a number, and so is what has been acknowledged: both are in the mark `m`, in the
+//! batch of the events themselves, so what is beyond it was never committed. A segment all of whose events have left goes as a
+//! whole. The newest one also has what changes, cursors and dead letters; what is removed of them is an empty value. When it is large
+//! the next one is begun: these are carried over, a slice at a time between batches, and its own mark, written last, makes it
+//! the newest.
 //!
 //! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and answers everybody
 //! (group commit); it never waits for more to come. What is settled goes along with the next batch, or by itself a moment later.
 //!
-//! Whatever is damaged has one answer: the segment is moved aside, its log is searched for whole pieces without sled, and what
-//! is found takes its place under its old numbers. Numbers have no gaps, so what is missing is noticed when it is read. How many
-//! events are missing is said; all cursors are forgotten, so that the transcripts are read again. Older segments never change and
-//! are read in the same way, so only one database is open.
+//! Each value says itself what it is and has a checksum. So a log can be read without sled, and all but the newest are: older ones,
+//! copies that are looked at, and damaged ones. Numbers have no gaps, so what is missing is noticed when it is read. Then the
+//! folder is renamed, which keeps it, and it is read on, with what is missing passed over; in the place of a newest one
+//! the next is begun. How many events are missing is said; all cursors are forgotten, so that the transcripts are read again.
 //!
-//! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the files around the segments;
-//! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `damage` what takes
-//! the place of one that can't be trusted; `log` all of them; `reader` what everybody may do; `rolling` how a segment is made;
-//! `opening` how all is opened and put right; `submission` the way to the writer; `writer` the thread; `looking` the copy that is
-//! looked at without a watcher. sled is known in this module only.
+//! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the names and files of the folder;
+//! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `log` all of them; `reader`
+//! what everybody may do; `rolling` how a segment is made; `opening` how all is opened and put right; `looking` how it is looked at
+//! without a watcher; `submission` the way to the writer; `shared` what all have in common; `writer` the thread. sled is known in
+//! this module only.
 
 mod codec;
-mod damage;
-pub mod faults;
 mod files;
 mod guard;
 mod log;
@@ -74,15 +73,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use self::looking::remove_all as remove_copies;
 pub use self::piece::CursorId;
 pub use self::submission::Ticket;
 pub use self::values::{Accepted, Batch, Outcome, QueueConfig, QueueError, QueueStats, Repair, RetryOutcome};
 
 use self::files::storage;
-use self::looking::Copy;
+use self::opening::Opened;
 use self::shared::Shared;
-use self::submission::{Reply, Work};
+use self::submission::Work;
 use crate::event::{Cursor, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp};
 
 /// A handle on the open queue; cheap to clone. When the last one is dropped the queue closes.
@@ -93,55 +91,44 @@ pub struct Queue {
 
 struct Handle {
     shared: Arc<Shared>,
+    /// `None` where it is closed, or only looked at.
     writer: Mutex<Option<JoinHandle<()>>>,
-    /// Where it is a copy that is looked at: goes last.
-    _copy: Option<Copy>,
 }
 
 impl Queue {
     /// Opens the queue for this process alone, making or repairing it where needed.
     pub fn open(config: &QueueConfig) -> Result<(Queue, Vec<Repair>), QueueError> {
-        Queue::open_folder(&config.path, config, None)
-    }
-
-    /// Opens a copy of a queue that no watcher holds, to look at it; the copy goes with it. Nothing in the queue's own folder
-    /// changes, and a watcher may start meanwhile.
-    ///
-    /// # Errors
-    /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
-    /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
-    pub fn inspect(config: &QueueConfig) -> Result<Queue, QueueError> {
-        let copy = Copy::of(&config.path)?;
-        let folder = copy.folder().to_owned();
-        let (queue, repairs) = Queue::open_folder(&folder, config, Some(copy)).map_err(|error| match error {
-            QueueError::Storage { cause, .. } => looking::cant_copy(&config.path, &cause),
-            error => error.with_path(&config.path),
-        })?;
-        match repairs.into_iter().find(Repair::is_loss) {
-            Some(Repair::SegmentSetAside { cause, .. }) => {
-                Err(QueueError::Damaged { path: config.path.clone(), cause })
-            }
-            _ => Ok(queue),
-        }
-    }
-
-    fn open_folder(path: &Path, config: &QueueConfig, copy: Option<Copy>) -> Result<(Queue, Vec<Repair>), QueueError> {
+        let path = &config.path;
         let (lock, opened) = opening::open(path)?;
-        let stats = opened.stats(config);
-        let repairs = opened.repairs.clone();
-        let shared = Arc::new(Shared::new(path, config, stats, &opened));
+        let Opened { log, marks, letters, repairs, .. } = &opened;
+        let shared = Shared::new(config, log.clone(), marks, *letters).map_err(|error| error.of_queue(path))?;
+        shared.state().stats.missing = repairs.iter().map(Repair::missing).sum();
+        let (repairs, shared) = (repairs.clone(), Arc::new(shared));
         let writer = writer::Writer::new(Arc::clone(&shared), lock, opened);
         let thread = std::thread::Builder::new()
             .name("queue-writer".into())
             .spawn(move || writer.run())
             .map_err(|error| storage(path, &error))?;
-        let queue = Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)), _copy: copy }) };
+        let queue = Queue { handle: Arc::new(Handle { shared, writer: Mutex::new(Some(thread)) }) };
         let rejections: Vec<Rejection> = repairs.iter().filter_map(|repair| notice(config, repair)).collect();
         if !rejections.is_empty() {
             queue.append(Batch { rejections, ..Batch::default() })?;
         }
-        files::forget_repairs(path).map_err(|error| storage(path, &error))?;
+        files::forget_damaged(path).map_err(|error| storage(path, &error))?;
         Ok((queue, repairs))
+    }
+
+    /// Looks at a queue that no watcher holds. Nothing in its folder changes, and a watcher may start meanwhile; whatever would change
+    /// it is refused with [`QueueError::Closed`].
+    ///
+    /// # Errors
+    /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
+    /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
+    pub fn inspect(config: &QueueConfig) -> Result<Queue, QueueError> {
+        let (log, marks, letters) = looking::look(&config.path)?;
+        let shared = Shared::new(config, log, &marks, letters).map_err(|error| error.of_queue(&config.path))?;
+        shared.inbox.end(QueueError::Closed);
+        Ok(Queue { handle: Arc::new(Handle { shared: Arc::new(shared), writer: Mutex::new(None) }) })
     }
 
     /// Hands `batch` to the writer and returns; the ticket says when it is durable.
@@ -149,12 +136,14 @@ impl Queue {
     /// Blocks only while more than 16 MiB wait for the writer. Batches submitted by one thread are taken in that order.
     pub fn submit(&self, batch: impl Borrow<Batch>) -> Ticket {
         let shared = &self.handle.shared;
-        let (reply, ticket) = Ticket::new();
         match shared.encode(batch.borrow(), Timestamp::now()) {
-            Ok(encoded) => shared.inbox.send(Work::Append(encoded, reply)),
-            Err(error) => drop(reply.send(Err(error))),
+            Ok(encoded) => shared.inbox.send(|reply| Work::Append(encoded, reply)),
+            Err(error) => {
+                let (reply, ticket) = shared.inbox.ticket();
+                let _ = reply.send(Err(error));
+                ticket
+            }
         }
-        ticket
     }
 
     /// Takes `batch` in: all or nothing, and durable against power loss on return. Blocks.
@@ -188,7 +177,7 @@ impl Queue {
 
     /// [`Queue::settle`] without waiting.
     pub fn submit_settle(&self, outcomes: Vec<(Sequence, Outcome)>) -> Ticket<()> {
-        self.send(|reply| Work::Settle(outcomes, reply))
+        self.handle.shared.inbox.send(|reply| Work::Settle(outcomes, reply))
     }
 
     /// Pending envelopes after `after`, oldest first, to look at. May give fewer than `limit` (16 MiB at most, or one):
@@ -201,22 +190,25 @@ impl Queue {
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        shared.reading(reader::dead_letters(&shared.log()?.newest, first, limit))
+        let last = shared.state().durable;
+        shared.reading(reader::dead_letters(&shared.log()?.newest, first, last, limit))
     }
 
     pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::dead_letter(&shared.log()?.newest, sequence))
+        let number = sequence.get();
+        let found = shared.reading(reader::dead_letters(&shared.log()?.newest, number, number, 1))?;
+        Ok(found.into_iter().next())
     }
 
     /// Puts the event of a dead letter back at the tail under a new number; durable on return.
     pub fn retry_dead_letter(&self, sequence: Sequence) -> Result<RetryOutcome, QueueError> {
-        self.send(|reply| Work::Retry(sequence, reply)).wait()
+        self.handle.shared.inbox.send(|reply| Work::Retry(sequence, reply)).wait()
     }
 
     /// Forgets a dead letter for good; durable on return. `false` when there is none.
     pub fn drop_dead_letter(&self, sequence: Sequence) -> Result<bool, QueueError> {
-        self.send(|reply| Work::Drop(sequence, reply)).wait()
+        self.handle.shared.inbox.send(|reply| Work::Drop(sequence, reply)).wait()
     }
 
     /// How far each file has been read.
@@ -229,13 +221,16 @@ impl Queue {
     /// As [`Queue::cursors`], one after the other.
     pub fn for_each_cursor(&self, seen: impl FnMut(PathBuf, Cursor)) -> Result<(), QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursors(&shared.log()?.newest, seen))
+        shared.reading(reader::cursors(&shared.log()?.newest, CursorId::MIN..=CursorId::MAX, seen))
     }
 
     /// How far one file has been read, and its path.
     pub fn cursor(&self, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursor(&shared.log()?.newest, id))
+        let mut found = None;
+        let seen = |path, cursor| found = Some((path, cursor));
+        shared.reading(reader::cursors(&shared.log()?.newest, id..=id, seen))?;
+        Ok(found)
     }
 
     /// The queue in numbers; reads nothing from disk.
@@ -248,12 +243,12 @@ impl Queue {
         self.handle.shared.newest.subscribe()
     }
 
-    /// Bytes of pending events above which nothing more is taken in.
+    /// Bytes of pending events from which on nothing more is taken in.
     pub fn max_pending_bytes(&self) -> u64 {
         self.handle.shared.max_pending_bytes
     }
 
-    /// Whether a batch like the last refused one would be taken in now.
+    /// Whether events would be taken in now.
     pub fn has_room(&self) -> bool {
         !self.handle.shared.state().stats.full
     }
@@ -288,13 +283,7 @@ impl Queue {
     /// Begins a segment now, whatever the size of the newest.
     #[cfg(test)]
     pub fn roll(&self) -> Result<(), QueueError> {
-        self.send(Work::Roll).wait()
-    }
-
-    fn send<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
-        let (reply, ticket) = Ticket::new();
-        self.handle.shared.inbox.send(work(reply));
-        ticket
+        self.handle.shared.inbox.send(Work::Roll).wait()
     }
 }
 
@@ -308,9 +297,7 @@ impl Handle {
     fn close(&self) -> Result<(), QueueError> {
         let thread = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(thread) = thread else { return Ok(()) };
-        let (reply, ticket) = Ticket::new();
-        self.shared.inbox.send(Work::Close(reply));
-        let answer = ticket.wait();
+        let answer = self.shared.inbox.send(Work::Close).wait();
         // The thread catches its own panics; there is nothing in its result.
         let _ = thread.join();
         answer
@@ -338,7 +325,8 @@ fn notice(config: &QueueConfig, repair: &Repair) -> Option<Rejection> {
 /// [`QueueError::Damaged`] where a call of it does not come back: the process must end, and the next opening sets the segment aside.
 pub fn goes_on(path: &Path) -> Result<(), QueueError> {
     let Some(segment) = guard::stuck() else { return Ok(()) };
-    files::mark_damaged(path, segment);
     let cause = format!("sled does not come back from segment {segment}");
+    // A disk that is failing may not take it: then it is only met again.
+    let _ = files::note_damaged(path, segment, &cause);
     Err(QueueError::Damaged { path: path.to_owned(), cause })
 }

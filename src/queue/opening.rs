@@ -1,70 +1,44 @@
 //! Opening: what stands in the folder is made whole, with all in the place of what is damaged that can be had.
 //!
-//! ```text
-//! <queue>/segment-<n>/       a sled database; n grows. The newest that has the mark `m` is the current one
-//! <queue>/salvaged-<n>/      what takes the place of a damaged segment, while it is being made
-//! <queue>/damaged-<time>-…   what was damaged, kept as it was
-//! <queue>/old-<time>/        what an earlier version has written
-//! ```
-//!
-//! Damage has one answer, whatever it is ([`damage`]): the segment is moved aside, and what is found in its log takes its
-//! place. A segment that sled twice did not come back from opening is not opened a third time. Each step may be the last one of
-//! a process: the next opening goes on.
+//! Damage has one answer, whatever it is: the segment is noted and its folder renamed. From then on it is an older one, read without
+//! sled ([`Remains`]), in which what is missing is passed over; where it was the newest, the next one is begun, with its
+//! dead letters. What is missing is counted, and all cursors are forgotten. The note stays until a dead letter says so: each step may
+//! be the last one of a process, and the next opening goes on. A segment that sled twice did not come back from opening is not
+//! opened a third time. Nothing that is damaged is ever deleted.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::damage::{self, Asked};
-use super::faults;
-use super::files::{self, Highest, Lock, Mark, ensure_folder, remove_folder, restrict, storage, sync_folder};
-use super::log::Log;
-use super::piece::{self, Marks, NUMBER_MAX, OlderSegment, Totals};
-use super::reader;
+use super::codec::{self, Marks, NUMBER_MAX, Totals};
+use super::files::{self, Highest, Lock, Mark, Name, ensure_folder, remove_folder, restrict, storage, sync_folder};
+use super::log::{self, Log, Older, Source};
+use super::piece;
+use super::reader::{self, Letters};
 use super::remains::Remains;
-use super::rolling::{Carrying, begin_segment, clear, finish_segment, put_older};
-use super::segment::{self, Changes, Segment, StoreError};
-use super::values::{QueueConfig, QueueError, QueueStats, Repair};
-use crate::event::{Sequence, Timestamp};
+use super::rolling::{Carrying, begin_segment, finish_segment, mark};
+use super::segment::{Changes, Segment, StoreError};
+use super::values::{QueueError, Repair};
+use crate::event::Timestamp;
+use crate::faults;
 use crate::private_folder::Ensured;
-
-/// Dead letters, and the bytes of what they hold.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Letters {
-    pub count: u64,
-    pub bytes: u64,
-}
 
 /// A queue's folder, opened.
 pub struct Opened {
-    pub mark: Mark,
+    pub highest: Mark,
+    pub newest: std::sync::Arc<Segment>,
     pub log: Log,
     pub marks: Marks,
+    /// Batches that were written, in all.
+    pub batches: u64,
     pub letters: Letters,
-    /// The oldest event that waits, and when it was captured.
-    pub oldest: Option<(Sequence, Timestamp)>,
     pub repairs: Vec<Repair>,
-}
-
-impl Opened {
-    pub fn stats(&self, config: &QueueConfig) -> QueueStats {
-        let (pending, pending_bytes) = self.marks.acknowledged.since(&self.marks.settled);
-        QueueStats {
-            pending,
-            pending_bytes,
-            oldest: self.oldest,
-            dead_letters: self.letters.count,
-            missing: self.repairs.iter().map(Repair::missing).sum(),
-            disk_bytes: self.log.bytes(),
-            full: pending > 0 && pending_bytes >= config.max_pending_bytes,
-            last_sequence: Sequence::new(self.marks.acknowledged.sequence),
-        }
-    }
 }
 
 /// Opens the folder for work: makes it where it is missing, and puts right what can be.
 pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
+    /// Far more than there are segments to be opened first.
+    const TRIES_MAX: usize = 100;
     let mut repairs = Vec::new();
     if let Ensured::Tightened { mode } = ensure_folder(path)? {
         repairs.push(Repair::FolderTightened { folder: path.to_owned(), mode });
@@ -72,28 +46,37 @@ pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
     let lock = Lock::take(path)?;
     faults::reach("open-locked");
     repairs.extend(move_old_format(path).map_err(|error| storage(path, &error))?);
-    let mut opened = recover(path)?;
-    restrict(path);
-    repairs.append(&mut opened.repairs);
-    faults::reach("open-recovered");
-    Ok((lock, Opened { repairs, ..opened }))
+    let mut last = String::new();
+    for _ in 0..TRIES_MAX {
+        match recover(path, Mark::open(path)?) {
+            // It opened, and could not be read.
+            Err(StoreError::Damaged { segment, cause }) => {
+                files::note_damaged(path, segment, &cause).map_err(|error| storage(path, &error))?;
+                last = format!("segment {segment}: {cause}");
+            }
+            Err(error) => return Err(error.of_queue(path)),
+            Ok(mut opened) => {
+                restrict(path);
+                repairs.append(&mut opened.repairs);
+                faults::reach("open-recovered");
+                return Ok((lock, Opened { repairs, ..opened }));
+            }
+        }
+    }
+    Err(storage(path, &format!("damage is found again and again, at last in {last}")))
 }
 
 /// What an earlier version of the program has written, moved away.
 fn move_old_format(path: &Path) -> io::Result<Option<Repair>> {
-    if !path.join("CURRENT").exists() && !path.join("sled-1").exists() {
+    if !files::is_old(path) {
         return Ok(None);
     }
-    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
-    let to = path.join(format!("old-{time}"));
+    let to = path.join(format!("old-{}", Timestamp::now().strftime("%Y%m%dT%H%M%S.%6fZ")));
     fs::create_dir(&to)?;
     for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let is_old = ["CURRENT", "HIGHEST", "DAMAGED", "REREAD"].iter().any(|old| name == *old)
-            || name.as_encoded_bytes().starts_with(b"sled-");
-        if is_old {
-            fs::rename(entry.path(), to.join(name))?;
+        let (from, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+        if name != "lock" && !name.as_encoded_bytes().starts_with(b"old-") {
+            fs::rename(from, to.join(name))?;
         }
     }
     sync_folder(&to)?;
@@ -102,78 +85,62 @@ fn move_old_format(path: &Path) -> io::Result<Option<Repair>> {
 }
 
 /// What stands in the folder, cleared of left-overs.
-fn recover(path: &Path) -> Result<Opened, QueueError> {
-    /// Far more than there are segments to be opened first.
-    const TRIES_MAX: usize = 100;
-    let mut last = String::new();
-    for _ in 0..TRIES_MAX {
-        match recover_once(path, Mark::open(path)?) {
-            // It opened, and could not be read.
-            Err(StoreError::Damaged { segment, cause }) => {
-                files::mark_damaged(path, segment);
-                last = format!("segment {segment}: {cause}");
-            }
-            Err(error) => return Err(error.of_queue(path)),
-            Ok(recovered) => return Ok(recovered),
-        }
+fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
+    let (newest, mut marks, batches) = open_newest(path, highest.written)?;
+    let newest = std::sync::Arc::new(newest);
+    for kind in [piece::BLOCK, piece::CHUNK, piece::LETTER] {
+        // What was written for batches that were never committed: nothing of it may mix with what comes.
+        newest.clear(piece::keys(kind, marks.acknowledged.sequence + 1..=NUMBER_MAX))?;
     }
-    Err(storage(path, &format!("damage is found again and again, at last in {last}")))
-}
-
-fn recover_once(path: &Path, mut mark: Mark) -> Result<Opened, StoreError> {
-    damage::finish_replacing(path)?;
-    let (segment, mut marks) = open_newest(path, mark.written)?;
-    let Marks { acknowledged, settled, .. } = marks;
-    let mut older = read_older(&segment)?;
-    older.retain(|one| one.last > settled.sequence);
-    remove_uncommitted(&segment, acknowledged.sequence + 1)?;
-    let mut log = Log::new(path, segment, older);
-    for one in log.older.clone() {
-        // It is looked at as a whole when it is read.
-        if files::read_mark(path, files::DAMAGED, one.number).is_some() {
-            replace_older(path, &mut log, one, "the queue had stopped at it".to_owned(), settled.sequence)?;
-        }
-    }
-    let repairs = files::noted_repairs(path);
+    let names = older_segments(path, newest.name, marks.settled.sequence)?;
+    let older = Older::all(path, &names, newest.name).into_iter();
+    let (older, spent): (Vec<_>, Vec<_>) = older.partition(|one| one.is_needed(marks.settled.sequence));
+    let repairs = repairs(path, &older, &spent, &marks)?;
     if !repairs.is_empty() {
-        clear(&log.newest, &piece::all_keys(piece::CURSOR))?;
+        newest.clear(piece::keys(piece::CURSOR, 0..=NUMBER_MAX))?;
     }
-    let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
-    if oldest.is_none() {
-        marks.settled = acknowledged;
+    let log = Log::new(path, Source::Sled(newest.clone()), older);
+    if reader::oldest(&log, marks.settled.sequence + 1, marks.acknowledged.sequence)?.is_none() {
+        marks.settled = marks.acknowledged;
     }
-    // What is written from now on is told from what an earlier start has left uncommitted.
-    marks.start = marks.start.saturating_add(1);
-    log.newest.apply(Changes::of([marks.encode()]))?;
+    // What is written from now on is told from a batch that was torn.
+    let batches = batches + 2;
+    let mut changes = Changes::default();
+    changes.insert(mark(&marks, batches));
+    newest.apply(changes)?;
     // What an earlier process wrote may be in the system's memory only: nothing leaves before it is on disk.
-    log.newest.sync()?;
-    if path.join(files::UNSYNCED).exists() {
-        log = copy_newest(path, &log, &marks)?;
+    newest.sync()?;
+    for one in spent.iter().filter(|one| !one.name.is_damaged) {
+        remove_folder(&one.name.folder(path))?;
     }
-    remove_left_overs(path, &log)?;
-    let letters = count_letters(&log.newest)?;
-    mark.raise(log.newest.highest(acknowledged.sequence))?;
-    for name in [files::DAMAGED, files::UNSYNCED, files::OPENING] {
-        files::remove_mark(path, name)?;
-    }
-    Ok(Opened { mark, log, marks, letters, oldest, repairs })
+    let letters = reader::count_letters(&log.newest, NUMBER_MAX)?;
+    highest.raise(newest.highest(marks.acknowledged.sequence))?;
+    files::forget_opening(path)?;
+    Ok(Opened { highest, newest, log, marks, batches, letters, repairs })
 }
 
-/// Opens the newest segment that was ever in use.
-fn open_newest(path: &Path, highest: Highest) -> Result<(Segment, Marks), StoreError> {
-    let numbers = segments(path)?;
-    for (index, number) in numbers.iter().copied().enumerate().rev() {
-        // It was being made when the process died: nothing was ever acknowledged in it, whatever became of it.
-        if number != highest.segment && is_unfinished(&Remains::of(path, number)?, highest) {
+/// Opens the newest segment that was ever in use, or begins the next one where it can't be trusted; gives what it says, and how many
+/// batches were written.
+fn open_newest(path: &Path, highest: Highest) -> Result<(Segment, Marks, u64), StoreError> {
+    let mut names = log::segments(path)?;
+    while let Some(name) = names.pop() {
+        let is_unfinished = |remains: &Remains| remains.marks().is_none() && remains.next_block(0).is_none();
+        if name.number > highest.segment && !name.is_damaged && is_unfinished(&Remains::of(path, name)?) {
+            // It was being made when the process died: nothing was ever acknowledged in it, whatever became of it.
+            remove_folder(&name.folder(path))?;
             continue;
         }
-        let cause = match damage_of(path, number, highest)? {
+        if name.number < highest.segment {
+            names.push(name);
+            break;
+        }
+        let cause = match damage_of(path, name, highest)? {
             Some(cause) => cause,
-            None => match open_marked(path, number) {
-                Ok((segment, Some(marks))) if marks.acknowledged.sequence >= highest.sequence => {
-                    return Ok((segment, marks));
+            None => match open_marked(path, name) {
+                Ok((segment, Some((marks, batches)))) if marks.acknowledged.sequence >= highest.sequence => {
+                    return Ok((segment, marks, batches));
                 }
-                Ok((_, Some(marks))) => {
+                Ok((_, Some((marks, _)))) => {
                     let sequence = marks.acknowledged.sequence;
                     format!("it ends at number {sequence}, and {} was acknowledged", highest.sequence)
                 }
@@ -181,217 +148,162 @@ fn open_newest(path: &Path, highest: Highest) -> Result<(Segment, Marks), StoreE
                 Err(StoreError::Damaged { cause, .. }) => cause,
                 Err(error) => {
                     // sled did come back.
-                    files::remove_mark(path, files::OPENING)?;
+                    files::forget_opening(path)?;
                     return Err(error);
                 }
             },
         };
-        return replace_newest(path, number, numbers.get(..index).unwrap_or_default(), highest, cause);
+        let mut name = name;
+        set_aside(path, &mut name, &cause)?;
+        return begin_behind(path, name, highest);
     }
-    if highest.sequence > 0 {
-        // Or its numbers would be given again.
-        return replace_newest(path, highest.segment.max(1), &[], highest, "its folder is gone".to_owned());
+    if highest.sequence == 0 && names.is_empty() {
+        return begin(path, 1, Marks::default(), 1, None);
     }
-    create_first(path)
+    let first = names.last().map_or(Ok(1), |last| log::first_behind(path, *last))?;
+    let gone = Name { number: highest.segment.max(1), first, is_damaged: true };
+    note_gone(path, gone)?;
+    begin_behind(path, gone, highest)
 }
 
-/// Whether a segment never was the newest one: then it would have its mark. Where nothing tells which one was, one with events is
-/// not taken for unfinished.
-fn is_unfinished(remains: &Remains, highest: Highest) -> bool {
-    let may_be = if highest.segment == 0 { remains.first().is_none() } else { remains.number > highest.segment };
-    remains.marks.is_none() && may_be
+/// An empty folder in the place of a segment's that is gone.
+fn note_gone(path: &Path, name: Name) -> Result<(), StoreError> {
+    files::note_damaged(path, name.number, "its folder is gone")?;
+    fs::create_dir_all(name.folder(path))?;
+    files::write_first(&name.folder(path), name.first)?;
+    sync_folder(&name.folder(path))?;
+    Ok(sync_folder(path)?)
+}
+
+fn set_aside(path: &Path, name: &mut Name, cause: &str) -> Result<(), StoreError> {
+    if !name.is_damaged {
+        files::note_damaged(path, name.number, cause)?;
+        faults::reach("damage-noted");
+        files::set_aside(path, name)?;
+        faults::reach("damage-moved");
+    }
+    Ok(())
 }
 
 /// What is known to be wrong with a segment, the newest one, before it is opened.
-fn damage_of(path: &Path, number: u64, highest: Highest) -> Result<Option<String>, StoreError> {
-    if files::read_mark(path, files::DAMAGED, number).is_some() {
-        return Ok(Some("the queue had stopped at it".to_owned()));
+fn damage_of(path: &Path, name: Name, highest: Highest) -> Result<Option<String>, StoreError> {
+    if let Some((_, cause)) = files::damaged(path).into_iter().find(|(number, _)| *number == name.number) {
+        return Ok(Some(cause));
+    }
+    if name.is_damaged {
+        return Ok(Some(String::new()));
     }
     // sled takes a log that was cut for a whole one, and does not say what it has passed over.
-    let remains = if number == highest.segment { Some(Remains::of(path, number)?) } else { None };
-    if remains.is_some_and(|remains| !remains.is_whole(None, highest.sequence)) {
+    let remains = Remains::of(path, name)?;
+    let marks = remains.marks().unwrap_or_default();
+    let whole_through = remains.whole_through(name.first.max(marks.settled.sequence + 1));
+    if name.number == highest.segment && whole_through.min(marks.acknowledged.sequence) < highest.sequence {
         return Ok(Some("numbers are missing in its log".to_owned()));
     }
-    match files::read_mark(path, files::OPENING, number).unwrap_or(0) {
+    match files::openings(path, name.number) {
         tried if tried >= 2 => Ok(Some("sled did not come back from opening it".to_owned())),
         tried => {
-            files::write_mark(path, files::OPENING, number, tried + 1)?;
+            files::note_opening(path, name.number, tried + 1)?;
             Ok(None)
         }
     }
 }
 
-/// A segment and what it says of the queue.
-fn open_marked(path: &Path, number: u64) -> Result<(Segment, Option<Marks>), StoreError> {
-    let segment = Segment::open(&segment::folder_of(path, number), number)?;
+/// A segment, what it says of the queue, and the last batch.
+fn open_marked(path: &Path, name: Name) -> Result<(Segment, Option<(Marks, u64)>), StoreError> {
+    let segment = Segment::open(path, name)?;
     faults::reach("open-segment-opened");
-    let marks = segment.piece(&[piece::MARK], Marks::of)?;
-    if marks.is_some() {
-        files::remove_mark(path, files::OPENING)?;
+    let key = piece::key(piece::MARK, 0, 0);
+    let Some(value) = segment.get(&key)? else { return Ok((segment, None)) };
+    let piece = segment.sound(&key, &value)?;
+    let marks = codec::decode_marks(piece.content).ok_or_else(|| segment.damaged("its mark can't be read"))?;
+    let batch = piece.batch;
+    files::forget_opening(path)?;
+    Ok((segment, Some((marks, batch))))
+}
+
+/// Begins the segment behind one that can't be trusted, or is gone.
+fn begin_behind(path: &Path, damaged: Name, highest: Highest) -> Result<(Segment, Marks, u64), StoreError> {
+    let names = log::segments(path)?;
+    let (mut latest, mut known, mut first) = (None, Vec::new(), Totals::default());
+    for name in names.iter().rev() {
+        let remains = Remains::of(path, *name)?;
+        // That of an older one says less than is settled by now: some is delivered once more, and refused by its receipts.
+        latest = latest.or(remains.marks());
+        // Also what may be of a batch that never was whole: rather too many are said to be missing than too few.
+        known.extend(latest.map(|marks| marks.acknowledged));
+        known.extend(remains.totals_through(NUMBER_MAX));
+        first = remains.before().unwrap_or(first);
     }
-    Ok((segment, marks))
+    let known = known.into_iter().max_by_key(|totals| totals.sequence).unwrap_or_default();
+    // Where nothing tells, each number was an event's.
+    let last = highest.sequence.max(known.sequence).max(damaged.first - 1);
+    let acknowledged = Totals { sequence: last, events: known.events + (last - known.sequence), ..known };
+    let sequence = names.first().map_or(0, |oldest| oldest.first - 1);
+    let events = first.events.saturating_sub(first.sequence.saturating_sub(sequence));
+    let settled = latest.map_or(Totals { sequence, events, ..first }, |marks| marks.settled);
+    let marks = Marks { acknowledged, settled };
+    let remains = Remains::of(path, damaged)?;
+    let batch = remains.last_batch() + 1;
+    let opened = begin(path, damaged.number + 1, marks, batch, Some(&Source::Raw(remains.into())))?;
+    faults::reach("damage-replaced");
+    Ok(opened)
 }
 
-/// Makes the first segment.
-fn create_first(path: &Path) -> Result<(Segment, Marks), StoreError> {
-    let number = segments(path)?.last().map_or(1, |last| last + 1);
-    let segment = begin_segment(path, number)?;
-    finish_segment(&segment, &[], &Marks::default())?;
-    faults::reach("open-segment-created");
-    Ok((segment, Marks::default()))
-}
-
-/// Puts what is found of the newest segment in its place.
-fn replace_newest(
+/// Makes a segment, with the dead letters of another.
+fn begin(
     path: &Path,
     number: u64,
-    others: &[u64],
-    highest: Highest,
-    cause: String,
-) -> Result<(Segment, Marks), StoreError> {
-    let remains = Remains::of(path, number)?;
-    // What it said of the others is lost: they tell themselves.
-    let Others { mut older, begin, end: before } = Others::by_themselves(path, others, &remains)?;
-    let first = older.last().map_or(1, |one| one.last + 1);
-    let asked = Asked { first, before, end: None, last_min: highest.sequence, is_newest: true };
-    let mut marks = Marks::default();
-    damage::salvage(path, &remains, asked, cause, |segment, salvaged| {
-        // Where the mark of what is settled is lost, all that is there is delivered once more, and refused by its receipts. What is
-        // missing before it counts as settled: a segment goes only once all in it is, and the mark may be older than that.
-        let settled = remains.marks.map(|marks| marks.settled);
-        let settled = settled.filter(|settled| settled.sequence <= salvaged.end.sequence);
-        let known = begin.unwrap_or(salvaged.end);
-        let sequence = older.first().map_or(known.sequence, |one| one.first - 1);
-        // Where nothing tells, each number was an event's.
-        let begin = Totals { sequence, events: known.events.saturating_sub(known.sequence - sequence), ..known };
-        let settled = match settled {
-            Some(settled) if older.is_empty() || settled.sequence > begin.sequence => settled,
-            _ => begin,
+    marks: Marks,
+    batch: u64,
+    letters: Option<&Source>,
+) -> Result<(Segment, Marks, u64), StoreError> {
+    let mut segment = begin_segment(path, number)?;
+    if let Some(source) = letters {
+        let mut carrying = Carrying::of(&[piece::LETTER]);
+        while carrying.next(source, &segment)? {}
+    }
+    finish_segment(&mut segment, &marks, batch)?;
+    faults::reach("open-segment-created");
+    Ok((segment, marks, batch))
+}
+
+/// The segments before the newest; those that were noted are set aside.
+fn older_segments(path: &Path, newest: Name, settled: u64) -> Result<Vec<Name>, StoreError> {
+    let mut names = log::segments(path)?;
+    names.retain(|name| *name != newest);
+    for (number, cause) in files::damaged(path) {
+        if let Some(name) = names.iter_mut().find(|name| name.number == number) {
+            set_aside(path, name, &cause)?;
+        }
+    }
+    let next = names.first().unwrap_or(&newest);
+    if next.first > settled + 1 {
+        let gone = Name { number: next.number.saturating_sub(1), first: settled + 1, is_damaged: true };
+        note_gone(path, gone)?;
+        names.insert(0, gone);
+    }
+    Ok(names)
+}
+
+/// What is missing of the segments that were noted.
+fn repairs(path: &Path, older: &[Older], spent: &[Older], marks: &Marks) -> Result<Vec<Repair>, StoreError> {
+    let mut repairs = Vec::new();
+    for (number, cause) in files::damaged(path) {
+        let Some(one) = older.iter().chain(spent).find(|one| one.name.number == number) else { continue };
+        let remains = Remains::of(path, one.name)?;
+        // The totals at its end, as what comes behind it says.
+        let next = older.iter().chain(spent).filter(|other| other.name > one.name).min_by_key(|other| other.name);
+        let end = match next {
+            Some(next) => Remains::of(path, next.name)?.before(),
+            None => Some(marks.acknowledged),
         };
-        older.retain(|one| one.last > settled.sequence);
-        let mut changes = Changes::default();
-        put_older(&mut changes, &older);
-        marks = Marks { start: remains.start, acknowledged: salvaged.end, settled };
-        let (key, value) = marks.encode();
-        changes.insert(key, value);
-        segment.apply(changes)
-    })?;
-    let segment = Segment::open(&segment::folder_of(path, number), number)?;
-    Ok((segment, marks))
-}
-
-/// The older segments as their logs tell.
-struct Others {
-    older: Vec<OlderSegment>,
-    /// The totals up to before the first number that is there, of all segments.
-    begin: Option<Totals>,
-    /// The totals up to the end of the last older one.
-    end: Option<Totals>,
-}
-
-impl Others {
-    /// What is missing between two of them counts to the one before, and is noticed when that is read.
-    fn by_themselves(path: &Path, numbers: &[u64], newest: &Remains) -> Result<Others, StoreError> {
-        let (mut found, mut begin, mut end) = (Vec::new(), newest.before(), None);
-        for number in numbers.iter().rev() {
-            let remains = Remains::of(path, *number)?;
-            let own_end = remains.end();
-            let last = begin.or(own_end).map(|totals| totals.sequence);
-            if found.is_empty() {
-                end = own_end.filter(|end| Some(end.sequence) == last);
-            }
-            found.extend(last.map(|last| (*number, remains.first(), last, remains.log_bytes)));
-            begin = remains.before().or(begin);
-        }
-        let mut older: Vec<OlderSegment> = Vec::new();
-        for (number, first, last, log_bytes) in found.into_iter().rev() {
-            let first = first.unwrap_or_else(|| older.last().map_or(1, |one| one.last + 1));
-            older.extend((first <= last).then_some(OlderSegment { number, first, last, log_bytes }));
-        }
-        Ok(Others { older, begin, end })
+        let end = end.filter(|end| end.sequence == one.last);
+        let begin = Totals { sequence: one.name.first - 1, ..Totals::default() };
+        let is_known = marks.settled.sequence >= begin.sequence;
+        let (found, missing) =
+            remains.account(if is_known { marks.settled } else { begin }, is_known, one.last, end)?;
+        repairs.push(Repair::SegmentSetAside { to: one.name.folder(path), cause, found, missing });
     }
-}
-
-/// Puts what is found of an older segment in its place.
-fn replace_older(path: &Path, log: &mut Log, one: OlderSegment, cause: String, settled: u64) -> Result<(), StoreError> {
-    let next = log.older.iter().find(|other| other.first > one.last).map_or(log.newest.number, |next| next.number);
-    let end = Remains::of(path, next)?.before().filter(|end| end.sequence == one.last);
-    let first = one.first.max(settled + 1);
-    let asked = Asked { first, before: None, end, last_min: one.last, is_newest: false };
-    damage::salvage(path, &Remains::of(path, one.number)?, asked, cause, |_, _| Ok(()))?;
-    let log_bytes = fs::metadata(segment::folder_of(path, one.number).join("db"))?.len();
-    for other in log.older.iter_mut().filter(|other| other.number == one.number) {
-        *other = OlderSegment { first, log_bytes, ..one };
-    }
-    let mut changes = Changes::default();
-    put_older(&mut changes, &log.older);
-    log.newest.apply(changes)?;
-    log.newest.sync()?;
-    Ok(())
-}
-
-/// Copies the newest segment into a fresh one, after a sync that failed: pages of it that the system counts as written may be
-/// in its memory only.
-fn copy_newest(path: &Path, log: &Log, marks: &Marks) -> Result<Log, StoreError> {
-    let new = begin_segment(path, log.newest.number + 1)?;
-    let mut carrying = Carrying::of(b"exdfc");
-    while carrying.next(&log.newest, &new)? {}
-    finish_segment(&new, &log.older, marks)?;
-    Ok(log.with_newest(new.into(), log.older.clone()))
-}
-
-fn read_older(segment: &Segment) -> Result<Vec<OlderSegment>, StoreError> {
-    let mut older = Vec::new();
-    for index in 0.. {
-        let part = segment.piece(&piece::indexed_key(piece::OLDER, 0, index), piece::decode_older)?.unwrap_or_default();
-        if part.is_empty() {
-            break;
-        }
-        older.extend(part);
-    }
-    Ok(older)
-}
-
-/// Counts the dead letters, and removes what a process that died has left of one.
-fn count_letters(segment: &Segment) -> Result<Letters, StoreError> {
-    let (mut letters, mut known, mut orphans) = (Letters::default(), BTreeSet::new(), BTreeSet::new());
-    segment.each(piece::all_keys(piece::LETTER), |key, _| {
-        letters.count += 1;
-        known.extend(piece::key_sequence(key));
-        true
-    })?;
-    segment.each(piece::all_keys(piece::LETTER_CONTENT), |key, value| {
-        match piece::key_sequence(key) {
-            Some(sequence) if known.contains(&sequence) => letters.bytes += value.len() as u64,
-            other => orphans.extend(other),
-        }
-        true
-    })?;
-    for sequence in orphans {
-        clear(segment, &piece::keys(piece::LETTER_CONTENT, sequence..=sequence))?;
-    }
-    Ok(letters)
-}
-
-/// Removes what was written for batches that were never committed, so that nothing of it mixes with what comes.
-fn remove_uncommitted(segment: &Segment, first: u64) -> Result<(), StoreError> {
-    for kind in [piece::BLOCK, piece::CHUNK, piece::LETTER, piece::LETTER_CONTENT] {
-        clear(segment, &piece::keys(kind, first..=NUMBER_MAX))?;
-    }
-    Ok(())
-}
-
-fn remove_left_overs(path: &Path, log: &Log) -> Result<(), StoreError> {
-    for number in segments(path)? {
-        if number != log.newest.number && log.older.iter().all(|one| one.number != number) {
-            tracing::debug!(segment = number, "removing a segment of the queue that is not needed");
-            remove_folder(&segment::folder_of(path, number))?;
-        }
-    }
-    Ok(())
-}
-
-/// The segments in the folder, oldest first.
-pub fn segments(path: &Path) -> io::Result<Vec<u64>> {
-    files::numbered(path, segment::PREFIX)
+    Ok(repairs)
 }

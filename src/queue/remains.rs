@@ -1,17 +1,20 @@
 //! What a segment's log holds, read without sled.
 //!
 //! Each piece says itself what it is and has a checksum ([`piece`]), so a log is an index of whole pieces and where they are. So
-//! older segments are read, which never change, and what is left of damaged ones: sled takes a log that was cut for a whole one, does not say
-//! what it has passed over, and cuts off for good what it does not understand.
+//! older segments are read, which never change; copies that are looked at; and what is left of damaged ones: sled takes a log that
+//! was cut for a whole one, does not say what it has passed over, and cuts off for good what it does not understand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::piece::{self, Block, Marks, Piece, Totals, VALUE_BYTES_MAX};
-use super::segment::{self, StoreError};
+use super::codec::{self, Marks, NUMBER_MAX, Totals};
+use super::files::Name;
+use super::piece::{self, Block, Piece, VALUE_BYTES_MAX};
+use super::segment::StoreError;
 
 const READ_BYTES: usize = 1 << 20;
 
@@ -20,121 +23,200 @@ const READ_BYTES: usize = 1 << 20;
 struct Place {
     offset: u64,
     length: usize,
-    /// The start in which it was written.
-    start: u64,
+    batch: u64,
 }
 
 /// The whole pieces of a log.
-#[derive(Default)]
 pub struct Remains {
-    pub number: u64,
+    pub name: Name,
     /// `None` where there is none.
     log: Option<File>,
-    pub log_bytes: u64,
-    /// By kind, number and index; the last ones that were written.
+    /// By kind, number and index; those of the latest batches.
     places: BTreeMap<(u8, u64, u32), Place>,
-    /// The latest start in which something of it was written.
-    pub start: u64,
-    /// The newest that were found.
-    pub marks: Option<Marks>,
+    /// Of a damaged one: the events whose records are not whole.
+    lost: BTreeSet<u64>,
 }
 
 impl Remains {
-    pub fn of(path: &Path, number: u64) -> Result<Remains, StoreError> {
-        let mut remains = Remains { number, ..Remains::default() };
-        match File::open(segment::folder_of(path, number).join("db")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            log => {
-                let log = log?;
-                remains.log_bytes = log.metadata()?.len();
-                remains.search(&log)?;
-                remains.log = Some(log);
-            }
+    pub fn of(path: &Path, name: Name) -> Result<Remains, StoreError> {
+        match File::open(name.folder(path).join("db")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Remains::of_log(name, None),
+            log => Remains::of_log(name, Some(log?)),
         }
-        remains.forget_uncommitted();
+    }
+
+    pub fn of_log(name: Name, log: Option<File>) -> Result<Remains, StoreError> {
+        let mut remains = Remains { name, log: None, places: BTreeMap::new(), lost: BTreeSet::new() };
+        if let Some(log) = &log {
+            remains.search(log)?;
+        }
+        remains.log = log;
+        // Of two blocks that follow one another none was written before the other: it is of a batch that was never committed, and whose
+        // numbers were given anew.
+        let mut latest = 0;
+        remains.places.retain(|(kind, ..), place| {
+            let is_stale = *kind == piece::BLOCK && place.batch < latest;
+            latest = if *kind == piece::BLOCK { latest.max(place.batch) } else { latest };
+            !is_stale
+        });
+        if name.is_damaged {
+            remains.lost = remains.broken_records()?;
+        }
         Ok(remains)
     }
 
-    /// Whether all numbers from `first` to `last` are there; of the newest segment, which has no `first`, those that it has itself
-    /// behind what is settled, and its mark.
-    pub fn is_whole(&self, first: Option<u64>, last: u64) -> bool {
-        let mut next = match (first, self.first()) {
-            (Some(first), _) => first,
-            (None, Some(begin)) => self.marks.map_or(0, |marks| marks.settled.sequence).max(begin - 1) + 1,
-            // What there is may be in the segments before it.
-            (None, None) => last + 1,
-        };
-        for sequence in self.blocks() {
-            let end = self.block(sequence, |block| block.last).unwrap_or(0);
-            if sequence <= next {
-                next = next.max(end + 1);
+    /// The events whose records are not whole. A chunk that another event has left under its number is not taken for its own.
+    fn broken_records(&self) -> Result<BTreeSet<u64>, StoreError> {
+        let mut broken = BTreeSet::new();
+        self.each_block(|block| {
+            for (number, entry) in block.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
+                let mut record = entry.part.to_vec();
+                self.each(piece::CHUNK, number..=number, |chunk| {
+                    record.extend_from_slice(chunk.content);
+                    record.len() < entry.record_bytes as usize
+                })?;
+                if codec::decode_event(&record).is_err() {
+                    broken.insert(number);
+                }
             }
-        }
-        let is_acknowledged = self.marks.is_some_and(|marks| marks.acknowledged.sequence >= last);
-        next > last && (first.is_some() || is_acknowledged)
+            Ok(())
+        })?;
+        Ok(broken)
     }
 
-    /// The numbers with which blocks begin.
-    pub fn blocks(&self) -> impl DoubleEndedIterator<Item = u64> {
-        self.places.range((piece::BLOCK, 0, 0)..(piece::BLOCK + 1, 0, 0)).map(|((_, sequence, _), _)| *sequence)
+    pub fn is_lost(&self, number: u64) -> bool {
+        self.lost.contains(&number)
     }
 
-    /// The first number that is there.
-    pub fn first(&self) -> Option<u64> {
-        self.blocks().next()
+    /// What it says of the queue, by the latest mark.
+    pub fn marks(&self) -> Option<Marks> {
+        let value = self.value(piece::MARK, 0, 0).ok()??;
+        codec::decode_marks(Piece::decode(&value)?.content)
     }
 
-    /// The totals up to the number before it.
+    /// The latest batch that wrote something of it.
+    pub fn last_batch(&self) -> u64 {
+        self.places.values().map(|place| place.batch).max().unwrap_or(0)
+    }
+
+    /// The last number with which a block begins up to this one.
+    pub fn last_block(&self, number: u64) -> Option<u64> {
+        self.places.range((piece::BLOCK, 0, 0)..=(piece::BLOCK, number, 0)).next_back().map(|((_, begin, _), _)| *begin)
+    }
+
+    /// The first number behind this one with which a block begins.
+    pub fn next_block(&self, number: u64) -> Option<u64> {
+        let behind = (piece::BLOCK, number + 1, 0)..=(piece::BLOCK, NUMBER_MAX, 0);
+        self.places.range(behind).next().map(|((_, begin, _), _)| *begin)
+    }
+
+    /// The totals up to the number before the first that is there.
     pub fn before(&self) -> Option<Totals> {
-        self.block(self.first()?, |block| block.before)
+        self.block(self.next_block(0)?, |block| block.before)
     }
 
-    /// The totals up to the last number that is there.
-    pub fn end(&self) -> Option<Totals> {
-        self.block(self.blocks().next_back()?, |block| block.totals_through(block.last))
+    /// The totals up to a number, or to the last one before it that is there.
+    pub fn totals_through(&self, number: u64) -> Option<Totals> {
+        self.block(self.last_block(number)?, |block| block.totals_through(number))
     }
 
-    /// The start in which the last of the blocks was written.
-    pub fn last_start(&self) -> u64 {
-        let last = self.blocks().next_back().and_then(|sequence| self.places.get(&(piece::BLOCK, sequence, 0)));
-        last.map_or(0, |place| place.start)
+    /// The last number up to which all are there from `first` on; the one before it where that is not.
+    pub fn whole_through(&self, first: u64) -> u64 {
+        let mut last = first - 1;
+        let begin = self.last_block(first).unwrap_or(first);
+        for ((_, begin, _), _) in self.places.range((piece::BLOCK, begin, 0)..=(piece::BLOCK, NUMBER_MAX, 0)) {
+            if *begin > last + 1 {
+                break;
+            }
+            last = last.max(self.block(*begin, |block| block.last()).unwrap_or(0));
+        }
+        last
+    }
+
+    /// How many events are there behind `begin` up to the number `last`, and how many are missing at most. `is_known`: what `begin` says
+    /// of events is right; `end`: the totals up to `last`.
+    pub fn account(
+        &self,
+        begin: Totals,
+        is_known: bool,
+        last: u64,
+        end: Option<Totals>,
+    ) -> Result<(u64, u64), StoreError> {
+        /// Each number is an event's, where nothing tells.
+        fn between(one: &Totals, is_known: bool, other: &Totals) -> u64 {
+            let numbers = other.sequence.saturating_sub(one.sequence);
+            if is_known { other.events.saturating_sub(one.events).min(numbers) } else { numbers }
+        }
+        let (mut found, mut missing, mut at, mut is_known) = (0, 0, begin, is_known);
+        self.each_block(|block| {
+            if block.last() <= at.sequence || block.before.sequence >= last {
+                return Ok(());
+            }
+            missing += between(&at, is_known, &block.before);
+            for (number, entry) in block.numbered().filter(|(number, _)| (begin.sequence + 1..=last).contains(number)) {
+                let is_lost = self.is_lost(number);
+                missing += u64::from(is_lost);
+                found += u64::from(entry.record_bytes > 0 && !is_lost);
+            }
+            (at, is_known) = (block.totals_through(last), true);
+            Ok(())
+        })?;
+        let numbers = Totals { sequence: last, ..Totals::default() };
+        missing += between(&at, is_known && end.is_some(), &end.unwrap_or(numbers));
+        Ok((found, missing))
     }
 
     /// The value of a piece.
-    pub fn value(&self, kind: u8, sequence: u64, index: u32) -> io::Result<Option<Vec<u8>>> {
-        let (Some(place), Some(log)) = (self.places.get(&(kind, sequence, index)), &self.log) else { return Ok(None) };
-        let mut value = vec![0; place.length];
-        log.read_exact_at(&mut value, place.offset)?;
-        Ok(Some(value))
+    pub fn value(&self, kind: u8, number: u64, index: u32) -> Result<Option<Vec<u8>>, StoreError> {
+        self.places.get(&(kind, number, index)).map(|place| self.read(place)).transpose()
     }
 
-    /// The pieces of a kind from `first` to `last`: their numbers and indexes.
-    pub fn pieces(&self, kind: u8, first: u64, last: u64) -> impl DoubleEndedIterator<Item = (u64, u32)> {
-        let places = self.places.range((kind, first, 0)..=(kind, last, u32::MAX));
-        places.map(|((_, sequence, index), _)| (*sequence, *index))
+    /// Gives `visit` the pieces of a kind, in order, until it has enough.
+    pub fn each(
+        &self,
+        kind: u8,
+        numbers: RangeInclusive<u64>,
+        mut visit: impl FnMut(&Piece<'_>) -> bool,
+    ) -> Result<(), StoreError> {
+        let (first, last) = numbers.into_inner();
+        for place in self.places.range((kind, first, 0)..=(kind, last, u32::MAX)).map(|(_, place)| place) {
+            let value = self.read(place)?;
+            if let Some(piece) = Piece::decode(&value)
+                && !visit(&piece)
+            {
+                break;
+            }
+        }
+        Ok(())
     }
 
-    fn block<T>(&self, sequence: u64, read: impl FnOnce(&Block<'_>) -> T) -> Option<T> {
-        let value = self.value(piece::BLOCK, sequence, 0).ok()??;
+    fn each_block(&self, mut visit: impl FnMut(&Block<'_>) -> Result<(), StoreError>) -> Result<(), StoreError> {
+        let mut result = Ok(());
+        self.each(piece::BLOCK, 0..=NUMBER_MAX, |piece| {
+            result = Block::of(piece).as_ref().map_or(Ok(()), &mut visit);
+            result.is_ok()
+        })?;
+        result
+    }
+
+    fn block<T>(&self, begin: u64, read: impl FnOnce(&Block<'_>) -> T) -> Option<T> {
+        let value = self.value(piece::BLOCK, begin, 0).ok()??;
         Some(read(&Block::of(&Piece::decode(&value)?)?))
     }
 
-    /// Forgets blocks of batches that were never committed and whose numbers were given anew: of two that follow one another none was
-    /// written in an earlier start than the one before.
-    fn forget_uncommitted(&mut self) {
-        let mut latest = 0;
-        self.places.retain(|(kind, ..), place| {
-            let is_stale = *kind == piece::BLOCK && place.start < latest;
-            latest = if *kind == piece::BLOCK { latest.max(place.start) } else { latest };
-            !is_stale
-        });
+    fn read(&self, place: &Place) -> Result<Vec<u8>, StoreError> {
+        let mut value = vec![0; place.length];
+        if let Some(log) = &self.log {
+            log.read_exact_at(&mut value, place.offset)?;
+        }
+        Ok(value)
     }
 
     fn search(&mut self, log: &File) -> io::Result<()> {
         let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + VALUE_BYTES_MAX);
-        let mut offset = 0;
+        let (mut log, mut offset) = (log, 0);
         loop {
-            let read = log.take(READ_BYTES as u64).read_to_end(&mut buffer)?;
+            let read = log.by_ref().take(READ_BYTES as u64).read_to_end(&mut buffer)?;
             // While there is more to come a value's length stays, for those that go on in what comes.
             let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(VALUE_BYTES_MAX) };
             let mut at = 0;
@@ -143,12 +225,16 @@ impl Remains {
                 if at >= searched {
                     break;
                 }
-                let Some((piece, length)) = Piece::find(buffer.get(at..).unwrap_or_default()) else {
+                let Some(piece) = Piece::find(buffer.get(at..).unwrap_or_default()) else {
                     at += 1;
                     continue;
                 };
-                self.note(&piece, offset + at as u64, length);
-                at += length;
+                let place = Place { offset: offset + at as u64, length: piece.bytes(), batch: piece.batch };
+                let known = self.places.entry((piece.kind, piece.number, piece.index)).or_insert(place);
+                if known.batch <= place.batch {
+                    *known = place;
+                }
+                at += place.length;
             }
             let done = at.max(searched).min(buffer.len());
             buffer.drain(..done);
@@ -156,24 +242,6 @@ impl Remains {
             if read == 0 {
                 return Ok(());
             }
-        }
-    }
-
-    fn note(&mut self, piece: &Piece<'_>, offset: u64, length: usize) {
-        self.start = self.start.max(piece.start);
-        match piece.kind {
-            piece::MARK => {
-                let age = |marks: &Marks| (marks.start, marks.acknowledged.sequence, marks.settled.sequence);
-                self.marks = self.marks.into_iter().chain(Marks::of(piece)).max_by_key(age);
-            }
-            piece::BLOCK | piece::LETTER | piece::CHUNK | piece::LETTER_CONTENT => {
-                let place = Place { offset, length, start: piece.start };
-                let known = self.places.entry((piece.kind, piece.sequence, piece.index)).or_insert(place);
-                if known.start <= place.start {
-                    *known = place;
-                }
-            }
-            _ => {}
         }
     }
 }

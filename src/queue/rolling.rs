@@ -1,104 +1,82 @@
-//! Making segments: what goes over to a new one, and how it becomes the current one.
+//! Making segments: what goes over to a new one, and how it becomes the newest.
 
-use std::ops::RangeInclusive;
 use std::path::Path;
 
-use super::faults;
-use super::files::{remove_folder, restrict};
-use super::piece::{self, Marks, OlderSegment};
-use super::segment::{self, Changes, Segment, StoreError};
+use super::codec::{self, Marks, NUMBER_MAX};
+use super::files::{self, Name, remove_folder, restrict};
+use super::log::Source;
+use super::piece::{self, Live, Piece};
+use super::segment::{Changes, Segment, StoreError};
+use crate::faults;
 
 /// Bytes that are carried over at once: some ten milliseconds.
 const SLICE_BYTES: usize = 512 << 10;
 
-/// Keys removed in one batch.
-const CLEAR_KEYS_MAX: usize = 1024;
-
 /// Makes a segment, empty yet: without a mark it counts as a left-over.
 pub fn begin_segment(path: &Path, number: u64) -> Result<Segment, StoreError> {
-    let folder = segment::folder_of(path, number);
-    remove_folder(&folder)?;
-    Segment::open(&folder, number)
+    let name = Name::new(number);
+    remove_folder(&name.folder(path))?;
+    Segment::open(path, name)
 }
 
-/// Best effort: what stays is removed at the next opening.
-pub fn remove_segment(path: &Path, number: u64) {
-    let _ = remove_folder(&segment::folder_of(path, number));
+/// The mark, as it is written.
+pub fn mark(marks: &Marks, batch: u64) -> (Vec<u8>, Vec<u8>) {
+    Piece { kind: piece::MARK, number: 0, index: 0, batch, content: &codec::encode_marks(marks) }.encode()
 }
 
 /// What is still to be carried over from one segment to another.
 pub struct Carrying {
     kinds: &'static [u8],
-    from: Vec<u8>,
+    /// Number and index of the piece that comes next.
+    next: (u64, u32),
+    live: Live,
 }
 
 impl Carrying {
-    /// All of these kinds.
+    /// All records of these kinds.
     pub fn of(kinds: &'static [u8]) -> Carrying {
-        Carrying { kinds, from: Vec::new() }
+        Carrying { kinds, next: (0, 0), live: Live::default() }
     }
 
     /// Carries a slice over, durably. False: there is no more.
-    pub fn next(&mut self, old: &Segment, new: &Segment) -> Result<bool, StoreError> {
+    pub fn next(&mut self, old: &Source, new: &Segment) -> Result<bool, StoreError> {
         let Some((kind, others)) = self.kinds.split_first() else { return Ok(false) };
-        let (start, end) = piece::all_keys(*kind).into_inner();
         let mut changes = Changes::default();
-        let mut last = None;
-        old.each(start.max(self.from.clone())..=end, |key, value| {
-            changes.insert(key.to_vec(), value.to_vec());
-            last = Some(key.to_vec());
-            changes.bytes() < SLICE_BYTES
+        let (begin, mut is_all) = (self.next, true);
+        old.each(*kind, begin.0..=NUMBER_MAX, |piece| {
+            if (piece.number, piece.index) < begin {
+                return true;
+            }
+            if changes.bytes() >= SLICE_BYTES {
+                self.next = (piece.number, piece.index);
+                is_all = false;
+                return false;
+            }
+            if self.live.passes(piece) {
+                changes.insert(piece.encode());
+            }
+            true
         })?;
+        if is_all {
+            *self = Carrying::of(others);
+        }
         new.apply(changes)?;
         new.sync()?;
-        match last {
-            Some(last) => self.from = [&last[..], &[0]].concat(),
-            None => *self = Carrying::of(others),
-        }
         Ok(!self.kinds.is_empty())
     }
 }
 
-/// Makes a segment the current one: its mark is the commit, and the last thing that is written.
-pub fn finish_segment(segment: &Segment, older: &[OlderSegment], marks: &Marks) -> Result<(), StoreError> {
-    let mut changes = Changes::default();
-    put_older(&mut changes, older);
-    segment.apply(changes)?;
+/// Makes a segment the newest: its mark is the commit, and the last thing that is written.
+pub fn finish_segment(segment: &mut Segment, marks: &Marks, batch: u64) -> Result<(), StoreError> {
+    segment.name.first = marks.acknowledged.sequence + 1;
+    files::write_first(segment.folder(), segment.name.first)?;
     segment.sync_folder()?;
     faults::reach("segment-copied");
-    segment.apply(Changes::of([marks.encode()]))?;
+    let mut changes = Changes::default();
+    changes.insert(mark(marks, batch));
+    segment.apply(changes)?;
     segment.sync()?;
     restrict(segment.folder());
     faults::reach("segment-committed");
     Ok(())
-}
-
-/// Puts the list of the older segments, in as many values as it takes.
-pub fn put_older(changes: &mut Changes, older: &[OlderSegment]) {
-    let parts = older.chunks(piece::OLDER_MAX).chain(std::iter::once(&[][..]));
-    for (index, part) in (0..).zip(parts) {
-        changes.insert(piece::indexed_key(piece::OLDER, 0, index), piece::encode_older(part, index));
-    }
-}
-
-/// Removes all keys in `range`.
-pub fn clear(segment: &Segment, range: &RangeInclusive<Vec<u8>>) -> Result<(), StoreError> {
-    let mut before: Option<Vec<u8>> = None;
-    loop {
-        let (mut changes, mut keys, mut first) = (Changes::default(), 0, None);
-        segment.each(range.clone(), |key, _| {
-            first.get_or_insert_with(|| key.to_vec());
-            changes.remove(key.to_vec());
-            keys += 1;
-            keys < CLEAR_KEYS_MAX
-        })?;
-        if keys == 0 {
-            return Ok(());
-        }
-        if first == before {
-            return Err(segment.damaged("a key was removed and is there again"));
-        }
-        before = first;
-        segment.apply(changes)?;
-    }
 }

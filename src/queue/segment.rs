@@ -1,4 +1,4 @@
-//! One segment: a sled database that is only ever added to, but for what the newest one says of all.
+//! One segment: a sled database that is only ever added to.
 //!
 //! sled 0.34.7 does not do by itself, all measured:
 //!
@@ -6,7 +6,7 @@
 //!   creates. A batch is whole after a power cut only if everything before it is on disk: one batch, one sync, and before it
 //!   pages are split, by asking for each changed key.
 //! * Killed while it opens it leaves a snapshot that is not finished, with which it never opens again. Snapshots are a
-//!   cache of the log: unfinished ones are removed, and where it does not open with the others it opens without.
+//!   cache of the log: they are removed before it opens.
 //! * On some damage it panics. A panic is damage, and nothing is printed of it ([`guard`]).
 
 use std::fs::{self, File};
@@ -14,31 +14,32 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sled::IVec;
 use thiserror::Error;
 
-use super::files::{self, Highest, sync_folder};
+use super::files::{Highest, Name, sync_folder};
+use super::guard;
 use super::piece::Piece;
 use super::values::QueueError;
-use super::{faults, guard};
-
-/// How the folders of segments are called, before their number.
-pub const PREFIX: &str = "segment-";
+use crate::faults;
 
 /// Bytes of a segment's pages that sled keeps in memory.
 const CACHE_BYTES: u64 = 1 << 20;
 
-/// How long opening waits for sled's own lock: only threads of a handle that was just dropped can hold it.
-const SLED_LOCK_WAIT: Duration = Duration::from_secs(5);
+/// Keys removed in one batch.
+const CLEAR_KEYS_MAX: usize = 1024;
 
 /// Why a segment could not do what was asked.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// The system refused: full disk, missing permission, failing device.
+    /// The system refused: full disk, missing permission.
     #[error("{0}")]
     Io(String),
+    /// A segment could not be written. Linux counts pages as written that it could not write: what is read of it can't be trusted.
+    #[error("{cause}")]
+    NotWritten { segment: u64, cause: String },
     /// What is on disk is not what was written.
     #[error("{cause}")]
     Damaged { segment: u64, cause: String },
@@ -49,7 +50,7 @@ impl StoreError {
     pub fn of_queue(&self, path: &Path) -> QueueError {
         let (path, cause) = (path.to_owned(), self.to_string());
         match self {
-            StoreError::Io(_) => QueueError::Storage { path, cause },
+            StoreError::Io(_) | StoreError::NotWritten { .. } => QueueError::Storage { path, cause },
             StoreError::Damaged { .. } => QueueError::Damaged { path, cause },
         }
     }
@@ -61,28 +62,18 @@ impl From<io::Error> for StoreError {
     }
 }
 
-/// Keys to be written together; `None` removes one.
+/// Pieces to be written together.
 #[derive(Default)]
 pub struct Changes {
-    list: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    list: Vec<(Vec<u8>, Vec<u8>)>,
     bytes: usize,
 }
 
 impl Changes {
-    pub fn of(pairs: impl IntoIterator<Item = (Vec<u8>, Vec<u8>)>) -> Changes {
-        let mut changes = Changes::default();
-        pairs.into_iter().for_each(|(key, value)| changes.insert(key, value));
-        changes
-    }
-
-    pub fn insert(&mut self, key: Vec<u8>, value: Vec<u8>) {
+    /// Adds a piece, by its key and value.
+    pub fn insert(&mut self, (key, value): (Vec<u8>, Vec<u8>)) {
         self.bytes += key.len() + value.len();
-        self.list.push((key, Some(value)));
-    }
-
-    pub fn remove(&mut self, key: Vec<u8>) {
-        self.bytes += key.len();
-        self.list.push((key, None));
+        self.list.push((key, value));
     }
 
     pub fn bytes(&self) -> usize {
@@ -96,12 +87,8 @@ impl Changes {
     /// Those of these kinds, which are written a second time.
     pub fn of_kinds(&self, kinds: &[u8]) -> Changes {
         let mut some = Changes::default();
-        for (key, value) in self.list.iter().filter(|(key, _)| key.first().is_some_and(|kind| kinds.contains(kind))) {
-            match value {
-                Some(value) => some.insert(key.clone(), value.clone()),
-                None => some.remove(key.clone()),
-            }
-        }
+        let is_wanted = |key: &[u8]| key.first().is_some_and(|kind| kinds.contains(kind));
+        self.list.iter().filter(|(key, _)| is_wanted(key)).for_each(|pair| some.insert(pair.clone()));
         some
     }
 }
@@ -111,7 +98,7 @@ impl Changes {
 pub type BeforeSync = std::sync::Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 pub struct Segment {
-    pub number: u64,
+    pub name: Name,
     folder: PathBuf,
     /// `None` only while it is being dropped.
     db: Option<sled::Db>,
@@ -124,28 +111,15 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Opens the segment in `folder`, or makes one where there is none.
-    pub fn open(folder: &Path, number: u64) -> Result<Segment, StoreError> {
-        for file in snapshots(folder)? {
-            if file.extension().is_some_and(|end| end == "generating") {
-                fs::remove_file(file)?;
-            }
-        }
-        let db = match open_sled(folder, number) {
-            Err(StoreError::Damaged { cause, .. }) if set_snapshots_aside(folder)? => {
-                tracing::warn!(
-                    segment = number,
-                    error = cause,
-                    "set snapshots of the queue aside, reading the whole log"
-                );
-                open_sled(folder, number)?
-            }
-            opened => opened?,
-        };
+    /// Opens a segment of the queue at `path`, or makes it where it is not there.
+    pub fn open(path: &Path, name: Name) -> Result<Segment, StoreError> {
+        let folder = name.folder(path);
+        remove_snapshots(&folder)?;
+        let db = open_sled(&folder, name.number)?;
         let log = File::open(folder.join("db"))?;
         Ok(Segment {
-            number,
-            folder: folder.to_owned(),
+            name,
+            folder,
             db: Some(db),
             log,
             // What an earlier process wrote may be in the system's memory only.
@@ -166,40 +140,27 @@ impl Segment {
 
     /// What is noted of it when all up to `sequence` is durable.
     pub fn highest(&self, sequence: u64) -> Highest {
-        Highest { sequence, segment: self.number }
+        Highest { sequence, segment: self.name.number }
     }
 
     pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
-        StoreError::Damaged { segment: self.number, cause: cause.into() }
+        StoreError::Damaged { segment: self.name.number, cause: cause.into() }
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
         self.guarded(|db| db.get(key))
     }
 
-    /// The piece under a key, whose number and index it must name.
-    pub fn piece<T>(&self, key: &[u8], read: impl FnOnce(&Piece<'_>) -> Option<T>) -> Result<Option<T>, StoreError> {
-        let Some(value) = self.get(key)? else { return Ok(None) };
-        let piece = Piece::decode(&value).filter(|piece| key.first() == Some(&piece.kind));
-        match piece.as_ref().and_then(read) {
-            Some(found) => Ok(Some(found)),
-            None => Err(self.damaged("one of its values is not what was written")),
-        }
+    /// The last key in the range.
+    pub fn last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
+        self.guarded(|db| db.range(range).next_back().transpose().map(|found| found.map(|(key, _)| key)))
     }
 
-    /// The first key in the range, or the last one, with its value.
-    pub fn edge(&self, range: RangeInclusive<Vec<u8>>, is_last: bool) -> Result<Option<(IVec, IVec)>, StoreError> {
-        self.guarded(|db| {
-            let mut found = db.range(range);
-            if is_last { found.next_back().transpose() } else { found.next().transpose() }
-        })
-    }
-
-    /// Gives `visit` keys and values of the range, in order, until it has enough.
+    /// Gives `visit` the pieces in the range, in order, until it has enough.
     pub fn each(
         &self,
         range: RangeInclusive<Vec<u8>>,
-        mut visit: impl FnMut(&[u8], &[u8]) -> bool,
+        mut visit: impl FnMut(&Piece<'_>) -> bool,
     ) -> Result<(), StoreError> {
         let mut before: Option<IVec> = None;
         let mut found = self.guarded(|db| Ok(db.range(range)))?;
@@ -208,7 +169,7 @@ impl Segment {
             if before.as_ref().is_some_and(|before| *before >= key) {
                 return Err(self.damaged("its pages contradict one another"));
             }
-            if !visit(&key, &value) {
+            if !visit(&self.sound(&key, &value)?) {
                 break;
             }
             before = Some(key);
@@ -216,29 +177,47 @@ impl Segment {
         Ok(())
     }
 
+    /// The piece that is this value, which must name its key.
+    pub fn sound<'a>(&self, key: &[u8], value: &'a [u8]) -> Result<Piece<'a>, StoreError> {
+        let piece = Piece::decode(value).filter(|piece| piece.key() == key);
+        piece.ok_or_else(|| self.damaged("one of its values is not what was written"))
+    }
+
+    /// Removes all keys in the range.
+    pub fn clear(&self, range: RangeInclusive<Vec<u8>>) -> Result<(), StoreError> {
+        loop {
+            let keys =
+                |db: &sled::Db| db.range(range.clone()).keys().take(CLEAR_KEYS_MAX).collect::<Result<Vec<_>, _>>();
+            let keys = self.guarded(keys)?;
+            let Some(first) = keys.first() else { return Ok(()) };
+            let mut batch = sled::Batch::default();
+            keys.iter().for_each(|key| batch.remove(key));
+            self.write(batch, &keys)?;
+            if self.get(first)?.is_some() {
+                return Err(self.damaged("a key was removed and is there again"));
+            }
+        }
+    }
+
     /// Makes changes visible, all at once; durable after the next [`Segment::sync`].
     pub fn apply(&self, changes: Changes) -> Result<(), StoreError> {
-        if changes.is_empty() {
-            return Ok(());
+        let (mut batch, mut keys) = (sled::Batch::default(), Vec::with_capacity(changes.list.len()));
+        for (key, value) in changes.list {
+            let key = IVec::from(key);
+            keys.push(key.clone());
+            batch.insert(key, value);
         }
+        if keys.is_empty() { Ok(()) } else { self.write(batch, &keys) }
+    }
+
+    fn write(&self, batch: sled::Batch, keys: &[IVec]) -> Result<(), StoreError> {
         // Before, not after: when the batch fails half-way nothing must be taken for synced.
         self.unsynced.store(true, Ordering::Release);
-        self.guarded(|db| {
+        self.writing(self.guarded(|db| {
             faults::reach("segment-applying");
-            let mut batch = sled::Batch::default();
-            let mut keys = Vec::with_capacity(changes.list.len());
-            for (key, value) in changes.list {
-                let key = IVec::from(key);
-                keys.push(key.clone());
-                match value {
-                    Some(value) => batch.insert(key, value),
-                    None => batch.remove(key),
-                }
-            }
             db.apply_batch(batch)?;
             keys.iter().try_for_each(|key| db.get(key).map(drop))
-        })
-        .inspect_err(|error| self.note_unsynced(error))
+        }))
     }
 
     /// Makes all that was applied durable against power loss. Costs nothing when there is nothing to do.
@@ -247,20 +226,21 @@ impl Segment {
             return Ok(());
         }
         faults::reach("sync-before-flush");
-        self.guarded(|db| db.flush()).inspect_err(|error| self.note_unsynced(error))?;
+        self.writing(self.guarded(|db| db.flush()))?;
         faults::reach("sync-flushed");
-        self.sync_log().map_err(StoreError::from).inspect_err(|error| self.note_unsynced(error))?;
+        self.writing(self.sync_log().map_err(StoreError::from))?;
         self.unsynced.store(false, Ordering::Release);
         Ok(())
     }
 
-    /// Linux counts pages as written that it could not write: the next opening must not trust what it reads. Where there was no room,
-    /// nothing was written.
-    fn note_unsynced(&self, error: &StoreError) {
-        if matches!(error, StoreError::Io(cause) if !cause.contains("space") && !cause.contains("uota")) {
-            let queue = self.folder.parent().unwrap_or(&self.folder);
-            let _ = files::write_mark(queue, files::UNSYNCED, self.number, 1);
-        }
+    /// Where there was no room, nothing was written: what is there can be trusted.
+    fn writing<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        result.map_err(|error| match error {
+            StoreError::Io(cause) if !cause.contains("space") && !cause.contains("uota") => {
+                StoreError::NotWritten { segment: self.name.number, cause }
+            }
+            error => error,
+        })
     }
 
     fn sync_log(&self) -> io::Result<()> {
@@ -292,7 +272,7 @@ impl Segment {
 
     fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
         let db = self.db.as_ref().ok_or_else(|| StoreError::Io("the queue is closed".into()))?;
-        guarded(self.number, guard::CALL_MAX, || work(db))
+        guarded(self.name.number, guard::CALL_MAX, || work(db))
     }
 }
 
@@ -304,25 +284,12 @@ impl Drop for Segment {
     }
 }
 
-/// Where a segment of the queue at `path` is.
-pub fn folder_of(path: &Path, number: u64) -> PathBuf {
-    path.join(format!("{PREFIX}{number}"))
-}
-
 fn open_sled(folder: &Path, number: u64) -> Result<sled::Db, StoreError> {
     /// Processor time that opening may use: far more than the second a gigabyte takes.
     const OPENING_MAX: Duration = Duration::from_secs(60);
-    let deadline = Instant::now() + SLED_LOCK_WAIT;
-    loop {
-        let config =
-            sled::Config::new().path(folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
-        match guarded(number, OPENING_MAX, || config.open()) {
-            Err(StoreError::Io(cause)) if cause.contains("could not acquire lock") && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            opened => return opened,
-        }
-    }
+    let config =
+        sled::Config::new().path(folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
+    guarded(number, OPENING_MAX, || config.open())
 }
 
 /// Runs a call of sled. A panic is damage.
@@ -338,26 +305,19 @@ fn guarded<T>(segment: u64, max: Duration, work: impl FnOnce() -> Result<T, sled
     }
 }
 
-/// sled's snapshots in a folder: what it need not read of the log at opening.
-pub fn snapshots(folder: &Path) -> io::Result<Vec<PathBuf>> {
+/// What sled keeps so as not to read the whole log at opening: a cache, which a kill leaves unfinished, and then it never opens.
+fn remove_snapshots(folder: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
-    let paths = entries.map(|entry| Ok(entry?.path()));
-    let is_snapshot =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"snap."));
-    paths.filter(|path: &io::Result<PathBuf>| path.as_ref().map_or(true, is_snapshot)).collect()
-}
-
-/// Renames the snapshots so that sled does not see them; `false` when there are none.
-fn set_snapshots_aside(folder: &Path) -> io::Result<bool> {
-    let files = snapshots(folder)?;
-    for file in &files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        fs::rename(file, folder.join(format!("aside.{name}")))?;
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") && entry.path().is_file() {
+            fs::remove_file(entry.path())?;
+        }
     }
-    Ok(!files.is_empty())
+    Ok(())
 }
 
 fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreError {
@@ -372,6 +332,7 @@ fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreE
             StoreError::Io(format!("{} ({error})", error.kind()))
         }
         sled::Error::Io(error) => StoreError::Io(error.to_string()),
+        sled::Error::Corruption { .. } => damaged("sled finds its log damaged".into()),
         other => damaged(other.to_string()),
     }
 }

@@ -6,13 +6,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use super::codec::{self, CodecError, Content, Letter};
+use super::codec::{self, CodecError, Marks};
 use super::files;
 use super::log::Log;
-use super::opening::{Letters, Opened};
 use super::piece::{CONTENT_BYTES_MAX, CursorId};
+use super::reader::{self, Letters};
 use super::segment::StoreError;
-use super::submission::{EncodedBatch, EncodedCursor, EncodedRejection, Inbox};
+use super::submission::{EncodedBatch, Inbox};
 use super::values::{Batch, QueueConfig, QueueError, QueueStats};
 use crate::event::{Cursor, FailureKind, Origin, Rejection, Sequence, Timestamp};
 
@@ -28,10 +28,8 @@ const DEAD_LETTERS_MAX: u64 = 10_000;
 
 pub struct Shared {
     pub path: PathBuf,
-    /// What it is called in errors: where it is, or of what it is a copy.
-    pub shown: PathBuf,
     pub max_pending_bytes: u64,
-    pub inbox: Inbox,
+    pub inbox: Arc<Inbox>,
     /// `None` once closed. Readers clone it and let go.
     pub log: RwLock<Option<Arc<Log>>>,
     state: Mutex<State>,
@@ -54,25 +52,33 @@ pub struct State {
 }
 
 impl Shared {
-    pub fn new(path: &Path, config: &QueueConfig, stats: QueueStats, opened: &Opened) -> Shared {
-        let state = State {
-            stats,
-            letters: opened.letters,
-            durable: opened.marks.acknowledged.sequence,
-            settled: opened.marks.settled.sequence,
-            ..State::default()
+    pub fn new(config: &QueueConfig, log: Log, marks: &Marks, letters: Letters) -> Result<Shared, StoreError> {
+        let Marks { acknowledged, settled } = *marks;
+        let (pending, pending_bytes) = acknowledged.since(&settled);
+        let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
+        let stats = QueueStats {
+            pending,
+            pending_bytes,
+            oldest,
+            dead_letters: letters.count,
+            missing: 0,
+            disk_bytes: log.bytes(),
+            full: pending_bytes >= config.max_pending_bytes,
+            last_sequence: Sequence::new(acknowledged.sequence),
         };
-        Shared {
-            path: path.to_owned(),
-            shown: config.path.clone(),
+        let newest = oldest.and(stats.last_sequence);
+        let state =
+            State { stats, letters, durable: acknowledged.sequence, settled: settled.sequence, ..State::default() };
+        Ok(Shared {
+            path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
-            inbox: Inbox::default(),
-            log: RwLock::new(Some(Arc::new(opened.log.clone()))),
+            inbox: Arc::default(),
+            log: RwLock::new(Some(Arc::new(log))),
             state: Mutex::new(state),
             room: Condvar::new(),
-            newest: watch::Sender::new(opened.oldest.and(Sequence::new(opened.marks.acknowledged.sequence))),
+            newest: watch::Sender::new(newest),
             failed: watch::Sender::new(None),
-        }
+        })
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -94,11 +100,12 @@ impl Shared {
 
     /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
     pub fn fail(&self, error: &StoreError) -> QueueError {
-        if let StoreError::Damaged { segment, .. } = error {
-            files::mark_damaged(&self.path, *segment);
+        if let StoreError::Damaged { segment, cause } | StoreError::NotWritten { segment, cause } = error {
+            // A disk that is failing may not take it: then the damage is only met again.
+            let _ = files::note_damaged(&self.path, *segment, cause);
         }
         let mut state = self.state();
-        let first = state.failure.get_or_insert_with(|| error.of_queue(&self.shown)).clone();
+        let first = state.failure.get_or_insert_with(|| error.of_queue(&self.path)).clone();
         drop(state);
         self.inbox.end(first.clone());
         self.failed.send_replace(Some(first.clone()));
@@ -128,8 +135,7 @@ impl Shared {
         }
         let cursors = batch.cursors.iter().map(|(path, cursor)| encode_cursor(path, cursor.as_ref()));
         let cursors = cursors.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
-        let event_bytes = events.iter().map(|record| record.len() as u64).sum();
-        Ok(EncodedBatch { events, rejections, cursors, event_bytes })
+        Ok(EncodedBatch { events, rejections, cursors })
     }
 }
 
@@ -159,32 +165,25 @@ fn gathered_by_file(rejections: &[Rejection]) -> Vec<Rejection> {
     gathered
 }
 
-fn encode_rejection(
-    rejection: &Rejection,
-    keep_bytes: bool,
-    failed_at: Timestamp,
-) -> Result<EncodedRejection, CodecError> {
-    let mut failure = rejection.failure.clone();
-    if !keep_bytes {
-        failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
+fn encode_rejection(rejection: &Rejection, keep_bytes: bool, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
+    if keep_bytes {
+        return codec::encode_rejection(rejection, failed_at);
     }
-    let letter = Letter { failed_at, failure, content: Content::Input, attempts: 0 };
-    Ok(EncodedRejection {
-        letter: codec::encode_letter(&letter)?,
-        content: codec::encode_input(rejection, if keep_bytes { &rejection.bytes } else { &[] })?,
-    })
+    let mut rejection = Rejection { bytes: Vec::new(), ..rejection.clone() };
+    rejection.failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
+    codec::encode_rejection(&rejection, failed_at)
 }
 
-fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<EncodedCursor, CodecError> {
-    let id = CursorId::of(path);
-    let Some(cursor) = cursor else { return Ok(EncodedCursor { id, record: None }) };
-    let mut record = codec::encode_cursor(path, cursor)?;
-    if record.len() > CURSOR_BYTES_MAX {
+/// Its record; empty where the cursor is to be removed.
+fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<(CursorId, Vec<u8>), CodecError> {
+    let mut record = cursor.map_or(Ok(Vec::new()), |cursor| codec::encode_cursor(path, cursor))?;
+    if let Some(cursor) = cursor.filter(|_| record.len() > CURSOR_BYTES_MAX) {
         // No folder has such a name: better to forget it than to be unable to store the cursor.
         record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
     }
     if record.len() > CURSOR_BYTES_MAX {
-        return Err(CodecError::TooLarge(record.len()));
+        Err(CodecError::TooLarge(record.len()))
+    } else {
+        Ok((CursorId::of(path), record))
     }
-    Ok(EncodedCursor { id, record: Some(record) })
 }

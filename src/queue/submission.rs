@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -23,34 +23,17 @@ pub const WAITING_BYTES_MAX: usize = 16 << 20;
 #[derive(Debug)]
 pub struct Ticket<T = Accepted> {
     answer: oneshot::Receiver<Result<T, QueueError>>,
+    inbox: Arc<Inbox>,
 }
 
-/// The other end of a [`Ticket`].
+/// The other end of a [`Ticket`]. Where it is dropped without an answer, the end of the queue is the answer.
 pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
-    pub(super) fn new() -> (Reply<T>, Ticket<T>) {
-        let (reply, answer) = oneshot::channel();
-        (reply, Ticket { answer })
-    }
-
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the ticket instead.
     // tokio's own way to block panics on the threads of a runtime, where handles may be dropped.
-    pub fn wait(mut self) -> Result<T, QueueError> {
-        struct Unpark(std::thread::Thread);
-        impl Wake for Unpark {
-            fn wake(self: Arc<Self>) {
-                self.0.unpark();
-            }
-        }
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-        let mut context = Context::from_waker(&waker);
-        loop {
-            if let Poll::Ready(answer) = Pin::new(&mut self).poll(&mut context) {
-                return answer;
-            }
-            std::thread::park();
-        }
+    pub fn wait(self) -> Result<T, QueueError> {
+        pollster::block_on(self)
     }
 }
 
@@ -58,41 +41,30 @@ impl<T> Future for Ticket<T> {
     type Output = Result<T, QueueError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        // The writer answers everything it takes; an answer that never comes was never taken.
-        Pin::new(&mut self.answer).poll(context).map(|answer| answer.unwrap_or(Err(QueueError::Closed)))
+        let answer = Pin::new(&mut self.answer).poll(context);
+        answer
+            .map(|answer| answer.unwrap_or_else(|_| Err(self.inbox.lock().ended.clone().unwrap_or(QueueError::Closed))))
     }
 }
 
 /// A batch with everything encoded that does not depend on sequences.
+#[derive(Default)]
 pub struct EncodedBatch {
     /// Records of events.
     pub events: Vec<Vec<u8>>,
-    pub rejections: Vec<EncodedRejection>,
-    pub cursors: Vec<EncodedCursor>,
-    /// Bytes of `events`.
-    pub event_bytes: u64,
+    /// Records of dead letters.
+    pub rejections: Vec<Vec<u8>>,
+    /// Records of cursors; an empty one removes the cursor.
+    pub cursors: Vec<(CursorId, Vec<u8>)>,
 }
 
 impl EncodedBatch {
     /// About what it takes, in memory and in sled.
     pub fn bytes(&self) -> usize {
-        let events: usize = self.events.iter().map(|record| record.len() + 32).sum();
-        let rejections: usize = self.rejections.iter().map(|one| one.letter.len() + one.content.len() + 64).sum();
-        let cursors: usize = self.cursors.iter().map(|one| one.record.as_ref().map_or(0, Vec::len) + 64).sum();
-        256 + events + rejections + cursors
+        let cursors = self.cursors.iter().map(|(_, record)| record);
+        let records = self.events.iter().chain(&self.rejections).chain(cursors);
+        256 + records.map(|record| record.len() + 64).sum::<usize>()
     }
-}
-
-pub struct EncodedRejection {
-    /// Record of the letter: one chunk.
-    pub letter: Vec<u8>,
-    pub content: Vec<u8>,
-}
-
-pub struct EncodedCursor {
-    pub id: CursorId,
-    /// `None` removes the cursor.
-    pub record: Option<Vec<u8>>,
 }
 
 /// One thing for the writer to do.
@@ -116,88 +88,72 @@ impl Work {
             _ => 64,
         }
     }
-
-    /// Answers with an error instead of doing it.
-    fn refuse(self, error: &QueueError) {
-        match self {
-            Work::Append(_, reply) => drop(reply.send(Err(error.clone()))),
-            Work::Settle(_, reply) | Work::Roll(reply) | Work::Close(reply) => {
-                drop(reply.send(Err(error.clone())));
-            }
-            Work::Retry(_, reply) => drop(reply.send(Err(error.clone()))),
-            Work::Drop(_, reply) => drop(reply.send(Err(error.clone()))),
-        }
-    }
 }
 
 /// Work in the order in which it came, bounded in bytes.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub struct Inbox {
     state: Mutex<InboxState>,
-    arrived: Condvar,
-    taken: Condvar,
+    /// Something arrived, or was taken.
+    changed: Condvar,
 }
 
 #[derive(Default)]
 struct InboxState {
-    waiting: VecDeque<(Work, usize)>,
+    waiting: VecDeque<Work>,
     bytes: usize,
     /// Why nothing is taken in any more.
     ended: Option<QueueError>,
 }
 
+impl std::fmt::Debug for InboxState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InboxState").field("bytes", &self.bytes).field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
 impl Inbox {
-    /// Hands `work` over; blocks while far too many bytes wait.
-    pub fn send(&self, work: Work) {
+    /// Hands work over; blocks while far too many bytes wait.
+    pub fn send<T>(self: &Arc<Self>, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
+        let (reply, ticket) = self.ticket();
+        let work = work(reply);
         let bytes = work.bytes();
-        let mut state = self.lock();
-        while state.ended.is_none() && state.bytes > 0 && state.bytes + bytes > WAITING_BYTES_MAX {
-            state = self.taken.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let is_too_much = |state: &mut InboxState| {
+            state.ended.is_none() && state.bytes > 0 && state.bytes + bytes > WAITING_BYTES_MAX
+        };
+        let mut state = self.changed.wait_while(self.lock(), is_too_much).unwrap_or_else(PoisonError::into_inner);
+        if state.ended.is_none() {
+            state.bytes += bytes;
+            state.waiting.push_back(work);
+            self.changed.notify_all();
         }
-        if let Some(error) = state.ended.clone() {
-            drop(state);
-            return work.refuse(&error);
-        }
-        state.bytes += bytes;
-        state.waiting.push_back((work, bytes));
-        drop(state);
-        self.arrived.notify_one();
+        ticket
     }
 
-    /// All that has arrived, at least one; nothing when `patience` ran out (without one it waits for ever).
-    /// `None` when the end has come.
-    pub fn take(&self, patience: Option<Duration>) -> Option<Vec<Work>> {
+    pub fn ticket<T>(self: &Arc<Self>) -> (Reply<T>, Ticket<T>) {
+        let (reply, answer) = oneshot::channel();
+        (reply, Ticket { answer, inbox: Arc::clone(self) })
+    }
+
+    /// All that has arrived, at least one; nothing when `patience` ran out. `None` when the end has come.
+    pub fn take(&self, patience: Duration) -> Option<VecDeque<Work>> {
         let nothing = |state: &mut InboxState| state.waiting.is_empty() && state.ended.is_none();
-        let mut state = self.lock();
-        match patience {
-            None => state = self.arrived.wait_while(state, nothing).unwrap_or_else(PoisonError::into_inner),
-            Some(patience) => {
-                (state, _) =
-                    self.arrived.wait_timeout_while(state, patience, nothing).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, nothing);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.ended.is_some() {
             return None;
         }
         state.bytes = 0;
-        let works = state.waiting.drain(..).map(|(work, _)| work).collect();
-        drop(state);
-        self.taken.notify_all();
-        Some(works)
+        self.changed.notify_all();
+        Some(std::mem::take(&mut state.waiting))
     }
 
     /// Refuses what waits and all that will come with `error`; the first call counts.
     pub fn end(&self, error: QueueError) {
         let mut state = self.lock();
-        let error = state.ended.get_or_insert(error).clone();
-        state.bytes = 0;
-        let waiting = std::mem::take(&mut state.waiting);
-        drop(state);
-        self.taken.notify_all();
-        self.arrived.notify_all();
-        for (work, _) in waiting {
-            work.refuse(&error);
-        }
+        state.ended.get_or_insert(error);
+        state.waiting.clear();
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {

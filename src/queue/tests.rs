@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
-use super::segment::snapshots;
 use super::*;
 use crate::event::{
     DeadContent, Event, EventId, EventParts, EventType, FailureKind, FileIdentity, ForeignKeys, Origin, Payload,
@@ -70,19 +69,48 @@ impl Fixture {
             counted.fetch_add(1, Ordering::SeqCst);
             Ok(())
         };
-        *queue.handle.shared.log().unwrap().newest.before_sync.lock().unwrap() = Some(Arc::new(hook));
+        *newest(queue).before_sync.lock().unwrap() = Some(Arc::new(hook));
         count
     }
 
     /// The folder of the newest segment.
     fn newest(&self) -> PathBuf {
-        segment::folder_of(&self.config.path, *self.segments().last().unwrap())
+        self.segment(*self.segments().last().unwrap())
     }
 
     /// The numbers of the segments, oldest first.
     fn segments(&self) -> Vec<u64> {
-        opening::segments(&self.config.path).unwrap()
+        let names = files::segments(&self.config.path).unwrap().into_iter();
+        names.filter(|name| !name.is_damaged).map(|name| name.number).collect()
     }
+
+    /// The folder of a segment.
+    fn segment(&self, number: u64) -> PathBuf {
+        self.name(number).folder(&self.config.path)
+    }
+
+    fn name(&self, number: u64) -> files::Name {
+        log::segments(&self.config.path).unwrap().into_iter().find(|name| name.number == number).unwrap()
+    }
+
+    /// What can be read of a segment without sled.
+    fn raw(&self, number: u64) -> remains::Remains {
+        remains::Remains::of(&self.config.path, self.name(number)).unwrap()
+    }
+}
+
+/// The newest segment of a queue that is open.
+fn newest(queue: &Queue) -> Arc<segment::Segment> {
+    match &queue.handle.shared.log().unwrap().newest {
+        log::Source::Sled(segment) => Arc::clone(segment),
+        log::Source::Raw(_) => panic!("it is only looked at"),
+    }
+}
+
+/// sled's snapshots in a folder.
+fn snapshots(folder: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"snap.")).collect()
 }
 
 fn event(number: u64, payload_bytes: usize) -> Event {

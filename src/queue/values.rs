@@ -1,7 +1,7 @@
 //! What callers give to the queue and get from it.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -13,7 +13,7 @@ use crate::private_folder::FolderError;
 pub struct QueueConfig {
     /// Folder of the queue; made with mode 0700 where it is missing.
     pub path: PathBuf,
-    /// Bytes of pending events, as they are encoded, above which nothing more is taken in.
+    /// Bytes of pending events, as they are encoded, from which on nothing more is taken in. The batch that reaches it is taken whole.
     pub max_pending_bytes: u64,
 }
 
@@ -68,7 +68,7 @@ pub struct QueueStats {
     pub missing: u64,
     /// Size of the files.
     pub disk_bytes: u64,
-    /// No room: the last batch that did not fit would still not fit.
+    /// No room for events.
     pub full: bool,
     /// The number given last, to an event or a rejection.
     pub last_sequence: Option<Sequence>,
@@ -102,18 +102,6 @@ pub enum QueueError {
     Look { path: PathBuf, cause: String },
     #[error(transparent)]
     Folder(FolderError),
-}
-
-impl QueueError {
-    /// The same of another path.
-    pub fn with_path(self, path: &Path) -> QueueError {
-        let path = path.to_owned();
-        match self {
-            QueueError::Damaged { cause, .. } => QueueError::Damaged { path, cause },
-            QueueError::TooNew { found, supported, .. } => QueueError::TooNew { path, found, supported },
-            error => error,
-        }
-    }
 }
 
 fn holder(pid: Option<u32>) -> String {
@@ -167,8 +155,8 @@ impl fmt::Display for Repair {
         match self {
             Repair::SegmentSetAside { to, cause, found, missing } => write!(
                 f,
-                "a part of the queue was damaged ({cause}); kept it in {}, found {found} events in it, {missing} are missing; \
-                 transcripts are read again from their beginning",
+                "a part of the queue was damaged ({cause}); {found} of its waiting events are found and delivered from {}, which \
+                 is kept; {missing} are missing; transcripts are read again from their beginning",
                 to.display()
             ),
             Repair::OldFormat { to } => write!(

@@ -4,24 +4,25 @@
 //! goes with the next batch, or is written by itself a little later. A batch above [`STAGE_BYTES_MAX`] is applied and synced in
 //! parts; its commit, the mark `m`, is in the last one.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::codec::{self, CodecError, Content, Letter};
-use super::faults;
-use super::files::{Lock, Mark};
-use super::log::Log;
-use super::opening::{Letters, Opened};
-use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, Marks, OlderSegment, PART_BYTES_MAX, Piece, Totals};
-use super::reader;
+use super::codec::{self, CodecError, Marks, Totals};
+use super::files::{Lock, Mark, Name, remove_folder};
+use super::log::{Log, Older};
+use super::opening::Opened;
+use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, Live, PART_BYTES_MAX, Piece};
+use super::reader::{self, Letters};
 use super::rolling::{self, Carrying};
 use super::segment::{Changes, Segment, StoreError};
 use super::shared::Shared;
-use super::submission::{EncodedBatch, EncodedCursor, Reply, Work};
+use super::submission::{EncodedBatch, Reply, Work};
 use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
-use crate::event::{DeadContent, Sequence, Timestamp};
+use crate::event::{DeadContent, Failure, Sequence, Timestamp};
+use crate::faults;
 
 /// Bytes of one batch of sled's. Above it the staged part is applied and synced first.
 const STAGE_BYTES_MAX: usize = 512 << 10;
@@ -38,16 +39,22 @@ const ROLL_AGAIN_AFTER: Duration = Duration::from_secs(60);
 /// How long closing waits for readers to let go.
 const READERS_WAIT: Duration = Duration::from_secs(2);
 
+/// As good as for ever.
+const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+
 /// Kinds that are carried over to a new segment.
-const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER, piece::LETTER_CONTENT];
+const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER];
 
 pub struct Writer {
     shared: Arc<Shared>,
-    log: Log,
     lock: Lock,
-    mark: Mark,
+    highest: Mark,
+    newest: Arc<Segment>,
+    log: Log,
     /// As staged: what the commit that comes next will say.
     marks: Marks,
+    /// The number of the batch that is staged.
+    batch: u64,
     /// As it is on disk.
     settled_synced: u64,
     /// Since when it is not.
@@ -56,10 +63,8 @@ pub struct Writer {
     stage: Stage,
     /// The newest number given to an event, durable after the next sync.
     newest_event: Option<Sequence>,
-    /// Pending bytes with which the last refused batch would fit.
-    room_wanted: Option<u64>,
     /// The next segment, while it is being made.
-    rolling: Option<Rolling>,
+    rolling: Option<(Segment, Carrying)>,
     roll_not_before: Option<Instant>,
     /// Size of the newest segment's log when it was begun: what was carried over may be large itself.
     begun_bytes: u64,
@@ -80,31 +85,18 @@ impl Stage {
     }
 
     fn is_empty(&self) -> bool {
-        self.changes.is_empty() && self.tail.is_empty()
-    }
-
-    fn close_tail(&mut self, start: u64) {
-        if !self.tail.is_empty() {
-            let (key, value) = self.tail.take(start);
-            self.changes.insert(key, value);
-        }
+        self.changes.is_empty() && self.tail.is_empty() && !self.is_begun
     }
 }
 
-/// A segment that is being made.
-struct Rolling {
-    segment: Segment,
-    carrying: Carrying,
-}
-
-/// Gives an answer, or the error that came instead. The asker may have gone; then nobody needs it.
-type Answer = Box<dyn FnOnce(Result<(), QueueError>)>;
+/// Gives an answer. The asker may have gone; then nobody needs it.
+type Answer = Box<dyn FnOnce()>;
 
 fn answer<T: 'static>(reply: Reply<T>, answer: Result<T, QueueError>) -> Answer {
-    Box::new(|done| drop(reply.send(done.and(answer))))
+    Box::new(|| drop(reply.send(answer)))
 }
 
-/// How answers wait for the end of their round.
+/// How answers wait for the end of their round. Those that are dropped are the end of the queue.
 #[derive(Default)]
 struct Round {
     after_settling: Vec<Answer>,
@@ -115,19 +107,20 @@ struct Round {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
-        let Opened { mark, log, marks, letters, .. } = opened;
+        let Opened { highest, newest, log, marks, batches, letters, .. } = opened;
         Writer {
             shared,
-            log,
             lock,
-            mark,
+            highest,
+            newest,
+            log,
             marks,
+            batch: batches + 1,
             settled_synced: marks.settled.sequence,
             unwritten_since: None,
             letters,
             stage: Stage::default(),
             newest_event: None,
-            room_wanted: None,
             rolling: None,
             roll_not_before: None,
             begun_bytes: 0,
@@ -138,52 +131,49 @@ impl Writer {
     pub fn run(mut self) {
         loop {
             let patience = match self.unwritten_since {
-                _ if self.rolling.is_some() || self.is_worth_rolling() => Some(Duration::ZERO),
-                Some(since) => Some(SETTLED_UNWRITTEN_MAX.saturating_sub(since.elapsed())),
-                None => None,
+                _ if self.rolling.is_some() || self.is_worth_rolling() => Duration::ZERO,
+                Some(since) => SETTLED_UNWRITTEN_MAX.saturating_sub(since.elapsed()),
+                None => FOR_EVER,
             };
-            let Some(works) = self.shared.inbox.take(patience) else {
-                // A reader met an error that ended the queue.
-                return self.release();
-            };
+            // `None`: a reader met an error that ended the queue.
+            let Some(mut works) = self.shared.inbox.take(patience) else { return self.release() };
             let mut round = Round::default();
             // A panic must not leave callers waiting for ever: it ends the queue like any storage error.
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(works, &mut round)))
-                .unwrap_or_else(|_| Err(self.log.newest.damaged("the writer panicked")));
-            if let Err(error) = outcome {
-                let error = self.shared.fail(&error);
-                self.release();
-                let Round { after_settling, after_sync, after_rolling, close } = round;
-                let answers = after_settling.into_iter().chain(after_sync).chain(after_rolling).chain(close);
-                answers.for_each(|answer| answer(Err(error.clone())));
-                return;
-            }
-            if let Some(answer) = round.close {
-                self.release();
-                return answer(Ok(()));
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(&mut works, &mut round)))
+                .unwrap_or_else(|_| Err(self.shared.fail(&self.newest.damaged("the writer panicked"))));
+            match (outcome, round.close.take()) {
+                (Ok(()), None) => {}
+                (Ok(()), Some(answer)) => {
+                    self.release();
+                    return answer();
+                }
+                // Who still waits is answered after the files are let go of.
+                (Err(_), _) => return self.release(),
             }
         }
     }
 
-    fn round(&mut self, works: Vec<Work>, round: &mut Round) -> Result<(), StoreError> {
-        for work in works {
+    fn round(&mut self, works: &mut VecDeque<Work>, round: &mut Round) -> Result<(), QueueError> {
+        let shared = Arc::clone(&self.shared);
+        while let Some(work) = works.pop_front() {
             match work {
-                Work::Append(batch, reply) => match self.append(batch) {
-                    Ok(accepted) => round.after_sync.push(answer(reply, accepted)),
-                    Err(error) => {
-                        round.after_sync.push(answer(reply, Ok(Accepted::default())));
-                        return Err(error);
-                    }
-                },
+                Work::Append(batch, reply) => {
+                    let accepted = shared.reading(self.append(&batch))?;
+                    round.after_sync.push(answer(reply, accepted));
+                }
                 Work::Settle(outcomes, reply) => {
                     let has_letters = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Refused { .. }));
+                    shared.reading(self.settle(outcomes))?;
                     let waiting = if has_letters { &mut round.after_sync } else { &mut round.after_settling };
                     waiting.push(answer(reply, Ok(())));
-                    self.settle(outcomes)?;
                 }
-                Work::Retry(sequence, reply) => round.after_sync.push(answer(reply, self.retry(sequence)?)),
+                Work::Retry(sequence, reply) => {
+                    let retried = shared.reading(self.retry(sequence))?;
+                    round.after_sync.push(answer(reply, retried));
+                }
                 Work::Drop(sequence, reply) => {
-                    round.after_sync.push(answer(reply, Ok(self.drop_dead_letter(sequence)?)));
+                    let is_dropped = shared.reading(self.drop_dead_letter(sequence))?;
+                    round.after_sync.push(answer(reply, Ok(is_dropped)));
                 }
                 Work::Roll(reply) => round.after_rolling.push(answer(reply, Ok(()))),
                 Work::Close(reply) => {
@@ -192,18 +182,17 @@ impl Writer {
                 }
             }
         }
-        self.publish_settled()?;
-        round.after_settling.drain(..).for_each(|answer| answer(Ok(())));
+        shared.reading(self.publish(false))?;
+        round.after_settling.drain(..).for_each(|answer| answer());
         let is_due = self.unwritten_since.is_some_and(|since| since.elapsed() >= SETTLED_UNWRITTEN_MAX);
-        let is_asked = round.close.is_some() || !round.after_rolling.is_empty();
-        if self.stage.is_begun || !self.stage.changes.is_empty() || is_due || is_asked {
-            self.commit()?;
+        if !self.stage.is_empty() || is_due || round.close.is_some() {
+            shared.reading(self.commit())?;
         }
-        round.after_sync.drain(..).for_each(|answer| answer(Ok(())));
+        round.after_sync.drain(..).for_each(|answer| answer());
         if round.close.is_none() {
-            self.roll(!round.after_rolling.is_empty())?;
+            shared.reading(self.roll(!round.after_rolling.is_empty()))?;
         }
-        round.after_rolling.drain(..).for_each(|answer| answer(Ok(())));
+        round.after_rolling.drain(..).for_each(|answer| answer());
         // Nobody waits for that.
         self.remove_spent();
         Ok(())
@@ -211,84 +200,70 @@ impl Writer {
 
     /// Applies what is staged with the marks that go with it, makes it durable, and tells so.
     fn commit(&mut self) -> Result<(), StoreError> {
-        self.stage.close_tail(self.marks.start);
-        if self.unwritten_since.take().is_some() | std::mem::take(&mut self.stage.is_begun) {
-            let (key, value) = self.marks.encode();
-            self.stage.changes.insert(key, value);
+        if self.unwritten_since.take().is_none() && self.stage.is_empty() {
+            return Ok(());
         }
+        if !self.stage.tail.is_empty() {
+            self.stage.changes.insert(self.stage.tail.take(self.batch));
+        }
+        self.stage.changes.insert(rolling::mark(&self.marks, self.batch));
         faults::reach("commit-before-apply");
         self.apply()?;
         faults::reach("commit-synced");
+        self.batch += 1;
+        self.stage.is_begun = false;
         self.settled_synced = self.marks.settled.sequence;
         // Before anybody is answered: what was acknowledged is missed where it comes back shorter.
-        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
-        self.publish_committed();
-        Ok(())
+        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence))?;
+        self.publish(true)
     }
 
     /// One batch, one sync.
     fn apply(&mut self) -> Result<(), StoreError> {
         let changes = std::mem::take(&mut self.stage.changes);
-        if let Some(rolling) = &self.rolling
-            && let Err(error) = rolling.segment.apply(changes.of_kinds(CARRIED))
+        if let Some((segment, _)) = &self.rolling
+            && let Err(error) = segment.apply(changes.of_kinds(CARRIED))
         {
             self.keep_segment(&error);
         }
-        self.log.newest.apply(changes)?;
+        self.newest.apply(changes)?;
         faults::reach("commit-applied");
-        self.log.newest.sync()
+        self.newest.sync()
     }
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
-    fn append(&mut self, batch: EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
-        if let Err(error) = self.admit(&batch) {
-            return Ok(Err(error));
+    fn append(&mut self, batch: &EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
+        let (_, pending_bytes) = self.pending();
+        let max = self.shared.max_pending_bytes;
+        if !batch.events.is_empty() && pending_bytes >= max {
+            return Ok(Err(QueueError::Full { pending_bytes, max }));
         }
-        if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX && !self.stage.is_empty() {
+        if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX {
             // What was staged before is committed by itself; what comes now may take several parts.
             self.commit()?;
         }
         let before = self.marks.acknowledged;
-        let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
         let mut next = before;
+        let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
         for record in &batch.events {
             let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
-            let sequence = next.sequence + 1;
-            for (index, chunk) in (1..).zip(rest.chunks(CONTENT_BYTES_MAX)) {
-                let value = self.piece(piece::CHUNK, sequence, index, chunk);
-                self.put(piece::indexed_key(piece::CHUNK, sequence, index), value)?;
-            }
-            let record_bytes = u32::try_from(record.len()).unwrap_or(u32::MAX);
-            self.add_entry(&next, record_bytes, part)?;
-            next = Totals { sequence, events: next.events + 1, bytes: next.bytes + u64::from(record_bytes) };
-            accepted.sequences.extend(Sequence::new(sequence));
+            self.put_chunks(piece::CHUNK, next.sequence + 1, 1, rest)?;
+            next = self.add_entry(next, u32::try_from(record.len()).unwrap_or(u32::MAX), part)?;
+            accepted.sequences.extend(Sequence::new(next.sequence));
         }
-        for rejection in &batch.rejections {
-            self.add_entry(&next, 0, &[])?;
-            next.sequence += 1;
-            self.put_letter(next.sequence, &rejection.letter, &rejection.content)?;
+        for record in &batch.rejections {
+            next = self.add_entry(next, 0, &[])?;
+            self.put_letter(next.sequence, record)?;
         }
-        for cursor in &batch.cursors {
-            self.stage_cursor(cursor)?;
+        for (id, record) in &batch.cursors {
+            let chunks = pieces(piece::CURSOR, id.0, 0, self.batch, record);
+            chunks.for_each(|chunk| self.stage.changes.insert(chunk));
         }
         self.marks.acknowledged = next;
         self.stage.is_begun |= next != before;
-        if let Some(&last) = accepted.sequences.last() {
-            self.newest_event = Some(last);
-        }
+        self.newest_event = accepted.sequences.last().copied().or(self.newest_event);
         faults::reach("append-staged");
         Ok(Ok(accepted))
-    }
-
-    /// Whether there is room.
-    fn admit(&mut self, batch: &EncodedBatch) -> Result<(), QueueError> {
-        let (pending, pending_bytes) = self.pending();
-        let max = self.shared.max_pending_bytes;
-        if batch.events.is_empty() || pending == 0 || pending_bytes + batch.event_bytes <= max {
-            return Ok(());
-        }
-        self.room_wanted = Some(max.saturating_sub(batch.event_bytes));
-        Err(QueueError::Full { pending_bytes, max })
     }
 
     /// Events that wait, and the bytes of their records.
@@ -296,59 +271,35 @@ impl Writer {
         self.marks.acknowledged.since(&self.marks.settled)
     }
 
-    fn add_entry(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) -> Result<(), StoreError> {
+    /// Gives the number behind `totals`; returns the totals up to it.
+    fn add_entry(&mut self, totals: Totals, record_bytes: u32, part: &[u8]) -> Result<Totals, StoreError> {
         if !self.stage.tail.has_room(part.len()) {
-            let (key, value) = self.stage.tail.take(self.marks.start);
-            self.put(key, value)?;
+            let block = self.stage.tail.take(self.batch);
+            self.put(block)?;
         }
-        self.stage.tail.add(totals, record_bytes, part);
-        Ok(())
+        self.stage.tail.add(&totals, record_bytes, part);
+        Ok(totals.with(record_bytes))
     }
 
-    fn put_letter(&mut self, sequence: u64, letter: &[u8], content: &[u8]) -> Result<(), StoreError> {
-        for (index, chunk) in (0..).zip(content.chunks(CONTENT_BYTES_MAX)) {
-            let value = self.piece(piece::LETTER_CONTENT, sequence, index, chunk);
-            self.letters.bytes += value.len() as u64;
-            self.put(piece::indexed_key(piece::LETTER_CONTENT, sequence, index), value)?;
-        }
-        let value = self.piece(piece::LETTER, sequence, 0, letter);
+    fn put_letter(&mut self, sequence: u64, record: &[u8]) -> Result<(), StoreError> {
         self.letters.count += 1;
-        self.put(piece::key(piece::LETTER, sequence), value)
+        self.letters.bytes += record.len() as u64;
+        self.put_chunks(piece::LETTER, sequence, 0, record)
     }
 
-    /// A value that is written in this start.
-    fn piece(&self, kind: u8, sequence: u64, index: u32, content: &[u8]) -> Vec<u8> {
-        Piece { kind, sequence, index, start: self.marks.start, content }.encode()
+    /// Stages the chunks of a record. The first one comes last: without it the others are nothing.
+    fn put_chunks(&mut self, kind: u8, number: u64, first: u32, record: &[u8]) -> Result<(), StoreError> {
+        pieces(kind, number, first, self.batch, record).rev().try_for_each(|chunk| self.put(chunk))
     }
 
-    /// Stages a value under a number that is not committed yet.
-    fn put(&mut self, key: Vec<u8>, value: Vec<u8>) -> Result<(), StoreError> {
+    /// Stages a piece of a batch that is not committed yet.
+    fn put(&mut self, (key, value): (Vec<u8>, Vec<u8>)) -> Result<(), StoreError> {
         if self.stage.bytes() + key.len() + value.len() > STAGE_BYTES_MAX && !self.stage.is_begun {
             self.apply()?;
             faults::reach("append-between-parts");
         }
-        self.stage.changes.insert(key, value);
+        self.stage.changes.insert((key, value));
         Ok(())
-    }
-
-    fn stage_cursor(&mut self, cursor: &EncodedCursor) -> Result<(), StoreError> {
-        let record = cursor.record.as_deref().unwrap_or_default();
-        let mut chunks = 0;
-        for (index, chunk) in (0..).zip(record.chunks(CONTENT_BYTES_MAX)) {
-            let value = self.piece(piece::CURSOR, 0, index, chunk);
-            self.stage.changes.insert(piece::cursor_key(cursor.id, index), value);
-            chunks = index + 1;
-        }
-        if chunks == 0 {
-            // It may be among what is staged.
-            self.stage.changes.remove(piece::cursor_key(cursor.id, 0));
-        }
-        // What a longer one has left behind.
-        let all = piece::cursor_key(cursor.id, chunks)..=piece::cursor_key(cursor.id, u32::MAX);
-        self.log.newest.each(all, |key, _| {
-            self.stage.changes.remove(key.to_vec());
-            true
-        })
     }
 
     /// Events leave from the head, in their order: `outcomes` are those of the oldest ones.
@@ -362,14 +313,11 @@ impl Writer {
             through = sequence.get();
             events += 1;
             if let Outcome::Refused { failure, attempts } = outcome {
-                let letter = Letter { failed_at: Timestamp::now(), failure, content: Content::Event, attempts };
                 // In one batch with the mark behind it.
-                if !self.stage.is_empty() {
-                    self.commit()?;
-                }
+                self.commit()?;
                 self.raise_settled(through, events)?;
                 events = 0;
-                self.bury(through, &letter)?;
+                self.bury(through, &failure, attempts)?;
             }
         }
         self.raise_settled(through, events)
@@ -381,55 +329,49 @@ impl Writer {
         }
         let totals = self.log.totals_through(through)?;
         // Lost ones among them count in the totals, too.
-        if totals.events != self.marks.settled.events + events && self.count(through)? != events {
-            return Err(StoreError::Io(format!(
-                "{events} events up to {through} were to be settled, and they are not the oldest ones"
-            )));
+        if totals.events != self.marks.settled.events + events {
+            let mut waiting = 0;
+            self.log.each_event(self.marks.settled.sequence + 1, through, |_, _, _| {
+                waiting += 1;
+                Ok(ControlFlow::Continue(()))
+            })?;
+            if waiting != events {
+                let cause =
+                    format!("{events} events up to {through} were to be settled, and they are not the oldest ones");
+                return Err(StoreError::Io(cause));
+            }
         }
         self.marks.settled = totals;
         self.unwritten_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
-    /// Events that wait up to a number.
-    fn count(&self, through: u64) -> Result<u64, StoreError> {
-        let (first, mut events) = (self.marks.settled.sequence + 1, 0);
-        self.log.each_block(first, through, |_, block| {
-            let waiting = block.entries.iter().filter(|entry| (first..=through).contains(&entry.sequence));
-            events += waiting.filter(|entry| entry.record_bytes > 0).count() as u64;
-            Ok(ControlFlow::Continue(()))
-        })?;
-        Ok(events)
-    }
-
     /// Stages an event, which has just been settled, as a dead letter.
-    fn bury(&mut self, sequence: u64, letter: &Letter) -> Result<(), StoreError> {
+    fn bury(&mut self, sequence: u64, failure: &Failure, attempts: u32) -> Result<(), StoreError> {
         let mut record = Vec::new();
-        self.log.each_block(sequence, sequence, |source, block| {
-            let entry = block.entries.iter().find(|entry| entry.sequence == sequence);
-            if let Some(entry) = entry {
-                record = source.record(entry)?;
-            }
+        self.log.each_event(sequence, sequence, |source, number, entry| {
+            record = source.record(number, entry)?;
             Ok(ControlFlow::Break(()))
         })?;
-        let letter = codec::encode_letter(letter).map_err(|error| self.unencodable(&error))?;
-        self.put_letter(sequence, &letter, &record)
+        let letter = codec::encode_refused(failure, Timestamp::now(), attempts, &record);
+        self.put_letter(sequence, &letter.map_err(|error| self.unencodable(&error))?)
     }
 
     fn unencodable(&self, error: &CodecError) -> StoreError {
-        self.log.newest.damaged(error.to_string())
+        self.newest.damaged(error.to_string())
     }
 
     fn retry(&mut self, old: Sequence) -> Result<Result<RetryOutcome, QueueError>, StoreError> {
         self.commit()?;
-        let Some(letter) = reader::dead_letter(&self.log.newest, old)? else { return Ok(Ok(RetryOutcome::NotFound)) };
-        let DeadContent::Event { event, captured_at, attempts } = letter.content else {
-            return Ok(Ok(RetryOutcome::NotAnEvent));
+        let letter = reader::dead_letters(&self.log.newest, old.get(), old.get(), 1)?.pop();
+        let (event, captured_at, attempts) = match letter.map(|letter| letter.content) {
+            None => return Ok(Ok(RetryOutcome::NotFound)),
+            Some(DeadContent::Input(_)) => return Ok(Ok(RetryOutcome::NotAnEvent)),
+            Some(DeadContent::Event { event, captured_at, attempts }) => (event, captured_at, attempts),
         };
         let record = codec::encode_event(&event, captured_at, attempts).map_err(|error| self.unencodable(&error))?;
-        let event_bytes = record.len() as u64;
-        let batch = EncodedBatch { event_bytes, events: vec![record], rejections: Vec::new(), cursors: Vec::new() };
-        let accepted = match self.append(batch)? {
+        let batch = EncodedBatch { events: vec![record], ..EncodedBatch::default() };
+        let accepted = match self.append(&batch)? {
             Ok(accepted) => accepted,
             Err(error) => return Ok(Err(error)),
         };
@@ -441,118 +383,122 @@ impl Writer {
 
     fn drop_dead_letter(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
         self.commit()?;
-        if self.log.newest.get(&piece::key(piece::LETTER, sequence.get()))?.is_none() {
-            return Ok(false);
-        }
-        self.unbury(sequence)?;
-        Ok(true)
+        self.unbury(sequence)
     }
 
-    /// Stages the removal of a dead letter with all that belongs to it.
-    fn unbury(&mut self, sequence: Sequence) -> Result<(), StoreError> {
-        let number = sequence.get();
-        self.stage.changes.remove(piece::key(piece::LETTER, number));
-        let mut bytes = 0;
-        self.log.newest.each(piece::keys(piece::LETTER_CONTENT, number..=number), |key, value| {
-            self.stage.changes.remove(key.to_vec());
-            bytes += value.len() as u64;
+    /// Stages the removal of a dead letter; `false` where there is none.
+    fn unbury(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
+        let (mut live, mut bytes) = (Live::default(), 0);
+        self.newest.each(piece::keys(piece::LETTER, sequence.get()..=sequence.get()), |piece| {
+            bytes += if live.passes(piece) { piece.content.len() as u64 } else { 0 };
             true
         })?;
-        self.letters.count = self.letters.count.saturating_sub(1);
-        self.letters.bytes = self.letters.bytes.saturating_sub(bytes);
-        Ok(())
+        if bytes > 0 {
+            pieces(piece::LETTER, sequence.get(), 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
+            self.letters.count = self.letters.count.saturating_sub(1);
+            self.letters.bytes = self.letters.bytes.saturating_sub(bytes);
+        }
+        Ok(bytes > 0)
     }
 
     fn is_worth_rolling(&self) -> bool {
-        let is_large = self.log.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES) + 2 * self.begun_bytes;
+        let is_large = self.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES) + 2 * self.begun_bytes;
         is_large && self.roll_not_before.is_none_or(|then| then <= Instant::now())
     }
 
     /// Makes the next segment, a slice at a time, where the newest is large; all at once where it `is_asked`.
     fn roll(&mut self, is_asked: bool) -> Result<(), StoreError> {
+        if self.rolling.is_none() && !is_asked && !self.is_worth_rolling() {
+            return Ok(());
+        }
+        match self.next_segment(is_asked) {
+            // What is wrong with the newest is no matter of the next.
+            Err(error @ StoreError::Damaged { segment, .. }) if segment == self.newest.name.number => Err(error),
+            Err(error) => {
+                self.keep_segment(&error);
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Ok(Some(segment)) => self.switch(segment),
+        }
+    }
+
+    /// Goes on making the next segment; gives it when all is carried over.
+    fn next_segment(&mut self, is_asked: bool) -> Result<Option<Segment>, StoreError> {
         if self.rolling.is_none() {
-            if !is_asked && !self.is_worth_rolling() {
-                return Ok(());
-            }
-            match rolling::begin_segment(&self.shared.path, self.log.newest.number + 1) {
-                Ok(segment) => {
-                    #[cfg(test)]
-                    segment.before_sync.lock().unwrap().clone_from(&self.log.newest.before_sync.lock().unwrap());
-                    self.rolling = Some(Rolling { segment, carrying: Carrying::of(CARRIED) });
-                }
-                Err(error) => {
-                    self.keep_segment(&error);
-                    return Ok(());
-                }
-            }
+            let segment = rolling::begin_segment(&self.shared.path, self.newest.name.number + 1)?;
+            #[cfg(test)]
+            segment.before_sync.lock().unwrap().clone_from(&self.newest.before_sync.lock().unwrap());
+            self.rolling = Some((segment, Carrying::of(CARRIED)));
             faults::reach("segment-begun");
         }
-        loop {
-            let Some(Rolling { segment, carrying }) = &mut self.rolling else { return Ok(()) };
-            match carrying.next(&self.log.newest, segment) {
-                Ok(false) => break,
-                Ok(true) if is_asked => {}
-                Ok(true) => return Ok(()),
-                Err(error @ StoreError::Damaged { segment, .. }) if segment == self.log.newest.number => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    self.keep_segment(&error);
-                    return Ok(());
-                }
+        while let Some((segment, carrying)) = &mut self.rolling {
+            if !carrying.next(&self.log.newest, segment)? {
+                break;
+            }
+            if !is_asked {
+                return Ok(None);
             }
         }
+        Ok(self.rolling.take().map(|(segment, _)| segment))
+    }
+
+    /// Makes a segment to which all was carried over the newest.
+    fn switch(&mut self, mut segment: Segment) -> Result<(), StoreError> {
         self.commit()?;
-        let Some(Rolling { segment, .. }) = self.rolling.take() else { return Ok(()) };
-        let mut older = self.log.older.clone();
-        let all = piece::keys(piece::BLOCK, 1..=piece::NUMBER_MAX);
-        let first = self.log.newest.edge(all, false)?.and_then(|(key, _)| piece::key_sequence(&key));
-        let last = self.marks.acknowledged.sequence;
-        if let Some(first) = first.filter(|_| last > self.marks.settled.sequence) {
-            let (number, log_bytes) = (self.log.newest.number, self.log.newest.bytes());
-            older.push(OlderSegment { number, first, last, log_bytes });
-        }
-        if let Err(error) = rolling::finish_segment(&segment, &older, &self.marks) {
+        if let Err(error) = rolling::finish_segment(&mut segment, &self.marks, self.batch) {
             self.keep_segment(&error);
             return Ok(());
         }
-        tracing::debug!(segment = segment.number, older = older.len(), "began a segment of the queue");
-        let log = self.log.with_newest(Arc::new(segment), older);
-        let old = std::mem::replace(&mut self.log, log).newest;
-        self.begun_bytes = self.log.newest.bytes();
+        self.batch += 1;
+        let path = &self.shared.path;
+        let mut older = self.log.older.clone();
+        let old = Older::before(path, self.newest.name, segment.name.first);
+        let is_needed = old.is_needed(self.marks.settled.sequence);
+        older.extend(Some(old).filter(|_| is_needed));
+        tracing::debug!(segment = segment.name.number, older = older.len(), "began a segment of the queue");
+        self.newest = Arc::new(segment);
+        self.log = self.log.with_newest(Arc::clone(&self.newest), older);
+        self.begun_bytes = self.newest.bytes();
         self.publish_log();
         faults::reach("segment-switched");
         // Before the old one goes: where the new one comes back empty it must not be taken for unfinished.
-        self.mark.raise(self.log.newest.highest(self.marks.acknowledged.sequence))?;
-        if self.log.older.iter().all(|one| one.number != old.number) {
-            rolling::remove_segment(&self.shared.path, old.number);
+        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence))?;
+        if !is_needed {
+            self.remove(old.name);
         }
-        self.publish_committed();
-        Ok(())
+        self.publish(true)
     }
 
     /// Nothing has happened yet: the large segment can go on serving, and says so by its size.
     fn keep_segment(&mut self, error: &StoreError) {
         tracing::warn!(%error, "could not begin a segment of the queue, going on with the large one");
         self.rolling = None;
-        rolling::remove_segment(&self.shared.path, self.log.newest.number + 1);
+        self.remove(Name::new(self.newest.name.number + 1));
         self.roll_not_before = Some(Instant::now() + ROLL_AGAIN_AFTER);
+    }
+
+    /// Best effort: what stays is removed at the next opening.
+    fn remove(&self, name: Name) {
+        if !name.is_damaged {
+            let _ = remove_folder(&name.folder(&self.shared.path));
+        }
     }
 
     /// Lets go of the segments in which everything is settled, once that is on disk.
     fn remove_spent(&mut self) {
-        let is_spent = |one: &OlderSegment| one.last <= self.settled_synced;
-        let spent: Vec<u64> = self.log.older.iter().filter(|one| is_spent(one)).map(|one| one.number).collect();
+        let is_spent = |one: &&Older| !one.is_needed(self.settled_synced);
+        let spent: Vec<Name> = self.log.older.iter().filter(is_spent).map(|one| one.name).collect();
         if spent.is_empty() {
             return;
         }
         self.log = self.log.without_settled(self.settled_synced);
         self.publish_log();
         self.shared.state().stats.disk_bytes = self.log.bytes();
-        for number in spent {
+        for name in spent {
             faults::reach("segment-spent");
             // Who still reads in it has its files open.
-            rolling::remove_segment(&self.shared.path, number);
+            self.remove(name);
         }
     }
 
@@ -561,90 +507,85 @@ impl Writer {
         *self.shared.log.write().unwrap_or_else(PoisonError::into_inner) = Some(log);
     }
 
-    /// Tells what is settled: fewer events, more room.
-    fn publish_settled(&mut self) -> Result<(), StoreError> {
-        let (durable, known, first) = {
+    /// Tells what is settled; where it `is_committed`, all that is staged is durable by now.
+    fn publish(&mut self, is_committed: bool) -> Result<(), StoreError> {
+        let acknowledged = self.marks.acknowledged;
+        let (durable, known) = {
             let state = self.shared.state();
-            (state.durable, state.stats.oldest, self.marks.settled.sequence + 1)
+            (if is_committed { acknowledged.sequence } else { state.durable }, state.stats.oldest)
         };
+        let first = self.marks.settled.sequence + 1;
         let oldest = match known {
             Some((sequence, _)) if sequence.get() >= first => known,
             _ if first > durable => None,
             _ => reader::oldest(&self.log, first, durable)?,
         };
-        if oldest.is_none()
-            && self.marks.acknowledged.sequence == durable
-            && self.marks.settled != self.marks.acknowledged
-        {
+        if oldest.is_none() && acknowledged.sequence == durable && self.marks.settled != acknowledged {
             // Nothing but rejections and lost ones is behind it.
-            self.marks.settled = self.marks.acknowledged;
+            self.marks.settled = acknowledged;
             self.unwritten_since.get_or_insert_with(Instant::now);
         }
         let (pending, pending_bytes) = self.pending();
+        let full = pending_bytes >= self.shared.max_pending_bytes;
         let mut state = self.shared.state();
-        state.stats.oldest = oldest;
-        state.settled = self.marks.settled.sequence;
-        state.stats.pending = pending;
-        state.stats.pending_bytes = pending_bytes;
-        let full = pending > 0
-            && (pending_bytes >= self.shared.max_pending_bytes
-                || self.room_wanted.is_some_and(|wanted| pending_bytes > wanted));
         let room_appeared = state.stats.full && !full;
-        state.stats.full = full;
+        state.durable = durable;
+        state.settled = self.marks.settled.sequence;
+        state.letters = self.letters;
+        let stats = &mut state.stats;
+        (stats.oldest, stats.pending, stats.pending_bytes, stats.full) = (oldest, pending, pending_bytes, full);
+        if is_committed {
+            stats.last_sequence = Sequence::new(durable);
+            stats.dead_letters = self.letters.count;
+            stats.disk_bytes = self.log.bytes();
+        }
         drop(state);
         if room_appeared {
-            self.room_wanted = None;
             self.shared.room.notify_all();
+        }
+        if let Some(newest) = self.newest_event.take_if(|_| is_committed) {
+            self.shared.newest.send_replace(Some(newest));
         }
         Ok(())
     }
 
-    /// Tells what is durable by now.
-    fn publish_committed(&mut self) {
-        let (pending, pending_bytes) = self.pending();
-        let disk_bytes = self.log.bytes();
-        let mut state = self.shared.state();
-        state.durable = self.marks.acknowledged.sequence;
-        state.stats.last_sequence = Sequence::new(self.marks.acknowledged.sequence);
-        state.stats.pending = pending;
-        state.stats.pending_bytes = pending_bytes;
-        state.stats.dead_letters = self.letters.count;
-        state.stats.disk_bytes = disk_bytes;
-        state.letters = self.letters;
-        if state.stats.oldest.is_none()
-            && pending > 0
-            && let Ok(oldest) =
-                reader::oldest(&self.log, self.marks.settled.sequence + 1, self.marks.acknowledged.sequence)
-        {
-            state.stats.oldest = oldest;
-        }
-        state.stats.full |= pending > 0 && pending_bytes >= self.shared.max_pending_bytes;
-        drop(state);
-        if let Some(newest) = self.newest_event.take() {
-            self.shared.newest.send_replace(Some(newest));
-        }
-    }
-
     /// Lets go of files and lock, and refuses whatever still comes.
     fn release(self) {
-        let Writer { shared, log, lock, rolling, .. } = self;
+        let Writer { shared, log, newest, lock, rolling, .. } = self;
         shared.inbox.end(QueueError::Closed);
         shared.state().closed = true;
         shared.room.notify_all();
         drop(shared.log.write().unwrap_or_else(PoisonError::into_inner).take());
         // One that is half made is a left-over.
-        if let Some(Rolling { segment, .. }) = rolling {
-            let number = segment.number;
+        if let Some((segment, _)) = rolling {
+            let folder = segment.folder().to_owned();
             drop(segment);
-            rolling::remove_segment(&shared.path, number);
+            let _ = remove_folder(&folder);
         }
         // The lock goes last: who opens next must not find sled's own lock held by a reader of ours.
-        let readers = Arc::downgrade(&log.newest);
-        drop(log);
+        let readers = Arc::downgrade(&newest);
+        drop((log, newest));
         let deadline = Instant::now() + READERS_WAIT;
         while readers.strong_count() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(lock);
     }
+}
+
+/// A record in chunks from the index `first` on. An empty one, which stands for none, is one empty chunk.
+fn pieces(
+    kind: u8,
+    number: u64,
+    first: u32,
+    batch: u64,
+    record: &[u8],
+) -> impl DoubleEndedIterator<Item = (Vec<u8>, Vec<u8>)> {
+    let count = record.len().div_ceil(CONTENT_BYTES_MAX).max(usize::from(first == 0));
+    (0..count).map(move |at| {
+        let chunk = record.get(at * CONTENT_BYTES_MAX..).unwrap_or_default();
+        let content = chunk.get(..chunk.len().min(CONTENT_BYTES_MAX)).unwrap_or_default();
+        let index = first + u32::try_from(at).unwrap_or(u32::MAX);
+        Piece { kind, number, index, batch, content }.encode()
+    })
 }

@@ -8,7 +8,8 @@ use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::ServiceError;
-use crate::queue::{QueueError, faults};
+use crate::faults;
+use crate::queue::QueueError;
 
 #[derive(Default)]
 pub struct Tasks {

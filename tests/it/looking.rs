@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
@@ -130,7 +130,7 @@ fn looking_changes_no_name_no_size_no_time_and_no_byte_whatever_the_queue_is_lik
             std::fs::remove_file(segment(&stage).join("db")).unwrap();
             stage
         }),
-        ("without conf", None, || {
+        ("without conf", Some(41), || {
             let stage = filled(true);
             std::fs::remove_file(segment(&stage).join("conf")).unwrap();
             stage
@@ -210,26 +210,20 @@ fn a_watcher_starts_while_somebody_looks_and_who_looks_sees_all_that_was_there()
 }
 
 #[test]
-fn what_looking_takes_a_copy_of_is_for_its_owner_only_and_goes_however_it_ends() {
+fn what_looking_takes_a_copy_of_has_no_name_and_goes_however_it_ends() {
     let stage = long();
     let before = everything(&stage);
     for name in ["TERM", "INT", "HUP", "PIPE", "KILL"] {
         let (mut dump, reader) = blocked_dump(&stage);
-        let copies = left_in_temporary_folder(&stage);
-        assert_eq!(copies.len(), 1, "{name}: {copies:?}");
-        assert_eq!(std::fs::metadata(&copies[0]).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(left_in_temporary_folder(&stage), Vec::<PathBuf>::new(), "{name}");
         if name == "PIPE" {
             drop(reader)
         } else {
             signal(dump.id(), name)
         }
         dump.wait().unwrap();
-        let left = left_in_temporary_folder(&stage).len();
-        // Nobody can do anything about that one but who looks next.
-        assert_eq!(left, usize::from(name == "KILL"), "{name}");
+        assert_eq!(left_in_temporary_folder(&stage), Vec::<PathBuf>::new(), "{name}");
     }
-    assert_eq!(stage.run(&["status"]).code(), 3);
-    assert_eq!(left_in_temporary_folder(&stage), Vec::<PathBuf>::new(), "the next look takes away what was left");
     assert!(everything(&stage) == before);
 }
 
@@ -245,7 +239,7 @@ fn without_room_for_a_copy_it_says_how_much_is_needed_and_leaves_nothing() {
 
     let small = tempfile::tempdir().unwrap();
     let mut mount = std::process::Command::new("mount");
-    let mounted = mount.args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(small.path()).output();
+    let mounted = mount.args(["-t", "tmpfs", "-o", "size=8k", "tmpfs"]).arg(small.path()).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
         eprintln!("SKIPPED: a small file system needs root");
         return;

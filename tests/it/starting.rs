@@ -225,19 +225,19 @@ fn assert_nothing_is_lost(stage: &Stage, texts: &[String], what: &str) {
 
 #[test]
 fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on() {
-    for point in ["open-locked", "damage-salvaged", "damage-moved", "damage-replaced", "open-recovered"] {
+    for point in ["open-locked", "damage-noted", "damage-moved", "damage-replaced", "open-recovered"] {
         let (mut stage, texts) = damaged();
         // There it stays, at work, for ever.
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
         stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
         let watcher = stage.start_with(&[]);
         let queue = stage.folder().join("data/queue");
-        let (segment, salvaged) = (queue.join("segment-1/db"), queue.join("salvaged-1"));
+        let is_there = |name: &str| queue.join(name).exists();
         wait_until(&format!("it is at {point}"), SOON, || match point {
             "open-locked" => holds(&queue, watcher.pid()),
-            "damage-salvaged" => segment.exists() && salvaged.join("db").exists(),
-            "damage-moved" => !segment.exists() && salvaged.join("db").exists(),
-            _ => segment.exists() && !salvaged.exists() && holds(&queue, watcher.pid()),
+            "damage-noted" => is_there("DAMAGED") && is_there("segment-1"),
+            "damage-moved" => is_there("damaged-1"),
+            _ => is_there("segment-2") && holds(&queue, watcher.pid()),
         });
         let (status, took) = watcher.stop();
         assert_eq!(status.code(), Some(0), "{point}");

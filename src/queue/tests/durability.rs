@@ -338,7 +338,7 @@ fn reading_writes_nothing() {
             std::thread::sleep(Duration::from_millis(60));
         }
         queue.append(batch(first..first + EVENTS)).unwrap();
-        let segment = Arc::clone(&queue.handle.shared.log().unwrap().newest);
+        let segment = newest(&queue);
         assert_eq!(segment.write_out().unwrap(), 0, "round {round}: it was synced");
         everything(&queue);
         assert_eq!(segment.write_out().unwrap(), 0, "round {round}");

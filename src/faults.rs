@@ -24,14 +24,14 @@ pub const POINTS: &[&str] = &[
     "segment-committed",
     "segment-switched",
     "segment-spent",
-    "damage-salvaged",
+    "damage-noted",
     "damage-moved",
     "damage-replaced",
 ];
 
 /// Aborts, panics or lingers here when the environment asks for it.
 #[inline]
-pub(super) fn reach(point: &'static str) {
+pub(crate) fn reach(point: &'static str) {
     #[cfg(debug_assertions)]
     armed::reach(point);
     #[cfg(not(debug_assertions))]
@@ -50,7 +50,7 @@ pub fn reach_task(name: &str) {
 
 /// Size above which a segment gets no more events: `bytes`, or in a debug build what
 /// `HEADSPACE_SEGMENT_BYTES` says, so that a test need not fill tens of megabytes.
-pub(super) fn segment_bytes(bytes: u64) -> u64 {
+pub(crate) fn segment_bytes(bytes: u64) -> u64 {
     threshold("HEADSPACE_SEGMENT_BYTES", bytes)
 }
 
