@@ -235,6 +235,11 @@ impl BatchCounts {
 }
 
 impl Submission {
+    /// Whether waiting for the answer takes no time.
+    pub fn is_answered(&self) -> bool {
+        self.ticket.is_answered()
+    }
+
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the submission instead.
     pub fn wait(self) -> Result<Accepted, QueueError> {
         let Submission { ticket, begun, counts, metrics } = self;

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::codec::{self, CodecError, Marks};
 use super::files;
-use super::log::Log;
+use super::log::{Log, Source};
 use super::piece::{CONTENT_BYTES_MAX, CursorId};
 use super::reader::{self, Letters};
 use super::segment::StoreError;
@@ -29,6 +29,8 @@ const DEAD_LETTERS_MAX: u64 = 10_000;
 pub struct Shared {
     pub path: PathBuf,
     pub max_pending_bytes: u64,
+    /// Nothing in its folder may change.
+    is_looked_at: bool,
     pub inbox: Arc<Inbox>,
     /// `None` once closed. Readers clone it and let go.
     pub log: RwLock<Option<Arc<Log>>>,
@@ -72,6 +74,7 @@ impl Shared {
         Ok(Shared {
             path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
+            is_looked_at: matches!(log.newest, Source::Raw(_)),
             inbox: Arc::default(),
             log: RwLock::new(Some(Arc::new(log))),
             state: Mutex::new(state),
@@ -100,7 +103,9 @@ impl Shared {
 
     /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
     pub fn fail(&self, error: &StoreError) -> QueueError {
-        if let StoreError::Damaged { segment, cause } | StoreError::NotWritten { segment, cause } = error {
+        if let StoreError::Damaged { segment, cause } | StoreError::NotWritten { segment, cause } = error
+            && !self.is_looked_at
+        {
             // A disk that is failing may not take it: then the damage is only met again.
             let _ = files::note_damaged(&self.path, *segment, cause);
         }

@@ -30,6 +30,11 @@ pub struct Ticket<T = Accepted> {
 pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
+    /// Whether there is an answer by now.
+    pub fn is_answered(&self) -> bool {
+        self.answer.is_terminated() || !self.answer.is_empty()
+    }
+
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the ticket instead.
     // tokio's own way to block panics on the threads of a runtime, where handles may be dropped.
     pub fn wait(self) -> Result<T, QueueError> {

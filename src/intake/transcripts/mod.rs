@@ -69,6 +69,10 @@ const DEPTH_MAX: usize = 8;
 /// Ends of sessions, or files that have gone, in one batch.
 const BATCH_SESSIONS_MAX: usize = 256;
 
+/// Of batches that are gathered while one is not durable yet: cursors, and bytes of payloads.
+const BATCH_CURSORS_MAX: usize = 256;
+const BATCH_BYTES: usize = 256 << 10;
+
 /// Files that are taken up or woken before others are put to rest.
 const FILES_AT_ONCE_MAX: usize = 512;
 
@@ -134,6 +138,8 @@ pub struct Follower {
     /// The batch that was handed over last, until it is durable: meanwhile the next one is made. Only then that one is
     /// handed over, so that no cursor runs ahead of the events before it.
     under_way: Option<(Submission, Batch)>,
+    /// What came after it while it was not durable: of many small files many share a sync.
+    gathered: Batch,
     /// It was stopped while a batch found no room.
     is_cut_off: bool,
     /// Cursors that moved over lines which are no events.
@@ -203,6 +209,7 @@ impl Follower {
             adopted: HashMap::new(),
             strays,
             under_way: None,
+            gathered: Batch::default(),
             is_cut_off: false,
             moved: BTreeMap::new(),
             incomplete_logged: 0,
@@ -911,21 +918,34 @@ impl Follower {
         moved.map(|(path, cursor)| (path.to_path_buf(), Some(cursor)))
     }
 
-    /// Hands a batch over once the one before it is durable. Nothing more is handed over once the follower is stopped while
-    /// one finds no room: what is in memory is ahead of the queue then, and is forgotten.
+    /// Hands a batch over once the one before it is durable; until then small ones are gathered. Nothing more is handed over once the
+    /// follower is stopped while one finds no room: what is in memory is ahead of the queue then, and is forgotten.
     fn submit(&mut self, mut batch: Batch) -> Result<(), QueueError> {
-        if batch.cursors.is_empty() {
-            return Ok(());
-        }
-        self.await_batch()?;
-        if !self.is_cut_off {
+        self.gathered.events.append(&mut batch.events);
+        self.gathered.rejections.append(&mut batch.rejections);
+        self.gathered.cursors.append(&mut batch.cursors);
+        let is_free = self.under_way.as_ref().is_none_or(|(submission, _)| submission.is_answered());
+        if is_free || is_large(&self.gathered) { self.submit_gathered() } else { Ok(()) }
+    }
+
+    /// Waits until all is durable.
+    fn await_batch(&mut self) -> Result<(), QueueError> {
+        self.submit_gathered()?;
+        self.await_one()
+    }
+
+    /// Hands over what was gathered.
+    fn submit_gathered(&mut self) -> Result<(), QueueError> {
+        self.await_one()?;
+        let mut batch = std::mem::take(&mut self.gathered);
+        if !batch.cursors.is_empty() && !self.is_cut_off {
             self.under_way = Some((self.intake.submit(&mut batch), batch));
         }
         Ok(())
     }
 
     /// Waits until the batch that was handed over is durable. One that finds no room is handed over again when there is some.
-    fn await_batch(&mut self) -> Result<(), QueueError> {
+    fn await_one(&mut self) -> Result<(), QueueError> {
         let Some((mut submission, mut batch)) = self.under_way.take() else { return Ok(()) };
         let accepted = loop {
             match submission.wait() {
@@ -955,6 +975,13 @@ impl Follower {
             self.intake.metrics().reading.beat();
         }
     }
+}
+
+/// Whether a batch is worth a sync of its own.
+fn is_large(batch: &Batch) -> bool {
+    let payloads = batch.events.iter().map(|event| event.payload().as_json().len());
+    let kept = batch.rejections.iter().map(|rejection| rejection.bytes.len());
+    batch.cursors.len() >= BATCH_CURSORS_MAX || payloads.chain(kept).sum::<usize>() >= BATCH_BYTES
 }
 
 /// How a session stands by all of its transcripts.

@@ -350,7 +350,7 @@ fn hashes(path: &std::path::Path) -> Vec<(PathBuf, u32, u64)> {
 
 #[test]
 fn a_look_changes_nothing_whatever_stands_in_the_folder() {
-    for case in 0..5 {
+    for case in 0..6 {
         let fixture = Fixture::new();
         let queue = fixture.open();
         for segment in 0..3_u64 {
@@ -367,6 +367,8 @@ fn a_look_changes_nothing_whatever_stands_in_the_folder() {
             0 => fs::write(path.join("DAMAGED"), "1 1\n").unwrap(),
             1 => fs::write(path.join("DAMAGED"), "3 1\n").unwrap(),
             2 => fs::write(path.join("OPENING"), "3 2\n").unwrap(),
+            // Read only after the first.
+            4 => fs::write(path.join("segment-2/db"), [0; 5000]).unwrap(),
             3 => {
                 // The newest is gone, and one that was being made is there.
                 fs::remove_dir_all(path.join("segment-3")).unwrap();
