@@ -102,7 +102,7 @@ impl Queue {
         let (lock, opened) = opening::open(path)?;
         let Opened { log, marks, letters, repairs, .. } = &opened;
         let shared = Shared::new(config, log.clone(), marks, *letters).map_err(|error| error.of_queue(path))?;
-        shared.state().stats.missing = repairs.iter().map(Repair::missing).sum();
+        shared.state().missing = repairs.iter().map(Repair::missing).sum();
         let (repairs, shared) = (repairs.clone(), Arc::new(shared));
         let writer = writer::Writer::new(Arc::clone(&shared), lock, opened);
         let thread = std::thread::Builder::new()
@@ -156,13 +156,13 @@ impl Queue {
     pub fn window(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
         let shared = &self.handle.shared;
         // In this order: the log has what is durable, and what it has not any more is settled.
-        let durable = shared.state().durable;
+        let durable = shared.state().acknowledged.sequence;
         let log = shared.log()?;
-        let settled = shared.state().settled;
+        let settled = shared.state().settled.sequence;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
         match reader::envelopes(&log, first, durable, limit, bytes_max) {
             // It was settled, and its segment removed, while it was read.
-            Err(_) if self.handle.shared.state().settled >= first => self.window(after, limit, bytes_max),
+            Err(_) if self.handle.shared.state().settled.sequence >= first => self.window(after, limit, bytes_max),
             read => shared.reading(read),
         }
     }
@@ -190,7 +190,7 @@ impl Queue {
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        let last = shared.state().durable;
+        let last = shared.state().acknowledged.sequence;
         shared.reading(reader::dead_letters(&shared.log()?.newest, first, last, limit))
     }
 
@@ -235,7 +235,7 @@ impl Queue {
 
     /// The queue in numbers; reads nothing from disk.
     pub fn stats(&self) -> QueueStats {
-        self.handle.shared.state().stats.clone()
+        self.handle.shared.stats(&self.handle.shared.state())
     }
 
     /// The number given last, where events wait; changes with every append of events, once they are durable.
@@ -250,7 +250,7 @@ impl Queue {
 
     /// Whether events would be taken in now.
     pub fn has_room(&self) -> bool {
-        !self.handle.shared.state().stats.full
+        !self.stats().full
     }
 
     /// Blocks until there is room or `deadline` has come; says whether there is. Also `true` when the queue has failed
@@ -259,7 +259,7 @@ impl Queue {
         let shared = &self.handle.shared;
         let mut state = shared.state();
         loop {
-            if !state.stats.full || state.closed || state.failure.is_some() {
+            if !shared.stats(&state).full || state.closed || state.failure.is_some() {
                 return true;
             }
             let patience = deadline.saturating_duration_since(Instant::now());

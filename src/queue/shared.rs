@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use super::codec::{self, CodecError, Marks};
+use super::codec::{self, CodecError, Marks, Totals};
 use super::files;
 use super::log::{Log, Source};
 use super::piece::{CONTENT_BYTES_MAX, CursorId};
@@ -43,12 +43,15 @@ pub struct Shared {
 
 #[derive(Default)]
 pub struct State {
-    pub stats: QueueStats,
-    pub letters: Letters,
-    /// Everything up to here has been synced.
-    pub durable: u64,
+    /// Up to what has been synced.
+    pub acknowledged: Totals,
     /// No pending event has this number or a smaller one.
-    pub settled: u64,
+    pub settled: Totals,
+    pub oldest: Option<(Sequence, Timestamp)>,
+    pub letters: Letters,
+    /// Events that were missing when it was opened.
+    pub missing: u64,
+    pub disk_bytes: u64,
     pub failure: Option<QueueError>,
     pub closed: bool,
 }
@@ -56,21 +59,8 @@ pub struct State {
 impl Shared {
     pub fn new(config: &QueueConfig, log: Log, marks: &Marks, letters: Letters) -> Result<Shared, StoreError> {
         let Marks { acknowledged, settled } = *marks;
-        let (pending, pending_bytes) = acknowledged.since(&settled);
         let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
-        let stats = QueueStats {
-            pending,
-            pending_bytes,
-            oldest,
-            dead_letters: letters.count,
-            missing: 0,
-            disk_bytes: log.bytes(),
-            full: pending_bytes >= config.max_pending_bytes,
-            last_sequence: Sequence::new(acknowledged.sequence),
-        };
-        let newest = oldest.and(stats.last_sequence);
-        let state =
-            State { stats, letters, durable: acknowledged.sequence, settled: settled.sequence, ..State::default() };
+        let state = State { acknowledged, settled, oldest, letters, disk_bytes: log.bytes(), ..State::default() };
         Ok(Shared {
             path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
@@ -79,9 +69,23 @@ impl Shared {
             log: RwLock::new(Some(Arc::new(log))),
             state: Mutex::new(state),
             room: Condvar::new(),
-            newest: watch::Sender::new(newest),
+            newest: watch::Sender::new(oldest.and(Sequence::new(acknowledged.sequence))),
             failed: watch::Sender::new(None),
         })
+    }
+
+    pub fn stats(&self, state: &State) -> QueueStats {
+        let (pending, pending_bytes) = state.acknowledged.since(&state.settled);
+        QueueStats {
+            pending,
+            pending_bytes,
+            oldest: state.oldest,
+            dead_letters: state.letters.count,
+            missing: state.missing,
+            disk_bytes: state.disk_bytes,
+            full: pending_bytes >= self.max_pending_bytes,
+            last_sequence: Sequence::new(state.acknowledged.sequence),
+        }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {

@@ -54,10 +54,10 @@ pub enum RetryOutcome {
     NotAnEvent,
 }
 
-/// The queue in numbers. Kept up to date with every change; asking costs a lock and a copy.
+/// The queue in numbers, of what is durable; asking costs a lock.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct QueueStats {
-    /// Events waiting, durable or about to be.
+    /// Events that wait.
     pub pending: u64,
     /// Their encoded bytes.
     pub pending_bytes: u64,

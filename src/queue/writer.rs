@@ -494,7 +494,7 @@ impl Writer {
         }
         self.log = self.log.without_settled(self.settled_synced);
         self.publish_log();
-        self.shared.state().stats.disk_bytes = self.log.bytes();
+        self.shared.state().disk_bytes = self.log.bytes();
         for name in spent {
             faults::reach("segment-spent");
             // Who still reads in it has its files open.
@@ -512,37 +512,26 @@ impl Writer {
         let acknowledged = self.marks.acknowledged;
         let (durable, known) = {
             let state = self.shared.state();
-            (if is_committed { acknowledged.sequence } else { state.durable }, state.stats.oldest)
+            (if is_committed { acknowledged } else { state.acknowledged }, state.oldest)
         };
         let first = self.marks.settled.sequence + 1;
         let oldest = match known {
             Some((sequence, _)) if sequence.get() >= first => known,
-            _ if first > durable => None,
-            _ => reader::oldest(&self.log, first, durable)?,
+            _ if first > durable.sequence => None,
+            _ => reader::oldest(&self.log, first, durable.sequence)?,
         };
-        if oldest.is_none() && acknowledged.sequence == durable && self.marks.settled != acknowledged {
+        if oldest.is_none() && acknowledged == durable && self.marks.settled != acknowledged {
             // Nothing but rejections and lost ones is behind it.
             self.marks.settled = acknowledged;
             self.unwritten_since.get_or_insert_with(Instant::now);
         }
-        let (pending, pending_bytes) = self.pending();
-        let full = pending_bytes >= self.shared.max_pending_bytes;
         let mut state = self.shared.state();
-        let room_appeared = state.stats.full && !full;
-        state.durable = durable;
-        state.settled = self.marks.settled.sequence;
-        state.letters = self.letters;
-        let stats = &mut state.stats;
-        (stats.oldest, stats.pending, stats.pending_bytes, stats.full) = (oldest, pending, pending_bytes, full);
+        (state.acknowledged, state.settled, state.oldest) = (durable, self.marks.settled, oldest);
         if is_committed {
-            stats.last_sequence = Sequence::new(durable);
-            stats.dead_letters = self.letters.count;
-            stats.disk_bytes = self.log.bytes();
+            (state.letters, state.disk_bytes) = (self.letters, self.log.bytes());
         }
         drop(state);
-        if room_appeared {
-            self.shared.room.notify_all();
-        }
+        self.shared.room.notify_all();
         if let Some(newest) = self.newest_event.take_if(|_| is_committed) {
             self.shared.newest.send_replace(Some(newest));
         }
