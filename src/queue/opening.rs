@@ -95,7 +95,7 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
     let names = older_segments(path, newest.name, marks.settled.sequence)?;
     let older = Older::all(path, &names, newest.name).into_iter();
     let (older, spent): (Vec<_>, Vec<_>) = older.partition(|one| one.is_needed(marks.settled.sequence));
-    let repairs = repairs(path, &older, &spent, &marks)?;
+    let repairs = repairs(path, older.iter().chain(&spent), marks.settled.sequence)?;
     if !repairs.is_empty() {
         newest.clear(piece::keys(piece::CURSOR, 0..=NUMBER_MAX))?;
     }
@@ -236,12 +236,10 @@ fn begin_behind(path: &Path, damaged: Name, highest: Highest) -> Result<(Segment
         first = remains.before().unwrap_or(first);
     }
     let known = known.into_iter().max_by_key(|totals| totals.sequence).unwrap_or_default();
-    // Where nothing tells, each number was an event's.
     let last = highest.sequence.max(known.sequence).max(damaged.first - 1);
-    let acknowledged = Totals { sequence: last, events: known.events + (last - known.sequence), ..known };
-    let sequence = names.first().map_or(0, |oldest| oldest.first - 1);
-    let events = first.events.saturating_sub(first.sequence.saturating_sub(sequence));
-    let settled = latest.map_or(Totals { sequence, events, ..first }, |marks| marks.settled);
+    let acknowledged = Totals { sequence: last, ..known };
+    let begin_all = names.first().map_or(0, |oldest| oldest.first - 1);
+    let settled = latest.map_or(Totals { sequence: begin_all, ..first }, |marks| marks.settled);
     let marks = Marks { acknowledged, settled };
     let remains = Remains::of(path, damaged)?;
     let batch = remains.last_batch() + 1;
@@ -287,22 +285,17 @@ fn older_segments(path: &Path, newest: Name, settled: u64) -> Result<Vec<Name>, 
 }
 
 /// What is missing of the segments that were noted.
-fn repairs(path: &Path, older: &[Older], spent: &[Older], marks: &Marks) -> Result<Vec<Repair>, StoreError> {
+fn repairs<'a>(
+    path: &Path,
+    older: impl Iterator<Item = &'a Older> + Clone,
+    settled: u64,
+) -> Result<Vec<Repair>, StoreError> {
     let mut repairs = Vec::new();
     for (number, cause) in files::damaged(path) {
-        let Some(one) = older.iter().chain(spent).find(|one| one.name.number == number) else { continue };
-        let remains = Remains::of(path, one.name)?;
-        // The totals at its end, as what comes behind it says.
-        let next = older.iter().chain(spent).filter(|other| other.name > one.name).min_by_key(|other| other.name);
-        let end = match next {
-            Some(next) => Remains::of(path, next.name)?.before(),
-            None => Some(marks.acknowledged),
-        };
-        let end = end.filter(|end| end.sequence == one.last);
-        let begin = Totals { sequence: one.name.first - 1, ..Totals::default() };
-        let is_known = marks.settled.sequence >= begin.sequence;
-        let (found, missing) =
-            remains.account(if is_known { marks.settled } else { begin }, is_known, one.last, end)?;
+        let Some(one) = older.clone().find(|one| one.name.number == number) else { continue };
+        let begin = settled.max(one.name.first - 1);
+        // Each number that is missing may have been an event's.
+        let (found, missing) = Remains::of(path, one.name)?.count(begin, one.last)?;
         repairs.push(Repair::SegmentSetAside { to: one.name.folder(path), cause, found, missing });
     }
     Ok(repairs)

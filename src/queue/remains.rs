@@ -133,37 +133,17 @@ impl Remains {
         last
     }
 
-    /// How many events are there behind `begin` up to the number `last`, and how many are missing at most. `is_known`: what `begin` says
-    /// of events is right; `end`: the totals up to `last`.
-    pub fn account(
-        &self,
-        begin: Totals,
-        is_known: bool,
-        last: u64,
-        end: Option<Totals>,
-    ) -> Result<(u64, u64), StoreError> {
-        /// Each number is an event's, where nothing tells.
-        fn between(one: &Totals, is_known: bool, other: &Totals) -> u64 {
-            let numbers = other.sequence.saturating_sub(one.sequence);
-            if is_known { other.events.saturating_sub(one.events).min(numbers) } else { numbers }
-        }
-        let (mut found, mut missing, mut at, mut is_known) = (0, 0, begin, is_known);
+    /// How many events are there behind the number `begin` up to `last`, and how many numbers are missing.
+    pub fn count(&self, begin: u64, last: u64) -> Result<(u64, u64), StoreError> {
+        let (mut events, mut others) = (0, 0);
         self.each_block(|block| {
-            if block.last() <= at.sequence || block.before.sequence >= last {
-                return Ok(());
+            for (number, entry) in block.numbered().filter(|(number, _)| (begin + 1..=last).contains(number)) {
+                events += u64::from(entry.record_bytes > 0 && !self.is_lost(number));
+                others += u64::from(entry.record_bytes == 0);
             }
-            missing += between(&at, is_known, &block.before);
-            for (number, entry) in block.numbered().filter(|(number, _)| (begin.sequence + 1..=last).contains(number)) {
-                let is_lost = self.is_lost(number);
-                missing += u64::from(is_lost);
-                found += u64::from(entry.record_bytes > 0 && !is_lost);
-            }
-            (at, is_known) = (block.totals_through(last), true);
             Ok(())
         })?;
-        let numbers = Totals { sequence: last, ..Totals::default() };
-        missing += between(&at, is_known && end.is_some(), &end.unwrap_or(numbers));
-        Ok((found, missing))
+        Ok((events, last.saturating_sub(begin).saturating_sub(events + others)))
     }
 
     /// The value of a piece.
