@@ -307,6 +307,12 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
         let way_out = "GRANT TEMP ON DATABASE, if it may be faster";
         findings.push(Finding::Note(format!("a backlog is delivered one statement at a time; {way_out}")));
     }
+    if database.encoding != "UTF8" {
+        findings.push(Finding::Wrong(format!(
+            "the database has the encoding {}; delivery stops at the first text with other letters. Use a database that has UTF8",
+            database.encoding
+        )));
+    }
     if database.is_read_only {
         let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
         findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
@@ -536,6 +542,7 @@ mod tests {
             may_make_temporary: true,
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
+            encoding: "UTF8".to_owned(),
         }
     }
 
@@ -561,6 +568,7 @@ mod tests {
         assert!(wrong(|found| found.may_make_temporary = false)[0].contains("GRANT TEMP"));
         assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
         assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
+        assert!(wrong(|found| found.encoding = "LATIN1".to_owned())[0].contains("encoding LATIN1"));
         let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));
         assert!(ahead[0].starts_with("note: its clock is 9 s ahead of"), "{ahead:?}");
         let behind = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(-9));

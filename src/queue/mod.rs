@@ -243,12 +243,12 @@ impl Queue {
         self.handle.shared.newest.subscribe()
     }
 
-    /// Bytes of pending events from which on nothing more is taken in.
+    /// Bytes of pending events above which nothing more is taken in.
     pub fn max_pending_bytes(&self) -> u64 {
         self.handle.shared.max_pending_bytes
     }
 
-    /// Whether events would be taken in now.
+    /// Whether a batch like the last refused one would be taken in now.
     pub fn has_room(&self) -> bool {
         !self.stats().full
     }

@@ -49,6 +49,8 @@ pub struct State {
     pub settled: Totals,
     pub oldest: Option<(Sequence, Timestamp)>,
     pub letters: Letters,
+    /// Pending bytes with which the last refused batch would fit.
+    pub room_wanted: Option<u64>,
     /// Events that were missing when it was opened.
     pub missing: u64,
     pub disk_bytes: u64,
@@ -83,7 +85,8 @@ impl Shared {
             dead_letters: state.letters.count,
             missing: state.missing,
             disk_bytes: state.disk_bytes,
-            full: pending_bytes >= self.max_pending_bytes,
+            full: pending > 0
+                && pending_bytes >= state.room_wanted.unwrap_or(u64::MAX).saturating_add(1).min(self.max_pending_bytes),
             last_sequence: Sequence::new(state.acknowledged.sequence),
         }
     }

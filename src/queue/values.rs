@@ -13,7 +13,7 @@ use crate::private_folder::FolderError;
 pub struct QueueConfig {
     /// Folder of the queue; made with mode 0700 where it is missing.
     pub path: PathBuf,
-    /// Bytes of pending events, as they are encoded, from which on nothing more is taken in. The batch that reaches it is taken whole.
+    /// Bytes of pending events, as they are encoded, above which nothing more is taken in.
     pub max_pending_bytes: u64,
 }
 
@@ -68,7 +68,7 @@ pub struct QueueStats {
     pub missing: u64,
     /// Size of the files.
     pub disk_bytes: u64,
-    /// No room for events.
+    /// No room: the last batch that did not fit would still not fit.
     pub full: bool,
     /// The number given last, to an event or a rejection.
     pub last_sequence: Option<Sequence>,

@@ -233,9 +233,11 @@ impl Writer {
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
     fn append(&mut self, batch: &EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
-        let (_, pending_bytes) = self.pending();
+        let (pending, pending_bytes) = self.marks.acknowledged.since(&self.marks.settled);
         let max = self.shared.max_pending_bytes;
-        if !batch.events.is_empty() && pending_bytes >= max {
+        let event_bytes = batch.events.iter().map(|record| record.len() as u64).sum::<u64>();
+        if !batch.events.is_empty() && pending > 0 && pending_bytes + event_bytes > max {
+            self.shared.state().room_wanted = Some(max.saturating_sub(event_bytes));
             return Ok(Err(QueueError::Full { pending_bytes, max }));
         }
         if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX {
@@ -264,11 +266,6 @@ impl Writer {
         self.newest_event = accepted.sequences.last().copied().or(self.newest_event);
         faults::reach("append-staged");
         Ok(Ok(accepted))
-    }
-
-    /// Events that wait, and the bytes of their records.
-    fn pending(&self) -> (u64, u64) {
-        self.marks.acknowledged.since(&self.marks.settled)
     }
 
     /// Gives the number behind `totals`; returns the totals up to it.
@@ -527,6 +524,8 @@ impl Writer {
         }
         let mut state = self.shared.state();
         (state.acknowledged, state.settled, state.oldest) = (durable, self.marks.settled, oldest);
+        let (_, pending_bytes) = durable.since(&self.marks.settled);
+        state.room_wanted.take_if(|wanted| pending_bytes <= *wanted);
         if is_committed {
             (state.letters, state.disk_bytes) = (self.letters, self.log.bytes());
         }

@@ -49,25 +49,26 @@ fn events_partitioned_by_month_are_filled_once_and_in_order() {
 }
 
 #[test]
-fn an_event_that_no_partition_takes_is_a_dead_letter_until_there_is_one() {
+fn delivery_waits_for_a_partition_that_is_missing_and_keeps_the_order() {
     let mut stage = Stage::new();
-    stage.set("event_system.write_retry_delay_ms", "5");
+    stage.set("event_system.write_retry_delay_ms", "5").set("event_system.write_retry_max_delay_ms", "50");
     partition_events(stage.database(), "bigserial");
     let mut transcript = stage.transcript("-home-me-app", 1);
     let mut texts = say_in_month(&mut transcript, 2, 0..5);
-    let early = say_in_month(&mut transcript, 3, 0..1);
+    texts.extend(say_in_month(&mut transcript, 3, 0..1));
     texts.extend(say_in_month(&mut transcript, 2, 5..10));
-    stage.run_until_idle();
-    assert_eq!(stage.database().texts(), texts);
-    let letters = stage.run(&["dead-letters", "list"]);
-    assert!(letters.output().contains("no partition of relation"), "{}", letters.output());
+    let watcher = stage.start();
+    wait_until("it is paused", SOON, || watcher.health()["database"]["state"] == "misconfigured");
+    let health = watcher.health();
+    let error = health["database"]["last_error"].as_str().unwrap();
+    assert!(error.contains("no partition of relation") && error.contains("create the partition"), "{health}");
+    // Longer than any number of tries.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert_eq!((&watcher.health()["queue"]["dead_letters"], stage.database().texts().len()), (&0.into(), 5));
     stage
         .database()
         .query("CREATE TABLE events_2026_03 PARTITION OF events FOR VALUES FROM ('2026-03-01Z') TO ('2026-04-01Z')");
-    assert_eq!(stage.run(&["dead-letters", "retry", "--all"]).code(), 0);
-    stage.run_until_idle();
-    texts.extend(early);
-    assert_eq!(stage.database().texts(), texts);
+    wait_until("all is stored", SOON, || stage.database().texts() == texts);
 }
 
 #[test]

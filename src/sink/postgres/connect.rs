@@ -313,6 +313,11 @@ impl Session {
         &self.client
     }
 
+    /// Of the database.
+    pub fn encoding(&self) -> &str {
+        &self.notices.encoding
+    }
+
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed) || self.notices.has_wait_ended() || self.client.is_closed()
     }
@@ -565,11 +570,12 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         clock_ahead: theirs.duration_since(ours),
         schema_missing: row.get(6),
         may_make_temporary: row.get(7),
+        encoding: row.get(8),
     })
 }
 
 /// Version, its number, privileges that are lacking, whether tables may be made, whether all is read only, the time,
-/// whether the schema that the configuration names is missing, whether a temporary procedure may be made.
+/// whether the schema that the configuration names is missing, whether a temporary procedure may be made, the encoding.
 /// `$1`: the events table, `$2`: its schema or null.
 const INSPECT_SQL: &str = "
     SELECT current_setting('server_version'), current_setting('server_version_num')::int,
@@ -604,7 +610,7 @@ const INSPECT_SQL: &str = "
            current_setting('transaction_read_only') = 'on',
            clock_timestamp(),
            $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL,
-           has_database_privilege(current_database(), 'TEMP')";
+           has_database_privilege(current_database(), 'TEMP'), current_setting('server_encoding')";
 
 /// The database as `check` finds it.
 pub struct Inspection {
@@ -624,6 +630,8 @@ pub struct Inspection {
     /// Whether a session of ours may have a temporary procedure.
     pub may_make_temporary: bool,
     pub is_read_only: bool,
+    /// Of the database: `UTF8`.
+    pub encoding: String,
     /// How far the server's clock is ahead of ours.
     pub clock_ahead: jiff::SignedDuration,
 }

@@ -174,7 +174,7 @@ impl PostgresSink {
                     session.forget_sources();
                     failure = Some(predecessor_missing());
                 }
-                Err(error) => failure = Some(session.failed(deliver_error(&error))),
+                Err(error) => failure = Some(session.failed(deliver_error(&error, session.encoding()))),
             }
         }
         if failure.is_some() {
@@ -235,20 +235,20 @@ impl PostgresSink {
             }
             Err(error) => {
                 let of_an_event = procedure::is_of_an_event(&error);
-                let error = deliver_error(&error);
+                let error = deliver_error(&error, session.encoding());
                 if self.calls.are_to_blame(&error) {
                     return Delivery::to_be_repeated();
                 }
                 let of_a_copy = of_an_event && procedure::is_of_a_copy(&error);
                 let error = if of_a_copy { error } else { session.failed(error) };
+                if !of_an_event || of_a_copy {
+                    self.calls.avoid(window.envelopes);
+                }
                 if session.is_broken() {
                     return Delivery::failed(error);
                 }
                 if let Err(error) = session.reset(self.answer_timeout()).await {
                     return Delivery::failed(error);
-                }
-                if !of_an_event || of_a_copy {
-                    self.calls.avoid(window.envelopes);
                 }
                 if !of_an_event {
                     return Delivery::to_be_repeated();

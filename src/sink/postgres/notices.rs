@@ -25,6 +25,8 @@ const STANDBY_ROUTINES: &str = "SyncRep";
 #[derive(Clone, Debug)]
 pub struct Notices {
     wait_ended: watch::Receiver<bool>,
+    /// Of the database.
+    pub encoding: String,
 }
 
 impl Notices {
@@ -34,6 +36,7 @@ impl Notices {
         T: TlsStream + Unpin + Send + 'static,
     {
         let (sender, wait_ended) = watch::channel(false);
+        let encoding = connection.parameter("server_encoding").unwrap_or("UTF8").to_owned();
         tokio::spawn(async move {
             // An error ends the connection; whoever awaits an answer on it is told.
             while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
@@ -42,7 +45,7 @@ impl Notices {
                 }
             }
         });
-        Notices { wait_ended }
+        Notices { wait_ended, encoding }
     }
 
     /// Whether a commit has stopped waiting for its standby. It never turns false again: such a connection proves nothing.

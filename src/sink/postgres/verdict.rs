@@ -52,8 +52,32 @@ fn way_out(code: &str) -> &'static str {
     }
 }
 
+/// What has a code that speaks of data and is a condition of the server, with the way out. Told by where in the server it was
+/// raised, as messages are translated.
+fn condition(code: &str, raised_in: &str, encoding: &str) -> Option<(Verdict, String)> {
+    match (code, raised_in) {
+        ("54000", "async.c") => Some((
+            Verdict::Again,
+            "the server's queue of notifications is full: end the session that listens and stays in a transaction \
+             (pg_notification_queue_usage(), pg_stat_activity), or unset database.notify_channel"
+                .to_owned(),
+        )),
+        ("23514", "execPartition.c") => {
+            Some((Verdict::Operator, "create the partition, or a default one that takes what no other does".to_owned()))
+        }
+        ("22P05", _) if encoding != "UTF8" => Some((
+            Verdict::Operator,
+            format!(
+                "the database has the encoding {encoding}, which lacks letters of this event: use one that has UTF8"
+            ),
+        )),
+        _ => None,
+    }
+}
+
 /// What tokio-postgres reports about the delivery of one event, with its verdict and in words that hold no payload.
-pub fn deliver_error(error: &tokio_postgres::Error) -> DeliverError {
+/// `encoding`: of the database.
+pub fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverError {
     let Some(db) = error.as_db_error() else {
         return connection_error(error);
     };
@@ -65,6 +89,10 @@ pub fn deliver_error(error: &tokio_postgres::Error) -> DeliverError {
         add(&mut message, detail);
     }
     add(&mut message, db.hint().unwrap_or_default());
+    if let Some((verdict, way_out)) = condition(code, db.file().unwrap_or_default(), encoding) {
+        add(&mut message, &way_out);
+        return DeliverError { verdict, sqlstate: Some(code.to_owned()), message };
+    }
     let is_own = |table: &str| matches!(table, "event_receipts" | "event_sources");
     let verdict = match verdict(Some(code)) {
         // A trigger or constraint that someone put on the ledger is nothing that an event could be blamed for.
@@ -84,7 +112,7 @@ pub fn deliver_error(error: &tokio_postgres::Error) -> DeliverError {
 
 /// As [`deliver_error`], of a step that no single event has a part in: never an event's fault.
 pub fn step_error(error: &tokio_postgres::Error) -> DeliverError {
-    let mut error = deliver_error(error);
+    let mut error = deliver_error(error, "UTF8");
     if error.verdict == Verdict::Event {
         error.verdict = Verdict::Operator;
     }
@@ -208,6 +236,17 @@ mod tests {
             }
         }
         assert_eq!(count, 260);
+    }
+
+    #[test]
+    fn a_condition_of_the_server_is_no_fault_of_an_event() {
+        let verdict = |code, raised_in, encoding| condition(code, raised_in, encoding).map(|(verdict, _)| verdict);
+        assert_eq!(verdict("54000", "async.c", "UTF8"), Some(Verdict::Again));
+        assert_eq!(verdict("54000", "nbtutils.c", "UTF8"), None, "a value that is too long for an index");
+        assert_eq!(verdict("23514", "execPartition.c", "UTF8"), Some(Verdict::Operator));
+        assert_eq!(verdict("23514", "execMain.c", "UTF8"), None, "a constraint");
+        assert_eq!(verdict("22P05", "conv.c", "LATIN1"), Some(Verdict::Operator));
+        assert_eq!(verdict("22P05", "json.c", "UTF8"), None, "a zero character");
     }
 
     #[test]
