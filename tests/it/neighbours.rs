@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Stage, Writer, is_root, wait_until};
+use crate::stage::{Database, SOON, Server, Stage, Writer, is_root, wait_until};
 
 /// PgBouncer in front of a database.
 pub struct Pooler {
@@ -272,4 +272,45 @@ fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
         .map(|mut row| row.remove(0).unwrap())
         .collect();
     assert_eq!(received.heard(ids.len()), ids, "no more was told than was stored");
+}
+
+#[test]
+fn a_full_queue_of_notifications_is_waited_out_and_blamed_on_no_event() {
+    let server = Server::start();
+    let database = server.database.another();
+    if database.value("SELECT current_setting('server_version_num')::int >= 170000") != "t" {
+        eprintln!("SKIPPED: before PostgreSQL 17 that queue takes 8 GB");
+        return;
+    }
+    server.restart_with(&["max_notify_queue_pages = 64"]);
+    let mut stage = Stage::with(Some(database.clone()));
+    stage.set("database.notify_channel", "news").set("event_system.write_retry_max_delay_ms", "200");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("before");
+    stage.run_until_idle();
+    // Somebody listens and stays in a transaction: what is told piles up.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let listener = runtime.block_on(async {
+        let (client, connection) = tokio_postgres::connect(&database.url, tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client.batch_execute("LISTEN news").await.unwrap();
+        client.batch_execute("BEGIN; SELECT 1").await.unwrap();
+        client
+    });
+    let mut told = 0..10_000;
+    let tell = |number| database.try_query(&format!("SELECT pg_notify('news', repeat('x', 7000) || {number})"));
+    assert!(told.any(|number| tell(number).is_err()), "it is never full");
+    let watcher = stage.start();
+    let texts = transcript.say_many("line", 30);
+    wait_until("it is said", SOON, || {
+        let error = watcher.health()["database"]["last_error"].clone();
+        error.as_str().is_some_and(|error| error.contains("queue of notifications is full") && error.contains("54000"))
+    });
+    // Longer than any number of tries.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!((watcher.health()["queue"]["dead_letters"].as_u64(), database.count()), (Some(0), 2));
+    drop(listener);
+    drop(runtime);
+    wait_until("all is stored", SOON, || database.count() == 32);
+    assert_eq!(database.texts()[1..], texts);
 }

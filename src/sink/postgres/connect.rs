@@ -247,6 +247,15 @@ impl Session {
             }
             Found::Missing(missing) => return Err(missing_tables(&missing)),
         };
+        if settings.notify_channel.is_some() {
+            // The server lets go of notifications that nobody is to read any more when it is asked, or when one more fits in: where
+            // the queue is full, and whoever held it up has left, it would stay full.
+            let asked = async {
+                let rows = client.query_typed("SELECT pg_notification_queue_usage()", &[]).await;
+                rows.map_err(|error| step_error(&error))
+            };
+            limited(settings, asked).await?;
+        }
         let prepared = if pooler.is_there() {
             None
         } else {
