@@ -17,7 +17,6 @@ pub const POINTS: &[&str] = &[
     "sync-flushed",
     "open-locked",
     "open-segment-created",
-    "open-segment-opened",
     "open-recovered",
     "segment-begun",
     "segment-copied",
@@ -26,7 +25,6 @@ pub const POINTS: &[&str] = &[
     "segment-spent",
     "damage-noted",
     "damage-moved",
-    "damage-replaced",
 ];
 
 /// Aborts, panics or lingers here when the environment asks for it.

@@ -99,19 +99,28 @@ impl Totals {
     }
 }
 
+/// Dead letters, and the bytes of what they hold.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
+pub struct Letters {
+    pub count: u64,
+    pub bytes: u64,
+}
+
 /// What has entered and what has left.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
 pub struct Marks {
     pub acknowledged: Totals,
     pub settled: Totals,
+    pub letters: Letters,
 }
 
-pub fn encode_marks(marks: &Marks) -> Vec<u8> {
-    pack(marks)
+/// `pieces`: how many its batch has, with the mark itself.
+pub fn encode_marks(marks: &Marks, pieces: u64) -> Vec<u8> {
+    pack(&(marks, pieces))
 }
 
-pub fn decode_marks(content: &[u8]) -> Option<Marks> {
-    unpack(content).filter(|marks: &Marks| marks.acknowledged.is_sound() && marks.settled.is_sound())
+pub fn decode_marks(content: &[u8]) -> Option<(Marks, u64)> {
+    unpack(content).filter(|(marks, _): &(Marks, u64)| marks.acknowledged.is_sound() && marks.settled.is_sound())
 }
 
 /// One number of a block.

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! <queue>/lock               held while open; process id of the holder
-//! <queue>/HIGHEST            format of the folder, the last number that was acknowledged, and the segment it is in: written after
-//!                            each sync, never synced itself
-//! <queue>/OPENING            the segment that is being opened, and how often that was tried
+//! <queue>/HIGHEST            format of the folder, the last number that was acknowledged, the segment it is in, and the last batch:
+//!                            written after each sync, synced itself only where a segment begins
 //! <queue>/DAMAGED            segments that can't be trusted, and why, until a dead letter says what is missing
-//! <queue>/segment-<n>/       a sled database; n grows
-//! <queue>/segment-<n>/FIRST  the first number that is in it, or comes into it
+//! <queue>/segment-<n>/       a sled database, written by one process; n grows
+//! <queue>/segment-<n>/FIRST  the first number that is in it, or comes into it; written last: without it, it is not finished
 //! <queue>/damaged-<n>/       one that can't be trusted: read like any older one, and never removed
+//! <queue>/damaged-<n>/KNOWN  its last number, and how many events were found in it when that was told
+//! <queue>/damaged-<n>/DRAINED  all that was found in it has left: it is kept, and nothing more
 //! ```
+//!
+//! The small files end with a checksum; what does not match it says nothing.
 //!
 //! HIGHEST costs one small write and tells what nothing else can: that a log came back shorter than it was acknowledged to be (a
 //! disk that lies about syncing, a restored copy, a file cut by a repair of the file system). sled takes such a log for a
@@ -30,9 +33,10 @@ use crate::regular_file;
 const FORMAT: u64 = 2;
 
 const DAMAGED: &str = "DAMAGED";
-const OPENING: &str = "OPENING";
 const HIGHEST: &str = "HIGHEST";
 const FIRST: &str = "FIRST";
+const KNOWN: &str = "KNOWN";
+const DRAINED: &str = "DRAINED";
 
 /// A segment, by its folder.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -64,6 +68,9 @@ pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
         let Some((kind, number)) = name.to_str().and_then(|name| name.split_once('-')) else { continue };
         let number = number.parse().ok().filter(|number| *number < NUMBER_MAX);
         if let Some(number) = number.filter(|_| matches!(kind, "segment" | "damaged") && entry.path().is_dir()) {
+            if entry.path().join(DRAINED).exists() {
+                continue;
+            }
             let first = read_numbers(&entry.path(), FIRST).map_or(0, |[first]| first);
             found.push(Name { number, first, is_damaged: kind == "damaged" });
         }
@@ -74,7 +81,17 @@ pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
 
 /// Notes with which number a segment begins; durable once its folder is synced.
 pub fn write_first(folder: &Path, first: u64) -> io::Result<()> {
-    write(&folder.join(FIRST), &format!("{first}\n"))
+    write_numbers(&folder.join(FIRST), &[first])
+}
+
+/// Notes of a damaged segment its last number, and how many events were found in it.
+pub fn write_known(folder: &Path, last: u64, found: u64) -> io::Result<()> {
+    write_numbers(&folder.join(KNOWN), &[last, found])?;
+    sync_folder(folder)
+}
+
+pub fn known(folder: &Path) -> Option<(u64, u64)> {
+    read_numbers(folder, KNOWN).map(|[last, found]| (last, found))
 }
 
 /// Renames the folder of a segment that can't be trusted.
@@ -83,6 +100,14 @@ pub fn set_aside(path: &Path, name: &mut Name) -> io::Result<()> {
     name.is_damaged = true;
     fs::rename(from, name.folder(path))?;
     sync_folder(path)
+}
+
+/// Lets go of a segment in which nothing waits any more. One that is damaged is kept.
+pub fn let_go(path: &Path, name: &Name) -> io::Result<()> {
+    match name.is_damaged {
+        true => write_numbers(&name.folder(path).join(DRAINED), &[]),
+        false => remove_folder(&name.folder(path)),
+    }
 }
 
 /// Holding it is holding the queue; the system lets go of it when the process ends, however it ends.
@@ -141,6 +166,7 @@ fn check(path: &Path, file: &File, locked: Result<(), TryLockError>) -> Result<(
 pub struct Highest {
     pub sequence: u64,
     pub segment: u64,
+    pub batch: u64,
 }
 
 impl Highest {
@@ -150,11 +176,11 @@ impl Highest {
     /// [`QueueError::TooNew`] where a newer program has written it.
     pub fn read(path: &Path) -> Result<Highest, QueueError> {
         match read_numbers(path, HIGHEST) {
-            Some([found, _, _]) if found > FORMAT => {
+            Some([found, _, _, _]) if found > FORMAT => {
                 Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT })
             }
-            Some([FORMAT, sequence, segment]) => Ok(Highest { sequence, segment }),
-            _ => Ok(Highest::default()),
+            Some([_, sequence, segment, batch]) => Ok(Highest { sequence, segment, batch }),
+            None => Ok(Highest::default()),
         }
     }
 }
@@ -176,20 +202,17 @@ impl Mark {
 
     /// Notes what is durable.
     pub fn raise(&mut self, now: Highest) -> io::Result<()> {
-        if now == self.written {
-            return Ok(());
-        }
-        let text = format!("{FORMAT} {:020} {:010}\n", now.sequence, now.segment);
-        self.file.write_all_at(text.as_bytes(), 0)?;
-        self.written = now;
-        Ok(())
+        self.file.write_all_at(numbers_line(&[FORMAT, now.sequence, now.segment, now.batch]).as_bytes(), 0)?;
+        let before = std::mem::replace(&mut self.written, now);
+        if before.segment == now.segment { Ok(()) } else { self.file.sync_all() }
     }
 }
 
-/// Whether the folder was written by an earlier version of the program.
+/// Whether the folder was written by an earlier version of the program, in whose HIGHEST there was no checksum.
 pub fn is_old(path: &Path) -> bool {
-    let is_older = |[format, ..]: [u64; 3]| format < FORMAT;
-    path.join("CURRENT").exists() || path.join("sled-1").exists() || read_numbers(path, HIGHEST).is_some_and(is_older)
+    let text = regular_file::read(&path.join(HIGHEST), 128).unwrap_or_default();
+    let is_format_1 = text.starts_with(b"1 ") && text.split(|byte| byte.is_ascii_whitespace()).count() == 4;
+    path.join("CURRENT").exists() || path.join("sled-1").exists() || is_format_1
 }
 
 /// Notes that a segment can't be trusted, for the next opening.
@@ -215,27 +238,6 @@ pub fn forget_damaged(path: &Path) -> io::Result<()> {
     remove(path, DAMAGED)
 }
 
-/// Notes that a segment is about to be opened.
-pub fn note_opening(path: &Path, segment: u64, times: u64) -> io::Result<()> {
-    write(&path.join(OPENING), &format!("{segment} {times}\n"))
-}
-
-fn write(file: &Path, text: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
-}
-
-/// How often it was tried to open this segment, without coming back.
-pub fn openings(path: &Path, segment: u64) -> u64 {
-    let noted = read_numbers(path, OPENING);
-    noted.and_then(|[noted, times]| (noted == segment).then_some(times)).unwrap_or(0)
-}
-
-pub fn forget_opening(path: &Path) -> io::Result<()> {
-    remove(path, OPENING)
-}
-
 fn remove(path: &Path, name: &str) -> io::Result<()> {
     match fs::remove_file(path.join(name)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -243,11 +245,24 @@ fn remove(path: &Path, name: &str) -> io::Result<()> {
     }
 }
 
+/// Numbers of a fixed width, and their checksum.
+pub fn numbers_line(numbers: &[u64]) -> String {
+    let numbers: String = numbers.iter().map(|number| format!("{number:020} ")).collect();
+    format!("{numbers}{:08x}\n", crc32fast::hash(numbers.as_bytes()))
+}
+
+fn write_numbers(file: &Path, numbers: &[u64]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?;
+    file.write_all(numbers_line(numbers).as_bytes())?;
+    file.sync_all()
+}
+
 fn read_numbers<const N: usize>(path: &Path, name: &str) -> Option<[u64; N]> {
-    let text = regular_file::read(&path.join(name), 128).ok()?;
-    let text = String::from_utf8_lossy(&text);
-    let numbers = text.split_whitespace().map_while(|number| number.parse().ok().filter(|number| *number < NUMBER_MAX));
-    numbers.collect::<Vec<_>>().try_into().ok()
+    let text = String::from_utf8(regular_file::read(&path.join(name), 128).ok()?).ok()?;
+    let numbers = text.split_whitespace().map_while(|number| number.parse().ok());
+    let numbers: Vec<u64> = numbers.take(N).collect();
+    let is_sound = text == numbers_line(&numbers) && numbers.iter().all(|number| *number < NUMBER_MAX);
+    numbers.try_into().ok().filter(|_| is_sound)
 }
 
 pub fn storage(path: &Path, error: &dyn Display) -> QueueError {

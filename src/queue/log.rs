@@ -39,19 +39,12 @@ impl Older {
     }
 }
 
-/// The segments in the folder, oldest first. Where a file does not say with which number one begins, its log does, or that of the one
-/// before it.
+/// The segments in the folder, oldest first. Where a file does not say with which number one begins, its log does; 0 where that has none,
+/// either: then it was not finished.
 pub fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
-    let mut names: Vec<Name> = Vec::new();
-    for mut name in files::segments(path)? {
-        if name.first == 0 {
-            name.first = match (Remains::of(path, name)?.before(), names.last()) {
-                (Some(before), _) => before.sequence + 1,
-                (None, Some(previous)) => first_behind(path, *previous)?,
-                (None, None) => 1,
-            };
-        }
-        names.push(name);
+    let mut names = files::segments(path)?;
+    for name in names.iter_mut().filter(|name| name.first == 0) {
+        name.first = Remains::of(path, *name)?.before().map_or(0, |before| before.sequence + 1);
     }
     Ok(names)
 }
@@ -117,7 +110,11 @@ impl Log {
                     return Err(damaged("its folder is gone"));
                 }
                 let remains = Remains::of(&self.path, one.name)?;
-                if !one.name.is_damaged && remains.whole_through(one.name.first) < one.last {
+                let is_as_known = match files::known(&one.name.folder(&self.path)) {
+                    Some((_, found)) if one.name.is_damaged => remains.count(one.name.first - 1, one.last)?.0 >= found,
+                    _ => one.name.is_damaged || remains.whole_through(one.name.first) >= one.last,
+                };
+                if !is_as_known {
                     return Err(damaged("numbers are missing in its log"));
                 }
                 Arc::clone(opened.insert(Arc::new(remains)))

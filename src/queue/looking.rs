@@ -16,12 +16,12 @@ use std::sync::Arc;
 use super::codec::Marks;
 use super::files::{Highest, Lock};
 use super::log::{self, Log, Older, Source};
-use super::reader::{self, Letters};
+use super::opening;
 use super::remains::Remains;
 use super::values::QueueError;
 
-/// What is there to be seen: the log as it is, what was acknowledged of it, and the dead letters.
-pub fn look(path: &Path) -> Result<(Log, Marks, Letters), QueueError> {
+/// What is there to be seen: the log as it is, and its marks.
+pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
     let look_error = |cause: String| QueueError::Look { path: path.to_owned(), cause };
     let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
     let lock = Lock::look(path).map_err(|error| match error {
@@ -29,39 +29,30 @@ pub fn look(path: &Path) -> Result<(Log, Marks, Letters), QueueError> {
         error => error,
     })?;
     let highest = Highest::read(path)?;
-    let names = match path.try_exists() {
+    let mut names = match path.try_exists() {
         Ok(false) => Vec::new(),
         _ => log::segments(path).map_err(|error| look_error(format!("could not read it: {error}")))?,
     };
-    let mut newest = None;
-    for name in names.iter().rev() {
-        let copy = copy(&name.folder(path).join("db")).map_err(|error| look_error(error.to_string()))?;
-        let remains = Remains::of_log(*name, copy).map_err(|error| error.of_queue(path))?;
-        // One that is only being made may be behind the newest.
-        if remains.marks().is_some() || name.number <= highest.segment {
-            newest = Some(remains);
-            break;
-        }
-    }
+    // One that is only being made may be behind the newest.
+    names.retain(|name| name.first > 0);
+    let Some(newest) = names.last().copied() else {
+        let missing = QueueError::NotFound { path: path.to_owned() };
+        return Err(if highest.sequence == 0 { missing } else { damaged("its segments are gone".into()) });
+    };
+    let copy = copy(&newest.folder(path).join("db")).map_err(|error| look_error(error.to_string()))?;
     drop(lock);
-    let Some(remains) = newest else { return Err(QueueError::NotFound { path: path.to_owned() }) };
-    let Some(mut marks) = remains.marks().filter(|_| !remains.name.is_damaged) else {
+    let remains = Remains::of_log(newest, copy, highest).map_err(|error| error.of_queue(path))?;
+    if let Some(cause) = opening::damage_of(&remains, highest) {
+        return Err(damaged(cause));
+    }
+    let Some((mut marks, _)) = remains.marks().filter(|_| !newest.is_damaged && newest.number >= highest.segment)
+    else {
         return Err(damaged("its newest segment can't be read".into()));
     };
-    let first = remains.name.first.max(marks.settled.sequence + 1);
-    let last = remains.whole_through(first);
-    if last < highest.sequence {
-        return Err(damaged(format!("what has the number {} is not there", last + 1)));
-    }
-    if last < marks.acknowledged.sequence {
-        // The mark is of a batch that never was whole.
-        marks.acknowledged = remains.totals_through(last).unwrap_or(marks.acknowledged);
-    }
-    let older = Older::all(path, &names, remains.name).into_iter();
+    let older = Older::all(path, &names, newest).into_iter();
     let older = older.filter(|one| one.is_needed(marks.settled.sequence)).collect();
-    let newest = Source::Raw(Arc::new(remains));
-    let letters = reader::count_letters(&newest, marks.acknowledged.sequence).map_err(|error| error.of_queue(path))?;
-    Ok((Log::new(path, newest, older), marks, letters))
+    marks.letters = remains.letters().map_err(|error| error.of_queue(path))?;
+    Ok((Log::new(path, Source::Raw(Arc::new(remains)), older), marks))
 }
 
 /// A copy of a file, without a name; none where it is not there.

@@ -25,20 +25,21 @@
 //! # How it is done
 //!
 //! A queue is a log: events enter at its tail and leave from its head, in order. So nothing is deleted one by one. The log is cut
-//! into segments, each a sled database of some 64 MB that is only added to, in a folder whose name says with which number it begins:
-//! the names are the list. What has left is a number, and so is what has been acknowledged: both are in the mark `m`, in the
+//! into segments, each a sled database of some 64 MB that one process writes, and only adds to. The folders are the list: a file in
+//! each says with which number it begins. What has left is a number, and so is what has been acknowledged: both are in the mark `m`, in the
 //! batch of the events themselves, so what is beyond it was never committed. A segment all of whose events have left goes as a
 //! whole. The newest one also has what changes, cursors and dead letters; what is removed of them is an empty value. When it is large
-//! the next one is begun: these are carried over, a slice at a time between batches, and its own mark, written last, makes it
+//! the next one is begun: these are carried over, a slice at a time between batches, and its file FIRST, written last, makes it
 //! the newest.
 //!
 //! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and answers everybody
 //! (group commit); it never waits for more to come. What is settled goes along with the next batch, or by itself a moment later.
 //!
-//! Each value says itself what it is and has a checksum. So a log can be read without sled, and all but the newest are: older ones,
-//! copies that are looked at, and damaged ones. Numbers have no gaps, so what is missing is noticed when it is read. Then the
-//! folder is renamed, which keeps it, and it is read on, with what is missing passed over; in the place of a newest one
-//! the next is begun. How many events are missing is said; all cursors are forgotten, so that the transcripts are read again.
+//! Each value says itself what it is and has a checksum. So a log can be read without sled, and all but the one that this process
+//! writes are: older ones, copies that are looked at, damaged ones, and at a start the one that was written last, behind which the
+//! next is begun. Each batch counts its pieces, so one that was torn is told. Numbers have no gaps, so what is missing is noticed
+//! when it is read. Then the segment's folder is renamed, which keeps it, and it is read on, with what is missing passed over. How many
+//! numbers are missing is said; cursors are not carried over, so that the transcripts are read again.
 //!
 //! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the names and files of the folder;
 //! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `log` all of them; `reader`
@@ -100,8 +101,8 @@ impl Queue {
     pub fn open(config: &QueueConfig) -> Result<(Queue, Vec<Repair>), QueueError> {
         let path = &config.path;
         let (lock, opened) = opening::open(path)?;
-        let Opened { log, marks, letters, repairs, .. } = &opened;
-        let shared = Shared::new(config, log.clone(), marks, *letters).map_err(|error| error.of_queue(path))?;
+        let Opened { log, marks, repairs, .. } = &opened;
+        let shared = Shared::new(config, log.clone(), marks).map_err(|error| error.of_queue(path))?;
         shared.state().missing = repairs.iter().map(Repair::missing).sum();
         let (repairs, shared) = (repairs.clone(), Arc::new(shared));
         let writer = writer::Writer::new(Arc::clone(&shared), lock, opened);
@@ -125,8 +126,8 @@ impl Queue {
     /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
     /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
     pub fn inspect(config: &QueueConfig) -> Result<Queue, QueueError> {
-        let (log, marks, letters) = looking::look(&config.path)?;
-        let shared = Shared::new(config, log, &marks, letters).map_err(|error| error.of_queue(&config.path))?;
+        let (log, marks) = looking::look(&config.path)?;
+        let shared = Shared::new(config, log, &marks).map_err(|error| error.of_queue(&config.path))?;
         shared.inbox.end(QueueError::Closed);
         Ok(Queue { handle: Arc::new(Handle { shared: Arc::new(shared), writer: Mutex::new(None) }) })
     }

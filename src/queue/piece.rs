@@ -24,8 +24,7 @@
 //!
 //! Numbers have no gaps: a rejection takes one too, and leaves an entry without a record in the block. So what is missing is
 //! noticed when it is read. A dead letter or a cursor goes by an empty chunk 0: where a piece is found twice, the one of the later
-//! batch counts. What a process had written and not committed when it died is removed at the next opening, and its numbers are
-//! given anew.
+//! batch counts. A mark is the last piece of its batch and says how many there are, so a batch that was torn is told.
 
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
@@ -33,7 +32,7 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::codec::{Entry, NUMBER_MAX, Totals, decode_block, encode_block};
+use super::codec::{self, Entry, Marks, NUMBER_MAX, Totals, decode_block, encode_block};
 
 /// Longest value: sled keeps longer ones in files that it never syncs.
 pub const VALUE_BYTES_MAX: usize = 4096;
@@ -102,6 +101,11 @@ impl<'a> Piece<'a> {
         let value = [&header[..], &checksum(&header, self.content), self.content].concat();
         (key, value)
     }
+}
+
+/// The mark of a batch of so many pieces, itself included.
+pub fn mark(marks: &Marks, batch: u64, pieces: u64) -> (Vec<u8>, Vec<u8>) {
+    Piece { kind: MARK, number: 0, index: 0, batch, content: &codec::encode_marks(marks, pieces) }.encode()
 }
 
 /// By which a raw search looks for pieces.

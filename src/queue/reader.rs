@@ -14,13 +14,6 @@ use crate::event::{
 /// Bytes a page holds at most, above one element.
 pub const PAGE_BYTES_MAX: u64 = 16 << 20;
 
-/// Dead letters, and the bytes of what they hold.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Letters {
-    pub count: u64,
-    pub bytes: u64,
-}
-
 /// The events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
 pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, StoreError> {
     let mut found: Vec<Envelope> = Vec::new();
@@ -101,18 +94,6 @@ fn dead_letter(source: &Source, sequence: Sequence, record: &[u8]) -> DeadLetter
         let input = Rejection { failure: failure.clone(), event_type: None, origin, bytes };
         DeadLetter { sequence, failed_at: Timestamp::now(), failure, content: DeadContent::Input(input) }
     })
-}
-
-pub fn count_letters(source: &Source, last: u64) -> Result<Letters, StoreError> {
-    let (mut letters, mut live) = (Letters::default(), Live::default());
-    source.each(piece::LETTER, 0..=last, |piece| {
-        if live.passes(piece) {
-            letters.count += u64::from(piece.index == 0);
-            letters.bytes += piece.content.len() as u64;
-        }
-        true
-    })?;
-    Ok(letters)
 }
 
 /// The cursors with these ids; one that can't be read is left out, which only reads its file again.

@@ -6,17 +6,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::codec::{self, Marks, NUMBER_MAX, Totals};
-use super::files::Name;
-use super::piece::{self, Block, Piece, VALUE_BYTES_MAX};
+use super::codec::{self, Letters, Marks, NUMBER_MAX, Totals};
+use super::files::{Highest, Name};
+use super::piece::{self, Block, Live, Piece, VALUE_BYTES_MAX};
 use super::segment::StoreError;
 
 const READ_BYTES: usize = 1 << 20;
+
+/// What is passed over at once where the device can't read.
+const SECTOR_BYTES: usize = 4096;
 
 /// One piece in a log.
 #[derive(Clone, Copy)]
@@ -26,43 +29,73 @@ struct Place {
     batch: u64,
 }
 
+/// A kind, a number and an index.
+type Key = (u8, u64, u32);
+
 /// The whole pieces of a log.
 pub struct Remains {
     pub name: Name,
     /// `None` where there is none.
     log: Option<File>,
-    /// By kind, number and index; those of the latest batches.
-    places: BTreeMap<(u8, u64, u32), Place>,
+    /// Those of the latest batches.
+    places: BTreeMap<Key, Place>,
     /// Of a damaged one: the events whose records are not whole.
     lost: BTreeSet<u64>,
+    /// The latest batch of which something is in the log, whole or not.
+    pub last_batch: u64,
 }
 
 impl Remains {
+    /// Of a segment before the newest: what was never committed is behind its last number.
     pub fn of(path: &Path, name: Name) -> Result<Remains, StoreError> {
+        Remains::of_newest(path, name, Highest { batch: u64::MAX, ..Highest::default() })
+    }
+
+    /// Of the segment that was written last.
+    pub fn of_newest(path: &Path, name: Name, highest: Highest) -> Result<Remains, StoreError> {
         match File::open(name.folder(path).join("db")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Remains::of_log(name, None),
-            log => Remains::of_log(name, Some(log?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Remains::of_log(name, None, highest),
+            log => Remains::of_log(name, Some(log?), highest),
         }
     }
 
-    pub fn of_log(name: Name, log: Option<File>) -> Result<Remains, StoreError> {
-        let mut remains = Remains { name, log: None, places: BTreeMap::new(), lost: BTreeSet::new() };
-        if let Some(log) = &log {
-            remains.search(log)?;
+    pub fn of_log(name: Name, log: Option<File>, highest: Highest) -> Result<Remains, StoreError> {
+        let found = log.as_ref().map(search).transpose()?.unwrap_or_default();
+        let last_batch = found.iter().map(|(_, place)| place.batch).max().unwrap_or(0);
+        let mut remains = Remains { name, log, places: BTreeMap::new(), lost: BTreeSet::new(), last_batch };
+        let committed = remains.committed(&found, highest)?;
+        for (key, place) in found.into_iter().filter(|(_, place)| place.batch <= committed) {
+            let known = remains.places.entry(key).or_insert(place);
+            if known.batch < place.batch {
+                *known = place;
+            }
         }
-        remains.log = log;
-        // Of two blocks that follow one another none was written before the other: it is of a batch that was never committed, and whose
-        // numbers were given anew.
-        let mut latest = 0;
-        remains.places.retain(|(kind, ..), place| {
-            let is_stale = *kind == piece::BLOCK && place.batch < latest;
-            latest = if *kind == piece::BLOCK { latest.max(place.batch) } else { latest };
-            !is_stale
-        });
         if name.is_damaged {
             remains.lost = remains.broken_records()?;
         }
         Ok(remains)
+    }
+
+    /// The last batch that was committed: one that was torn, by a kill or a power cut, was not. What was acknowledged was, whatever is
+    /// left of it.
+    fn committed(&self, found: &[(Key, Place)], highest: Highest) -> Result<u64, StoreError> {
+        let mut marks = BTreeMap::new();
+        for (_, place) in found.iter().filter(|((kind, ..), _)| *kind == piece::MARK) {
+            marks.insert(place.batch, *place);
+        }
+        let mut marks = marks.into_iter().rev();
+        let Some((batch, place)) = marks.next() else {
+            return Ok(if highest.batch == 0 { u64::MAX } else { highest.batch });
+        };
+        let value = self.read(&place)?;
+        let pieces =
+            Piece::decode(&value).and_then(|piece| codec::decode_marks(piece.content)).map(|(_, pieces)| pieces);
+        let of_batch: BTreeSet<&Key> =
+            found.iter().filter(|(_, place)| place.batch == batch).map(|(key, _)| key).collect();
+        let is_whole = pieces == Some(of_batch.len() as u64);
+        let committed =
+            if is_whole || batch <= highest.batch { batch } else { marks.next().map_or(0, |(batch, _)| batch) };
+        Ok(committed.max(highest.batch))
     }
 
     /// The events whose records are not whole. A chunk that another event has left under its number is not taken for its own.
@@ -72,8 +105,10 @@ impl Remains {
             for (number, entry) in block.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
                 let mut record = entry.part.to_vec();
                 self.each(piece::CHUNK, number..=number, |chunk| {
-                    record.extend_from_slice(chunk.content);
-                    record.len() < entry.record_bytes as usize
+                    if record.len() < entry.record_bytes as usize {
+                        record.extend_from_slice(chunk.content);
+                    }
+                    true
                 })?;
                 if codec::decode_event(&record).is_err() {
                     broken.insert(number);
@@ -84,19 +119,33 @@ impl Remains {
         Ok(broken)
     }
 
+    /// Makes it durable, as far as it is not.
+    pub fn sync(&self) -> io::Result<()> {
+        self.log.as_ref().map_or(Ok(()), File::sync_data)
+    }
+
     pub fn is_lost(&self, number: u64) -> bool {
         self.lost.contains(&number)
     }
 
-    /// What it says of the queue, by the latest mark.
-    pub fn marks(&self) -> Option<Marks> {
+    /// What it says of the queue, by the latest mark, and the batch of that.
+    pub fn marks(&self) -> Option<(Marks, u64)> {
         let value = self.value(piece::MARK, 0, 0).ok()??;
-        codec::decode_marks(Piece::decode(&value)?.content)
+        let piece = Piece::decode(&value)?;
+        codec::decode_marks(piece.content).map(|(marks, _)| (marks, piece.batch))
     }
 
-    /// The latest batch that wrote something of it.
-    pub fn last_batch(&self) -> u64 {
-        self.places.values().map(|place| place.batch).max().unwrap_or(0)
+    /// The dead letters that are there.
+    pub fn letters(&self) -> Result<Letters, StoreError> {
+        let (mut letters, mut live) = (Letters::default(), Live::default());
+        self.each(piece::LETTER, 0..=NUMBER_MAX, |piece| {
+            if live.passes(piece) {
+                letters.count += u64::from(piece.index == 0);
+                letters.bytes += piece.content.len() as u64;
+            }
+            true
+        })?;
+        Ok(letters)
     }
 
     /// The last number with which a block begins up to this one.
@@ -191,37 +240,53 @@ impl Remains {
         }
         Ok(value)
     }
+}
 
-    fn search(&mut self, log: &File) -> io::Result<()> {
-        let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + VALUE_BYTES_MAX);
-        let (mut log, mut offset) = (log, 0);
-        loop {
-            let read = log.by_ref().take(READ_BYTES as u64).read_to_end(&mut buffer)?;
-            // While there is more to come a value's length stays, for those that go on in what comes.
-            let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(VALUE_BYTES_MAX) };
-            let mut at = 0;
-            while let Some(found) = memchr::memmem::find(buffer.get(at..).unwrap_or_default(), piece::magic()) {
-                at += found;
-                if at >= searched {
-                    break;
-                }
-                let Some(piece) = Piece::find(buffer.get(at..).unwrap_or_default()) else {
-                    at += 1;
-                    continue;
-                };
-                let place = Place { offset: offset + at as u64, length: piece.bytes(), batch: piece.batch };
-                let known = self.places.entry((piece.kind, piece.number, piece.index)).or_insert(place);
-                if known.batch <= place.batch {
-                    *known = place;
-                }
-                at += place.length;
+/// All whole pieces in a log, in the order of their places.
+fn search(log: &File) -> io::Result<Vec<(Key, Place)>> {
+    let (mut found, mut offset) = (Vec::new(), 0);
+    let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + VALUE_BYTES_MAX);
+    loop {
+        let read = read_more(log, offset + buffer.len() as u64, &mut buffer)?;
+        // While there is more to come a value's length stays, for those that go on in what comes.
+        let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(VALUE_BYTES_MAX) };
+        let mut at = 0;
+        while let Some(next) = memchr::memmem::find(buffer.get(at..).unwrap_or_default(), piece::magic()) {
+            at += next;
+            if at >= searched {
+                break;
             }
-            let done = at.max(searched).min(buffer.len());
-            buffer.drain(..done);
-            offset += done as u64;
-            if read == 0 {
-                return Ok(());
-            }
+            let Some(piece) = Piece::find(buffer.get(at..).unwrap_or_default()) else {
+                at += 1;
+                continue;
+            };
+            let place = Place { offset: offset + at as u64, length: piece.bytes(), batch: piece.batch };
+            found.push(((piece.kind, piece.number, piece.index), place));
+            at += place.length;
+        }
+        let done = at.max(searched).min(buffer.len());
+        buffer.drain(..done);
+        offset += done as u64;
+        if read == 0 {
+            return Ok(found);
         }
     }
+}
+
+/// Reads on at `offset`. What the device can't read is passed over, and missed where it mattered.
+fn read_more(log: &File, offset: u64, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    let begin = buffer.len();
+    for length in [READ_BYTES, SECTOR_BYTES] {
+        buffer.resize(begin + length, 0);
+        match log.read_at(buffer.get_mut(begin..).unwrap_or_default(), offset) {
+            Ok(read) => {
+                buffer.truncate(begin + read);
+                return Ok(read);
+            }
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buffer.get_mut(begin..).unwrap_or_default().fill(0);
+    Ok(SECTOR_BYTES)
 }

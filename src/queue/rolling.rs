@@ -1,28 +1,14 @@
 //! Making segments: what goes over to a new one, and how it becomes the newest.
 
-use std::path::Path;
-
-use super::codec::{self, Marks, NUMBER_MAX};
-use super::files::{self, Name, remove_folder, restrict};
+use super::codec::{Marks, NUMBER_MAX};
+use super::files::{self, restrict};
 use super::log::Source;
-use super::piece::{self, Live, Piece};
+use super::piece::{self, Live};
 use super::segment::{Changes, Segment, StoreError};
 use crate::faults;
 
 /// Bytes that are carried over at once: some ten milliseconds.
 const SLICE_BYTES: usize = 512 << 10;
-
-/// Makes a segment, empty yet: without a mark it counts as a left-over.
-pub fn begin_segment(path: &Path, number: u64) -> Result<Segment, StoreError> {
-    let name = Name::new(number);
-    remove_folder(&name.folder(path))?;
-    Segment::open(path, name)
-}
-
-/// The mark, as it is written.
-pub fn mark(marks: &Marks, batch: u64) -> (Vec<u8>, Vec<u8>) {
-    Piece { kind: piece::MARK, number: 0, index: 0, batch, content: &codec::encode_marks(marks) }.encode()
-}
 
 /// What is still to be carried over from one segment to another.
 pub struct Carrying {
@@ -66,16 +52,16 @@ impl Carrying {
     }
 }
 
-/// Makes a segment the newest: its mark is the commit, and the last thing that is written.
+/// Makes a segment the newest: the file FIRST is the commit, and the last thing that is written.
 pub fn finish_segment(segment: &mut Segment, marks: &Marks, batch: u64) -> Result<(), StoreError> {
-    segment.name.first = marks.acknowledged.sequence + 1;
-    files::write_first(segment.folder(), segment.name.first)?;
+    let mut changes = Changes::default();
+    changes.insert(piece::mark(marks, batch, 1));
+    segment.apply(changes)?;
     segment.sync_folder()?;
     faults::reach("segment-copied");
-    let mut changes = Changes::default();
-    changes.insert(mark(marks, batch));
-    segment.apply(changes)?;
-    segment.sync()?;
+    segment.name.first = marks.acknowledged.sequence + 1;
+    files::write_first(segment.folder(), segment.name.first)?;
+    files::sync_folder(segment.folder())?;
     restrict(segment.folder());
     faults::reach("segment-committed");
     Ok(())

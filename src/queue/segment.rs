@@ -5,21 +5,21 @@
 //! * Its `flush` does not sync on Linux: the log is synced here, through a descriptor of our own. So are, once, the files that it
 //!   creates. A batch is whole after a power cut only if everything before it is on disk: one batch, one sync, and before it
 //!   pages are split, by asking for each changed key.
-//! * Killed while it opens it leaves a snapshot that is not finished, with which it never opens again. Snapshots are a
-//!   cache of the log: they are removed before it opens.
-//! * On some damage it panics. A panic is damage, and nothing is printed of it ([`guard`]).
+//! * Opening one that is damaged it panics, cuts off for good what it does not understand, or takes a log that was cut for a whole
+//!   one. So none is ever opened again: each start makes a new one.
+//! * It can panic. A panic is damage, and nothing is printed of it ([`guard`]).
 
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use sled::IVec;
 use thiserror::Error;
 
-use super::files::{Highest, Name, sync_folder};
+use super::files::{self, Highest, Name, sync_folder};
 use super::guard;
 use super::piece::Piece;
 use super::values::QueueError;
@@ -27,9 +27,6 @@ use crate::faults;
 
 /// Bytes of a segment's pages that sled keeps in memory.
 const CACHE_BYTES: u64 = 1 << 20;
-
-/// Keys removed in one batch.
-const CLEAR_KEYS_MAX: usize = 1024;
 
 /// Why a segment could not do what was asked.
 #[derive(Debug, Error)]
@@ -62,33 +59,34 @@ impl From<io::Error> for StoreError {
     }
 }
 
-/// Pieces to be written together.
+/// Pieces to be written together, by their keys.
 #[derive(Default)]
 pub struct Changes {
-    list: Vec<(Vec<u8>, Vec<u8>)>,
+    list: BTreeMap<Vec<u8>, Vec<u8>>,
     bytes: usize,
 }
 
 impl Changes {
-    /// Adds a piece, by its key and value.
     pub fn insert(&mut self, (key, value): (Vec<u8>, Vec<u8>)) {
         self.bytes += key.len() + value.len();
-        self.list.push((key, value));
+        self.list.insert(key, value);
     }
 
+    /// At most.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+    pub fn count(&self) -> u64 {
+        self.list.len() as u64
     }
 
     /// Those of these kinds, which are written a second time.
     pub fn of_kinds(&self, kinds: &[u8]) -> Changes {
         let mut some = Changes::default();
         let is_wanted = |key: &[u8]| key.first().is_some_and(|kind| kinds.contains(kind));
-        self.list.iter().filter(|(key, _)| is_wanted(key)).for_each(|pair| some.insert(pair.clone()));
+        let wanted = self.list.iter().filter(|(key, _)| is_wanted(key));
+        wanted.for_each(|(key, value)| some.insert((key.clone(), value.clone())));
         some
     }
 }
@@ -111,18 +109,20 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Opens a segment of the queue at `path`, or makes it where it is not there.
-    pub fn open(path: &Path, name: Name) -> Result<Segment, StoreError> {
+    /// Makes a segment of the queue at `path`. No other process ever opens it: what it holds is read without sled.
+    pub fn make(path: &Path, number: u64) -> Result<Segment, StoreError> {
+        let name = Name::new(number);
         let folder = name.folder(path);
-        remove_snapshots(&folder)?;
-        let db = open_sled(&folder, name.number)?;
+        files::remove_folder(&folder)?;
+        let config =
+            sled::Config::new().path(&folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
+        let db = guarded(number, || config.open())?;
         let log = File::open(folder.join("db"))?;
         Ok(Segment {
             name,
             folder,
             db: Some(db),
             log,
-            // What an earlier process wrote may be in the system's memory only.
             unsynced: AtomicBool::new(true),
             #[cfg(test)]
             before_sync: std::sync::Mutex::default(),
@@ -139,8 +139,8 @@ impl Segment {
     }
 
     /// What is noted of it when all up to `sequence` is durable.
-    pub fn highest(&self, sequence: u64) -> Highest {
-        Highest { sequence, segment: self.name.number }
+    pub fn highest(&self, sequence: u64, batch: u64) -> Highest {
+        Highest { sequence, segment: self.name.number, batch }
     }
 
     pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
@@ -183,22 +183,6 @@ impl Segment {
         piece.ok_or_else(|| self.damaged("one of its values is not what was written"))
     }
 
-    /// Removes all keys in the range.
-    pub fn clear(&self, range: RangeInclusive<Vec<u8>>) -> Result<(), StoreError> {
-        loop {
-            let keys =
-                |db: &sled::Db| db.range(range.clone()).keys().take(CLEAR_KEYS_MAX).collect::<Result<Vec<_>, _>>();
-            let keys = self.guarded(keys)?;
-            let Some(first) = keys.first() else { return Ok(()) };
-            let mut batch = sled::Batch::default();
-            keys.iter().for_each(|key| batch.remove(key));
-            self.write(batch, &keys)?;
-            if self.get(first)?.is_some() {
-                return Err(self.damaged("a key was removed and is there again"));
-            }
-        }
-    }
-
     /// Makes changes visible, all at once; durable after the next [`Segment::sync`].
     pub fn apply(&self, changes: Changes) -> Result<(), StoreError> {
         let (mut batch, mut keys) = (sled::Batch::default(), Vec::with_capacity(changes.list.len()));
@@ -207,10 +191,9 @@ impl Segment {
             keys.push(key.clone());
             batch.insert(key, value);
         }
-        if keys.is_empty() { Ok(()) } else { self.write(batch, &keys) }
-    }
-
-    fn write(&self, batch: sled::Batch, keys: &[IVec]) -> Result<(), StoreError> {
+        if keys.is_empty() {
+            return Ok(());
+        }
         // Before, not after: when the batch fails half-way nothing must be taken for synced.
         self.unsynced.store(true, Ordering::Release);
         self.writing(self.guarded(|db| {
@@ -272,7 +255,7 @@ impl Segment {
 
     fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
         let db = self.db.as_ref().ok_or_else(|| StoreError::Io("the queue is closed".into()))?;
-        guarded(self.name.number, guard::CALL_MAX, || work(db))
+        guarded(self.name.number, || work(db))
     }
 }
 
@@ -284,18 +267,10 @@ impl Drop for Segment {
     }
 }
 
-fn open_sled(folder: &Path, number: u64) -> Result<sled::Db, StoreError> {
-    /// Processor time that opening may use: far more than the second a gigabyte takes.
-    const OPENING_MAX: Duration = Duration::from_secs(60);
-    let config =
-        sled::Config::new().path(folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
-    guarded(number, OPENING_MAX, || config.open())
-}
-
 /// Runs a call of sled. A panic is damage.
-fn guarded<T>(segment: u64, max: Duration, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
+fn guarded<T>(segment: u64, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
     let damaged = |cause: String| StoreError::Damaged { segment, cause };
-    match guard::caught(|| guard::limited(segment, max, work)) {
+    match guard::caught(|| guard::limited(segment, guard::CALL_MAX, work)) {
         Ok(answer) => answer.map_err(|error| of_sled(error, damaged)),
         Err(panic) => {
             let message = panic.downcast_ref::<String>().map(String::as_str);
@@ -303,21 +278,6 @@ fn guarded<T>(segment: u64, max: Duration, work: impl FnOnce() -> Result<T, sled
             Err(damaged(format!("sled panicked: {message}")))
         }
     }
-}
-
-/// What sled keeps so as not to read the whole log at opening: a cache, which a kill leaves unfinished, and then it never opens.
-fn remove_snapshots(folder: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") && entry.path().is_file() {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreError {

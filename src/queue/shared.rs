@@ -6,11 +6,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use super::codec::{self, CodecError, Marks, Totals};
+use super::codec::{self, CodecError, Letters, Marks, Totals};
 use super::files;
 use super::log::{Log, Source};
 use super::piece::{CONTENT_BYTES_MAX, CursorId};
-use super::reader::{self, Letters};
+use super::reader;
 use super::segment::StoreError;
 use super::submission::{EncodedBatch, Inbox};
 use super::values::{Batch, QueueConfig, QueueError, QueueStats};
@@ -59,8 +59,8 @@ pub struct State {
 }
 
 impl Shared {
-    pub fn new(config: &QueueConfig, log: Log, marks: &Marks, letters: Letters) -> Result<Shared, StoreError> {
-        let Marks { acknowledged, settled } = *marks;
+    pub fn new(config: &QueueConfig, log: Log, marks: &Marks) -> Result<Shared, StoreError> {
+        let Marks { acknowledged, settled, letters } = *marks;
         let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
         let state = State { acknowledged, settled, oldest, letters, disk_bytes: log.bytes(), ..State::default() };
         Ok(Shared {
@@ -133,7 +133,8 @@ impl Shared {
         let mut room = (self.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(letters.bytes);
         let mut rejections = Vec::with_capacity(batch.rejections.len());
         let gathered;
-        let kept = if letters.count + batch.rejections.len() as u64 <= DEAD_LETTERS_MAX {
+        let is_notice = batch.rejections.iter().any(|rejection| rejection.failure.kind == FailureKind::Damaged);
+        let kept = if is_notice || letters.count + batch.rejections.len() as u64 <= DEAD_LETTERS_MAX {
             &batch.rejections
         } else {
             gathered = gathered_by_file(&batch.rejections);

@@ -68,7 +68,7 @@ impl EncodedBatch {
     pub fn bytes(&self) -> usize {
         let cursors = self.cursors.iter().map(|(_, record)| record);
         let records = self.events.iter().chain(&self.rejections).chain(cursors);
-        256 + records.map(|record| record.len() + 64).sum::<usize>()
+        256 + records.map(|record| record.len() + record.len() / 64 + 128).sum::<usize>()
     }
 }
 

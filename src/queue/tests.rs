@@ -21,6 +21,7 @@ mod kill;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
 mod model;
+mod review;
 mod speed;
 
 const SEED: &str = "HEADSPACE_TEST_SEED";
@@ -105,12 +106,6 @@ fn newest(queue: &Queue) -> Arc<segment::Segment> {
         log::Source::Sled(segment) => Arc::clone(segment),
         log::Source::Raw(_) => panic!("it is only looked at"),
     }
-}
-
-/// sled's snapshots in a folder.
-fn snapshots(folder: &Path) -> Vec<PathBuf> {
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    files.filter(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"snap.")).collect()
 }
 
 fn event(number: u64, payload_bytes: usize) -> Event {

@@ -11,11 +11,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::codec::{self, CodecError, Marks, Totals};
-use super::files::{Lock, Mark, Name, remove_folder};
+use super::files::{self, Lock, Mark, Name, remove_folder};
 use super::log::{Log, Older};
 use super::opening::Opened;
 use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, Live, PART_BYTES_MAX, Piece};
-use super::reader::{self, Letters};
+use super::reader;
 use super::rolling::{self, Carrying};
 use super::segment::{Changes, Segment, StoreError};
 use super::shared::Shared;
@@ -55,11 +55,12 @@ pub struct Writer {
     marks: Marks,
     /// The number of the batch that is staged.
     batch: u64,
+    /// Pieces of it that were applied before it is complete.
+    pieces: u64,
     /// As it is on disk.
     settled_synced: u64,
     /// Since when it is not.
     unwritten_since: Option<Instant>,
-    letters: Letters,
     stage: Stage,
     /// The newest number given to an event, durable after the next sync.
     newest_event: Option<Sequence>,
@@ -85,7 +86,7 @@ impl Stage {
     }
 
     fn is_empty(&self) -> bool {
-        self.changes.is_empty() && self.tail.is_empty() && !self.is_begun
+        self.changes.count() == 0 && self.tail.is_empty() && !self.is_begun
     }
 }
 
@@ -107,7 +108,7 @@ struct Round {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
-        let Opened { highest, newest, log, marks, batches, letters, .. } = opened;
+        let Opened { highest, newest, log, marks, batch, .. } = opened;
         Writer {
             shared,
             lock,
@@ -115,10 +116,10 @@ impl Writer {
             newest,
             log,
             marks,
-            batch: batches + 1,
+            batch: batch + 1,
+            pieces: 0,
             settled_synced: marks.settled.sequence,
             unwritten_since: None,
-            letters,
             stage: Stage::default(),
             newest_event: None,
             rolling: None,
@@ -206,21 +207,23 @@ impl Writer {
         if !self.stage.tail.is_empty() {
             self.stage.changes.insert(self.stage.tail.take(self.batch));
         }
-        self.stage.changes.insert(rolling::mark(&self.marks, self.batch));
+        let pieces = self.pieces + self.stage.changes.count() + 1;
+        self.stage.changes.insert(piece::mark(&self.marks, self.batch, pieces));
         faults::reach("commit-before-apply");
         self.apply()?;
         faults::reach("commit-synced");
-        self.batch += 1;
         self.stage.is_begun = false;
         self.settled_synced = self.marks.settled.sequence;
         // Before anybody is answered: what was acknowledged is missed where it comes back shorter.
-        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence))?;
+        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence, self.batch))?;
+        (self.batch, self.pieces) = (self.batch + 1, 0);
         self.publish(true)
     }
 
     /// One batch, one sync.
     fn apply(&mut self) -> Result<(), StoreError> {
         let changes = std::mem::take(&mut self.stage.changes);
+        self.pieces += changes.count();
         if let Some((segment, _)) = &self.rolling
             && let Err(error) = segment.apply(changes.of_kinds(CARRIED))
         {
@@ -279,8 +282,8 @@ impl Writer {
     }
 
     fn put_letter(&mut self, sequence: u64, record: &[u8]) -> Result<(), StoreError> {
-        self.letters.count += 1;
-        self.letters.bytes += record.len() as u64;
+        self.marks.letters.count += 1;
+        self.marks.letters.bytes += record.len() as u64;
         self.put_chunks(piece::LETTER, sequence, 0, record)
     }
 
@@ -350,6 +353,8 @@ impl Writer {
             record = source.record(number, entry)?;
             Ok(ControlFlow::Break(()))
         })?;
+        // After damage its letter may be there though it waits.
+        self.unbury(sequence)?;
         let letter = codec::encode_refused(failure, Timestamp::now(), attempts, &record);
         self.put_letter(sequence, &letter.map_err(|error| self.unencodable(&error))?)
     }
@@ -373,27 +378,27 @@ impl Writer {
             Err(error) => return Ok(Err(error)),
         };
         // In the batch that commits the event.
-        self.unbury(old)?;
+        self.unbury(old.get())?;
         faults::reach("retry-staged");
         Ok(Ok(accepted.sequences.first().map_or(RetryOutcome::NotFound, |&new| RetryOutcome::Queued(new))))
     }
 
     fn drop_dead_letter(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
         self.commit()?;
-        self.unbury(sequence)
+        self.unbury(sequence.get())
     }
 
     /// Stages the removal of a dead letter; `false` where there is none.
-    fn unbury(&mut self, sequence: Sequence) -> Result<bool, StoreError> {
+    fn unbury(&mut self, sequence: u64) -> Result<bool, StoreError> {
         let (mut live, mut bytes) = (Live::default(), 0);
-        self.newest.each(piece::keys(piece::LETTER, sequence.get()..=sequence.get()), |piece| {
+        self.newest.each(piece::keys(piece::LETTER, sequence..=sequence), |piece| {
             bytes += if live.passes(piece) { piece.content.len() as u64 } else { 0 };
             true
         })?;
         if bytes > 0 {
-            pieces(piece::LETTER, sequence.get(), 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
-            self.letters.count = self.letters.count.saturating_sub(1);
-            self.letters.bytes = self.letters.bytes.saturating_sub(bytes);
+            pieces(piece::LETTER, sequence, 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
+            self.marks.letters.count = self.marks.letters.count.saturating_sub(1);
+            self.marks.letters.bytes = self.marks.letters.bytes.saturating_sub(bytes);
         }
         Ok(bytes > 0)
     }
@@ -423,7 +428,7 @@ impl Writer {
     /// Goes on making the next segment; gives it when all is carried over.
     fn next_segment(&mut self, is_asked: bool) -> Result<Option<Segment>, StoreError> {
         if self.rolling.is_none() {
-            let segment = rolling::begin_segment(&self.shared.path, self.newest.name.number + 1)?;
+            let segment = Segment::make(&self.shared.path, self.newest.name.number + 1)?;
             #[cfg(test)]
             segment.before_sync.lock().unwrap().clone_from(&self.newest.before_sync.lock().unwrap());
             self.rolling = Some((segment, Carrying::of(CARRIED)));
@@ -447,7 +452,6 @@ impl Writer {
             self.keep_segment(&error);
             return Ok(());
         }
-        self.batch += 1;
         let path = &self.shared.path;
         let mut older = self.log.older.clone();
         let old = Older::before(path, self.newest.name, segment.name.first);
@@ -460,7 +464,8 @@ impl Writer {
         self.publish_log();
         faults::reach("segment-switched");
         // Before the old one goes: where the new one comes back empty it must not be taken for unfinished.
-        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence))?;
+        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence, self.batch))?;
+        self.batch += 1;
         if !is_needed {
             self.remove(old.name);
         }
@@ -477,9 +482,7 @@ impl Writer {
 
     /// Best effort: what stays is removed at the next opening.
     fn remove(&self, name: Name) {
-        if !name.is_damaged {
-            let _ = remove_folder(&name.folder(&self.shared.path));
-        }
+        let _ = files::let_go(&self.shared.path, &name);
     }
 
     /// Lets go of the segments in which everything is settled, once that is on disk.
@@ -527,7 +530,7 @@ impl Writer {
         let (_, pending_bytes) = durable.since(&self.marks.settled);
         state.room_wanted.take_if(|wanted| pending_bytes <= *wanted);
         if is_committed {
-            (state.letters, state.disk_bytes) = (self.letters, self.log.bytes());
+            (state.letters, state.disk_bytes) = (self.marks.letters, self.log.bytes());
         }
         drop(state);
         self.shared.room.notify_all();

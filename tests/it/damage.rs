@@ -10,7 +10,7 @@ use crate::stage::{AWAY, Dice, SOON, Stage, rounds, wait_until};
 const KINDS: [&str; 9] = [
     "bytes of db overwritten",
     "conf gone",
-    "conf unreadable",
+    "said to be damaged",
     "snapshots torn",
     "db cut short",
     "db cut by its last bytes",
@@ -19,8 +19,15 @@ const KINDS: [&str; 9] = [
     "the segment gone",
 ];
 
+/// The segment that was written last.
+pub fn newest(queue: &Path) -> PathBuf {
+    let segments = fs::read_dir(queue).unwrap().map(|entry| entry.unwrap().path());
+    let number = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("segment-")?.parse::<u64>().ok();
+    segments.filter(|path| number(path).is_some()).max_by_key(number).unwrap()
+}
+
 fn damage(kind: &str, queue: &Path, dice: &mut Dice) {
-    let segment = queue.join("segment-1");
+    let segment = newest(queue);
     let db = segment.join("db");
     match kind {
         "bytes of db overwritten" => {
@@ -33,7 +40,10 @@ fn damage(kind: &str, queue: &Path, dice: &mut Dice) {
             fs::write(&db, bytes).unwrap();
         }
         "conf gone" => fs::remove_file(segment.join("conf")).unwrap(),
-        "conf unreadable" => fs::write(segment.join("conf"), "segment_size: banana\n").unwrap(),
+        "said to be damaged" => {
+            let number = segment.file_name().unwrap().to_str().unwrap().replace("segment-", "");
+            fs::write(queue.join("DAMAGED"), format!("{number} a test says so\n")).unwrap();
+        }
         "snapshots torn" => {
             for path in fs::read_dir(&segment).unwrap().map(|entry| entry.unwrap().path()) {
                 if path.file_name().unwrap().to_str().unwrap().starts_with("snap.") {
@@ -120,7 +130,7 @@ fn whatever_is_damaged_it_starts_and_postgres_ends_with_each_turn_once() {
             let errors = said.iter().flat_map(|log| log.lines()).filter(|line| line.contains("\"ERROR\""));
             assert!(errors.filter(|line| line.contains(name)).count() >= 1, "{kind}: {said:?}");
         }
-        if kind == "conf unreadable" {
+        if kind == "said to be damaged" {
             assert_eq!(aside.len(), 1, "{said:?}");
         }
         eprintln!("round {round}: {kind}: {} starts, {} set aside", said.len(), aside.len());
@@ -143,7 +153,7 @@ fn what_came_from_elsewhere_than_transcripts_is_salvaged_too() {
     }
     watcher.kill();
     let queue = stage.folder().join("data/queue");
-    damage("conf unreadable", &queue, &mut Dice::new("salvage"));
+    damage("said to be damaged", &queue, &mut Dice::new("salvage"));
     stage.environment.remove("HEADSPACE_DATABASE__URL");
     let watcher = stage.start();
     watcher.wait_for_log("300 of its waiting events are found");
@@ -163,7 +173,7 @@ fn how_many_events_are_missing_is_said_at_error_in_health_and_in_a_dead_letter()
         assert_eq!(watcher.ask("POST", "/events", &[], event).code, 202);
     }
     watcher.kill();
-    let db = stage.folder().join("data/queue/segment-1/db");
+    let db = newest(&stage.folder().join("data/queue")).join("db");
     fs::write(&db, vec![0; fs::metadata(&db).unwrap().len() as usize]).unwrap();
     let watcher = stage.start();
     watcher.wait_for_log("50 are missing");

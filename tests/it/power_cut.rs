@@ -247,7 +247,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_of_a_n
         eprintln!("SKIPPED: power cuts need root, mkfs.ext4 and a loop device");
         return;
     }
-    // Some are passed once when the first segment is made.
+    // Each start makes a segment.
     let points = [
         "open-locked",
         "open-segment-created",
@@ -260,7 +260,6 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_of_a_n
         "segment-spent",
         "segment-copied",
         "segment-committed",
-        "open-segment-opened",
         "append-staged:20",
         "append-between-parts:3",
         "commit-before-apply:40",
@@ -287,7 +286,10 @@ fn what_was_acknowledged_survives_a_power_cut_at_each_step_of_opening_and_of_a_n
         } else if large {
             stage.set("database.url", AWAY);
         }
-        if matches!(point, "open-locked" | "open-segment-opened" | "open-recovered") {
+        if matches!(
+            point,
+            "open-locked" | "segment-copied" | "segment-committed" | "open-segment-created" | "open-recovered"
+        ) {
             acknowledged = fill(&mut stage, 40, 2_000);
         }
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());

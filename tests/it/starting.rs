@@ -204,7 +204,7 @@ fn damaged() -> (Stage, Vec<String>) {
     wait_until("all is queued", SOON, || watcher.health()["queue"]["pending"] == 321);
     watcher.kill();
     stage.environment.remove("HEADSPACE_DATABASE__URL");
-    fs::write(stage.folder().join("data/queue/segment-1/conf"), "segment_size: banana\n").unwrap();
+    fs::write(stage.folder().join("data/queue/DAMAGED"), "1 a test says so\n").unwrap();
     (stage, texts)
 }
 
@@ -225,12 +225,13 @@ fn assert_nothing_is_lost(stage: &Stage, texts: &[String], what: &str) {
 
 #[test]
 fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on() {
-    for point in ["open-locked", "damage-noted", "damage-moved", "damage-replaced", "open-recovered"] {
+    for point in ["open-locked", "damage-noted", "damage-moved", "segment-copied", "open-recovered"] {
         let (mut stage, texts) = damaged();
         // There it stays, at work, for ever.
         stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), point.to_owned());
         stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
         let watcher = stage.start_with(&[]);
+        wait_for_signal_handlers(watcher.pid());
         let queue = stage.folder().join("data/queue");
         let is_there = |name: &str| queue.join(name).exists();
         wait_until(&format!("it is at {point}"), SOON, || match point {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::sync::atomic::AtomicBool;
 
-use super::damage::{last_value, tamper};
+use super::damage::{leave, value_of};
 use super::*;
 use crate::queue::piece::Piece;
 use crate::queue::segment::Segment;
@@ -48,19 +48,6 @@ fn gate(queue: &Queue, nth: u64) -> Gate {
 }
 
 #[test]
-fn batches_are_counted_and_not_told_apart_by_a_clock() {
-    let fixture = Fixture::new();
-    for start in 1..=3 {
-        let queue = fixture.open();
-        queue.append(batch(0..10)).unwrap();
-        queue.close().unwrap();
-        // The first mark; the mark of each start, which leaves a number out for what may be torn; a batch; and one at closing.
-        assert!((1 + start * 3..1 + start * 4 + 1).contains(&fixture.raw(1).last_batch()));
-    }
-    assert_eq!(everything(&fixture.open()).len(), 30);
-}
-
-#[test]
 fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     let fixture = Fixture::new();
     let queue = fixture.open();
@@ -68,7 +55,7 @@ fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     queue.append(Batch { cursors, rejections: vec![rejection(b"?")], ..batch(0..10) }).unwrap();
     queue.settle(delivered(1..=5)).unwrap();
     queue.close().unwrap();
-    let begun = rolling::begin_segment(&fixture.config.path, 2).unwrap();
+    let begun = Segment::make(&fixture.config.path, 2).unwrap();
     begun.sync().unwrap();
     drop(begun);
     // A power cut: nothing of it was synced but its length.
@@ -93,9 +80,8 @@ fn one_of_which_a_part_was_not_written_back_neither() {
         queue.append(batch(0..10)).unwrap();
         queue.close().unwrap();
         {
-            let old = Segment::open(&fixture.config.path, fixture.name(1)).unwrap();
-            let old = log::Source::Sled(old.into());
-            let begun = rolling::begin_segment(&fixture.config.path, 2).unwrap();
+            let old = log::Source::Raw(fixture.raw(1).into());
+            let begun = Segment::make(&fixture.config.path, 2).unwrap();
             let mut carrying = rolling::Carrying::of(b"cd");
             for _ in 0..6 {
                 carrying.next(&old, &begun).unwrap();
@@ -110,30 +96,10 @@ fn one_of_which_a_part_was_not_written_back_neither() {
         }
         bytes[from..(from + 512 * 1024)].fill(0);
         fs::write(&db, bytes).unwrap();
-        fs::remove_file(fixture.newest().join("snap.0000000000000000")).ok();
         let (queue, repairs) = Queue::open(&fixture.config).unwrap();
         said.push((part, queue.stats().dead_letters, repairs.iter().any(Repair::is_loss)));
     }
     assert!(said.iter().all(|(_, letters, is_loss)| *letters == 60 && !is_loss), "{said:?}");
-}
-
-#[test]
-fn an_error_of_the_system_at_two_starts_is_no_damage() {
-    let fixture = Fixture::new();
-    let queue = fixture.open();
-    queue.append(batch(0..10)).unwrap();
-    queue.close().unwrap();
-    // Whatever makes sled's open fail with an error of the system: here somebody's lock on its log.
-    let log = fs::File::open(fixture.newest().join("db")).unwrap();
-    log.lock().unwrap();
-    for _ in 0..2 {
-        let error = Queue::open(&fixture.config).unwrap_err();
-        assert!(matches!(error, QueueError::Storage { .. }));
-    }
-    drop(log);
-    let (queue, repairs) = Queue::open(&fixture.config).unwrap();
-    assert_eq!(repairs, []);
-    assert_eq!(everything(&queue).len(), 10);
 }
 
 #[test]
@@ -245,23 +211,17 @@ fn a_part_of_another_event_is_found_out_when_it_is_salvaged() {
     queue.append(batch(0..10)).unwrap();
     queue.close().unwrap();
     // A process had written a part of a long event when it was killed.
-    tamper(&fixture, 1, |_, changes| {
-        let content = vec![b'y'; piece::CONTENT_BYTES_MAX];
-        let chunk = Piece { kind: piece::CHUNK, number: 11, index: 1, batch: 3, content: &content };
-        changes.insert(chunk.encode());
-    });
+    let content = vec![b'y'; piece::CONTENT_BYTES_MAX];
+    let batch = fixture.raw(1).last_batch + 1;
+    leave(&fixture, 1, &[Piece { kind: piece::CHUNK, number: 11, index: 1, batch, content: &content }.encode()]);
     let (queue, _) = Queue::open(&fixture.config).unwrap();
     queue.append(Batch { events: vec![event(10, 20_000)], ..Batch::default() }).unwrap();
     queue.roll().unwrap();
-    queue.append(batch(11..20)).unwrap();
+    queue.append(super::batch(11..20)).unwrap();
     queue.close().unwrap();
     // The part that took its number is damaged.
-    let db = fixture.config.path.join("segment-1/db");
-    let value = {
-        let segment = Segment::open(&fixture.config.path, fixture.name(1)).unwrap();
-        let first = piece::key(piece::CHUNK, 11, 1);
-        last_value(&segment, first.clone()..=first)
-    };
+    let db = fixture.segment(2).join("db");
+    let value = value_of(&fixture, 2, piece::CHUNK, 11, 1);
     let mut log = fs::read(&db).unwrap();
     let places: Vec<_> = memchr::memmem::find_iter(&log, &value[..]).collect();
     assert!(!places.is_empty());
@@ -319,7 +279,7 @@ fn pieces_inside_of_a_dead_letter_are_not_believed() {
     let fixture = Fixture::new();
     let queue = fixture.open();
     let far = codec::Totals { sequence: 1 << 40, events: 7, bytes: 7 };
-    let inside = rolling::mark(&codec::Marks { acknowledged: far, settled: far }, 1 << 40).1;
+    let inside = piece::mark(&codec::Marks { acknowledged: far, settled: far, ..Default::default() }, 1 << 40, 1).1;
     let bytes = inside.repeat(40_000 / inside.len());
     let mut random = Random(77);
     for number in 0..2000_u64 {
@@ -330,7 +290,7 @@ fn pieces_inside_of_a_dead_letter_are_not_believed() {
         queue.append(Batch { rejections, cursors, ..batch(number..number + 1) }).unwrap();
         if number % 40 == 39 {
             let raw = fixture.raw(1);
-            assert!(raw.last_batch() < 1 << 40, "after {number} appends it is believed");
+            assert!(raw.last_batch < 1 << 40, "after {number} appends it is believed");
         }
     }
 }
@@ -372,7 +332,7 @@ fn a_look_changes_nothing_whatever_stands_in_the_folder() {
             3 => {
                 // The newest is gone, and one that was being made is there.
                 fs::remove_dir_all(path.join("segment-3")).unwrap();
-                drop(rolling::begin_segment(path, 4).unwrap());
+                drop(Segment::make(path, 4).unwrap());
             }
             _ => {
                 fs::remove_dir_all(path.join("segment-3")).unwrap();
@@ -409,7 +369,7 @@ fn parts_that_a_dead_letter_has_left_are_removed() {
     queue.close().unwrap();
     let (lock, opened) = opening::open(&config.path).unwrap();
     drop(lock);
-    assert_eq!((opened.letters.count, opened.letters.bytes), (0, 0));
+    assert_eq!((opened.marks.letters.count, opened.marks.letters.bytes), (0, 0));
 }
 
 #[test]

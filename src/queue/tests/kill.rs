@@ -244,17 +244,9 @@ fn nothing_acknowledged_is_lost_when_it_dies_at_a_fault_point() {
     let count = u32::try_from(points.len()).unwrap();
     let each = rounds(count).div_ceil(count);
     for point in &points {
-        let mut folder = TempDir::new().unwrap();
+        let folder = TempDir::new().unwrap();
         let mut said = Said::default();
-        if **point == "open-segment-opened" {
-            // Never at the very first opening.
-            Queue::open(&config(folder.path())).unwrap().0.close().unwrap();
-        }
         for round in 0..each {
-            if **point == "open-segment-created" {
-                // Only at the very first opening.
-                (folder, said) = (TempDir::new().unwrap(), Said::default());
-            }
             let pass = if round == 0 || is_passed_once(point) { 1 } else { random.below(12) + 1 };
             let fault = format!("{point}:{pass}");
             let died = run(folder.path(), random.below(u64::MAX) | 1, Some(&fault), Duration::from_secs(60), &mut said);
@@ -275,17 +267,17 @@ fn nothing_acknowledged_is_lost_when_it_dies_at_a_fault_point() {
 #[test]
 #[cfg(debug_assertions)]
 fn a_damaged_queue_is_salvaged_though_the_process_dies_on_the_way() {
-    for point in faults::POINTS.iter().filter(|point| point.starts_with("damage-")) {
+    for point in ["damage-noted", "damage-moved", "segment-copied", "segment-committed", "open-segment-created"] {
         let folder = TempDir::new().unwrap();
         let config = config(folder.path());
         let (queue, _) = Queue::open(&config).unwrap();
         queue.append(Batch { rejections: vec![rejection(b"?")], ..batch(0..300) }).unwrap();
         queue.close().unwrap();
-        std::fs::write(config.path.join("segment-1/conf"), b"segment_size: banana\n").unwrap();
+        std::fs::write(config.path.join("DAMAGED"), "1 a test says so\n").unwrap();
         let died = run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default());
         assert!(died, "{point} was never reached");
         // A second time, so that what the first one left is in the way.
-        if *point == "damage-noted" {
+        if point == "damage-noted" {
             assert!(run(folder.path(), 1, Some(point), Duration::from_secs(60), &mut Said::default()));
         }
         let (queue, repairs) = Queue::open(&config).unwrap();
@@ -298,7 +290,7 @@ fn a_damaged_queue_is_salvaged_though_the_process_dies_on_the_way() {
         let mut folders: Vec<_> = names.map(|entry| entry.file_name().into_string().unwrap()).collect();
         folders.sort();
         assert_eq!(folders.len(), 2, "{point}: {folders:?}");
-        assert_eq!(folders, ["damaged-1", "segment-2"], "{point}");
+        assert!(folders[0] == "damaged-1" && folders[1].starts_with("segment-"), "{point}: {folders:?}");
     }
 }
 
@@ -307,10 +299,7 @@ fn a_damaged_queue_is_salvaged_though_the_process_dies_on_the_way() {
 fn what_is_missing_is_said_though_the_process_dies_on_the_way() {
     let mut silent = Vec::new();
     for is_older in [false, true] {
-        for point in ["damage-noted", "damage-moved", "damage-replaced", "open-recovered"] {
-            if is_older && point == "damage-replaced" {
-                continue;
-            }
+        for point in ["damage-noted", "damage-moved", "segment-copied", "open-segment-created", "open-recovered"] {
             let folder = TempDir::new().unwrap();
             let config = config(folder.path());
             let (queue, _) = Queue::open(&config).unwrap();
