@@ -371,6 +371,10 @@ struct VerifyArguments {
     /// Send again what is missing: through the running watcher, else into the queue itself
     #[arg(long)]
     repair: bool,
+
+    /// Take rows that are gone for deleted on purpose: they count as removed from then on, and are not sent again
+    #[arg(long, conflicts_with = "repair")]
+    accept_missing: bool,
     /// Leave out what happened before: 2026-01-02T03:04:05Z, or 90d for the last 90 days
     #[arg(long, value_name = "TS|DAYSd", value_parser = verify::since)]
     since: Option<Timestamp>,

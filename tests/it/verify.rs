@@ -262,6 +262,27 @@ fn what_was_removed_on_purpose_is_neither_missing_nor_sent_again() {
 }
 
 #[test]
+fn rows_that_were_deleted_on_purpose_are_accepted_and_never_sent_again() {
+    let (stage, _) = delivered();
+    stage.database().query("DELETE FROM events WHERE payload->>'text' LIKE 'turn 1%'");
+    assert_eq!(verify(&stage, &[]).0, 1);
+    let (code, report) = verify(&stage, &["--accept-missing"]);
+    let accepted = expected(&[("on_disk", 10), ("in_postgres", 5), ("removed", 5)]);
+    assert_eq!((code, turns(&report)), (0, accepted.clone()), "{report}");
+    for arguments in [&[][..], &["--repair"]] {
+        let (code, report) = verify(&stage, arguments);
+        assert_eq!((code, turns(&report)), (0, accepted.clone()), "{report}");
+    }
+    stage.run_until_idle();
+    assert_eq!(stage.database().count(), 7);
+    // Where the receipt is gone as well nothing can say so.
+    stage.database().query("DELETE FROM event_receipts");
+    let (code, report) = verify(&stage, &["--accept-missing"]);
+    assert_eq!((code, report["turns"]["missing"].as_u64()), (1, Some(5)), "{report}");
+    assert_eq!(stage.run(&["verify", "--repair", "--accept-missing"]).code(), 64);
+}
+
+#[test]
 fn what_waits_and_what_was_set_aside_is_counted_where_it_is_with_and_without_a_watcher() {
     let stage = Stage::new();
     stage.refuse_curses();

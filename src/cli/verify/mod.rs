@@ -66,6 +66,9 @@ async fn run(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Fai
                 false => None,
             };
             failure = repair::revisit(&mut inventory, sender).await;
+            if arguments.accept_missing {
+                failure = repair::accept(&mut inventory, &auditor).await.err();
+            }
         }
         Ok(_) => {}
         Err(Unasked::Waiting(failure)) => return Err(failure),

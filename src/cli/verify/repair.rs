@@ -1,4 +1,5 @@
-//! A last look on disk at what is missing, and `--repair`: what still stands there is sent again.
+//! A last look on disk at what is missing, and `--repair`: what still stands there is sent again. Or `--accept-missing`: it was removed
+//! on purpose.
 //!
 //! A receipt that leads to no row of its event would refuse the event a second time, so it is removed first, on condition
 //! that it is still as it was found. Whatever ends us between the two, the event is missing as before, and the next
@@ -14,7 +15,7 @@ use crate::intake::resend::{BYTES_MAX, EVENTS_MAX, Resent};
 use crate::intake::schema::Schemas;
 use crate::intake::transcripts::census::{Buffer, NoTurns, Sighting};
 use crate::queue::{Queue, QueueConfig};
-use crate::sink::postgres::{Auditor, Receipt, StaleReceipt};
+use crate::sink::postgres::{ASKED_MAX, Auditor, Receipt, StaleReceipt};
 use crate::telemetry::Metrics;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -102,6 +103,36 @@ pub async fn revisit(inventory: &mut Inventory, mut sender: Option<Sender<'_>>) 
         }
     }
     failure
+}
+
+/// Takes rows that are gone for removed on purpose. Where the receipt is gone, too, nothing can say so.
+pub async fn accept(inventory: &mut Inventory, auditor: &Auditor) -> Result<(), Failure> {
+    let mut ids: Vec<Uuid> = inventory.occurrences.iter().filter(|one| one.is_missing()).map(|one| one.id).collect();
+    ids.dedup();
+    for ids in ids.chunks(ASKED_MAX) {
+        let receipts = auditor.find(ids).await.map_err(unaccepted)?;
+        let gone: Vec<(Uuid, i64)> = receipts
+            .into_iter()
+            .filter_map(|(id, receipt)| match receipt {
+                Receipt::WithoutRow { row_id } | Receipt::Row { row_id, .. } => Some((id, row_id)),
+                Receipt::Removed => None,
+            })
+            .collect();
+        for id in auditor.accept_removed(&gone).await.map_err(unaccepted)? {
+            set(inventory.group(id), Standing::Removed);
+        }
+    }
+    Ok(())
+}
+
+fn unaccepted(error: crate::sink::DeliverError) -> Failure {
+    match error.sqlstate.as_deref() {
+        Some("42501") => Failure::new(
+            Exit::Configuration,
+            format!("could not note what was removed: {}; GRANT UPDATE ON event_receipts to this user", error.message),
+        ),
+        _ => Failure::new(Exit::Unavailable, format!("could not note what was removed: {error}; repeat it")),
+    }
 }
 
 /// Reads these files on a thread of their own, from which each missing event comes when its turn is.

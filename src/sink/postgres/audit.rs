@@ -1,5 +1,5 @@
 //! Asks Postgres what it holds, for `verify`: needs no right but SELECT, changes nothing and makes no tables. Only
-//! [`Auditor::forget_stale`] writes, for `--repair`.
+//! [`Auditor::forget_stale`] writes, for `--repair`, and [`Auditor::accept_removed`], for `--accept-missing`.
 //!
 //! On a connection of its own, one statement after the other, each short: what does not answer within
 //! `statement_timeout` is asked again in smaller pieces.
@@ -61,6 +61,7 @@ pub struct Auditor {
     find_sql: String,
     rows_sql: String,
     forget_sql: String,
+    accept_sql: String,
 }
 
 impl Auditor {
@@ -89,6 +90,11 @@ impl Auditor {
                 "SELECT id::bigint, event_type::text,
                         CASE WHEN event_type IN ('turn_detected', 'session_registered') THEN {IDENTITY} END
                    FROM {events} WHERE id > $1 ORDER BY id LIMIT {ROWS_MAX}"
+            ),
+            accept_sql: format!(
+                "WITH accepted AS (UPDATE {receipts} AS r SET row_id = {REMOVED} FROM unnest($1, $2) AS gone (event_id, row_id)
+                                   WHERE r.event_id = gone.event_id AND r.row_id = gone.row_id RETURNING r.event_id)
+                 SELECT event_id FROM accepted"
             ),
             forget_sql: format!(
                 "DELETE FROM {receipts} AS r USING unnest($1, $2, $3, $4) AS stale (event_id, row_id, event_type, identity)
@@ -141,6 +147,14 @@ impl Auditor {
         let sql = format!("WITH gone AS ({} RETURNING 1) SELECT count(*) FROM gone", self.forget_sql);
         let rows = self.query(&sql, &parameters).await?;
         Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0).unsigned_abs()))
+    }
+
+    /// Notes of receipts that lead to no row of their event that the row was removed on purpose, each on condition that it still leads
+    /// there. Gives the events.
+    pub async fn accept_removed(&self, gone: &[(Uuid, i64)]) -> Result<Vec<Uuid>, DeliverError> {
+        let (ids, rows): (Vec<Uuid>, Vec<i64>) = gone.iter().copied().unzip();
+        let rows = self.query(&self.accept_sql, &[(&ids, Type::UUID_ARRAY), (&rows, Type::INT8_ARRAY)]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
     async fn query(&self, sql: &str, parameters: &[(&(dyn ToSql + Sync), Type)]) -> Result<Vec<Row>, DeliverError> {
