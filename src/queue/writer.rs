@@ -243,7 +243,7 @@ impl Writer {
             self.shared.state().room_wanted = Some(max.saturating_sub(event_bytes));
             return Ok(Err(QueueError::Full { pending_bytes, max }));
         }
-        if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX {
+        if self.stage.bytes() + batch.bytes() > STAGE_BYTES_MAX && !self.stage.is_empty() {
             // What was staged before is committed by itself; what comes now may take several parts.
             self.commit()?;
         }
@@ -314,7 +314,9 @@ impl Writer {
             events += 1;
             if let Outcome::Refused { failure, attempts } = outcome {
                 // In one batch with the mark behind it.
-                self.commit()?;
+                if !self.stage.is_empty() {
+                    self.commit()?;
+                }
                 self.raise_settled(through, events)?;
                 events = 0;
                 self.bury(through, &failure, attempts)?;

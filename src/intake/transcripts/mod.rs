@@ -71,7 +71,7 @@ const BATCH_SESSIONS_MAX: usize = 256;
 
 /// Of batches that are gathered while one is not durable yet: cursors, and bytes of payloads.
 const BATCH_CURSORS_MAX: usize = 256;
-const BATCH_BYTES: usize = 256 << 10;
+const BATCH_BYTES: usize = 64 << 10;
 
 /// Files that are taken up or woken before others are put to rest.
 const FILES_AT_ONCE_MAX: usize = 512;
