@@ -115,6 +115,7 @@ fn processor_time(thread: u64) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(target_os = "linux")]
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
