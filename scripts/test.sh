@@ -30,8 +30,9 @@ unset DATABASE_URL NOTIFY_SOCKET RUST_LOG ${!PG@} ${!HEADSPACE_@} ${!CLAUDE@}
 [ -z "$seed" ] || export HEADSPACE_TEST_SEED=$seed
 
 if [ "${1-}" = --postgres ]; then
-  [ -x "${2-}/initdb" ] && [ -x "${2-}/pg_ctl" ] && "${2-}/postgres" -V >/dev/null 2>&1 ||
+  if ! [ -x "${2-}/initdb" ] || ! [ -x "${2-}/pg_ctl" ] || ! "${2-}/postgres" -V >/dev/null 2>&1; then
     die 64 "no initdb, pg_ctl and postgres that runs in \"${2-}\""
+  fi
   # What is in PATH is taken first.
   PATH=$(cd "$2" && pwd -P):$PATH
   export PATH
