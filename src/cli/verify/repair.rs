@@ -15,7 +15,7 @@ use crate::intake::resend::{BYTES_MAX, EVENTS_MAX, Resent};
 use crate::intake::schema::Schemas;
 use crate::intake::transcripts::census::{Buffer, NoTurns, Sighting};
 use crate::queue::{Queue, QueueConfig};
-use crate::sink::postgres::{ASKED_MAX, Auditor, Receipt, StaleReceipt};
+use crate::sink::postgres::{ASKED_MAX, Auditor, StaleReceipt};
 use crate::telemetry::Metrics;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -111,13 +111,8 @@ pub async fn accept(inventory: &mut Inventory, auditor: &Auditor) -> Result<(), 
     ids.dedup();
     for ids in ids.chunks(ASKED_MAX) {
         let receipts = auditor.find(ids).await.map_err(unaccepted)?;
-        let gone: Vec<(Uuid, i64)> = receipts
-            .into_iter()
-            .filter_map(|(id, receipt)| match receipt {
-                Receipt::WithoutRow { row_id } | Receipt::Row { row_id, .. } => Some((id, row_id)),
-                Receipt::Removed => None,
-            })
-            .collect();
+        let gone: Vec<(Uuid, i64)> =
+            receipts.iter().filter_map(|(id, receipt)| Some((*id, receipt.row_id()?))).collect();
         for id in auditor.accept_removed(&gone).await.map_err(unaccepted)? {
             set(inventory.group(id), Standing::Removed);
         }
@@ -215,10 +210,7 @@ impl<'a> Sender<'a> {
         let stale: Vec<StaleReceipt> = batch
             .iter()
             .filter_map(|candidate| {
-                let row_id = match receipts.get(&candidate.id.0)? {
-                    Receipt::WithoutRow { row_id } | Receipt::Row { row_id, .. } => *row_id,
-                    Receipt::Removed => return None,
-                };
+                let row_id = receipts.get(&candidate.id.0)?.row_id()?;
                 let identity = match candidate.event_type.as_str() {
                     "session_registered" => candidate.payload.get("session_uuid"),
                     _ => candidate.payload.get("turn_uuid"),

@@ -37,6 +37,16 @@ pub enum Receipt {
     Row { row_id: i64, row: AuditedRow },
 }
 
+impl Receipt {
+    /// The row that it leads to, or led to; `None` where that was removed on purpose.
+    pub fn row_id(&self) -> Option<i64> {
+        match self {
+            Receipt::Removed => None,
+            Receipt::WithoutRow { row_id } | Receipt::Row { row_id, .. } => Some(*row_id),
+        }
+    }
+}
+
 /// What a row says of its own identity.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AuditedRow {
