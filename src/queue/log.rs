@@ -240,14 +240,8 @@ impl Source {
 
     /// The whole record of an event.
     pub fn record(&self, number: u64, entry: &Entry<'_>) -> Result<Vec<u8>, StoreError> {
+        let record = piece::record(entry, |visit| self.each(piece::CHUNK, number..=number, visit))?;
         let length = entry.record_bytes as usize;
-        let mut record = entry.part.to_vec();
-        if record.len() < length {
-            self.each(piece::CHUNK, number..=number, |chunk| {
-                record.extend_from_slice(chunk.content);
-                record.len() < length
-            })?;
-        }
         if record.len() == length {
             Ok(record)
         } else {

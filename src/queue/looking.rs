@@ -45,13 +45,11 @@ pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
     if let Some(cause) = opening::damage_of(&remains, highest) {
         return Err(damaged(cause));
     }
-    let Some((mut marks, _)) = remains.marks().filter(|_| !newest.is_damaged && newest.number >= highest.segment)
-    else {
+    let Some((marks, _)) = remains.marks().filter(|_| !newest.is_damaged && newest.number >= highest.segment) else {
         return Err(damaged("its newest segment can't be read".into()));
     };
     let older = Older::all(path, &names, newest).into_iter();
     let older = older.filter(|one| one.is_needed(marks.settled.sequence)).collect();
-    marks.letters = remains.letters().map_err(|error| error.of_queue(path))?;
     Ok((Log::new(path, Source::Raw(Arc::new(remains)), older), marks))
 }
 

@@ -91,15 +91,19 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
     {
         files::note_damaged(path, last.name.number, &cause)?;
     }
-    for (number, cause) in files::damaged(path) {
+    for (number, _) in files::damaged(path) {
         if let Some(name) = names.iter_mut().find(|name| name.number == number && !name.is_damaged) {
-            files::note_damaged(path, name.number, &cause)?;
             faults::reach("damage-noted");
             files::set_aside(path, name)?;
             faults::reach("damage-moved");
         }
     }
-    let (mut marks, batch) = state(path, &names, last.as_ref(), highest.written)?;
+    let is_damaged = names.last().is_some_and(|name| name.is_damaged);
+    let batch = last.as_ref().map_or(0, |last| last.last_batch).max(highest.written.batch);
+    let mut marks = match last.as_ref().and_then(Remains::marks) {
+        Some((marks, _)) if !is_damaged => marks,
+        _ => marks_of_all(path, &names, last.as_ref(), highest.written)?,
+    };
     if let Some(oldest) = names.first().filter(|oldest| oldest.first > marks.settled.sequence + 1) {
         let number = oldest.number.saturating_sub(1);
         names.insert(0, gone(path, number, marks.settled.sequence + 1)?);
@@ -112,12 +116,13 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
     if let Some(last) = last {
         // What was written last may be in the system's memory only: nothing leaves before it is on disk.
         last.sync()?;
-        let letters = last.letters()?;
-        let lost = marks.letters.count.saturating_sub(letters.count);
-        if let Some(Repair::SegmentSetAside { missing, .. }) = repairs.last_mut().filter(|_| lost > 0) {
-            *missing += lost;
+        if is_damaged {
+            let letters = last.letters()?;
+            if let Some(Repair::SegmentSetAside { missing, .. }) = repairs.last_mut() {
+                *missing += marks.letters.count.saturating_sub(letters.count);
+            }
+            marks.letters = letters;
         }
-        marks.letters = letters;
         let last = Source::Raw(Arc::new(last));
         let mut carrying =
             Carrying::of(if repairs.is_empty() { &[piece::CURSOR, piece::LETTER] } else { &[piece::LETTER] });
@@ -191,19 +196,17 @@ pub fn damage_of(last: &Remains, highest: Highest) -> Option<String> {
     None
 }
 
-/// What the queue was like: the marks, and the last batch.
-fn state(path: &Path, names: &[Name], last: Option<&Remains>, highest: Highest) -> Result<(Marks, u64), StoreError> {
-    let batch = last.map_or(0, |last| last.last_batch).max(highest.batch);
-    if let Some((marks, _)) = last.filter(|last| damage_of(last, highest).is_none()).and_then(Remains::marks)
-        && !names.last().is_some_and(|name| name.is_damaged)
-    {
-        return Ok((marks, batch));
-    }
+/// What the queue was like, as far as all segments tell: the one that was written last can't be trusted, or there is none.
+fn marks_of_all(path: &Path, names: &[Name], last: Option<&Remains>, highest: Highest) -> Result<Marks, StoreError> {
     let (mut latest, mut known, mut first) = (None, Vec::new(), Totals::default());
     for name in names.iter().rev() {
+        let before;
         let remains = match last.filter(|last| last.name.number == name.number) {
-            Some(_) => Remains::of_newest(path, *name, highest)?,
-            None => Remains::of(path, *name)?,
+            Some(last) => last,
+            None => {
+                before = Remains::of(path, *name)?;
+                &before
+            }
         };
         // That of an older one says less than is settled by now: some is delivered once more, and refused by its receipts.
         latest = latest.or(remains.marks().map(|(marks, _)| marks));
@@ -218,7 +221,7 @@ fn state(path: &Path, names: &[Name], last: Option<&Remains>, highest: Highest) 
     let sequence = names.first().map_or(0, |oldest| oldest.first - 1);
     let settled = latest.map_or(Totals { sequence, ..first }, |marks| marks.settled);
     let letters = latest.map(|marks| marks.letters).unwrap_or_default();
-    Ok((Marks { acknowledged, settled, letters }, batch))
+    Ok(Marks { acknowledged, settled, letters })
 }
 
 /// What is missing of the segments that were noted, and of those of which more is missing than was told.

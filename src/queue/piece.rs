@@ -160,6 +160,22 @@ impl Live {
     }
 }
 
+/// The record of an entry, of which `each_chunk` gives the further chunks; shorter where some are missing.
+pub fn record<E>(
+    entry: &Entry<'_>,
+    each_chunk: impl FnOnce(&mut dyn FnMut(&Piece<'_>) -> bool) -> Result<(), E>,
+) -> Result<Vec<u8>, E> {
+    let length = entry.record_bytes as usize;
+    let mut record = entry.part.to_vec();
+    if record.len() < length {
+        each_chunk(&mut |chunk| {
+            record.extend_from_slice(chunk.content);
+            record.len() < length
+        })?;
+    }
+    Ok(record)
+}
+
 /// A block, taken apart. One without entries stands for nothing.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Block<'a> {

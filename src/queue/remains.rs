@@ -103,13 +103,7 @@ impl Remains {
         let mut broken = BTreeSet::new();
         self.each_block(|block| {
             for (number, entry) in block.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
-                let mut record = entry.part.to_vec();
-                self.each(piece::CHUNK, number..=number, |chunk| {
-                    if record.len() < entry.record_bytes as usize {
-                        record.extend_from_slice(chunk.content);
-                    }
-                    true
-                })?;
+                let record = piece::record(entry, |visit| self.each(piece::CHUNK, number..=number, visit))?;
                 if codec::decode_event(&record).is_err() {
                     broken.insert(number);
                 }

@@ -86,7 +86,8 @@ impl Shared {
             missing: state.missing,
             disk_bytes: state.disk_bytes,
             full: pending > 0
-                && pending_bytes >= state.room_wanted.unwrap_or(u64::MAX).saturating_add(1).min(self.max_pending_bytes),
+                && (pending_bytes >= self.max_pending_bytes
+                    || state.room_wanted.is_some_and(|wanted| pending_bytes > wanted)),
             last_sequence: Sequence::new(state.acknowledged.sequence),
         }
     }

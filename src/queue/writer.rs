@@ -356,7 +356,7 @@ impl Writer {
             Ok(ControlFlow::Break(()))
         })?;
         // After damage its letter may be there though it waits.
-        self.unbury(sequence)?;
+        self.uncount_letter(sequence)?;
         let letter = codec::encode_refused(failure, Timestamp::now(), attempts, &record);
         self.put_letter(sequence, &letter.map_err(|error| self.unencodable(&error))?)
     }
@@ -392,13 +392,21 @@ impl Writer {
 
     /// Stages the removal of a dead letter; `false` where there is none.
     fn unbury(&mut self, sequence: u64) -> Result<bool, StoreError> {
+        let is_there = self.uncount_letter(sequence)?;
+        if is_there {
+            pieces(piece::LETTER, sequence, 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
+        }
+        Ok(is_there)
+    }
+
+    /// Takes a dead letter that is removed or replaced out of the count; `false` where there is none.
+    fn uncount_letter(&mut self, sequence: u64) -> Result<bool, StoreError> {
         let (mut live, mut bytes) = (Live::default(), 0);
         self.newest.each(piece::keys(piece::LETTER, sequence..=sequence), |piece| {
             bytes += if live.passes(piece) { piece.content.len() as u64 } else { 0 };
             true
         })?;
         if bytes > 0 {
-            pieces(piece::LETTER, sequence, 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
             self.marks.letters.count = self.marks.letters.count.saturating_sub(1);
             self.marks.letters.bytes = self.marks.letters.bytes.saturating_sub(bytes);
         }
@@ -415,20 +423,20 @@ impl Writer {
         if self.rolling.is_none() && !is_asked && !self.is_worth_rolling() {
             return Ok(());
         }
-        match self.next_segment(is_asked) {
+        match self.carry_over(is_asked) {
             // What is wrong with the newest is no matter of the next.
             Err(error @ StoreError::Damaged { segment, .. }) if segment == self.newest.name.number => Err(error),
             Err(error) => {
                 self.keep_segment(&error);
                 Ok(())
             }
-            Ok(None) => Ok(()),
-            Ok(Some(segment)) => self.switch(segment),
+            Ok(false) => Ok(()),
+            Ok(true) => self.switch(),
         }
     }
 
-    /// Goes on making the next segment; gives it when all is carried over.
-    fn next_segment(&mut self, is_asked: bool) -> Result<Option<Segment>, StoreError> {
+    /// Goes on making the next segment; says whether all is carried over.
+    fn carry_over(&mut self, is_asked: bool) -> Result<bool, StoreError> {
         if self.rolling.is_none() {
             let segment = Segment::make(&self.shared.path, self.newest.name.number + 1)?;
             #[cfg(test)]
@@ -441,15 +449,16 @@ impl Writer {
                 break;
             }
             if !is_asked {
-                return Ok(None);
+                return Ok(false);
             }
         }
-        Ok(self.rolling.take().map(|(segment, _)| segment))
+        Ok(self.rolling.is_some())
     }
 
-    /// Makes a segment to which all was carried over the newest.
-    fn switch(&mut self, mut segment: Segment) -> Result<(), StoreError> {
+    /// Makes the segment to which all was carried over the newest.
+    fn switch(&mut self) -> Result<(), StoreError> {
         self.commit()?;
+        let Some((mut segment, _)) = self.rolling.take() else { return Ok(()) };
         if let Err(error) = rolling::finish_segment(&mut segment, &self.marks, self.batch) {
             self.keep_segment(&error);
             return Ok(());
