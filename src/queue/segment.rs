@@ -205,7 +205,7 @@ impl Segment {
 
     /// Makes all that was applied durable against power loss. Costs nothing when there is nothing to do.
     pub fn sync(&self) -> Result<(), StoreError> {
-        if !self.is_unsynced() {
+        if !self.unsynced.load(Ordering::Acquire) {
             return Ok(());
         }
         faults::reach("sync-before-flush");
@@ -238,10 +238,6 @@ impl Segment {
     #[cfg(test)]
     pub fn write_out(&self) -> Result<usize, StoreError> {
         self.guarded(|db| db.flush())
-    }
-
-    pub fn is_unsynced(&self) -> bool {
-        self.unsynced.load(Ordering::Acquire)
     }
 
     /// Makes the folder itself durable: what sled created in it, and its name.

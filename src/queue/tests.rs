@@ -157,14 +157,49 @@ fn sequence(number: u64) -> Sequence {
 }
 
 fn everything(queue: &Queue) -> Vec<Envelope> {
+    read_all(queue).unwrap()
+}
+
+/// All that waits, page by page.
+fn read_all(queue: &Queue) -> Result<Vec<Envelope>, QueueError> {
     let mut all: Vec<Envelope> = Vec::new();
     loop {
-        let page = queue.page(all.last().map(|envelope| envelope.sequence), 1000).unwrap();
+        let page = queue.page(all.last().map(|envelope| envelope.sequence), 1000)?;
+        if page.is_empty() {
+            return Ok(all);
+        }
+        all.extend(page);
+    }
+}
+
+/// All dead letters, page by page.
+fn all_letters(queue: &Queue) -> Vec<DeadLetter> {
+    let mut all: Vec<DeadLetter> = Vec::new();
+    loop {
+        let page = queue.dead_letters(all.last().map(|letter| letter.sequence), 1000).unwrap();
         if page.is_empty() {
             return all;
         }
         all.extend(page);
     }
+}
+
+/// Which of the events of [`event`] it is.
+fn number_of(event: &Event) -> u64 {
+    match event.origin() {
+        Origin::Transcript { offset, .. } => *offset,
+        other => panic!("not an event of these tests: {other:?}"),
+    }
+}
+
+/// A copy of the queue's folder as it is now: what a kill leaves.
+fn copy_to(from: &Path, to: &Path) {
+    let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status();
+    assert!(copied.unwrap().success());
+}
+
+fn zero(file: &Path) {
+    std::fs::write(file, vec![0; usize::try_from(std::fs::metadata(file).unwrap().len()).unwrap()]).unwrap();
 }
 
 fn delivered(numbers: impl IntoIterator<Item = u64>) -> Vec<(Sequence, Outcome)> {

@@ -16,13 +16,8 @@ fn aside(fixture: &Fixture) -> usize {
 /// Of the queue as it is on disk at this moment: what a kill leaves.
 fn killed(fixture: &Fixture) -> QueueConfig {
     let path = fixture.folder.path().join("copy");
-    let copied = std::process::Command::new("cp").arg("-a").arg(&fixture.config.path).arg(&path).status();
-    assert!(copied.unwrap().success());
+    copy_to(&fixture.config.path, &path);
     QueueConfig { path, ..fixture.config.clone() }
-}
-
-fn fill_with_zeros(file: &std::path::Path) {
-    fs::write(file, vec![0; usize::try_from(fs::metadata(file).unwrap().len()).unwrap()]).unwrap();
 }
 
 /// Blocks the writer in a sync: the n-th after it was armed.
@@ -59,7 +54,7 @@ fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     begun.sync().unwrap();
     drop(begun);
     // A power cut: nothing of it was synced but its length.
-    fill_with_zeros(&fixture.segment(2).join("conf"));
+    zero(&fixture.segment(2).join("conf"));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(queue.stats().dead_letters, 1, "the dead letter");
     assert_eq!(everything(&queue).len(), 5);
@@ -147,7 +142,7 @@ fn a_new_segment_that_comes_back_empty_is_missed() {
     queue.roll().unwrap();
     // The process is killed: nothing is closed.
     let config = killed(&fixture);
-    fill_with_zeros(&config.path.join("segment-2/db"));
+    zero(&config.path.join("segment-2/db"));
     let (queue, repairs) = Queue::open(&config).unwrap();
     assert!(matches!(&repairs[..], [Repair::SegmentSetAside { .. }]), "{repairs:?}");
     assert!(queue.append(batch(10..11)).unwrap().sequences[0].get() > 10);
@@ -161,7 +156,7 @@ fn what_was_missing_is_said_once() {
     queue.roll().unwrap();
     queue.close().unwrap();
     assert_eq!(fixture.segments(), [1, 2]);
-    fill_with_zeros(&fixture.config.path.join("segment-1/db"));
+    zero(&fixture.config.path.join("segment-1/db"));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(repairs.iter().map(Repair::missing).sum::<u64>(), 300);
     // The transcripts are read again; the database can't be reached, so nothing is settled.

@@ -53,29 +53,15 @@ fn in_three_segments(fixture: &Fixture) -> u64 {
     number
 }
 
-fn number_of(envelope: &Envelope) -> u64 {
-    match envelope.event.origin() {
-        Origin::Transcript { offset, .. } => *offset,
-        other => panic!("{other:?}"),
-    }
-}
-
 /// What sled does not notice shows when it is read: then the process ends, and is started again.
-fn opened_until_readable(fixture: &Fixture, context: &str) -> (Queue, Vec<Repair>) {
+pub(super) fn opened_until_readable(fixture: &Fixture, context: &str) -> (Queue, Vec<Repair>) {
     let mut repairs = Vec::new();
     for _ in 0..5 {
         let (queue, found) = Queue::open(&fixture.config).unwrap();
         repairs.extend(found);
-        let mut after = None;
-        loop {
-            match queue.page(after, 1000) {
-                Ok(page) if page.is_empty() => return (queue, repairs),
-                Ok(page) => after = page.last().map(|envelope| envelope.sequence),
-                Err(error) => {
-                    assert!(matches!(error, QueueError::Damaged { .. }), "{context}: {error}");
-                    break;
-                }
-            }
+        match read_all(&queue) {
+            Ok(_) => return (queue, repairs),
+            Err(error) => assert!(matches!(error, QueueError::Damaged { .. }), "{context}: {error}"),
         }
     }
     panic!("{context}: it never becomes readable: {repairs:?}");
@@ -85,10 +71,10 @@ fn opened_until_readable(fixture: &Fixture, context: &str) -> (Queue, Vec<Repair
 fn opened_after_damage(fixture: &Fixture, count: u64, context: &str) -> u64 {
     let (queue, repairs) = opened_until_readable(fixture, context);
     let all = everything(&queue);
-    let found: Vec<u64> = all.iter().map(number_of).collect();
+    let found: Vec<u64> = all.iter().map(|envelope| number_of(&envelope.event)).collect();
     assert!(found.is_sorted_by(|one, other| one < other), "{context}: out of order, or doubled");
     for envelope in &all {
-        let number = number_of(envelope);
+        let number = number_of(&envelope.event);
         assert_eq!(envelope.sequence, sequence(number + 1), "{context}");
         let size = if number % 50 == 3 { 30_000 } else { 900 };
         assert!(envelope.event == event(number, size), "{context}: {number} is not what it was");
@@ -216,8 +202,8 @@ fn what_is_damaged_in_a_running_queue_is_noticed_when_it_is_read_and_set_aside_a
         let missing = repairs[0].missing();
         assert!(missing > 0 && (what == "a block" || missing == 1), "{what}: {missing}");
         let all = everything(&queue);
-        assert_eq!(all.last().map(number_of), Some(count - 1));
-        assert_eq!(all.len() as u64, count - number_of(&all[0]) - missing, "{what}");
+        assert_eq!(all.last().map(|envelope| number_of(&envelope.event)), Some(count - 1));
+        assert_eq!(all.len() as u64, count - number_of(&all[0].event) - missing, "{what}");
         assert_eq!(queue.cursors().unwrap(), []);
     }
 }

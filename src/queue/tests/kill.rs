@@ -20,13 +20,6 @@ const FOLDER: &str = "HEADSPACE_TORTURE_FOLDER";
 /// Every number divisible by this is refused, not delivered.
 const REFUSED_EVERY: u64 = 37;
 
-fn number_of(event: &Event) -> u64 {
-    match event.origin() {
-        Origin::Transcript { offset, .. } => *offset,
-        _ => panic!("not an event of this test"),
-    }
-}
-
 fn config(folder: &Path) -> QueueConfig {
     QueueConfig { path: folder.join("queue"), max_pending_bytes: u64::MAX }
 }
@@ -130,15 +123,9 @@ impl Said {
         let pending: BTreeSet<u64> = numbers().collect();
         assert_eq!(pending.len(), all.len(), "doubled");
         let mut dead = BTreeSet::new();
-        let mut after = None;
-        loop {
-            let letters = queue.dead_letters(after, 1000).unwrap();
-            let Some(last) = letters.last() else { break };
-            after = Some(last.sequence);
-            for letter in &letters {
-                let DeadContent::Event { event, .. } = &letter.content else { panic!("{letter:?}") };
-                assert!(dead.insert(number_of(event)), "{} was set aside twice", number_of(event));
-            }
+        for letter in all_letters(&queue) {
+            let DeadContent::Event { event, .. } = &letter.content else { panic!("{letter:?}") };
+            assert!(dead.insert(number_of(event)), "{} was set aside twice", number_of(event));
         }
         for number in 0..taken {
             let waits = pending.contains(&number);

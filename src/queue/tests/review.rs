@@ -3,28 +3,12 @@
 use std::fs;
 use std::sync::Mutex;
 
+use super::damage::opened_until_readable;
 use super::*;
-
-/// A copy of the queue's folder as it is now: what a kill leaves.
-fn copy_to(from: &Path, to: &Path) {
-    let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status();
-    assert!(copied.unwrap().success());
-}
-
-fn number_of(envelope: &Envelope) -> u64 {
-    match envelope.event.origin() {
-        Origin::Transcript { offset, .. } => *offset,
-        other => panic!("{other:?}"),
-    }
-}
 
 fn with_cursor(numbers: std::ops::Range<u64>) -> Batch {
     let cursors = vec![(PathBuf::from("/t/a"), Some(cursor(numbers.end)))];
     Batch { cursors, ..batch(numbers) }
-}
-
-fn zero(file: &Path) {
-    fs::write(file, vec![0; usize::try_from(fs::metadata(file).unwrap().len()).unwrap()]).unwrap();
 }
 
 /// Says that the newest segment can't be trusted, though nothing is wrong with it.
@@ -136,43 +120,12 @@ fn first_that_is_wrong_deletes_nothing() {
             let fixture = Fixture::new();
             three(&fixture);
             fs::write(fixture.segment(number).join("FIRST"), text).unwrap();
-            let (mut found, mut missing) = (std::collections::BTreeSet::new(), 0);
-            let mut outcome = "never readable".to_owned();
-            for _ in 0..6 {
-                let (queue, repairs) = match Queue::open(&fixture.config) {
-                    Ok(opened) => opened,
-                    Err(error) => {
-                        outcome = format!("never opens: {error}");
-                        continue;
-                    }
-                };
-                missing += repairs.iter().map(Repair::missing).sum::<u64>();
-                let mut after = None;
-                let end = loop {
-                    match queue.page(after, 1000) {
-                        Ok(page) if page.is_empty() => break Ok(()),
-                        Ok(page) => {
-                            after = page.last().map(|envelope| envelope.sequence);
-                            found.extend(page.iter().map(number_of));
-                        }
-                        Err(error) => break Err(error),
-                    }
-                };
-                if end.is_ok() {
-                    outcome = "readable".into();
-                    break;
-                }
-            }
-            let folders: Vec<_> = files::segments(&fixture.config.path)
-                .unwrap()
-                .iter()
-                .map(|name| (name.folder(&fixture.config.path).file_name().unwrap().to_owned(), name.first))
-                .collect();
-            let ok = found.len() == 800;
-            println!("segment {number} FIRST {text:?}: {outcome}, found {} missing {missing} {folders:?}", found.len());
-            let lost = 800 - found.len() as u64;
-            if !ok || outcome != "readable" || missing < lost {
-                wrong.push((number, text, found.len(), missing));
+            let context = format!("segment {number}, FIRST {text:?}");
+            let (queue, repairs) = opened_until_readable(&fixture, &context);
+            let missing: u64 = repairs.iter().map(Repair::missing).sum();
+            let found = everything(&queue).len() as u64;
+            if found != 800 || missing < 800 - found {
+                wrong.push((number, text, found, missing));
             }
         }
     }
@@ -453,24 +406,16 @@ fn what_is_missing_is_a_dead_letter_however_many_there_are() {
 type Seen = (Vec<(u64, u64)>, Vec<(u64, Option<u64>)>, Vec<(PathBuf, u64)>, QueueStats);
 
 fn seen(queue: &Queue) -> Seen {
-    let events = everything(queue).iter().map(|envelope| (envelope.sequence.get(), number_of(envelope))).collect();
-    let mut letters = Vec::new();
-    let mut after = None;
-    loop {
-        let page = queue.dead_letters(after, 1000).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(last.sequence);
-        letters.extend(page.iter().map(|letter| {
-            let number = match &letter.content {
-                DeadContent::Event { event, .. } => match event.origin() {
-                    Origin::Transcript { offset, .. } => Some(*offset),
-                    _ => None,
-                },
-                DeadContent::Input(_) => None,
-            };
-            (letter.sequence.get(), number)
-        }));
-    }
+    let events =
+        everything(queue).iter().map(|envelope| (envelope.sequence.get(), number_of(&envelope.event))).collect();
+    let letters = all_letters(queue).into_iter().map(|letter| {
+        let number = match &letter.content {
+            DeadContent::Event { event, .. } => Some(number_of(event)),
+            DeadContent::Input(_) => None,
+        };
+        (letter.sequence.get(), number)
+    });
+    let letters = letters.collect();
     let cursors = queue.cursors().unwrap().into_iter().map(|(path, cursor)| (path, cursor.offset)).collect();
     let stats = QueueStats { disk_bytes: 0, ..queue.stats() };
     (events, letters, cursors, stats)
@@ -725,7 +670,7 @@ fn events_of_a_torn_batch_do_not_hide_that_others_are_lost() {
     destroy(&db, |piece| piece.kind == piece::BLOCK && piece.batch > 6 && piece.number < 100);
     condemn(&config.path);
     let (queue, repairs) = Queue::open(&config).unwrap();
-    let all: Vec<_> = everything(&queue).iter().map(number_of).collect();
+    let all: Vec<_> = everything(&queue).iter().map(|envelope| number_of(&envelope.event)).collect();
     let missing: u64 = repairs.iter().map(Repair::missing).sum();
     let lost = (0..310).filter(|number| !all.contains(number)).count() as u64;
     let phantoms = all.iter().filter(|number| **number >= 310).count();
@@ -823,7 +768,7 @@ fn two_damaged_segments_and_a_death_on_the_way() {
             .unwrap();
         let died = !child.status.success();
         let (queue, repairs) = Queue::open(&fixture.config).unwrap();
-        let found: Vec<_> = everything(&queue).iter().map(number_of).collect();
+        let found: Vec<_> = everything(&queue).iter().map(|envelope| number_of(&envelope.event)).collect();
         let lost = (100..900).filter(|number| !found.contains(number)).count() as u64;
         let missing: u64 = repairs.iter().map(Repair::missing).sum();
         let letters = queue.dead_letters(None, 100).unwrap();
@@ -909,34 +854,11 @@ fn damage_upon_damage() {
         let mut story = String::new();
         for _ in 0..4 {
             lives += 1;
-            let mut repairs = Vec::new();
-            let mut opened = None;
-            for _ in 0..6 {
-                match Queue::open(&fixture.config) {
-                    Ok((queue, found)) => {
-                        repairs.extend(found);
-                        let mut after = None;
-                        let end = loop {
-                            match queue.page(after, 1000) {
-                                Ok(page) if page.is_empty() => break true,
-                                Ok(page) => after = page.last().map(|envelope| envelope.sequence),
-                                Err(_) => break false,
-                            }
-                        };
-                        if end {
-                            opened = Some(queue);
-                            break;
-                        }
-                    }
-                    Err(error) => story += &format!(" [open: {error}]"),
-                }
-            }
-            let Some(queue) = opened else {
-                wrong.push(format!("world {world}: never readable:{story} {repairs:?}"));
-                break;
-            };
-            let found: Vec<(u64, u64)> =
-                everything(&queue).iter().map(|envelope| (envelope.sequence.get(), number_of(envelope))).collect();
+            let (queue, repairs) = opened_until_readable(&fixture, &format!("world {world}:{story}"));
+            let found: Vec<(u64, u64)> = everything(&queue)
+                .iter()
+                .map(|envelope| (envelope.sequence.get(), number_of(&envelope.event)))
+                .collect();
             let missing: u64 = repairs.iter().map(Repair::missing).sum();
             let known: std::collections::BTreeSet<u64> = found.iter().map(|one| one.0).collect();
             let lost = waiting.iter().filter(|one| !known.contains(one)).count() as u64;
