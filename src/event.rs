@@ -92,6 +92,14 @@ pub struct ForeignKeys {
     pub turn_id: Option<i32>,
 }
 
+impl ForeignKeys {
+    /// By the names of their columns.
+    pub fn named(&self) -> [(&'static str, Option<i32>); 4] {
+        let ForeignKeys { project_id, agent_id, command_id, turn_id } = *self;
+        [("project_id", project_id), ("agent_id", agent_id), ("command_id", command_id), ("turn_id", turn_id)]
+    }
+}
+
 /// Where an event was seen.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Origin {

@@ -14,7 +14,7 @@ use jsonschema::error::ValidationErrorKind;
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::event::{Candidate, Event, EventParts, EventType, Payload};
+use crate::event::{Candidate, Event, EventParts, EventType, ForeignKeys, Payload};
 use crate::json::without_byte_order_mark;
 use crate::regular_file;
 
@@ -79,15 +79,29 @@ pub enum SchemaError {
 struct Schema {
     event_type: EventType,
     validator: jsonschema::Validator,
+    /// Fields that it requires.
+    required: Vec<String>,
 }
 
 impl Schema {
-    fn check(&self, payload: &Value) -> Result<(), Invalid> {
+    /// A required field that is also a column of the row (`agent_id`) may be given there instead of in the payload.
+    fn check(&self, payload: &Value, columns: &ForeignKeys) -> Result<(), Invalid> {
         // Errors are only made up when there are any.
         if self.validator.is_valid(payload) {
             return Ok(());
         }
-        let (field, problem) = first_problem(&self.validator, payload);
+        let mut whole = payload.clone();
+        for (name, id) in columns.named() {
+            if let (Some(id), Some(fields)) = (id, whole.as_object_mut())
+                && self.required.iter().any(|required| required == name)
+            {
+                fields.entry(name).or_insert_with(|| id.into());
+            }
+        }
+        if self.validator.is_valid(&whole) {
+            return Ok(());
+        }
+        let (field, problem) = first_problem(&self.validator, &whole);
         Err(Invalid::Payload { event_type: self.event_type.clone(), field, problem })
     }
 }
@@ -128,9 +142,9 @@ impl Schemas {
             return Err(Box::new(Refused { invalid: Invalid::UnknownType { nearest }, candidate }));
         };
         let event_type = schema.event_type.clone();
-        let Candidate { payload, .. } = &mut candidate;
+        let Candidate { payload, refs, .. } = &mut candidate;
         let value = Value::Object(std::mem::take(payload));
-        match schema.check(&value).and_then(|()| self.fitting_json(&value, &event_type)) {
+        match schema.check(&value, refs).and_then(|()| self.fitting_json(&value, &event_type)) {
             Ok(json) => {
                 let Candidate { id, timestamp, refs, origin, .. } = candidate;
                 let payload = Payload::from_json(json);
@@ -207,7 +221,9 @@ impl Schemas {
             .should_validate_formats(true)
             .build(&json)
             .map_err(|error| SchemaError::Schema { name: name.to_owned(), problem: error.to_string() })?;
-        self.by_type.insert(name.to_owned(), Schema { event_type: EventType::new(name), validator });
+        let required = json.get("required").and_then(Value::as_array).into_iter().flatten();
+        let required = required.filter_map(Value::as_str).map(str::to_owned).collect();
+        self.by_type.insert(name.to_owned(), Schema { event_type: EventType::new(name), validator, required });
         Ok(())
     }
 }
@@ -252,7 +268,7 @@ fn dotted(pointer: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::{EventId, ForeignKeys, Origin, Timestamp};
+    use crate::event::{EventId, Origin, Timestamp};
     use serde_json::json;
 
     fn schemas() -> Schemas {
@@ -317,6 +333,19 @@ mod tests {
                 assert_eq!(problem(event_type, without), format!("{event_type}: {field}: required field is missing"));
             }
         }
+    }
+
+    #[test]
+    fn a_required_id_may_be_given_as_the_column_instead() {
+        let payload = json!({"command_id": 2, "from_state": "a", "to_state": "b", "trigger": "hook:stop:idle"});
+        let mut transition = candidate("state_transition", payload.clone());
+        transition.refs.agent_id = Some(7);
+        let event = schemas().check(transition).map_err(|refused| refused.invalid).unwrap();
+        assert_eq!(serde_json::from_str::<Value>(event.payload().as_json()).unwrap(), payload);
+        let mut other = candidate("session_ended", json!({"session_uuid": "s"}));
+        other.refs.agent_id = Some(7);
+        let refused = schemas().check(other).err().unwrap();
+        assert_eq!(refused.invalid.to_string(), "session_ended: reason: required field is missing");
     }
 
     #[test]
