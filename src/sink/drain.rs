@@ -14,7 +14,7 @@
 //! Order: a window starts after the last envelope that was sent, and delivery stops at the first failure, also that of
 //! the window under way behind it; so rows are stored in the order of acceptance. Ten events in a row refused for one
 //! cause are not their own fault: the drainer then pauses as for `Operator` instead of emptying the queue into the dead
-//! letters.
+//! letters, and sends these ten first, in their place, until they pass.
 
 use std::collections::HashSet;
 use std::pin::{Pin, pin};
@@ -27,12 +27,12 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::{DeliverError, Delivered, Delivery, Place, Sink, Verdict};
-use crate::event::{Envelope, EventType, Failure, FailureKind, Sequence, Timestamp};
+use crate::event::{DeadContent, Envelope, EventType, Failure, FailureKind, Sequence, Timestamp};
 use crate::queue::{Outcome, Queue, QueueError, Ticket};
 use crate::telemetry::{Database, DatabaseState, Metrics};
 
 /// Refusals in a row for one cause that are put down to the events. The next one pauses the drainer.
-const REFUSALS_IN_A_ROW_MAX: u32 = 10;
+const REFUSALS_IN_A_ROW_MAX: usize = 10;
 
 /// Payload bytes of one window, so that a window of large events does not fill the memory.
 const WINDOW_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -74,8 +74,10 @@ pub struct Drainer<S> {
     undurable: Vec<Done>,
     /// The envelope that was refused last, and how often.
     refused: Option<(Sequence, u32)>,
-    /// Cause of the refusals that led to dead letters, and how many there were in a row.
-    refusals: Option<(String, u32)>,
+    /// Cause of the refusals that led to dead letters, and those that followed one another.
+    refusals: Option<(String, Vec<Sequence>)>,
+    /// So many followed one another that they are sent again.
+    are_refusals_suspect: bool,
     /// Failures in a row that were the moment's.
     passing: u32,
     away: Option<Away>,
@@ -115,6 +117,7 @@ impl<S: Sink> Drainer<S> {
             undurable: Vec::new(),
             refused: None,
             refusals: None,
+            are_refusals_suspect: false,
             passing: 0,
             away: None,
             settlement: None,
@@ -128,6 +131,16 @@ impl<S: Sink> Drainer<S> {
         let mut under_way: FuturesOrdered<Flight> = FuturesOrdered::new();
         while !*stop.borrow_and_update() {
             arrivals.mark_unchanged();
+            if self.are_refusals_suspect
+                && under_way.is_empty()
+                && let Some(pause) = self.send_refused_again(&stop).await?
+            {
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = stopped_for(stop.clone(), Duration::ZERO) => {}
+                }
+                continue;
+            }
             while under_way.len() < WINDOWS_UNDER_WAY
                 && let Some(flight) = self.next_flight(!under_way.is_empty())?
             {
@@ -248,6 +261,45 @@ impl<S: Sink> Drainer<S> {
         }
     }
 
+    /// Sends the dead letters that followed one another for one cause, before what comes after them. Gives the pause before the next
+    /// try when one is refused for that cause again.
+    async fn send_refused_again(&mut self, stop: &watch::Receiver<bool>) -> Result<Option<Duration>, QueueError> {
+        let Some((cause, in_a_row)) = &mut self.refusals else { return Ok(None) };
+        while let Some(sequence) = in_a_row.first().copied() {
+            // Somebody may have dropped it.
+            let letter = self.queue.dead_letter(sequence)?;
+            if let Some(DeadContent::Event { event, captured_at, attempts }) = letter.map(|letter| letter.content) {
+                let event_type = event.event_type().clone();
+                let window = [Envelope { sequence, event, captured_at, attempts }];
+                let delivering = self.sink.deliver(&window, Place { after: None, durable: true });
+                let delivery = tokio::select! {
+                    delivery = beating(self.metrics.clone(), delivering) => delivery,
+                    () = stopped_for(stop.clone(), Duration::ZERO) => return Ok(Some(Duration::ZERO)),
+                };
+                match delivery.failure {
+                    None => {
+                        let queue = self.queue.clone();
+                        let dropping = tokio::task::spawn_blocking(move || queue.drop_dead_letter(sequence));
+                        dropping.await.map_err(|_| QueueError::Closed)??;
+                        self.metrics.events_delivered.add(event_type.as_str(), 1);
+                        info!(%sequence, "an event that had been refused is delivered, in its place");
+                    }
+                    Some(error) if error.verdict != Verdict::Event => return Ok(Some(self.after_outage(&error))),
+                    Some(error) if error.sqlstate.as_ref() == Some(cause) => {
+                        self.metrics.write_failures.add(error.verdict.as_str(), 1);
+                        return Ok(Some(self.backoff.next()));
+                    }
+                    // That cause has passed; this one is its own, and it stays where it is.
+                    Some(_) => {}
+                }
+            }
+            in_a_row.remove(0);
+        }
+        self.refusals = None;
+        self.are_refusals_suspect = false;
+        Ok(None)
+    }
+
     /// Settles what came of a window. After a failure gives the pause before the next, which may be none at all.
     async fn landed(&mut self, window: &[Envelope], delivery: Delivery) -> Result<Option<Duration>, QueueError> {
         let Delivery { done, durable, failure } = delivery;
@@ -264,12 +316,16 @@ impl<S: Sink> Drainer<S> {
             self.note_delivered();
             outcomes = self.undurable.drain(..).map(|done| (done.sequence, Outcome::Delivered)).collect();
         }
+        if !done.is_empty() {
+            // It moves: a window that took too long as a whole, say.
+            self.passing = 0;
+            self.backoff.reset();
+        }
         let pause = match (failure, window.get(done.len())) {
             // What was refused is only ever judged once all before it is settled.
             (Some(error), Some(envelope)) if durable => Some(self.after_failure(envelope, error, &mut outcomes)),
             (Some(error), _) => Some(self.after_outage(&error)),
-            (None, Some(_)) => Some(Duration::ZERO),
-            (None, None) => {
+            (None, _) => {
                 self.backoff.reset();
                 self.passing = 0;
                 None
@@ -333,24 +389,28 @@ impl<S: Sink> Drainer<S> {
             return self.backoff.next();
         }
         let cause = error.sqlstate.clone().unwrap_or_default();
-        let in_a_row = match &self.refusals {
-            Some((same, count)) if *same == cause => *count,
-            _ => 0,
+        let mut in_a_row = match self.refusals.take() {
+            Some((same, in_a_row)) if same == cause => in_a_row,
+            _ => Vec::new(),
         };
-        if in_a_row >= REFUSALS_IN_A_ROW_MAX {
+        if in_a_row.len() >= REFUSALS_IN_A_ROW_MAX {
             let verdict = Verdict::Operator;
             let message = format!(
-                "{in_a_row} events in a row were refused for one cause, so it is not theirs; paused until one passes: {}; \
-                 mend the table, or start the watcher anew to set the next ten aside",
+                "{} events in a row were refused for one cause, so it is not theirs; paused until the first of them passes: {}; \
+                 mend the table; or, if it is the events after all, drop these dead letters, and the next may follow them",
+                in_a_row.len(),
                 error.message
             );
+            self.refusals = Some((cause, in_a_row));
+            self.are_refusals_suspect = true;
             self.note_away(&DeliverError { verdict, sqlstate: error.sqlstate, message });
             return self.backoff.next();
         }
         warn!(event_id = %event.id(), event_type = %event.event_type(), attempts, error = %error,
               "the database refused an event, it is set aside; see \"headspace-watcher dead-letters list\"");
         self.metrics.events_dead_lettered.add(FailureKind::Refused.as_str(), 1);
-        self.refusals = Some((cause, in_a_row + 1));
+        in_a_row.push(envelope.sequence);
+        self.refusals = Some((cause, in_a_row));
         self.refused = None;
         self.backoff.reset();
         let failure = Failure { kind: FailureKind::Refused, message: error.message, sqlstate: error.sqlstate };
@@ -374,6 +434,7 @@ impl<S: Sink> Drainer<S> {
         }
         self.metrics.wrote(now);
         self.refusals = None;
+        self.are_refusals_suspect = false;
     }
 
     /// The database can't be used: said once, when it begins or changes.

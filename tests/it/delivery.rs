@@ -84,8 +84,32 @@ fn events_refused_in_a_row_for_one_cause_pause_the_drainer_instead_of_emptying_t
     assert_eq!(health["queue"]["pending"], 20);
     assert!(health["database"]["last_error"].as_str().unwrap().contains("in a row"), "{health}");
     stage.database().query("ALTER TABLE events DROP CONSTRAINT nothing");
-    stage.wait_for_rows(22);
-    assert_eq!(stage.database().texts()[1..], texts[10..]);
+    stage.wait_for_rows(32);
+    assert_eq!(stage.database().texts()[1..], texts, "the ten in their place");
+    wait_until("none is left aside", SOON, || watcher.health()["queue"]["dead_letters"] == 0);
+    assert_eq!(watcher.health()["database"]["state"], "up");
+}
+
+#[test]
+fn more_bad_events_in_a_row_than_are_set_aside_go_on_when_the_first_are_dropped() {
+    let mut stage = Stage::new();
+    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("first");
+    stage.run_until_idle();
+    stage.database().query("ALTER TABLE events ADD CONSTRAINT good CHECK (payload->>'text' NOT LIKE 'bad%')");
+    let watcher = stage.start();
+    transcript.say_many("bad", 15);
+    transcript.say("good");
+    wait_until("it is paused", SOON, || watcher.health()["database"]["state"] == "misconfigured");
+    let letters = stage.run(&["queue-dump", "--dead-letters"]).lines();
+    let sequences: Vec<String> = letters.iter().map(|letter| letter["sequence"].to_string()).collect();
+    let drop = stage
+        .run(&["dead-letters", "drop"].into_iter().chain(sequences.iter().map(String::as_str)).collect::<Vec<_>>());
+    assert_eq!(drop.code(), 0, "{}", drop.error());
+    stage.wait_for_rows(3);
+    assert_eq!(stage.database().texts(), ["first", "good"]);
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 5);
 }
 
 #[test]
@@ -258,8 +282,10 @@ fn the_tables_are_made_once_though_many_start_at_once() {
     for child in &mut children {
         assert!(child.wait().unwrap().success());
     }
-    let tables = "SELECT string_agg(tablename, ' ' ORDER BY tablename) FROM pg_tables WHERE schemaname = 'public'";
+    let tables = "SELECT string_agg(tablename, ' ' ORDER BY tablename) FROM pg_tables WHERE schemaname IN ('public', 'headspace_watcher')";
     assert_eq!(stage.database().value(tables), "event_receipts event_sources events");
+    let routines = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'headspace_watcher'::regnamespace";
+    assert_eq!(stage.database().value(routines), "2");
     let indexes = "SELECT count(*) FROM pg_indexes WHERE tablename = 'events'";
     assert_eq!(stage.database().value(indexes), "10");
 }
