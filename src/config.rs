@@ -91,6 +91,8 @@ pub struct DatabaseConfig {
     /// Limit for one statement (`statement_timeout_ms`).
     pub statement_timeout: Duration,
     pub events_table: TableName,
+    /// Schema of the program's own tables and routines.
+    pub ledger_schema: String,
     pub auto_migrate: bool,
     pub notify_channel: Option<String>,
     /// What this machine is called in `event_sources`; `None`: what it calls itself.
@@ -328,14 +330,9 @@ impl TableName {
     /// The name as it is safe to stand in SQL.
     pub fn quoted(&self) -> String {
         match &self.schema {
-            Some(schema) => format!("{}.{}", quoted(schema), quoted(&self.table)),
-            None => quoted(&self.table),
+            Some(schema) => format!("{}.{}", quote_identifier(schema), quote_identifier(&self.table)),
+            None => quote_identifier(&self.table),
         }
-    }
-
-    /// Another table in the same schema.
-    pub fn beside(&self, table: &str) -> TableName {
-        TableName { schema: self.schema.clone(), table: table.to_owned() }
     }
 }
 
@@ -348,7 +345,8 @@ impl fmt::Display for TableName {
     }
 }
 
-fn quoted(name: &str) -> String {
+/// A name as it is safe to stand in SQL.
+pub fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

@@ -54,7 +54,7 @@ use crate::private_folder::{self, Ensured, FolderError};
 use crate::queue::{self, Queue, QueueConfig, QueueError};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
-use crate::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
+use crate::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
 use crate::telemetry::{self, Database, DatabaseState, Metrics, RescanCause};
 
 /// How often the counters are summed up in the log while something happens.
@@ -428,9 +428,12 @@ pub fn connect_settings(config: &Config, target: TargetSource) -> ConnectSetting
         pool_size: config.database.pool_size,
         connect_timeout: config.database.connect_timeout,
         statement_timeout: config.database.statement_timeout,
-        events_table: config.database.events_table.clone(),
+        needs: Needs {
+            events: config.database.events_table.clone(),
+            ledger_schema: config.database.ledger_schema.clone(),
+            notify_channel: config.database.notify_channel.clone(),
+        },
         auto_migrate: config.database.auto_migrate,
-        notify_channel: config.database.notify_channel.clone(),
     }
 }
 

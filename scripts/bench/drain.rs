@@ -23,7 +23,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use headspace_watcher::config::{Config, Environment, TableName};
 use headspace_watcher::queue::Queue;
 use headspace_watcher::sink::drain::{DrainConfig, Drainer};
-use headspace_watcher::sink::postgres::{ConnectSettings, PostgresSink, TargetSource};
+use headspace_watcher::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
 use headspace_watcher::telemetry::Metrics;
 use tokio::sync::watch;
 use tokio_postgres::NoTls;
@@ -191,9 +191,12 @@ fn drainer(queue: &Queue, url: &str, metrics: &Arc<Metrics>) -> Result<Drainer<P
         pool_size: 2,
         connect_timeout: Duration::from_secs(1),
         statement_timeout: Duration::from_secs(5),
-        events_table: TableName { schema: None, table: "events".to_owned() },
+        needs: Needs {
+            events: TableName { schema: None, table: "events".to_owned() },
+            ledger_schema: "headspace_watcher".to_owned(),
+            notify_channel: None,
+        },
         auto_migrate: true,
-        notify_channel: None,
     };
     let config = DrainConfig {
         window: WINDOW,

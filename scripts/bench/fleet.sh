@@ -109,7 +109,7 @@ together() {
   kill "$sampler" && { wait "$sampler" 2>/dev/null || true; }
   sampler=''
   check $#
-  sql "SELECT round(count(*) / extract(epoch FROM max(delivered_at) - min(delivered_at))) FROM event_receipts" >"$work/rate"
+  sql "SELECT round(count(*) / extract(epoch FROM max(delivered_at) - min(delivered_at))) FROM headspace_watcher.event_receipts" >"$work/rate"
 }
 
 # check WATCHERS: every event once, and in order.
@@ -118,9 +118,9 @@ check() {
   found=$(sql "SELECT count(*), count(DISTINCT payload->>'turn_uuid') FROM events WHERE event_type = 'turn_detected'")
   [ "$found" = "$events|$events" ] || { printf 'rows and distinct turns: %s, not %s\n' "$found" "$events" >&2; exit 1; }
   found=$(sql "SELECT count(*) FROM (SELECT byte_offset < lag(byte_offset) OVER (PARTITION BY source_id ORDER BY row_id)
-                 AS is_back FROM event_receipts) t WHERE is_back")
+                 AS is_back FROM headspace_watcher.event_receipts) t WHERE is_back")
   [ "$found" = 0 ] || { printf '%s rows are out of their order\n' "$found" >&2; exit 1; }
-  found=$(sql "SELECT count(DISTINCT host) FROM event_sources")
+  found=$(sql "SELECT count(DISTINCT host) FROM headspace_watcher.event_sources")
   [ "$found" = "$1" ] || { printf '%s host names, not %s\n' "$found" "$1" >&2; exit 1; }
 }
 
@@ -138,7 +138,7 @@ printf '%d watchers, %d events in all, PostgreSQL %s, %d processors\n' "$watcher
 : >"$work/single" && : >"$work/fleet"
 for round in $(seq "$rounds"); do
   for what in single fleet; do
-    sql 'TRUNCATE events, event_receipts, event_sources'
+    sql 'TRUNCATE events, headspace_watcher.event_receipts, headspace_watcher.event_sources'
     sql 'CHECKPOINT'
     : >"$work/connections" && : >"$work/memory"
     if [ "$what" = single ]; then together w0; else together "${names[@]}"; fi
@@ -154,5 +154,5 @@ single=$(sort -n "$work/single" | tail -n 1) fleet=$(median <"$work/fleet")
 printf '\nsingle, best    %8d events/s\n' "$single"
 printf 'fleet, median   %8d events/s\n' "$fleet"
 printf 'tables, indexes and receipts: %d bytes on the server for each event of 0.9 kB\n' "$(sql "SELECT
-  (pg_total_relation_size('events') + pg_total_relation_size('event_receipts')) / count(*) FROM events")"
+  (pg_total_relation_size('events') + pg_total_relation_size('headspace_watcher.event_receipts')) / count(*) FROM events")"
 printf 'fleet : single  %8s   (aim 0.9)\n' "$(awk -v f="$fleet" -v s="$single" 'BEGIN { printf "%.2f", f / s }')"

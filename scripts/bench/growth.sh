@@ -102,7 +102,7 @@ transcript() {
 fresh() {
   rm -rf "$work/projects" "$work/data"
   mkdir -p "$work/projects"
-  if [ "$(sql "SELECT to_regclass('events') IS NOT NULL")" = t ]; then sql 'TRUNCATE events, event_receipts, event_sources'; fi
+  if [ "$(sql "SELECT to_regclass('events') IS NOT NULL")" = t ]; then sql 'TRUNCATE events, headspace_watcher.event_receipts, headspace_watcher.event_sources'; fi
   sql 'CHECKPOINT'
 }
 

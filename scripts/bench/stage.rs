@@ -203,7 +203,9 @@ impl Database {
     }
 
     pub fn has_tables(&self) -> Result<bool> {
-        Ok(self.value("SELECT to_regclass('event_receipts') IS NOT NULL AND to_regclass('events') IS NOT NULL")? == "t")
+        Ok(self.value(
+            "SELECT to_regclass('headspace_watcher.event_receipts') IS NOT NULL AND to_regclass('events') IS NOT NULL",
+        )? == "t")
     }
 
     /// Rows of `events`.
@@ -220,7 +222,7 @@ impl Database {
 
     /// Empty tables of the same shape, after a checkpoint: how every run begins.
     pub fn empty(&self) -> Result<()> {
-        self.execute("TRUNCATE events, event_receipts")?;
+        self.execute("TRUNCATE events, headspace_watcher.event_receipts")?;
         self.execute("CHECKPOINT")
     }
 

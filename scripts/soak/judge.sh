@@ -80,7 +80,7 @@ expect_none 'turns that nobody wrote' "$unknown"
 expect_none 'turns that are not whole' "$torn"
 expect_none 'turns out of order in their file' "$disordered"
 
-sql "COPY (SELECT r.event_id FROM events e JOIN event_receipts r ON r.row_id = e.id
+sql "COPY (SELECT r.event_id FROM events e JOIN headspace_watcher.event_receipts r ON r.row_id = e.id
             WHERE e.event_type = 'state_transition') TO STDOUT" >"$work/rows"
 awk -F '\t' '
   FNR == NR { rows[$1]++; if (rows[$1] > 1) twice++; next }
@@ -104,7 +104,7 @@ expect_none 'sessions with turns that are not registered' "$(sort -u "$work/rows
 expect_none 'ends of sessions told twice' "$(sql "SELECT count(*) FROM (SELECT FROM events
   WHERE event_type = 'session_ended' GROUP BY payload->>'session_uuid', payload->>'last_activity_at' HAVING count(*) > 1) t")"
 expect_none 'rows without receipt or receipts without row' "$(sql 'SELECT count(*) FROM events e
-  FULL JOIN event_receipts r ON r.row_id = e.id WHERE e.id IS NULL OR r.row_id IS NULL')"
+  FULL JOIN headspace_watcher.event_receipts r ON r.row_id = e.id WHERE e.id IS NULL OR r.row_id IS NULL')"
 rows=$(sql 'SELECT count(*) FROM events')
 damaged=$(find "$work" -maxdepth 4 -path '*/queue/damaged-*' -prune | wc -l | tr -d ' ')
 expect_none 'segments set aside as damaged' "$damaged"

@@ -19,7 +19,7 @@ use crate::regular_file;
 use crate::service::connect_settings;
 use crate::service::socket::{self, SocketState};
 use crate::sink::Verdict;
-use crate::sink::postgres::{Inspection, PostgresSink};
+use crate::sink::postgres::{Inspection, inspect};
 
 use super::client;
 use super::hooks::own_command;
@@ -262,7 +262,7 @@ fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
         )]);
     }
     let config = context.config();
-    let inspected = block_on(PostgresSink::inspect(connect_settings(config, target)))?;
+    let inspected = block_on(inspect(&connect_settings(config, target)))?;
     Ok(match inspected {
         Ok(inspection) => judge_database(&inspection, config.database.auto_migrate),
         // What the server says comes with its way out.
@@ -288,7 +288,7 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
             "PostgreSQL {version}; missing: {missing}, and so is the schema; CREATE SCHEMA, or mend database.events_table"
         )),
         (false, true) if !database.may_create => Finding::Wrong(format!(
-            "PostgreSQL {version}; missing: {missing}, and this user may not create tables; GRANT CREATE ON SCHEMA, or run \"headspace-watcher migrate\" as the schema's owner"
+            "PostgreSQL {version}; missing: {missing}, and this user may not create it; have somebody who may run the SQL that \"headspace-watcher migrate --print\" shows"
         )),
         (false, true) => Finding::Fine(format!("PostgreSQL {version}; will be created at the start: {missing}")),
         (false, false) => Finding::Wrong(format!(
@@ -303,9 +303,11 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
         let lacks = database.lacks.join(", ");
         findings.push(Finding::Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
     }
-    if !database.may_make_temporary {
-        let way_out = "GRANT TEMP ON DATABASE, if it may be faster";
-        findings.push(Finding::Note(format!("a backlog is delivered one statement at a time; {way_out}")));
+    if !database.triggers.is_empty() {
+        let triggers = database.triggers.join(", ");
+        findings.push(Finding::Note(format!(
+            "triggers run before a row is inserted: {triggers}; delivery stops at the first row that one of them drops"
+        )));
     }
     if database.encoding != "UTF8" {
         findings.push(Finding::Wrong(format!(
@@ -539,7 +541,7 @@ mod tests {
             lacks: Vec::new(),
             schema_missing: false,
             may_create: true,
-            may_make_temporary: true,
+            triggers: Vec::new(),
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
             encoding: "UTF8".to_owned(),
@@ -565,7 +567,7 @@ mod tests {
     fn a_database_is_judged_by_age_privileges_mode_and_clock() {
         assert!(wrong(|_| {}).is_empty());
         assert!(wrong(|found| found.version_number = 120_009)[0].contains("13 or later"));
-        assert!(wrong(|found| found.may_make_temporary = false)[0].contains("GRANT TEMP"));
+        assert!(wrong(|found| found.triggers = vec!["filter".to_owned()])[0].contains("inserted: filter"));
         assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
         assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
         assert!(wrong(|found| found.encoding = "LATIN1".to_owned())[0].contains("encoding LATIN1"));
@@ -578,7 +580,7 @@ mod tests {
         let no_schema = wrong(|found| (found.missing, found.schema_missing) = (vec!["a.events".to_owned()], true));
         assert!(no_schema[0].contains("CREATE SCHEMA"), "{no_schema:?}");
         let no_right = wrong(|found| (found.missing, found.may_create) = (vec!["events".to_owned()], false));
-        assert!(no_right[0].contains("GRANT CREATE"), "{no_right:?}");
+        assert!(no_right[0].contains("migrate --print"), "{no_right:?}");
     }
 
     #[test]

@@ -1,26 +1,33 @@
-//! `migrate`: the tables in Postgres.
+//! `migrate`: the tables and routines in Postgres.
 
 use crate::service::connect_settings;
-use crate::sink::postgres::{PostgresSink, printable_sql};
+use crate::sink::postgres;
 
 use super::{Context, Exit, Failure, MigrateArguments, block_on};
 
 pub fn migrate(context: &Context, arguments: &MigrateArguments) -> Result<Exit, Failure> {
-    let config = context.config();
+    let (target, has_database) = context.target()?;
+    let settings = connect_settings(context.config(), target);
     if arguments.print {
-        print!("{}", printable_sql(&config.database.events_table));
+        let settings_of_database = has_database.then_some(&settings);
+        print!("{}", block_on(postgres::printable_sql(&settings.needs, settings_of_database))??);
         return Ok(Exit::Fine);
     }
-    let (target, has_database) = context.target()?;
     if !has_database {
         let message = "no database is configured; set database.url, DATABASE_URL or PGHOST";
         return Err(Failure::new(Exit::Configuration, message));
     }
-    let made = block_on(PostgresSink::migrate(connect_settings(config, target)))??;
+    let (made, removed) = block_on(postgres::migrate(&settings))??;
     if made.is_empty() {
-        println!("nothing to do: the tables are there");
+        println!("nothing to do: all is there");
     } else {
         println!("created {}", made.join(", "));
+    }
+    if !removed.is_empty() {
+        println!(
+            "removed {}, of another version or configuration; who still needs them makes them again",
+            removed.join(", ")
+        );
     }
     Ok(Exit::Fine)
 }

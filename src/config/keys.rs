@@ -329,9 +329,27 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         section: "database",
+        name: "ledger_schema",
+        default: "headspace_watcher",
+        about: &["Schema of the program's own tables and routines: one for each table of events."],
+        kind: Kind::Text {
+            expected: "a name of 1 to 63 bytes",
+            nullable: false,
+            secret: false,
+            set: |config, text, _| {
+                let is_name = |name: &&str| (1..=63).contains(&name.len()) && !name.contains(char::is_control);
+                config.database.ledger_schema = text.filter(is_name).map(str::to_owned).ok_or(Refusal::Other)?;
+                Ok(())
+            },
+        },
+    },
+    Key {
+        section: "database",
         name: "auto_migrate",
         default: "true",
-        about: &["Whether missing tables are created at the first connection. Existing ones are never altered."],
+        about: &[
+            "Whether missing tables and routines are created at the first connection. The events are never altered.",
+        ],
         kind: Kind::Flag { set: |config, flag| config.database.auto_migrate = flag },
     },
     Key {

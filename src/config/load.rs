@@ -654,6 +654,7 @@ fn blank() -> Config {
             connect_timeout: time,
             statement_timeout: time,
             events_table: TableName { schema: None, table: String::new() },
+            ledger_schema: String::new(),
             auto_migrate: false,
             notify_channel: None,
             host_name: None,

@@ -89,6 +89,7 @@ fn without_a_file_the_defaults_of_the_contract_serve() {
             connect_timeout: Duration::from_millis(1000),
             statement_timeout: Duration::from_millis(5000),
             events_table: TableName { schema: None, table: "events".to_owned() },
+            ledger_schema: "headspace_watcher".to_owned(),
             auto_migrate: true,
             notify_channel: None,
             host_name: None,
@@ -205,7 +206,7 @@ fn values_land_in_their_fields() {
          event_system: {write_retry_attempts: 4, write_retry_delay_ms: 7, write_retry_max_delay_ms: 70,\n\
          \x20 max_restarts_per_minute: 6, shutdown_timeout_seconds: 1.5, max_event_bytes: 2048}\n\
          database: {url: 'postgresql://ada@db/head', pool_size: 8, connect_timeout_ms: 20, statement_timeout_ms: 300,\n\
-         \x20 events_table: log.events, auto_migrate: false, notify_channel: news, host_name: pod-7}\n\
+         \x20 events_table: log.events, ledger_schema: log, auto_migrate: false, notify_channel: news, host_name: pod-7}\n\
          queue: {path: q, spool_path: s, max_pending_bytes: 2000000, drain_window: 1}\n\
          http: {listen: 'localhost:80', socket: w.sock, token: sesame-open}\n\
          schemas: {path: schemas}\n\
@@ -228,6 +229,7 @@ fn values_land_in_their_fields() {
     assert_eq!(database.connect_timeout, Duration::from_millis(20));
     assert_eq!(database.statement_timeout, Duration::from_millis(300));
     assert_eq!(database.events_table.quoted(), r#""log"."events""#);
+    assert_eq!(database.ledger_schema, "log");
     assert_eq!(database.notify_channel.as_deref(), Some("news"));
     assert_eq!(database.host_name.as_deref(), Some("pod-7"));
     assert_eq!((queue.path, queue.spool_path), (desk.path("q"), desk.path("s")));
@@ -833,13 +835,6 @@ fn table_names_are_quoted_for_sql() {
     for text in ["", ".", "a.", ".a", "a.b.c", "a b", r#"a"b"#, r#""a"#, r#""a"b"#, r#""""#, long.as_str(), "\"a\0\""] {
         assert_eq!(TableName::parse(text), None, "{text}");
     }
-}
-
-#[test]
-fn a_table_beside_another_shares_its_schema() {
-    let events = TableName::parse("log.events").unwrap();
-    assert_eq!(events.beside("event_receipts").quoted(), r#""log"."event_receipts""#);
-    assert_eq!(events.to_string(), "log.events");
 }
 
 #[test]

@@ -43,8 +43,7 @@ pub struct Delivery {
     pub done: Vec<Delivered>,
     /// Whether all of `done`, and everything done before it, is on the server's disk. Else it must not be forgotten yet.
     pub durable: bool,
-    /// Why the envelope after the last of `done` was not stored. `None` when all were, or when those that are not done
-    /// are to be delivered again at once.
+    /// Why the envelope after the last of `done` was not stored. `None` when all were.
     pub failure: Option<DeliverError>,
 }
 
@@ -53,11 +52,6 @@ impl Delivery {
     pub fn failed(failure: DeliverError) -> Self {
         Delivery { done: Vec::new(), durable: false, failure: Some(failure) }
     }
-
-    /// Nobody knows what was stored, and it is no failure yet: the same envelopes are to be delivered again.
-    pub fn to_be_repeated() -> Self {
-        Delivery { done: Vec::new(), durable: false, failure: None }
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,6 +59,13 @@ pub enum Delivered {
     Stored,
     /// An earlier delivery had stored it: the receipt refused the second copy.
     AlreadyStored,
+}
+
+impl Delivered {
+    /// `repeated`: it had been stored before.
+    pub fn of(repeated: bool) -> Self {
+        if repeated { Delivered::AlreadyStored } else { Delivered::Stored }
+    }
 }
 
 /// Whose fault a failure is, and so what to do next.

@@ -247,6 +247,7 @@ fn rows_are_only_inserted_also_where_a_copy_was_found_before_its_original() {
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'append only'; END $$;
          CREATE TRIGGER refuse BEFORE UPDATE OR DELETE ON events FOR EACH ROW EXECUTE FUNCTION refuse();
          CREATE ROLE {role} LOGIN; GRANT INSERT ON events TO {role};
+         GRANT USAGE ON SCHEMA headspace_watcher TO {role};
          GRANT SELECT, INSERT, UPDATE ON event_receipts, event_sources TO {role};
          GRANT USAGE ON events_id_seq, event_sources_id_seq TO {role}"
     ));

@@ -11,7 +11,7 @@ use headspace_watcher::event::{Candidate, Envelope, Event, EventId, ForeignKeys,
 use headspace_watcher::intake::schema::Schemas;
 use headspace_watcher::queue::{Batch, Queue, QueueConfig};
 use headspace_watcher::sink::drain::DrainConfig;
-use headspace_watcher::sink::postgres::{ConnectSettings, PostgresSink};
+use headspace_watcher::sink::postgres::{ConnectSettings, Needs, PostgresSink};
 
 use crate::stage::Database;
 
@@ -28,9 +28,12 @@ pub fn settings(url: &str) -> ConnectSettings {
         pool_size: 2,
         connect_timeout: Duration::from_secs(5),
         statement_timeout: Duration::from_secs(5),
-        events_table: TableName { schema: None, table: "events".to_owned() },
+        needs: Needs {
+            events: TableName { schema: None, table: "events".to_owned() },
+            ledger_schema: "headspace_watcher".to_owned(),
+            notify_channel: None,
+        },
         auto_migrate: true,
-        notify_channel: None,
     }
 }
 

@@ -30,6 +30,7 @@ mod hooks;
 mod hooks_install;
 mod http;
 mod inside;
+mod ledger;
 mod logs;
 mod looking;
 mod memory;

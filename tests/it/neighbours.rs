@@ -102,7 +102,10 @@ fn flows_through(settings: &str) {
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
     // Nothing of ours is left in the server connections for whoever gets them next.
     assert_eq!(pooler.database.value("SHOW statement_timeout"), "0");
-    assert_eq!(database.value("SELECT count(*) FROM pg_proc WHERE proname = 'headspace_deliver'"), "0");
+    for setting in ["synchronous_commit", "enable_seqscan", "client_min_messages"] {
+        let default = format!("SELECT setting = reset_val FROM pg_settings WHERE name = '{setting}'");
+        assert_eq!(pooler.database.value(&default), "t", "{setting}");
+    }
 }
 
 #[test]

@@ -90,7 +90,10 @@ fn terminate(database: &Database, which: &str) {
 /// A role without any right but those that the watcher needs in this database.
 fn plain_role(database: &Database) -> (String, Database) {
     let role = format!("watcher_{}", uuid::Uuid::now_v7().simple());
-    database.query(&format!("CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}"));
+    let name = database.value("SELECT current_database()");
+    database.query(&format!(
+        "CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}; GRANT CREATE ON DATABASE {name} TO {role}"
+    ));
     (role.clone(), Database::at(database.url.replace("user=headspace", &format!("user={role}"))))
 }
 
@@ -298,6 +301,11 @@ fn a_locked_table_is_waited_for() {
         || lock.recv().unwrap(),
         || {
             std::thread::sleep(held);
+            wait_until("health names who holds the lock", SOON, || {
+                let health = scene.watcher.health();
+                let error = health["database"]["last_error"].as_str().unwrap_or_default();
+                error.contains("idle in transaction for") && error.contains("holds AccessExclusiveLock on events")
+            });
             release.send(()).unwrap();
             holder.join().unwrap();
         },

@@ -76,7 +76,8 @@ fn receipts_partitioned_by_hash_refuse_copies_as_before() {
     let stage = Stage::new();
     assert_eq!(stage.run(&["migrate"]).code(), 0);
     stage.database().query(
-        "ALTER TABLE event_receipts RENAME TO plain;
+        "SET search_path = headspace_watcher;
+         ALTER TABLE event_receipts RENAME TO plain;
          CREATE TABLE event_receipts (LIKE plain, PRIMARY KEY (event_id)) PARTITION BY HASH (event_id);
          CREATE TABLE event_receipts_0 PARTITION OF event_receipts FOR VALUES WITH (MODULUS 2, REMAINDER 0);
          CREATE TABLE event_receipts_1 PARTITION OF event_receipts FOR VALUES WITH (MODULUS 2, REMAINDER 1);

@@ -122,6 +122,7 @@ impl Connection {
         let client = runtime.block_on(async {
             let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
             tokio::spawn(connection);
+            client.batch_execute("SET search_path = public, headspace_watcher").await?;
             Ok(client)
         })?;
         Ok(Connection { runtime, client })

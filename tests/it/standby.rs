@@ -36,8 +36,6 @@ impl Scene {
         let mut scene = Scene { server, stage, watcher, transcript, texts: Vec::new() };
         scene.say(BACKLOG);
         scene.wait_for_settled();
-        let procedures = "SELECT count(*) FROM pg_proc WHERE proname = 'headspace_deliver'";
-        assert_eq!(scene.stage.database().value(procedures), "1", "the backlog went by CALL");
         scene
     }
 

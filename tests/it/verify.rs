@@ -410,7 +410,10 @@ fn nothing_is_ever_called_missing_while_everything_moves() {
 fn looking_needs_no_right_but_select_and_repairing_names_the_one_that_lacks() {
     let (mut stage, _) = delivered();
     let role = format!("auditor_{}", uuid::Uuid::now_v7().simple());
-    stage.database().query(&format!("CREATE ROLE {role} LOGIN; GRANT SELECT ON events, event_receipts TO {role}"));
+    stage.database().query(&format!(
+        "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA headspace_watcher TO {role};
+         GRANT SELECT ON events, event_receipts TO {role}"
+    ));
     let url = stage.database().url.replace("user=headspace", &format!("user={role}"));
     stage.environment.insert("DATABASE_URL".to_owned(), url);
     let (code, report) = verify(&stage, &[]);

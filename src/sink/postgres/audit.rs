@@ -11,8 +11,8 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::connect::{ConnectSettings, Pooler, connect, find_layout, missing_tables, open};
-use super::layout::Found;
+use super::connect::{ConnectSettings, Pooler, connect, limited, missing_error, open};
+use super::layout::Facts;
 use super::no_answer;
 use super::verdict::step_error;
 use crate::sink::DeliverError;
@@ -77,10 +77,12 @@ pub struct Auditor {
 impl Auditor {
     pub async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
         let (client, _) = connect(settings, &Pooler::default(), open).await?;
-        let layout = match find_layout(&client, settings).await? {
-            Found::Complete(layout) => layout,
-            Found::Missing(missing) => return Err(missing_tables(&missing)),
-        };
+        let facts = limited(settings, Facts::find(&client, &settings.needs)).await?;
+        let missing = facts.missing_tables(&settings.needs);
+        if !missing.is_empty() {
+            return Err(missing_error(&missing));
+        }
+        let layout = facts.layout(&settings.needs)?;
         let (events, receipts) = (&layout.events, &layout.receipts);
         const IDENTITY: &str =
             "payload->>(CASE event_type WHEN 'session_registered' THEN 'session_uuid' ELSE 'turn_uuid' END)";

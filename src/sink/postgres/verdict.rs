@@ -3,6 +3,7 @@
 //! Codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>. A code that is not listed pauses the
 //! drainer (`Operator`): an unknown code never sets an event aside.
 
+use super::schema::ROW_DROPPED;
 use crate::sink::{DeliverError, Verdict};
 
 /// The verdict on a code. `None`: the connection failed before the server could speak.
@@ -43,8 +44,12 @@ fn way_out(code: &str) -> &'static str {
         "3D000" => "create the database or mend its name in database.url",
         "3F000" => "create the schema or mend database.events_table",
         "42501" => {
-            "grant what is missing: INSERT on events, SELECT, INSERT and UPDATE on event_receipts and event_sources, \
-             USAGE on their sequences (and CREATE on the schema where tables are to be made)"
+            "have somebody who may run the SQL that \"headspace-watcher migrate --print\" shows, grants included; \
+             \"headspace-watcher check\" names what is lacking"
+        }
+        ROW_DROPPED => {
+            "no event is stored until it lets all rows in: see the table's triggers (\\d in psql). \
+             Rows that are not wanted can be deleted after they are stored"
         }
         "42P01" => "run \"headspace-watcher migrate\" or set database.auto_migrate",
         "2200H" => "make the column id and its sequence bigint",

@@ -1,0 +1,77 @@
+//! What `check` wants to know of the database. Changes nothing.
+
+use std::time::Instant;
+
+use tokio_postgres::types::{ToSql, Type};
+
+use super::connect::{ConnectSettings, Pooler, connect, limited, open};
+use super::layout::Facts;
+use super::no_answer;
+use super::verdict::step_error;
+use crate::event::Timestamp;
+use crate::sink::DeliverError;
+
+/// The database as `check` finds it.
+pub struct Inspection {
+    pub version: String,
+    /// 150004 is 15.4.
+    pub version_number: i32,
+    /// Names of what is not there.
+    pub missing: Vec<String>,
+    /// Why events can't be stored in the tables though all are there: a column of another type, say.
+    pub unfit: Option<String>,
+    /// Privileges that are needed and not there: `INSERT on events`.
+    pub lacks: Vec<String>,
+    /// Whether the schema that the configuration names is not there.
+    pub schema_missing: bool,
+    /// Whether what is missing may be created.
+    pub may_create: bool,
+    pub is_read_only: bool,
+    /// Of the database: `UTF8`.
+    pub encoding: String,
+    /// Triggers that may drop or change a row before it is stored.
+    pub triggers: Vec<String>,
+    /// How far the server's clock is ahead of ours.
+    pub clock_ahead: jiff::SignedDuration,
+}
+
+const INSPECT_SQL: &str = include_str!("sql/inspect.sql");
+
+pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
+    let needs = &settings.needs;
+    let (client, _) = connect(settings, &Pooler::default(), open).await?;
+    let facts = limited(settings, Facts::find(&client, needs)).await?;
+    let missing = facts.missing(needs)?;
+    let mut routines = Vec::new();
+    let mut unfit = None;
+    if facts.has_events {
+        let layout = facts.layout(needs)?;
+        unfit = limited(settings, layout.try_out(&client)).await.err();
+        routines = vec![layout.routines.store, layout.routines.deliver];
+    }
+    let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
+        (&needs.events.quoted(), Type::TEXT),
+        (&needs.events.schema, Type::TEXT),
+        (&needs.ledger_schema, Type::TEXT),
+        (&routines, Type::TEXT_ARRAY),
+    ];
+    let asked = Instant::now();
+    let asking = async { client.query_typed(INSPECT_SQL, &parameters).await.map_err(|error| step_error(&error)) };
+    let rows = limited(settings, asking).await?;
+    let Some(row) = rows.first() else { return Err(no_answer(settings.statement_timeout)) };
+    // The server looked at its clock somewhere between asking and hearing.
+    let ours = Timestamp::now() - asked.elapsed() / 2;
+    Ok(Inspection {
+        version: row.get("version"),
+        version_number: row.get("version_number"),
+        missing,
+        unfit: unfit.map(|error| error.message),
+        lacks: row.get("lacks"),
+        may_create: row.get("may_create"),
+        is_read_only: row.get("is_read_only"),
+        clock_ahead: row.get::<_, Timestamp>("time").duration_since(ours),
+        schema_missing: row.get("schema_missing"),
+        encoding: row.get("encoding"),
+        triggers: row.get("triggers"),
+    })
+}
