@@ -181,6 +181,31 @@ fn deleted_rows_are_named_exactly_and_put_back_once_through_the_watcher() {
 }
 
 #[test]
+fn repairing_comes_to_an_end_also_where_a_trigger_drops_rows_and_says_so() {
+    let (stage, _) = delivered();
+    let watcher = stage.start();
+    stage.database().query(
+        "CREATE FUNCTION filter() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+         CREATE TRIGGER filter BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION filter();
+         DELETE FROM events WHERE payload->>'text' = 'turn 1 1'",
+    );
+    let ran = stage.run(&["verify", "--json", "--repair"]);
+    assert_eq!(ran.code(), 0, "{}", ran.error());
+    assert!(ran.error().contains("note: triggers run before a row is inserted: filter"), "{}", ran.error());
+    assert_eq!(json(&ran)["turns"]["sent_again"], 1);
+    wait_until("health names it", SOON, || {
+        watcher.health()["database"]["last_error"].as_str().is_some_and(|error| error.contains("drops rows"))
+    });
+    for _ in 0..2 {
+        let (code, report) = verify(&stage, &["--repair"]);
+        assert_eq!((code, turns(&report)), (0, expected(&[("on_disk", 10), ("in_postgres", 9), ("in_queue", 1)])));
+    }
+    stage.database().query("DROP TRIGGER filter ON events");
+    wait_until("it is back", SOON, || stage.database().count() == 12);
+    assert_once(stage.database());
+}
+
+#[test]
 fn deleted_rows_are_put_back_into_the_queue_when_no_watcher_runs() {
     let (stage, places) = delivered();
     what_was_deleted_is_named_and_put_back(&stage, &places, false);

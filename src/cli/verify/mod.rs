@@ -25,7 +25,7 @@ mod waiting;
 use crate::event::Timestamp;
 use crate::service::connect_settings;
 use crate::sink::DeliverError;
-use crate::sink::postgres::Auditor;
+use crate::sink::postgres::{Auditor, inspect};
 use jiff::SignedDuration;
 
 use self::inventory::Inventory;
@@ -66,6 +66,9 @@ async fn run(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Fai
                 false => None,
             };
             failure = repair::revisit(&mut inventory, sender).await;
+            if arguments.repair {
+                note_triggers(context).await;
+            }
             if arguments.accept_missing {
                 failure = repair::accept(&mut inventory, &auditor).await.err();
             }
@@ -85,6 +88,17 @@ async fn run(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Fai
         Some(failure) => Err(failure),
         None if report.is_all_there() && inventory.unreadable.is_empty() => Ok(Exit::Fine),
         None => Ok(Exit::CheckFailed),
+    }
+}
+
+/// What was sent again waits in the queue where a trigger drops its row.
+async fn note_triggers(context: &Context) {
+    let Ok((target, _)) = context.target() else { return };
+    if let Ok(database) = inspect(&connect_settings(context.config(), target)).await
+        && !database.triggers.is_empty()
+    {
+        let triggers = database.triggers.join(", ");
+        eprintln!("note: triggers run before a row is inserted: {triggers}; what one of them drops waits in the queue");
     }
 }
 
