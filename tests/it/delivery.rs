@@ -285,7 +285,7 @@ fn the_tables_are_made_once_though_many_start_at_once() {
     let tables = "SELECT string_agg(tablename, ' ' ORDER BY tablename) FROM pg_tables WHERE schemaname IN ('public', 'headspace_watcher')";
     assert_eq!(stage.database().value(tables), "event_receipts event_sources events");
     let routines = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'headspace_watcher'::regnamespace";
-    assert_eq!(stage.database().value(routines), "2");
+    assert_eq!(stage.database().value(routines), "3");
     let indexes = "SELECT count(*) FROM pg_indexes WHERE tablename = 'events'";
     assert_eq!(stage.database().value(indexes), "10");
 }

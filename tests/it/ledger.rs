@@ -85,11 +85,11 @@ fn migrate_removes_routines_of_other_versions_and_a_watcher_that_starts_does_not
     stage.set("database.notify_channel", "news");
     stage.transcript("-home-me-app", 1).say("hello");
     stage.run_until_idle();
-    assert_eq!(stage.database().value(routines), "4");
+    assert_eq!(stage.database().value(routines), "6");
     stage.database().query("CREATE FUNCTION headspace_watcher.store_mine() RETURNS int LANGUAGE sql AS 'SELECT 1'");
     let ran = stage.run(&["migrate"]);
-    assert!(ran.output().contains("removed store_"), "{}", ran.output());
-    assert_eq!(stage.database().value(routines), "3");
+    assert!(ran.output().contains("removed source_"), "{}", ran.output());
+    assert_eq!(stage.database().value(routines), "4");
 }
 
 /// The tables of Claude Headspace, as its migrations make them, as far as events refer to them.
@@ -184,6 +184,31 @@ fn a_trigger_that_drops_rows_pauses_delivery_and_one_that_moves_them_does_not() 
     stage.wait_for_rows(31);
     assert_eq!(stage.database().texts(), texts);
     wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
+}
+
+#[test]
+fn an_event_that_is_refused_when_it_commits_is_set_aside_like_any_other() {
+    let mut stage = Stage::new();
+    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    stage.database().query(
+        "CREATE TABLE turns (id integer PRIMARY KEY);
+         ALTER TABLE events ADD FOREIGN KEY (turn_id) REFERENCES turns DEFERRABLE INITIALLY DEFERRED",
+    );
+    let payload = |number: u32| format!(r#"{{"session_uuid":"session {number}","reason":"closed"}}"#);
+    let line = |number: u32| {
+        let turn = if number % 10 == 9 { r#","turn_id":7"# } else { "" };
+        format!(r#"{{"event_type":"session_ended","payload":{}{turn}}}"#, payload(number)) + "\n"
+    };
+    // In a window of many, and alone.
+    let watcher = stage.start();
+    let lines: String = (0..40).map(line).collect();
+    assert_eq!(stage.run_with_input(&["emit", "--ndjson"], lines).code(), 0);
+    stage.wait_for_rows(36);
+    assert_eq!(stage.run_with_input(&["emit", "--ndjson"], line(49)).code(), 0);
+    wait_until("five are set aside", SOON, || watcher.health()["queue"]["dead_letters"] == 5);
+    wait_until("nothing waits", SOON, || watcher.health()["queue"]["pending"] == 0);
+    assert_eq!(stage.database().count(), 36);
 }
 
 /// A project of Alembic's with a table `events`, and nothing of ours.

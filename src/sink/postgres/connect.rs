@@ -8,6 +8,7 @@
 //! without it.
 
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -76,12 +77,17 @@ impl Connections {
     /// A session that is ready, or why there is none.
     pub async fn get(&self) -> Result<PooledSession, DeliverError> {
         self.errors.clear();
-        tokio::select! {
-            pooled = self.pool.get_owned() => pooled.map_err(|error| match error {
-                RunError::User(error) => error,
-                RunError::TimedOut => no_answer(OPENING_MAX),
-            }),
-            error = self.errors.next() => Err(error),
+        let mut pooled = pin!(self.pool.get_owned());
+        loop {
+            tokio::select! {
+                pooled = &mut pooled => return pooled.map_err(|error| match error {
+                    RunError::User(error) => error,
+                    RunError::TimedOut => no_answer(OPENING_MAX),
+                }),
+                error = self.errors.next() => return Err(error),
+                // Whoever waits sees that it is no hang: receipts of an earlier version are copied, say.
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
         }
     }
 }

@@ -47,7 +47,7 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
     if facts.has_events {
         let layout = facts.layout(needs)?;
         unfit = limited(settings, layout.try_out(&client)).await.err();
-        routines = vec![layout.routines.store, layout.routines.deliver];
+        routines = layout.routines.names().map(String::clone).to_vec();
     }
     let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
         (&needs.events.quoted(), Type::TEXT),

@@ -1,5 +1,7 @@
 //! What stands in the database, and the statements that fit it.
 
+use std::ops::RangeInclusive;
+
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, GenericClient};
 
@@ -54,15 +56,15 @@ pub struct Layout {
     pub store_sql: String,
     /// Stores a window.
     pub deliver_sql: String,
-    /// Makes durable what came before it on this connection, and tells of it: which of the events `$1` were dealt with at the
-    /// time `$2`, and of `$3` at the time `$4`; and whether they had been stored before. Nothing, if it wrote nothing.
+    /// Tells how far a window came, and makes that durable.
     pub progress_sql: String,
-    /// The row that [`Layout::try_out`] has planned.
-    insert_sql: String,
+    try_out_sql: String,
 }
 
 /// One message and one answer: behind a pooler what was prepared before may be gone.
 const FACTS_SQL: &str = include_str!("sql/facts.sql");
+const PROGRESS_SQL: &str = include_str!("sql/progress.sql");
+const TRY_OUT_SQL: &str = include_str!("sql/try_out.sql");
 
 impl Facts {
     /// Looks without changing anything.
@@ -135,24 +137,26 @@ impl Facts {
         if self.has_events {
             let layout = self.layout(needs)?;
             if !self.has_routines(&layout.routines) {
-                missing.push(format!("{}.{}", layout.ledger, layout.routines.store));
-                missing.push(format!("{}.{}", layout.ledger, layout.routines.deliver));
+                let names = layout.routines.names().map(|name| format!("{}.{name}", layout.ledger));
+                missing.extend(names);
             }
         }
         Ok(missing)
     }
 
     pub fn has_routines(&self, routines: &Routines) -> bool {
-        [&routines.store, &routines.deliver].into_iter().all(|name| self.routines.contains(name))
+        routines.names().into_iter().all(|name| self.routines.contains(name))
     }
 
     /// Those of other versions, or of another configuration.
     pub fn other_routines(&self, routines: &Routines) -> impl Iterator<Item = &String> {
         let is_ours = |name: &String| {
-            let hash = name.strip_prefix("store_").or_else(|| name.strip_prefix("deliver_"));
-            hash.is_some_and(|hash| hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+            name.split_once('_').is_some_and(|(name, hash)| {
+                let is_hash = hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+                is_hash && ["source", "store", "deliver"].contains(&name)
+            })
         };
-        self.routines.iter().filter(move |name| is_ours(name) && **name != routines.store && **name != routines.deliver)
+        self.routines.iter().filter(move |name| is_ours(name) && !routines.names().contains(name))
     }
 
     /// The statements for the tables as they are; for events as they would be made, where there are none.
@@ -185,20 +189,18 @@ impl Facts {
         });
         let (receipts, sources) = (format!("{ledger}.event_receipts"), format!("{ledger}.event_sources"));
         Ok(Layout {
-            store_sql: format!("SELECT {ledger}.{}({})", routines.store, parameters(16)),
-            deliver_sql: format!("CALL {ledger}.{}({}, NULL)", routines.deliver, parameters(15)),
-            progress_sql: format!(
-                "WITH written AS (UPDATE {sources} SET path = path WHERE id = (SELECT id FROM {sources} LIMIT 1)
-                                  RETURNING {FLUSH})
-                 SELECT event_id, seen_again_at IS NOT NULL FROM {receipts}, written
-                  WHERE event_id = ANY ($1) AND $2 IN (delivered_at, seen_again_at)
-                     OR event_id = $3 AND $4 IN (delivered_at, seen_again_at)"
+            store_sql: format!(
+                "SELECT {ledger}.{}(true, $1, $2, $3, true, $4, {ledger}.{}($5, $6), {})",
+                routines.store,
+                routines.source,
+                parameters(7..=15)
             ),
-            insert_sql: format!(
-                "INSERT INTO {table} (id, \"timestamp\", event_type, payload, project_id, agent_id, {command}, turn_id)
-                 OVERRIDING SYSTEM VALUE
-                 VALUES ({next_id}, now(), NULL::text, NULL::jsonb, NULL::int, NULL::int, NULL::int, NULL::int)"
-            ),
+            deliver_sql: format!("CALL {ledger}.{}({}, NULL)", routines.deliver, parameters(1..=15)),
+            progress_sql: PROGRESS_SQL.replace("{ledger}", &ledger).replace("{flush}", FLUSH),
+            try_out_sql: TRY_OUT_SQL
+                .replace("{events}", &table)
+                .replace("{command}", command)
+                .replace("{next_id}", &next_id),
             sequence,
             events: table,
             ledger,
@@ -225,17 +227,16 @@ impl Facts {
 }
 
 /// `$1, $2, …`
-fn parameters(count: usize) -> String {
-    let places: Vec<String> = (1..=count).map(|place| format!("${place}")).collect();
+fn parameters(places: RangeInclusive<usize>) -> String {
+    let places: Vec<String> = places.map(|place| format!("${place}")).collect();
     places.join(", ")
 }
 
 impl Layout {
-    /// Has the server plan the row of an event, and nothing more: whether the columns take what it gives them.
+    /// Whether the columns take what an event's row gives them, without storing one.
     /// A privilege that is lacking counts as fitting: it is found by its name.
     pub async fn try_out(&self, client: &Client) -> Result<(), DeliverError> {
-        let sql = format!("EXPLAIN {}", self.insert_sql);
-        let answer = client.query_typed(&sql, &[]).await;
+        let answer = client.query_typed(&self.try_out_sql, &[]).await;
         match answer.map_err(|error| step_error(&error)) {
             Err(error) if error.sqlstate.as_deref() != Some("42501") => Err(error),
             _ => Ok(()),

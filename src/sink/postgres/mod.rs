@@ -175,7 +175,7 @@ impl PostgresSink {
         let mut done = Vec::with_capacity(envelopes.len());
         let mut failure = None;
         if let Some(call) = call {
-            match session.answer(call, limit).await? {
+            match session.answer(call, true, limit).await? {
                 Ok(repeated) => {
                     let count = envelopes.len() - usize::from(durable);
                     let is_repeated =
@@ -186,7 +186,7 @@ impl PostgresSink {
             }
         }
         if let Some(last) = last {
-            match session.answer(last, limit).await? {
+            match session.answer(last, false, limit).await? {
                 Ok(is_new) => done.push(Delivered::of(!is_new)),
                 Err(error) => failure = failure.or(Some(error)),
             }

@@ -80,13 +80,12 @@ pub fn send_one<'a>(client: &'a Client, layout: &'a Layout, head: Head<'a>, row:
     sent(async move {
         let (predecessor, predecessor_time) = head.predecessor.unzip();
         let EventRow { event_id, path, byte_offset, captured_at, timestamp, event_type, payload, refs } = &row;
-        let parameters: [(&(dyn ToSql + Sync), Type); 16] = [
-            (&true, Type::BOOL),
-            (&head.host, Type::TEXT),
+        let parameters: [(&(dyn ToSql + Sync), Type); 15] = [
             (&head.window_time, Type::TIMESTAMPTZ),
             (&predecessor, Type::UUID),
             (&predecessor_time, Type::TIMESTAMPTZ),
             (event_id, Type::UUID),
+            (&head.host, Type::TEXT),
             (path, Type::TEXT),
             (byte_offset, Type::INT8),
             (captured_at, Type::TIMESTAMPTZ),

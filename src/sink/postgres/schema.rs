@@ -23,22 +23,27 @@ pub const ROW_DROPPED: &str = "HW001";
 ///
 /// A server or role that asks for less than `on` is overruled: what is taken out of the queue must be on the server's
 /// disk, and on that of each standby the server requires. `remote_apply` asks for more and is kept. Warnings must reach
-/// us: they tell that a commit did not wait ([`notices`](super::notices)).
-pub const FLUSH: &str = "concat(set_config('client_min_messages', 'warning', true), \
+/// us: they tell that a commit did not wait ([`notices`](super::notices)). And plans are kept while the ledger grows: they must not
+/// be those for an empty table.
+pub const FLUSH: &str = "concat(set_config('enable_seqscan', 'off', true), set_config('client_min_messages', 'warning', true), \
      CASE WHEN current_setting('synchronous_commit') <> 'remote_apply' THEN set_config('synchronous_commit', 'on', true) END)";
 
 const EVENTS_SQL: &str = include_str!("sql/events.sql");
 const LEDGER_SQL: &str = include_str!("sql/ledger.sql");
+const EARLIER_SQL: &str = include_str!("sql/earlier.sql");
+const WIDE_IDS_SQL: &str = include_str!("sql/wide_ids.sql");
+const SOURCE_SQL: &str = include_str!("sql/source.sql");
 const STORE_SQL: &str = include_str!("sql/store.sql");
 const DELIVER_SQL: &str = include_str!("sql/deliver.sql");
 
 /// The routines that store events in one table, and their names.
 #[derive(Clone)]
 pub struct Routines {
+    pub source: String,
     pub store: String,
     pub deliver: String,
     /// What creates them.
-    pub sql: [String; 2],
+    pub sql: [String; 3],
 }
 
 /// What [`Routines`] are made of: names, safe in SQL, and expressions.
@@ -60,7 +65,7 @@ impl Routines {
         let notify = parts.notify_channel.map(quote_literal);
         let notify = notify.map(|channel| format!("PERFORM pg_notify({channel}, _row_id::text);")).unwrap_or_default();
         let insert = insert_sql(parts);
-        let sql = [STORE_SQL, DELIVER_SQL].map(|sql| {
+        let sql = [SOURCE_SQL, STORE_SQL, DELIVER_SQL].map(|sql| {
             sql.replace("{insert}", &insert)
                 .replace("{notify}", &notify)
                 .replace("{ledger}", parts.ledger)
@@ -71,9 +76,14 @@ impl Routines {
                 .replace("{row_dropped}", ROW_DROPPED)
         });
         let hash = xxhash_rust::xxh3::xxh3_64(sql.concat().as_bytes());
-        let (store, deliver) = (format!("store_{hash:016x}"), format!("deliver_{hash:016x}"));
-        let sql = sql.map(|sql| sql.replace("{store}", &store).replace("{deliver}", &deliver));
-        Routines { store, deliver, sql }
+        let [source, store, deliver] = ["source", "store", "deliver"].map(|name| format!("{name}_{hash:016x}"));
+        let sql =
+            sql.map(|sql| sql.replace("{source}", &source).replace("{store}", &store).replace("{deliver}", &deliver));
+        Routines { source, store, deliver, sql }
+    }
+
+    pub fn names(&self) -> [&String; 3] {
+        [&self.source, &self.store, &self.deliver]
     }
 }
 
@@ -137,6 +147,7 @@ pub async fn migrate(
     run("SET LOCAL synchronous_commit = local").await?;
     // Receipts of an earlier version are copied, and there may be many.
     run("SET LOCAL statement_timeout = 0").await?;
+    run("SET LOCAL lock_timeout = '5s'").await?;
     run(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
     let facts = Facts::find(&transaction, needs).await?;
     for sql in table_statements(needs, &facts)? {
@@ -193,28 +204,10 @@ fn table_statements(needs: &Needs, facts: &Facts) -> Result<Vec<String>, Deliver
         sql.extend(statements(&LEDGER_SQL.replace("{ledger}", &ledger)));
     }
     if facts.has_narrow_ids {
-        sql.push(format!("ALTER TABLE {ledger}.event_sources ALTER COLUMN id TYPE bigint"));
-        sql.push(format!("ALTER SEQUENCE {ledger}.event_sources_id_seq AS bigint"));
-        sql.push(format!("ALTER TABLE {ledger}.event_receipts ALTER COLUMN source_id TYPE bigint"));
+        sql.extend(statements(&WIDE_IDS_SQL.replace("{ledger}", &ledger)));
     }
-    // An earlier version kept them beside the events.
-    if let Some(schema) = &facts.earlier_ledger {
-        let earlier = quote_identifier(schema);
-        sql.push(format!("LOCK TABLE {earlier}.event_receipts, {earlier}.event_sources IN ACCESS EXCLUSIVE MODE"));
-        sql.push(format!(
-            "INSERT INTO {ledger}.event_sources (host, path) SELECT host, path FROM {earlier}.event_sources
-             ON CONFLICT (host, path) DO NOTHING"
-        ));
-        sql.push(format!(
-            "INSERT INTO {ledger}.event_receipts AS r
-                    (event_id, row_id, source_id, byte_offset, captured_at, delivered_at, seen_again_at)
-             SELECT event_id, row_id, coalesce(s.id, 0), byte_offset, captured_at, delivered_at, seen_again_at
-               FROM {earlier}.event_receipts AS e
-               LEFT JOIN {earlier}.event_sources AS o ON o.id = e.source_id
-               LEFT JOIN {ledger}.event_sources AS s ON s.host = o.host AND s.path = o.path
-             ON CONFLICT (event_id) DO NOTHING"
-        ));
-        sql.push(format!("DROP TABLE {earlier}.event_receipts, {earlier}.event_sources"));
+    if let Some(earlier) = facts.earlier_ledger.as_deref().map(quote_identifier) {
+        sql.extend(statements(&EARLIER_SQL.replace("{ledger}", &ledger).replace("{earlier}", &earlier)));
     }
     Ok(sql)
 }

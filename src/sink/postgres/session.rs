@@ -27,16 +27,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long what is missing may take to be made: receipts of an earlier version are copied.
 const MIGRATION_MAX: Duration = Duration::from_secs(600);
 
-/// Who holds a lock that keeps an INSERT waiting. `$1`: the tables.
-const LOCK_HOLDER_SQL: &str = "
-    SELECT format('session %s (user %s, %s, %s for %s s) holds %s on %s: wait for it, or end it with pg_terminate_backend(%s)',
-                  a.pid, a.usename, coalesce(nullif(a.application_name, ''), 'unnamed'), coalesce(a.state, 'running'),
-                  round(extract(epoch FROM clock_timestamp() - coalesce(a.state_change, a.xact_start))), l.mode,
-                  l.relation::regclass, a.pid)
-      FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-     WHERE l.granted AND l.pid <> pg_backend_pid() AND l.relation = ANY (SELECT to_regclass(t) FROM unnest($1) AS t)
-       AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-     ORDER BY a.xact_start LIMIT 1";
+const LOCK_HOLDER_SQL: &str = include_str!("sql/lock_holder.sql");
 
 /// A connection on which deliveries can be made.
 pub struct Session {
@@ -86,19 +77,20 @@ impl Session {
         send_all(&self.client, &self.layout, head, rows)
     }
 
-    /// Awaits an answer to what was sent. Outside: it did not come.
+    /// Awaits an answer to what was sent; `is_call`: of many events. Outside: it did not come.
     pub async fn answer<T>(
         &self,
         answer: Answer<'_, T>,
+        is_call: bool,
         limit: Duration,
     ) -> Result<Result<T, DeliverError>, DeliverError> {
         match tokio::time::timeout(limit, answer).await {
             Ok(Ok(Some(answer))) => Ok(Ok(answer)),
             Ok(Ok(None)) => Ok(Err(predecessor_missing())),
             Ok(Err(error)) => {
-                // What fails before the event is looked at is not its fault.
+                // What fails before the first event of a call is looked at is no event's fault.
                 let context = error.as_db_error().and_then(|error| error.where_()).unwrap_or_default();
-                let is_of_an_event = context.contains(&self.layout.routines.store);
+                let is_of_an_event = !is_call || context.contains(&self.layout.routines.deliver);
                 let error =
                     if is_of_an_event { deliver_error(&error, &self.notices.encoding) } else { step_error(&error) };
                 Ok(Err(self.failed(error)))
