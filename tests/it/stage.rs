@@ -209,42 +209,50 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Server {
-        let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
-        // Another user runs the server when the tests run as root, and must get in.
-        std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let mut server = Server { folder, database: Database::at(String::new()) };
+        let mut server = Server::without_data();
         server.script(&["start"]);
         server.database.url = server.script(&["url"]);
         server
     }
 
-    /// A streaming standby of this server, running; `name` is its `application_name`. It keeps trying to reach this
-    /// server, so each may be stopped and started.
-    pub fn standby(&self, name: &str) -> Server {
+    fn without_data() -> Server {
         let folder = tempfile::Builder::new().prefix("hw-pg").tempdir().unwrap();
+        // Another user runs the server when the tests run as root, and must get in.
         std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let mut standby = Server { folder, database: Database::at(String::new()) };
-        let programs = std::env::var("HEADSPACE_TEST_PG_BIN").expect("run the tests with scripts/test.sh");
-        // The folder may hold links to the programs, and not to all of them.
-        let programs = Path::new(&programs).join("postgres").canonicalize().unwrap();
-        let output = Command::new(programs.with_file_name("pg_basebackup"))
-            .args(["--checkpoint=fast", "--no-sync", "--write-recovery-conf", "--wal-method=stream"])
-            .arg(format!("--dbname={}&application_name={name}", self.database.url))
-            .arg("--pgdata")
-            .arg(standby.data())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&output.stderr));
-        let settings = OpenOptions::new().append(true).open(standby.data().join("postgresql.auto.conf"));
-        settings.unwrap().write_all(b"wal_retrieve_retry_interval = '100ms'\n").unwrap();
-        if let Ok(user) = std::env::var("HEADSPACE_TEST_PG_USER") {
-            let status = Command::new("chown").args(["-R", &user]).arg(standby.folder.path()).status().unwrap();
-            assert!(status.success(), "chown -R {user}");
-        }
-        standby.start_again();
+        Server { folder, database: Database::at(String::new()) }
+    }
+
+    /// A streaming standby of this server, running; see [`Server::follow`].
+    pub fn standby(&self, name: &str) -> Server {
+        let mut standby = Server::without_data();
+        standby.follow(self, name);
         standby.database.url = standby.script(&["url"]);
         standby
+    }
+
+    /// Makes this server, which does not run, a streaming standby of `primary`; `name` is its `application_name`. It keeps
+    /// trying to reach its primary, so each may be stopped and started.
+    ///
+    /// The files are copied while the primary is stopped: that needs no program which some packages of PostgreSQL lack.
+    pub fn follow(&self, primary: &Server, name: &str) {
+        primary.stop("fast");
+        if self.data().exists() {
+            std::fs::remove_dir_all(self.data()).unwrap();
+        }
+        let copied = Command::new("cp").arg("-pR").arg(primary.data()).arg(self.data()).status().unwrap();
+        assert!(copied.success(), "cp -pR {}", primary.data().display());
+        primary.start_again();
+        std::fs::write(self.data().join("standby.signal"), "").unwrap();
+        let url = &primary.database.url;
+        let settings =
+            format!("primary_conninfo = '{url}&application_name={name}'\nwal_retrieve_retry_interval = '100ms'\n");
+        let file = OpenOptions::new().append(true).open(self.data().join("postgresql.auto.conf"));
+        file.unwrap().write_all(settings.as_bytes()).unwrap();
+        if let Ok(user) = std::env::var("HEADSPACE_TEST_PG_USER") {
+            let status = Command::new("chown").args(["-R", &user]).arg(self.folder.path()).status().unwrap();
+            assert!(status.success(), "chown -R {user}");
+        }
+        self.start_again();
     }
 
     /// Lets it come up again after [`Server::stop`] or [`Server::kill`].

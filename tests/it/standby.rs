@@ -3,9 +3,7 @@
 //! `synchronous_standby_names` makes a commit wait for a standby. The wait can end without the standby: the server then
 //! reports success and a warning. So an absent standby is the test of what counts as durable.
 
-use std::time::Duration;
-
-use crate::stage::{Database, SOON, Server, Stage, Transcript, Watcher, Writer, wait_until};
+use crate::stage::{Database, Dice, SOON, Server, Stage, Transcript, Watcher, rounds, wait_until};
 
 /// Events that go one statement at a time, and so many that they go by `CALL`.
 const SINGLE: u32 = 1;
@@ -197,88 +195,111 @@ fn a_database_that_commits_without_its_standby_is_overruled() {
     }
 }
 
+/// A server, and the database on it that the watcher uses.
+struct Node {
+    server: Server,
+    database: Database,
+}
+
 /// A server, its streaming standby, and a watcher that knows both. Commits wait until the standby has applied them.
 struct Pair {
-    primary: Server,
-    standby: Server,
-    database: Database,
-    standby_database: Database,
+    primary: Node,
+    standby: Node,
     stage: Stage,
     watcher: Watcher,
 }
 
 impl Pair {
     fn start() -> Pair {
-        let primary = Server::start();
-        let database = primary.database.another();
-        let standby = primary.standby("standby_1");
+        let server = Server::start();
+        let database = server.database.another();
         let name = database.value("SELECT current_database()");
-        let standby_database = Database::at(standby.database.url.replace("/headspace?", &format!("/{name}?")));
-        primary.database.query("ALTER SYSTEM SET synchronous_commit = remote_apply");
-        require(&primary, "standby_1");
-        let sync = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
-        wait_until("the standby is synchronous", SOON, || primary.database.value(sync) == "1");
-        let folder = |database: &Database| {
-            let host = database.url.split(['?', '&']).find_map(|part| part.strip_prefix("host="));
+        let primary = Node { server, database };
+        let server = primary.server.standby("standby");
+        let database = Database::at(server.database.url.replace("/headspace?", &format!("/{name}?")));
+        let standby = Node { server, database };
+        let folder = |node: &Node| {
+            let host = node.database.url.split(['?', '&']).find_map(|part| part.strip_prefix("host="));
             host.expect("a URL with a host").to_owned()
         };
         let url = format!(
             "postgresql:///{name}?host={},{}&user=headspace&target_session_attrs=read-write",
-            folder(&database),
-            folder(&standby_database)
+            folder(&primary),
+            folder(&standby)
         );
-        let mut stage = Stage::with(Some(database.clone()));
+        require_applied(&primary.server);
+        let mut stage = Stage::with(None);
         stage.environment.insert("DATABASE_URL".to_owned(), url);
         stage.set("database.statement_timeout_ms", "300").set("event_system.write_retry_max_delay_ms", "200");
         let watcher = stage.start();
-        Pair { primary, standby, database, standby_database, stage, watcher }
+        Pair { primary, standby, stage, watcher }
     }
 
     /// kill -9 of the primary, then the standby is promoted. What had left the queue must be there; the rest follows.
     #[track_caller]
-    fn fail_over(&self, is_running: bool) {
-        self.primary.kill();
+    fn fail_over(&mut self, is_running: bool) {
+        self.primary.server.kill();
         // Nothing answers any more: what has left the queue is what had been settled.
         wait_until("the loss is noticed", SOON, || self.watcher.health()["database"]["state"] == "down");
         let settled = settled(&self.watcher);
         if !is_running {
-            self.standby.start_again();
+            self.standby.server.start_again();
         }
-        let there = self.standby_database.count();
+        let there = self.standby.database.count();
         assert!(there >= settled, "{settled} events have left the queue, {there} are on the standby");
-        self.standby_database.query("SELECT pg_promote()");
+        let waiting = &self.watcher.health()["queue"]["pending"];
+        eprintln!("{settled} events had left the queue, {there} are on the standby, {waiting} wait");
+        self.standby.database.query("SELECT pg_promote()");
+        std::mem::swap(&mut self.primary, &mut self.standby);
+    }
+
+    /// The server that was killed comes back as the standby of the one that was promoted.
+    #[track_caller]
+    fn fail_back(&self) {
+        self.standby.server.follow(&self.primary.server, "standby");
+        require_applied(&self.primary.server);
     }
 
     #[track_caller]
-    fn assert_all_on_the_promoted(&self, texts: &[String]) {
+    fn assert_all_stored(&self, texts: &[String]) {
         wait_until("all is settled", SOON, || self.watcher.has_settled(texts.len() + 1));
-        assert_eq!(self.standby_database.texts(), texts);
-        let receipts = self.standby_database.value("SELECT count(*) FROM event_receipts");
-        assert_eq!(receipts, self.standby_database.count().to_string());
+        let database = &self.primary.database;
+        assert_eq!(database.texts(), texts);
+        assert_eq!(database.count(), texts.len() as u64 + 1, "the turns, and one registration");
+        assert_eq!(database.value("SELECT count(DISTINCT row_id) FROM event_receipts"), database.count().to_string());
+        assert_eq!(database.value("SELECT count(*) FROM event_receipts"), database.count().to_string());
         assert_eq!(self.watcher.health()["queue"]["dead_letters"], 0);
     }
 }
 
+/// From now on commits wait until the standby has applied them.
+fn require_applied(server: &Server) {
+    server.database.query("ALTER SYSTEM SET synchronous_commit = remote_apply");
+    require(server, "standby");
+    let sync = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
+    wait_until("the standby is synchronous", SOON, || server.database.value(sync) == "1");
+}
+
 #[test]
 fn what_left_the_queue_is_on_the_standby_that_was_stopped_and_is_promoted() {
-    let pair = Pair::start();
+    let mut pair = Pair::start();
     let mut transcript = pair.stage.transcript("-home-me-app", 1);
     let mut texts = transcript.say_many("before", BACKLOG);
     wait_until("all is settled", SOON, || pair.watcher.has_settled(texts.len() + 1));
     // Stopped and started: what came meanwhile waits, then goes on.
-    pair.standby.stop("fast");
+    pair.standby.server.stop("fast");
     texts.extend(transcript.say_many("while it is stopped", BACKLOG));
     wait_until("health names the standby, or events leave the queue", SOON, || {
         let health = pair.watcher.health();
         names_the_standby(health["database"]["last_error"].as_str().unwrap_or_default())
             || health["queue"]["pending"] == 0
     });
-    pair.standby.start_again();
+    pair.standby.server.start_again();
     wait_until("all is settled", SOON, || pair.watcher.has_settled(texts.len() + 1));
-    assert_eq!(pair.database.texts(), texts);
+    assert_eq!(pair.primary.database.texts(), texts);
     // Stopped, and promoted without having seen the primary again.
     let before = settled(&pair.watcher);
-    pair.standby.stop("fast");
+    pair.standby.server.stop("fast");
     texts.extend(transcript.say_many("while it is stopped again", BACKLOG));
     wait_until("health names the standby, or events leave the queue", SOON, || {
         let health = pair.watcher.health();
@@ -286,15 +307,25 @@ fn what_left_the_queue_is_on_the_standby_that_was_stopped_and_is_promoted() {
             || settled(&pair.watcher) > before
     });
     pair.fail_over(false);
-    pair.assert_all_on_the_promoted(&texts);
+    pair.assert_all_stored(&texts);
 }
 
+/// The two servers take turns: each round kills the primary in the middle of a backlog, and promotes the other.
 #[test]
 fn what_left_the_queue_is_on_the_standby_though_the_primary_is_killed_at_any_moment() {
-    let pair = Pair::start();
-    let writer = Writer::start(pair.stage.transcript("-home-me-app", 1), Duration::from_millis(2));
-    wait_until("rows come", SOON, || settled(&pair.watcher) > 200);
-    pair.fail_over(true);
-    wait_until("rows go on", SOON, || pair.watcher.health()["database"]["state"] == "up");
-    pair.assert_all_on_the_promoted(&writer.finish());
+    let mut dice = Dice::new("standby");
+    let mut pair = Pair::start();
+    let mut transcript = pair.stage.transcript("-home-me-app", 1);
+    let mut texts = Vec::new();
+    for round in 0..rounds(4) {
+        if round > 0 {
+            pair.fail_back();
+        }
+        let before = texts.len() as u64;
+        texts.extend(transcript.say_many(&format!("round {round}"), 3000));
+        let moment = before + 1 + dice.below(2500);
+        wait_until("so many are stored", SOON, || settled(&pair.watcher) >= moment);
+        pair.fail_over(true);
+        pair.assert_all_stored(&texts);
+    }
 }
