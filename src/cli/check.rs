@@ -319,6 +319,11 @@ fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
         let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
         findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
     }
+    if let Some(node) = &database.other_node {
+        findings.push(Finding::Note(format!(
+            "Citus keeps the events on {node}: connect to that node. Through this one delivery is slow, and commits are only as durable as that node's own synchronous_commit"
+        )));
+    }
     let skew = database.clock_ahead.unsigned_abs();
     if skew > CLOCK_SKEW_MAX {
         let direction = if database.clock_ahead.is_negative() { "behind" } else { "ahead of" };
@@ -542,6 +547,7 @@ mod tests {
             schema_missing: false,
             may_create: true,
             triggers: Vec::new(),
+            other_node: None,
             is_read_only: false,
             clock_ahead: jiff::SignedDuration::ZERO,
             encoding: "UTF8".to_owned(),
@@ -571,6 +577,8 @@ mod tests {
         assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
         assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
         assert!(wrong(|found| found.encoding = "LATIN1".to_owned())[0].contains("encoding LATIN1"));
+        let elsewhere = wrong(|found| found.other_node = Some("worker-2:5432".to_owned()));
+        assert!(elsewhere[0].starts_with("note: Citus keeps the events on worker-2:5432: connect"), "{elsewhere:?}");
         let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));
         assert!(ahead[0].starts_with("note: its clock is 9 s ahead of"), "{ahead:?}");
         let behind = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(-9));

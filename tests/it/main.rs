@@ -14,6 +14,7 @@ mod bad_events;
 mod bsd_tools;
 mod capture;
 mod check;
+mod citus;
 mod commands;
 mod copies;
 mod damage;

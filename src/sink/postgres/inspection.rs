@@ -31,11 +31,14 @@ pub struct Inspection {
     pub encoding: String,
     /// Triggers that may drop or change a row before it is stored.
     pub triggers: Vec<String>,
+    /// The node of Citus that holds the events, `host:port`, when it is another one.
+    pub other_node: Option<String>,
     /// How far the server's clock is ahead of ours.
     pub clock_ahead: jiff::SignedDuration,
 }
 
 const INSPECT_SQL: &str = include_str!("sql/inspect.sql");
+const CITUS_SQL: &str = include_str!("sql/citus.sql");
 
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
     let needs = &settings.needs;
@@ -49,18 +52,23 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         unfit = limited(settings, layout.try_out(&client)).await.err();
         routines = layout.routines.names().map(String::clone).to_vec();
     }
+    let ask = async |sql: &str, parameters: &[(&(dyn ToSql + Sync), Type)]| {
+        let asking = async { client.query_typed(sql, parameters).await.map_err(|error| step_error(&error)) };
+        limited(settings, asking).await
+    };
+    let events = needs.events.quoted();
     let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
-        (&needs.events.quoted(), Type::TEXT),
+        (&events, Type::TEXT),
         (&needs.events.schema, Type::TEXT),
         (&needs.ledger_schema, Type::TEXT),
         (&routines, Type::TEXT_ARRAY),
     ];
     let asked = Instant::now();
-    let asking = async { client.query_typed(INSPECT_SQL, &parameters).await.map_err(|error| step_error(&error)) };
-    let rows = limited(settings, asking).await?;
+    let rows = ask(INSPECT_SQL, &parameters).await?;
     let Some(row) = rows.first() else { return Err(no_answer(settings.statement_timeout)) };
     // The server looked at its clock somewhere between asking and hearing.
     let ours = Timestamp::now() - asked.elapsed() / 2;
+    let nodes = if row.get("has_citus") { ask(CITUS_SQL, &[(&events, Type::TEXT)]).await? } else { Vec::new() };
     Ok(Inspection {
         version: row.get("version"),
         version_number: row.get("version_number"),
@@ -73,5 +81,6 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
         schema_missing: row.get("schema_missing"),
         encoding: row.get("encoding"),
         triggers: row.get("triggers"),
+        other_node: nodes.first().map(|row| row.get(0)),
     })
 }

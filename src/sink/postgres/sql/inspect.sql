@@ -29,6 +29,7 @@ SELECT current_setting('server_version') AS version, current_setting('server_ver
        clock_timestamp() AS time,
        $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL AS schema_missing,
        current_setting('server_encoding') AS encoding,
+       to_regclass('pg_dist_placement') IS NOT NULL AS has_citus,
        -- Bits of tgtype: 1 for each row, 2 before, 4 insert.
        ARRAY(SELECT tgname::text FROM pg_trigger, events
               WHERE tgrelid = events.oid AND NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & 7 = 7) AS triggers
