@@ -2,18 +2,23 @@
 //!
 //! Plain values without behaviour of their own; this module imports nothing of ours. Every layer above it
 //! (`queue`, `intake`, `sink`, `http`, `cli`) speaks in these types, and none of them owns them.
+//!
+//! What derives `Serialize` is on disk: `queue::codec` writes it by its fields, in their order and without their names. So none
+//! of these types may change without a new version of the record there; a test over the bytes keeps it so.
 
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
 pub use jiff::Timestamp;
+use jiff::fmt::serde::timestamp::nanosecond::required as nanoseconds;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
 /// Identity of an event: the same thing seen again has the same id.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct EventId(pub Uuid);
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct EventId(#[serde(with = "uuid::serde::compact")] pub Uuid);
 
 impl EventId {
     /// A new identity for something that has none of its own (UUIDv7, ordered by time).
@@ -42,7 +47,7 @@ impl fmt::Display for EventId {
 }
 
 /// Name of a type of event: the stem of its file in `schemas/`.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct EventType(Arc<str>);
 
 impl EventType {
@@ -62,7 +67,7 @@ impl fmt::Display for EventType {
 }
 
 /// The payload as JSON text, one object. Shown by nobody who is not asked for it: `Debug` gives its size only.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Payload(Box<str>);
 
 impl Payload {
@@ -83,7 +88,7 @@ impl fmt::Debug for Payload {
 }
 
 /// Foreign keys of a row, as the caller gave them.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct ForeignKeys {
     pub project_id: Option<i32>,
     pub agent_id: Option<i32>,
@@ -101,7 +106,7 @@ impl ForeignKeys {
 }
 
 /// Where an event was seen.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Origin {
     /// Bytes from `offset` on in the transcript at `path` (absolute; lossy where it is not UTF-8).
     Transcript {
@@ -128,21 +133,23 @@ impl Origin {
 /// Something that happened, checked against the schema of its type.
 ///
 /// Only `intake::schema` makes one, and `queue::codec` reads one back; a test over the sources keeps it so.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(transparent)]
 pub struct Event {
     parts: EventParts,
 }
 
 /// The fields of an [`Event`] before they are checked.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct EventParts {
     pub id: EventId,
-    pub event_type: EventType,
     /// When it happened, not when it was seen or written.
+    #[serde(with = "nanoseconds")]
     pub timestamp: Timestamp,
-    pub payload: Payload,
+    pub event_type: EventType,
     pub refs: ForeignKeys,
     pub origin: Origin,
+    pub payload: Payload,
 }
 
 impl Event {
@@ -283,14 +290,14 @@ pub enum DeadContent {
 }
 
 /// Which file on disk a cursor speaks of.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct FileIdentity {
     pub device: u64,
     pub inode: u64,
 }
 
 /// How far a transcript has been read: every byte before `offset` is queued or set aside.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Cursor {
     pub file: FileIdentity,
     /// Byte offset after the last line that was read.
@@ -299,7 +306,8 @@ pub struct Cursor {
     pub fingerprint: u64,
     /// The first `cwd` of the file; with it the session is registered.
     pub project_path: Option<String>,
-    /// How the session of a main transcript stands, as far as these bytes tell.
+    /// How the session of a main transcript stands, as far as these bytes tell. Stored beside the cursor.
+    #[serde(skip)]
     pub session: SessionState,
 }
 

@@ -4,7 +4,7 @@
 //! offset  size  field
 //!      0     1  version of the layout: 1
 //!      1     4  crc32 (IEEE) of the body, u32 little endian: a long record stands in several pieces, which must be of one record
-//!      5     n  body: bincode 2, little endian, integers at full width, fields in the order of the structs below
+//!      5     n  body: bincode 2, little endian, integers at full width, fields in the order of the structs below and in `event`
 //! ```
 //!
 //! What records stand in is at the head of `piece`. What is in a single piece, which has a checksum itself, is bincode 2 alone,
@@ -15,24 +15,23 @@
 //!
 //! Timestamps are nanoseconds since 1970 as i128; paths of cursors are the bytes the system uses.
 
+use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian, Varint};
+use bincode::serde::Compat;
 use bincode::{BorrowDecode, Decode, Encode};
 use thiserror::Error;
 use uuid::Uuid;
 
 use crate::event::{
-    Cursor, DeadContent, DeadLetter, Event, EventId, EventParts, EventType, Failure, FailureKind, FileIdentity,
-    ForeignKeys, Origin, Payload, Rejection, Sequence, SessionState, Timestamp,
+    Cursor, DeadContent, DeadLetter, Event, EventParts, EventType, Failure, FailureKind, Origin, Rejection, Sequence,
+    SessionState, Timestamp,
 };
 
 /// The layout that is written, and the newest that is understood.
 const VERSION: u8 = 1;
-
-/// Bytes before the body.
-const HEADER_BYTES: usize = 5;
 
 /// Longest record. Above every limit of the intake.
 pub const RECORD_BYTES_MAX: usize = 96 << 20;
@@ -151,28 +150,7 @@ fn unpack<'a, T: BorrowDecode<'a, ()>>(content: &'a [u8]) -> Option<T> {
     (read == content.len()).then_some(value)
 }
 
-// The mirrors: what is on disk. Never reorder, never edit: add a version.
-
-#[derive(Encode, BorrowDecode)]
-struct EventBody<'a> {
-    captured_at: i128,
-    attempts: u32,
-    id: [u8; 16],
-    timestamp: i128,
-    event_type: &'a str,
-    /// Project, agent, command and turn.
-    refs: [Option<i32>; 4],
-    origin: OriginBody<'a>,
-    payload: &'a str,
-}
-
-#[derive(Encode, BorrowDecode)]
-enum OriginBody<'a> {
-    Transcript { path: &'a str, offset: u64 },
-    Hook,
-    Http,
-    Cli,
-}
+// What is on disk: these, and what derives `Serialize` in `event`. Never reorder, never edit: add a version.
 
 #[derive(Encode, BorrowDecode)]
 struct LetterBody<'a> {
@@ -189,50 +167,26 @@ const KINDS: [FailureKind; 5] =
 
 #[derive(Encode, BorrowDecode)]
 enum ContentBody<'a> {
-    Event { attempts: u32, record: &'a [u8] },
-    Input { event_type: Option<&'a str>, origin: OriginBody<'a>, mask: [u8; 16], bytes: &'a [u8] },
-}
-
-#[derive(Encode, BorrowDecode)]
-struct CursorBody<'a> {
-    path: &'a [u8],
-    /// Device and inode.
-    file: [u64; 2],
-    offset: u64,
-    fingerprint: u64,
-    project_path: Option<&'a str>,
-    /// Began, last activity, ended through.
-    session: [Option<i128>; 3],
-    process: Option<u32>,
+    Event {
+        attempts: u32,
+        record: &'a [u8],
+    },
+    Input {
+        event_type: Option<&'a str>,
+        #[bincode(with_serde)]
+        origin: Origin,
+        mask: [u8; 16],
+        bytes: &'a [u8],
+    },
 }
 
 pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
-    let refs = event.refs();
-    let body = EventBody {
-        captured_at: captured_at.as_nanosecond(),
-        attempts,
-        id: event.id().0.into_bytes(),
-        timestamp: event.timestamp().as_nanosecond(),
-        event_type: event.event_type().as_str(),
-        refs: [refs.project_id, refs.agent_id, refs.command_id, refs.turn_id],
-        origin: origin_body(event.origin()),
-        payload: event.payload().as_json(),
-    };
-    encode(&body, 256 + body.payload.len() + body.event_type.len())
+    encode((captured_at.as_nanosecond(), attempts, Compat(event)))
 }
 
 pub fn decode_event(record: &[u8]) -> Result<StoredEvent, CodecError> {
-    let body: EventBody<'_> = decode(record)?;
-    let [project_id, agent_id, command_id, turn_id] = body.refs;
-    let event = Event::from_checked_parts(EventParts {
-        id: EventId(Uuid::from_bytes(body.id)),
-        event_type: EventType::new(body.event_type),
-        timestamp: timestamp(body.timestamp)?,
-        payload: Payload::from_json(body.payload.to_owned()),
-        refs: ForeignKeys { project_id, agent_id, command_id, turn_id },
-        origin: origin(body.origin),
-    });
-    Ok(StoredEvent { event, captured_at: timestamp(body.captured_at)?, attempts: body.attempts })
+    let (captured_at, attempts, Compat(parts)) = decode::<(_, _, Compat<EventParts>)>(record)?;
+    Ok(StoredEvent { event: Event::from_checked_parts(parts), captured_at: timestamp(captured_at)?, attempts })
 }
 
 /// A dead letter of an event, by its record. `attempts`: deliveries that were refused, in all.
@@ -242,7 +196,7 @@ pub fn encode_refused(
     attempts: u32,
     record: &[u8],
 ) -> Result<Vec<u8>, CodecError> {
-    encode_letter(failure, failed_at, ContentBody::Event { attempts, record }, record.len())
+    encode_letter(failure, failed_at, ContentBody::Event { attempts, record })
 }
 
 /// A dead letter of what never was an event. Its bytes are masked with random ones: whole pieces of a segment among
@@ -251,30 +205,24 @@ pub fn encode_rejection(rejection: &Rejection, failed_at: Timestamp) -> Result<V
     let mask = Uuid::new_v4().into_bytes();
     let event_type = rejection.event_type.as_ref().map(EventType::as_str);
     let bytes = &masked(&rejection.bytes, mask);
-    let content = ContentBody::Input { event_type, origin: origin_body(&rejection.origin), mask, bytes };
-    encode_letter(&rejection.failure, failed_at, content, bytes.len())
+    let content = ContentBody::Input { event_type, origin: rejection.origin.clone(), mask, bytes };
+    encode_letter(&rejection.failure, failed_at, content)
 }
 
 fn masked(bytes: &[u8], mask: [u8; 16]) -> Vec<u8> {
     bytes.iter().zip(mask.into_iter().cycle()).map(|(byte, mask)| byte ^ mask).collect()
 }
 
-fn encode_letter(
-    failure: &Failure,
-    failed_at: Timestamp,
-    content: ContentBody<'_>,
-    content_bytes: usize,
-) -> Result<Vec<u8>, CodecError> {
+fn encode_letter(failure: &Failure, failed_at: Timestamp, content: ContentBody<'_>) -> Result<Vec<u8>, CodecError> {
     let kind = KINDS.iter().position(|kind| *kind == failure.kind).unwrap_or_default();
     let message = failure.message.get(..failure.message.floor_char_boundary(MESSAGE_BYTES_MAX)).unwrap_or_default();
-    let body = LetterBody {
+    encode(LetterBody {
         failed_at: failed_at.as_nanosecond(),
         kind: u8::try_from(kind).unwrap_or_default(),
         message,
         sqlstate: failure.sqlstate.as_deref(),
         content,
-    };
-    encode(&body, 256 + message.len() + content_bytes)
+    })
 }
 
 pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, CodecError> {
@@ -286,10 +234,10 @@ pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, Co
             let StoredEvent { event, captured_at, .. } = decode_event(record)?;
             DeadContent::Event { event, captured_at, attempts }
         }
-        ContentBody::Input { event_type, origin: body, mask, bytes } => DeadContent::Input(Rejection {
+        ContentBody::Input { event_type, origin, mask, bytes } => DeadContent::Input(Rejection {
             failure: failure.clone(),
             event_type: event_type.map(EventType::new),
-            origin: origin(body),
+            origin,
             bytes: masked(bytes, mask),
         }),
     };
@@ -298,44 +246,21 @@ pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, Co
 
 pub fn encode_cursor(path: &Path, cursor: &Cursor) -> Result<Vec<u8>, CodecError> {
     let SessionState { began_at, last_activity, ended_through, process } = cursor.session;
-    let body = CursorBody {
-        path: path.as_os_str().as_bytes(),
-        file: [cursor.file.device, cursor.file.inode],
-        offset: cursor.offset,
-        fingerprint: cursor.fingerprint,
-        project_path: cursor.project_path.as_deref(),
-        session: [began_at, last_activity, ended_through].map(|time| time.map(Timestamp::as_nanosecond)),
-        process,
-    };
-    encode(&body, 256 + body.path.len())
+    let times = [began_at, last_activity, ended_through].map(|time| time.map(Timestamp::as_nanosecond));
+    encode((path.as_os_str().as_bytes(), Compat(cursor), times, process))
 }
 
 pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
-    let body: CursorBody<'_> = decode(record)?;
-    let path = PathBuf::from(std::ffi::OsString::from_vec(body.path.to_vec()));
-    let [device, inode] = body.file;
-    let [began_at, last_activity, ended_through] = body.session.map(|time| time.map(timestamp).transpose());
-    let cursor = Cursor {
-        file: FileIdentity { device, inode },
-        offset: body.offset,
-        fingerprint: body.fingerprint,
-        project_path: body.project_path.map(str::to_owned),
-        session: SessionState {
-            began_at: began_at?,
-            last_activity: last_activity?,
-            ended_through: ended_through?,
-            process: body.process,
-        },
-    };
-    Ok((path, cursor))
+    let (path, Compat(cursor), times, process) = decode::<(Vec<u8>, _, [Option<i128>; 3], _)>(record)?;
+    let [began_at, last_activity, ended_through] = times.map(|time| time.map(timestamp).transpose());
+    let (began_at, last_activity, ended_through) = (began_at?, last_activity?, ended_through?);
+    let session = SessionState { began_at, last_activity, ended_through, process };
+    Ok((OsString::from_vec(path).into(), Cursor { session, ..cursor }))
 }
 
-fn encode<T: Encode>(body: &T, bytes_expected: usize) -> Result<Vec<u8>, CodecError> {
-    let mut record = Vec::with_capacity(HEADER_BYTES + bytes_expected);
-    record.extend_from_slice(&[VERSION, 0, 0, 0, 0]);
-    bincode::encode_into_std_write(body, &mut record, RECORD).map_err(|error| CodecError::Body(error.to_string()))?;
-    let checksum = crc32fast::hash(record.get(HEADER_BYTES..).unwrap_or_default());
-    record.splice(1..HEADER_BYTES, checksum.to_le_bytes());
+fn encode(body: impl Encode) -> Result<Vec<u8>, CodecError> {
+    let body = bincode::encode_to_vec(body, RECORD).map_err(|error| CodecError::Body(error.to_string()))?;
+    let record = [&[VERSION], &crc32fast::hash(&body).to_le_bytes()[..], &body].concat();
     if record.len() > RECORD_BYTES_MAX { Err(CodecError::TooLarge(record.len())) } else { Ok(record) }
 }
 
@@ -352,22 +277,4 @@ fn decode<'a, T: BorrowDecode<'a, ()>>(record: &'a [u8]) -> Result<T, CodecError
 
 fn timestamp(nanoseconds: i128) -> Result<Timestamp, CodecError> {
     Timestamp::from_nanosecond(nanoseconds).map_err(|error| CodecError::Body(error.to_string()))
-}
-
-fn origin_body(origin: &Origin) -> OriginBody<'_> {
-    match origin {
-        Origin::Transcript { path, offset } => OriginBody::Transcript { path, offset: *offset },
-        Origin::Hook => OriginBody::Hook,
-        Origin::Http => OriginBody::Http,
-        Origin::Cli => OriginBody::Cli,
-    }
-}
-
-fn origin(body: OriginBody<'_>) -> Origin {
-    match body {
-        OriginBody::Transcript { path, offset } => Origin::Transcript { path: path.into(), offset },
-        OriginBody::Hook => Origin::Hook,
-        OriginBody::Http => Origin::Http,
-        OriginBody::Cli => Origin::Cli,
-    }
 }
