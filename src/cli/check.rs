@@ -437,7 +437,7 @@ fn held(config: &Config) -> Finding {
     match inspect_queue(config) {
         Ok(queue) => Finding::Fine(format!("nobody holds it; {} pending", queue.stats().pending)),
         Err(QueueError::NotFound { .. }) => Finding::Fine("made when the watcher first runs".to_owned()),
-        // The watcher needs no copy.
+        // The watcher may have rights that this process has not.
         Err(error @ QueueError::Look { .. }) => Finding::Note(error.to_string()),
         Err(QueueError::InUse { pid, .. }) => {
             let holder = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));

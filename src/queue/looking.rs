@@ -1,15 +1,9 @@
 //! Looking at a queue that nobody holds: nothing in its folder changes, whatever state it is in.
 //!
-//! sled can't only read: opening may cut its log, closing writes a snapshot. So the newest segment is read as older ones are,
-//! without sled ([`Remains`]), and of a copy without a name in the folder for temporary files (`TMPDIR`, else `/tmp`): it goes with the
-//! process, however that ends. There, because the user can choose the place, and because a full or read-only disk is a
-//! reason to look.
-//!
-//! The queue is held while it is copied: a watcher that starts meanwhile waits so long. What one removes after that, because it was
-//! delivered, can't be looked at any more.
+//! All segments are read without sled ([`Remains`]), where they are: no process ever writes to a segment of another. The queue is held
+//! only until the newest one is open: a watcher that starts meanwhile waits so long, and may remove that segment or rename it
+//! afterwards; an open file stays as it is. An older segment that was delivered and removed can't be looked at any more.
 
-use std::fs::File;
-use std::io::{self, Read, Seek};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,9 +33,8 @@ pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
         let missing = QueueError::NotFound { path: path.to_owned() };
         return Err(if highest.sequence == 0 { missing } else { damaged("its segments are gone".into()) });
     };
-    let copy = copy(&newest.folder(path).join("db")).map_err(|error| look_error(error.to_string()))?;
+    let remains = Remains::of_newest(path, newest, highest).map_err(|error| look_error(error.to_string()))?;
     drop(lock);
-    let remains = Remains::of_log(newest, copy, highest).map_err(|error| error.of_queue(path))?;
     if let Some(cause) = opening::damage_of(&remains, highest) {
         return Err(damaged(cause));
     }
@@ -51,22 +44,4 @@ pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
     let older = Older::all(path, &names, newest).into_iter();
     let older = older.filter(|one| one.is_needed(marks.settled.sequence)).collect();
     Ok((Log::new(path, Source::Raw(Arc::new(remains)), older), marks))
-}
-
-/// A copy of a file, without a name; none where it is not there.
-fn copy(from: &Path) -> io::Result<Option<File>> {
-    let mut from = match File::open(from) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        from => from?,
-    };
-    let temporary = std::env::temp_dir();
-    let copied = tempfile::tempfile_in(&temporary).and_then(|mut copy| {
-        io::copy(&mut from.by_ref(), &mut copy)?;
-        copy.rewind()?;
-        Ok(copy)
-    });
-    copied.map(Some).map_err(|error| {
-        let way_out = "set TMPDIR to a folder with room, or start the watcher and ask it";
-        io::Error::other(format!("could not copy it to {}: {error}; {way_out}", temporary.display()))
-    })
 }

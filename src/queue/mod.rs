@@ -36,7 +36,7 @@
 //! (group commit); it never waits for more to come. What is settled goes along with the next batch, or by itself a moment later.
 //!
 //! Each value says itself what it is and has a checksum. So a log can be read without sled, and all but the one that this process
-//! writes are: older ones, copies that are looked at, damaged ones, and at a start the one that was written last, behind which the
+//! writes are: older ones, those that are looked at, damaged ones, and at a start the one that was written last, behind which the
 //! next is begun. Each batch counts its pieces, so one that was torn is told. Numbers have no gaps, so what is missing is noticed
 //! when it is read. Then the segment's folder is renamed, which keeps it, and it is read on, with what is missing passed over. How many
 //! numbers are missing is said; cursors are not carried over, so that the transcripts are read again.
@@ -124,7 +124,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`QueueError::InUse`] where a watcher holds it, [`QueueError::NotFound`] where there is none,
-    /// [`QueueError::Look`] where it can't be copied, [`QueueError::Damaged`], [`QueueError::TooNew`].
+    /// [`QueueError::Look`] where it can't be read, [`QueueError::Damaged`], [`QueueError::TooNew`].
     pub fn inspect(config: &QueueConfig) -> Result<Queue, QueueError> {
         let (log, marks) = looking::look(&config.path)?;
         let shared = Shared::new(config, log, &marks).map_err(|error| error.of_queue(&config.path))?;

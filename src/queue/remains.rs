@@ -1,7 +1,7 @@
 //! What a segment's log holds, read without sled.
 //!
 //! Each piece says itself what it is and has a checksum ([`piece`]), so a log is an index of whole pieces and where they are. So
-//! older segments are read, which never change; at a start the one that was written last; copies that are looked at; and what is left of
+//! older segments are read, which never change; at a start the one that was written last; all that are looked at; and what is left of
 //! damaged ones: sled takes a log that was cut for a whole one, does not say what it has passed over, and cuts off for good what it
 //! does not understand.
 

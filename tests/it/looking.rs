@@ -194,7 +194,7 @@ fn a_watcher_starts_while_somebody_looks_and_who_looks_sees_all_that_was_there()
 }
 
 #[test]
-fn what_looking_takes_a_copy_of_has_no_name_and_goes_however_it_ends() {
+fn looking_leaves_nothing_however_it_ends() {
     let stage = long();
     let before = everything(&stage);
     for name in ["TERM", "INT", "HUP", "PIPE", "KILL"] {
@@ -212,27 +212,12 @@ fn what_looking_takes_a_copy_of_has_no_name_and_goes_however_it_ends() {
 }
 
 #[test]
-fn without_room_for_a_copy_it_says_how_much_is_needed_and_leaves_nothing() {
+fn looking_needs_no_room_for_temporary_files() {
     let mut stage = filled(false);
     let before = everything(&stage);
     stage.environment.insert("TMPDIR".to_owned(), "/nowhere".to_owned());
     let ran = stage.run(&["queue-dump"]);
-    assert_eq!(ran.code(), 74, "{}{}", ran.output(), ran.error());
-    assert!(ran.error().contains("/nowhere") && ran.error().contains("TMPDIR"), "{}", ran.error());
-    assert!(everything(&stage) == before);
-
-    let small = tempfile::tempdir().unwrap();
-    let mut mount = std::process::Command::new("mount");
-    let mounted = mount.args(["-t", "tmpfs", "-o", "size=8k", "tmpfs"]).arg(small.path()).output();
-    if !mounted.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED: a small file system needs root");
-        return;
-    }
-    stage.environment.insert("TMPDIR".to_owned(), small.path().to_str().unwrap().to_owned());
-    let ran = stage.run(&["queue-dump"]);
-    let left = std::fs::read_dir(small.path()).unwrap().count();
-    let _ = std::process::Command::new("umount").arg(small.path()).output();
-    assert_eq!((ran.code(), left), (74, 0), "{}{}", ran.output(), ran.error());
-    assert!(ran.error().contains(small.path().to_str().unwrap()) && ran.error().contains("TMPDIR"), "{}", ran.error());
+    assert_eq!(ran.code(), 0, "{}{}", ran.output(), ran.error());
+    assert_eq!(ran.lines().len(), 41);
     assert!(everything(&stage) == before);
 }

@@ -319,3 +319,17 @@ fn inspecting_creates_nothing_and_changes_nothing() {
     );
     assert_eq!(files(), before);
 }
+
+#[test]
+fn what_is_looked_at_stays_though_a_watcher_delivers_it_meanwhile() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    queue.append(Batch { rejections: vec![rejection(b"?")], ..batch(0..300) }).unwrap();
+    let expected = (everything(&queue), queue.dead_letters(None, 9).unwrap());
+    queue.close().unwrap();
+    let inspector = Queue::inspect(&fixture.config).unwrap();
+    let queue = fixture.open();
+    queue.settle(delivered(1..=300)).unwrap();
+    eventually("its segment is gone", || fixture.segments() == [2]);
+    assert_eq!((everything(&inspector), inspector.dead_letters(None, 9).unwrap()), expected);
+}
