@@ -123,20 +123,20 @@ pub fn decode_marks(content: &[u8]) -> Option<(Marks, u64)> {
 }
 
 /// One number of a block.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, BorrowDecode)]
-pub struct Entry<'a> {
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Entry {
     /// Length of the event's record; 0 for a rejection.
     pub record_bytes: u32,
     /// The record, or the first part of a long one.
-    pub part: &'a [u8],
+    pub part: Vec<u8>,
 }
 
-pub fn encode_block(before: &Totals, entries: &[(u32, Vec<u8>)]) -> Vec<u8> {
+pub fn encode_block(before: &Totals, entries: &[Entry]) -> Vec<u8> {
     pack(&(before.events, before.bytes, entries))
 }
 
 /// Events and bytes before it, and its entries.
-pub fn decode_block(content: &[u8]) -> Option<(u64, u64, Vec<Entry<'_>>)> {
+pub fn decode_block(content: &[u8]) -> Option<(u64, u64, Vec<Entry>)> {
     unpack(content).filter(|(events, bytes, _): &(u64, u64, _)| events.max(bytes) <= &NUMBER_MAX)
 }
 
@@ -145,8 +145,8 @@ fn pack(content: &impl Encode) -> Vec<u8> {
     bincode::encode_to_vec(content, PIECE).unwrap_or_default()
 }
 
-fn unpack<'a, T: BorrowDecode<'a, ()>>(content: &'a [u8]) -> Option<T> {
-    let (value, read) = bincode::borrow_decode_from_slice(content, PIECE).ok()?;
+fn unpack<T: Decode<()>>(content: &[u8]) -> Option<T> {
+    let (value, read) = bincode::decode_from_slice(content, PIECE).ok()?;
     (read == content.len()).then_some(value)
 }
 

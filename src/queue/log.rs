@@ -1,11 +1,11 @@
 //! All segments as one log: events enter at its tail, in the newest segment, and are read from its head.
 
 use std::fs;
-use std::ops::{ControlFlow, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::codec::{self, Entry, NUMBER_MAX, StoredEvent, Totals};
+use super::codec::{self, Entry, StoredEvent, Totals};
 use super::files::{self, Name};
 use super::piece::{self, Block, Piece};
 use super::remains::Remains;
@@ -51,7 +51,7 @@ pub fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
 
 /// The number behind all that are there in a segment.
 pub fn first_behind(path: &Path, name: Name) -> Result<u64, StoreError> {
-    let end = Remains::of(path, name)?.totals_through(NUMBER_MAX);
+    let end = Remains::of(path, name)?.end();
     Ok(end.map_or(0, |end| end.sequence + 1).max(name.first))
 }
 
@@ -123,62 +123,47 @@ impl Log {
         Ok((Source::Raw(remains), one.last))
     }
 
-    /// Gives `visit` the blocks with the numbers from `first` to `last`, in order, until it has enough. Numbers have no gaps:
-    /// one that is not there is damage, or known to be lost.
-    pub fn each_block(
-        &self,
-        first: u64,
-        last: u64,
-        mut visit: impl FnMut(&Source, &Block<'_>) -> Result<ControlFlow<()>, StoreError>,
-    ) -> Result<(), StoreError> {
-        let mut next = first;
-        while next <= last {
-            let (source, source_last) = self.source_of(next)?;
-            // The first may have begun before.
-            let value = if next == first { source.last_block(next)? } else { source.value(piece::BLOCK, next, 0)? };
-            let piece = value.as_deref().and_then(Piece::decode);
-            let Some(block) = piece.as_ref().and_then(Block::of).filter(|block| block.last() >= next) else {
-                next = match &source {
-                    Source::Raw(remains) if remains.name.is_damaged => {
-                        remains.next_block(next).unwrap_or(u64::MAX).min(source_last.saturating_add(1))
-                    }
-                    _ => return Err(source.damaged(format!("what has the number {next} is not there, or is damaged"))),
-                };
-                continue;
-            };
-            if visit(&source, &block)?.is_break() {
-                return Ok(());
-            }
-            next = block.last() + 1;
-        }
-        Ok(())
-    }
-
-    /// Gives `visit` the events with the numbers from `first` to `last`, in order, until it has enough.
-    pub fn each_event(
-        &self,
-        first: u64,
-        last: u64,
-        mut visit: impl FnMut(&Source, u64, &Entry<'_>) -> Result<ControlFlow<()>, StoreError>,
-    ) -> Result<(), StoreError> {
-        self.each_block(first, last, |source, block| {
-            for (number, entry) in block.numbered().filter(|(number, _)| (first..=last).contains(number)) {
-                if entry.record_bytes > 0 && !source.is_lost(number) && visit(source, number, entry)?.is_break() {
-                    return Ok(ControlFlow::Break(()));
+    /// The block with a number, or the next one where it is known to be lost; none where that is behind `last`. Numbers have no
+    /// gaps: one that is not there is damage, or known to be lost.
+    fn block(&self, mut number: u64, last: u64) -> Result<Option<(Source, Block)>, StoreError> {
+        while number <= last {
+            let (source, source_last) = self.source_of(number)?;
+            // It may have begun before.
+            let block = source.last_block(number)?.filter(|block| block.last() >= number);
+            match (block, &source) {
+                (Some(block), _) => return Ok(Some((source, block))),
+                (None, Source::Raw(remains)) if remains.name.is_damaged => {
+                    let next = remains.next_block(number).unwrap_or(u64::MAX);
+                    number = next.min(source_last.saturating_add(1));
+                }
+                (None, _) => {
+                    return Err(source.damaged(format!("what has the number {number} is not there, or is damaged")));
                 }
             }
-            Ok(ControlFlow::Continue(()))
-        })
+        }
+        Ok(None)
     }
 
-    /// The totals up to a number, which is that of an event or a rejection that is there.
-    pub fn totals_through(&self, sequence: u64) -> Result<Totals, StoreError> {
-        let mut totals = Totals::default();
-        self.each_block(sequence, sequence, |_, block| {
-            totals = block.totals_through(sequence);
-            Ok(ControlFlow::Break(()))
-        })?;
-        Ok(totals)
+    /// The events with the numbers from `first` to `last`, in order, each with where it is and the totals up to it.
+    pub fn events(&self, first: u64, last: u64) -> impl Iterator<Item = Result<(Source, Totals, Entry), StoreError>> {
+        let mut next = first;
+        let blocks = std::iter::from_fn(move || {
+            let found = self.block(next, last).transpose()?;
+            // Behind an error there is nothing.
+            next = found.as_ref().map_or(u64::MAX, |(_, block)| block.last() + 1);
+            Some(found)
+        });
+        blocks.flat_map(move |found| {
+            let (source, block) = match found {
+                Ok(found) => found,
+                Err(error) => return vec![Err(error)],
+            };
+            let is_wanted = |totals: &Totals, entry: &Entry| {
+                entry.record_bytes > 0 && (first..=last).contains(&totals.sequence) && !source.is_lost(totals.sequence)
+            };
+            let events = block.numbered().filter(|(totals, entry)| is_wanted(totals, entry));
+            events.map(|(totals, entry)| Ok((source.clone(), totals, entry))).collect()
+        })
     }
 }
 
@@ -197,37 +182,28 @@ impl Source {
         }
     }
 
-    pub fn value(&self, kind: u8, number: u64, index: u32) -> Result<Option<Vec<u8>>, StoreError> {
-        match self {
-            Source::Sled(segment) => Ok(segment.get(&piece::key(kind, number, index))?.map(|value| value.to_vec())),
-            Source::Raw(remains) => remains.value(kind, number, index),
-        }
-    }
-
-    /// Gives `visit` the pieces of a kind, in order, until it has enough.
-    pub fn each(
+    /// The pieces of a kind, in order.
+    pub fn pieces(
         &self,
         kind: u8,
         numbers: RangeInclusive<u64>,
-        visit: impl FnMut(&Piece<'_>) -> bool,
-    ) -> Result<(), StoreError> {
+    ) -> Box<dyn Iterator<Item = Result<Piece, StoreError>> + '_> {
         match self {
-            _ if numbers.is_empty() => Ok(()),
-            Source::Sled(segment) => segment.each(piece::keys(kind, numbers), visit),
-            Source::Raw(remains) => remains.each(kind, numbers, visit),
+            _ if numbers.is_empty() => Box::new(std::iter::empty()),
+            Source::Sled(segment) => Box::new(segment.pieces(piece::keys(kind, numbers))),
+            Source::Raw(remains) => Box::new(remains.pieces(kind, numbers)),
         }
     }
 
     /// The last block that begins with this number or a smaller one.
-    fn last_block(&self, sequence: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        let begin = match self {
+    fn last_block(&self, sequence: u64) -> Result<Option<Block>, StoreError> {
+        match self {
             Source::Sled(segment) => {
-                let key = segment.last_key(piece::keys(piece::BLOCK, 1..=sequence))?;
-                key.and_then(|key| Some(u64::from_be_bytes(*key.get(1..)?.first_chunk()?)))
+                let piece = segment.last(piece::keys(piece::BLOCK, 1..=sequence))?;
+                Ok(piece.as_ref().and_then(Block::of))
             }
             Source::Raw(remains) => remains.last_block(sequence),
-        };
-        begin.map_or(Ok(None), |begin| self.value(piece::BLOCK, begin, 0))
+        }
     }
 
     fn is_lost(&self, number: u64) -> bool {
@@ -239,17 +215,16 @@ impl Source {
     }
 
     /// The whole record of an event.
-    pub fn record(&self, number: u64, entry: &Entry<'_>) -> Result<Vec<u8>, StoreError> {
-        let record = piece::record(entry, |visit| self.each(piece::CHUNK, number..=number, visit))?;
-        let length = entry.record_bytes as usize;
-        if record.len() == length {
+    pub fn record(&self, number: u64, entry: &Entry) -> Result<Vec<u8>, StoreError> {
+        let record = piece::record(entry, self.pieces(piece::CHUNK, number..=number))?;
+        if record.len() == entry.record_bytes as usize {
             Ok(record)
         } else {
             Err(self.damaged(format!("a part of event {number} is not there")))
         }
     }
 
-    pub fn event(&self, number: u64, entry: &Entry<'_>) -> Result<StoredEvent, StoreError> {
+    pub fn event(&self, number: u64, entry: &Entry) -> Result<StoredEvent, StoreError> {
         let event = codec::decode_event(&self.record(number, entry)?);
         event.map_err(|error| self.damaged(format!("event {number}: {error}")))
     }

@@ -11,7 +11,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::codec::{Marks, NUMBER_MAX, Totals};
+use super::codec::{Marks, Totals};
 use super::files::{self, Highest, Lock, Mark, Name, ensure_folder, restrict, storage, sync_folder};
 use super::log::{self, Log, Older, Source};
 use super::piece;
@@ -211,7 +211,7 @@ fn marks_of_all(path: &Path, names: &[Name], last: Option<&Remains>, highest: Hi
         // That of an older one says less than is settled by now: some is delivered once more, and refused by its receipts.
         latest = latest.or(remains.marks().map(|(marks, _)| marks));
         known.extend(latest.map(|marks| marks.acknowledged));
-        known.extend(remains.totals_through(NUMBER_MAX));
+        known.extend(remains.end());
         first = remains.before().unwrap_or(first);
     }
     let known = known.into_iter().max_by_key(|totals| totals.sequence).unwrap_or_default();

@@ -50,24 +50,24 @@ pub const CURSOR: u8 = b'c';
 pub const MARK: u8 = b'm';
 
 /// A value, taken apart.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Piece<'a> {
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Piece {
     pub kind: u8,
     pub number: u64,
     pub index: u32,
     /// The batch with which it was written.
     pub batch: u64,
-    pub content: &'a [u8],
+    pub content: Vec<u8>,
 }
 
-impl<'a> Piece<'a> {
+impl Piece {
     /// `None` where it is damaged.
-    pub fn decode(value: &'a [u8]) -> Option<Piece<'a>> {
+    pub fn decode(value: &[u8]) -> Option<Piece> {
         Self::find(value).filter(|piece| piece.bytes() == value.len())
     }
 
     /// The piece at the beginning of these bytes, which may go on behind it.
-    pub fn find(bytes: &'a [u8]) -> Option<Piece<'a>> {
+    pub fn find(bytes: &[u8]) -> Option<Piece> {
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
         let number = |at: usize| Some(u64::from_be_bytes(*header.get(at..)?.first_chunk()?));
         let piece = Piece {
@@ -75,11 +75,11 @@ impl<'a> Piece<'a> {
             number: number(5)?,
             index: u32::from_be_bytes(*header.get(13..)?.first_chunk()?),
             batch: number(17)?,
-            content: rest.get(..usize::from(u16::from_be_bytes([header[25], header[26]])))?,
+            content: rest.get(..usize::from(u16::from_be_bytes([header[25], header[26]])))?.to_vec(),
         };
         let is_sound = header.starts_with(&MAGIC)
             && piece.bytes() <= VALUE_BYTES_MAX
-            && header[27..] == checksum(&header[..27], piece.content)
+            && header[27..] == checksum(&header[..27], &piece.content)
             && piece.number.max(piece.batch) <= NUMBER_MAX;
         is_sound.then_some(piece)
     }
@@ -98,14 +98,14 @@ impl<'a> Piece<'a> {
         let key = self.key();
         let length = u16::try_from(self.content.len()).unwrap_or(u16::MAX).to_be_bytes();
         let header = [&MAGIC[..], &key, &self.batch.to_be_bytes(), &length].concat();
-        let value = [&header[..], &checksum(&header, self.content), self.content].concat();
+        let value = [&header[..], &checksum(&header, &self.content), &self.content].concat();
         (key, value)
     }
 }
 
 /// The mark of a batch of so many pieces, itself included.
 pub fn mark(marks: &Marks, batch: u64, pieces: u64) -> (Vec<u8>, Vec<u8>) {
-    Piece { kind: MARK, number: 0, index: 0, batch, content: &codec::encode_marks(marks, pieces) }.encode()
+    Piece { kind: MARK, number: 0, index: 0, batch, content: codec::encode_marks(marks, pieces) }.encode()
 }
 
 /// By which a raw search looks for pieces.
@@ -143,77 +143,62 @@ impl CursorId {
     }
 }
 
-/// Lets those pieces pass, which come in the order of their keys, that belong to a record that is there: not what was removed,
-/// nor what a longer record has left behind.
-#[derive(Default)]
-pub struct Live {
-    /// Number and batch of the record, and the index that comes next.
-    current: Option<(u64, u64, u32)>,
+/// The chunks of a record, from the index `first` on. An empty record, which stands for none, is one empty chunk.
+pub fn chunks(
+    kind: u8,
+    number: u64,
+    first: u32,
+    batch: u64,
+    record: &[u8],
+) -> impl DoubleEndedIterator<Item = (Vec<u8>, Vec<u8>)> {
+    let count = record.len().div_ceil(CONTENT_BYTES_MAX).max(usize::from(first == 0));
+    (0..count).map(move |at| {
+        let chunk = record.get(at * CONTENT_BYTES_MAX..).unwrap_or_default();
+        let content = chunk.get(..chunk.len().min(CONTENT_BYTES_MAX)).unwrap_or_default().to_vec();
+        let index = first + u32::try_from(at).unwrap_or(u32::MAX);
+        Piece { kind, number, index, batch, content }.encode()
+    })
 }
 
-impl Live {
-    pub fn passes(&mut self, piece: &Piece<'_>) -> bool {
-        let this = (piece.number, piece.batch, piece.index);
-        let is_live = if piece.index == 0 { !piece.content.is_empty() } else { self.current == Some(this) };
-        self.current = is_live.then_some((piece.number, piece.batch, piece.index + 1));
-        is_live
-    }
+/// The records that `pieces`, in the order of their keys, are the chunks of, each as one piece with all of its content. What was
+/// removed is left out, and what a longer record has left behind.
+pub fn records<E>(pieces: impl Iterator<Item = Result<Piece, E>>) -> impl Iterator<Item = Result<Piece, E>> {
+    let mut pieces = pieces.peekable();
+    std::iter::from_fn(move || {
+        loop {
+            let mut record = match pieces.next()? {
+                Ok(first) if first.index == 0 && !first.content.is_empty() => first,
+                Ok(_) => continue,
+                error => return Some(error),
+            };
+            for index in 1.. {
+                let is_next =
+                    |piece: &Piece| (piece.number, piece.batch, piece.index) == (record.number, record.batch, index);
+                let Some(Ok(chunk)) = pieces.next_if(|piece| piece.as_ref().is_ok_and(is_next)) else { break };
+                record.content.extend(chunk.content);
+            }
+            return Some(Ok(record));
+        }
+    })
 }
 
-/// The record of an entry, of which `each_chunk` gives the further chunks; shorter where some are missing.
-pub fn record<E>(
-    entry: &Entry<'_>,
-    each_chunk: impl FnOnce(&mut dyn FnMut(&Piece<'_>) -> bool) -> Result<(), E>,
-) -> Result<Vec<u8>, E> {
-    let length = entry.record_bytes as usize;
-    let mut record = entry.part.to_vec();
-    if record.len() < length {
-        each_chunk(&mut |chunk| {
-            record.extend_from_slice(chunk.content);
-            record.len() < length
-        })?;
+/// The record of an entry, of which `chunks` are the further ones; shorter where some are missing.
+pub fn record<E>(entry: &Entry, mut chunks: impl Iterator<Item = Result<Piece, E>>) -> Result<Vec<u8>, E> {
+    let mut record = entry.part.clone();
+    while record.len() < entry.record_bytes as usize
+        && let Some(chunk) = chunks.next()
+    {
+        record.extend(chunk?.content);
     }
     Ok(record)
 }
 
-/// A block, taken apart. One without entries stands for nothing.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Block<'a> {
+/// Consecutive numbers, as far as they fit into one piece. One without entries stands for nothing.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Block {
     /// Up to the number before its first.
     pub before: Totals,
-    pub entries: Vec<Entry<'a>>,
-}
-
-impl<'a> Block<'a> {
-    pub fn of(piece: &Piece<'a>) -> Option<Block<'a>> {
-        let (events, bytes, entries) = decode_block(piece.content)?;
-        let before = Totals { sequence: piece.number.checked_sub(1)?, events, bytes };
-        (piece.kind == BLOCK && !entries.is_empty()).then_some(Block { before, entries })
-    }
-
-    /// Its last number.
-    pub fn last(&self) -> u64 {
-        self.before.sequence + self.entries.len() as u64
-    }
-
-    /// Its entries, with their numbers.
-    pub fn numbered(&self) -> impl Iterator<Item = (u64, &Entry<'a>)> {
-        (self.before.sequence + 1..).zip(&self.entries)
-    }
-
-    /// The totals up to a number of this block.
-    pub fn totals_through(&self, sequence: u64) -> Totals {
-        let entries = self.numbered().take_while(|(number, _)| *number <= sequence);
-        entries.fold(self.before, |totals, (_, entry)| totals.with(entry.record_bytes))
-    }
-}
-
-/// A block that is being filled.
-#[derive(Default)]
-pub struct BlockBuilder {
-    before: Totals,
-    entries: Vec<(u32, Vec<u8>)>,
-    bytes: usize,
+    pub entries: Vec<Entry>,
 }
 
 /// What the frame of a block takes at most, and what one of its entries takes besides its part.
@@ -223,14 +208,35 @@ const ENTRY_BYTES_MAX: usize = 5 + 3;
 /// Longest part of a record that stands in a block.
 pub const PART_BYTES_MAX: usize = CONTENT_BYTES_MAX - FRAME_BYTES_MAX - ENTRY_BYTES_MAX;
 
-impl BlockBuilder {
+impl Block {
+    pub fn of(piece: &Piece) -> Option<Block> {
+        let (events, bytes, entries) = decode_block(&piece.content)?;
+        let before = Totals { sequence: piece.number.checked_sub(1)?, events, bytes };
+        (piece.kind == BLOCK && !entries.is_empty()).then_some(Block { before, entries })
+    }
+
+    /// Its last number.
+    pub fn last(&self) -> u64 {
+        self.before.sequence + self.entries.len() as u64
+    }
+
+    /// Its entries, with the totals up to each: their `sequence` is its number.
+    pub fn numbered(self) -> impl Iterator<Item = (Totals, Entry)> {
+        let mut totals = self.before;
+        self.entries.into_iter().map(move |entry| {
+            totals = totals.with(entry.record_bytes);
+            (totals, entry)
+        })
+    }
+
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// Of what will be its value, at most.
     pub fn bytes(&self) -> usize {
-        HEADER_BYTES + FRAME_BYTES_MAX + self.bytes
+        let entries = self.entries.iter().map(|entry| ENTRY_BYTES_MAX + entry.part.len());
+        HEADER_BYTES + FRAME_BYTES_MAX + entries.sum::<usize>()
     }
 
     pub fn has_room(&self, part_bytes: usize) -> bool {
@@ -242,15 +248,14 @@ impl BlockBuilder {
         if self.is_empty() {
             self.before = *totals;
         }
-        self.bytes += ENTRY_BYTES_MAX + part.len();
-        self.entries.push((record_bytes, part.to_vec()));
+        self.entries.push(Entry { record_bytes, part: part.to_vec() });
     }
 
     /// Key and value; it is empty then.
     pub fn take(&mut self, batch: u64) -> (Vec<u8>, Vec<u8>) {
-        let BlockBuilder { before, entries, .. } = std::mem::take(self);
+        let Block { before, entries } = std::mem::take(self);
         let content = encode_block(&before, &entries);
-        Piece { kind: BLOCK, number: before.sequence + 1, index: 0, batch, content: &content }.encode()
+        Piece { kind: BLOCK, number: before.sequence + 1, index: 0, batch, content }.encode()
     }
 }
 
@@ -260,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_block_comes_back_as_it_was_and_is_found_among_other_bytes() {
-        let mut builder = BlockBuilder::default();
+        let mut builder = Block::default();
         let before = Totals { sequence: 6, events: 3, bytes: 500 };
         builder.add(&before, 5, b"first");
         builder.add(&Totals { sequence: 7, events: 4, bytes: 505 }, 0, b"");
@@ -270,18 +275,23 @@ mod tests {
         let piece = Piece::decode(&value).unwrap();
         assert_eq!((piece.key(), piece.number, piece.batch), (key, 7, 9));
         let block = Block::of(&piece).unwrap();
-        let parts: Vec<_> = block.numbered().map(|(number, entry)| (number, entry.record_bytes, entry.part)).collect();
-        assert_eq!(parts, [(7, 5, &b"first"[..]), (8, 0, b""), (9, 9000, b"begin")]);
         assert_eq!((block.before, block.last()), (before, 9));
-        assert_eq!(block.totals_through(8), Totals { sequence: 8, events: 4, bytes: 505 });
-        assert_eq!(block.totals_through(9), Totals { sequence: 9, events: 5, bytes: 9505 });
-        assert_eq!(block.totals_through(99), Totals { sequence: 9, events: 5, bytes: 9505 });
+        let parts: Vec<_> = block.numbered().collect();
+        let entry = |record_bytes, part: &[u8]| Entry { record_bytes, part: part.to_vec() };
+        assert_eq!(
+            parts,
+            [
+                (Totals { sequence: 7, events: 4, bytes: 505 }, entry(5, b"first")),
+                (Totals { sequence: 8, events: 4, bytes: 505 }, entry(0, b"")),
+                (Totals { sequence: 9, events: 5, bytes: 9505 }, entry(9000, b"begin")),
+            ]
+        );
         assert_eq!(Piece::find(&[&value[..], b"more"].concat()), Some(piece));
     }
 
     #[test]
     fn whatever_byte_of_a_piece_is_changed_or_missing_it_is_damaged() {
-        let (_, value) = Piece { kind: CHUNK, number: 7, index: 3, batch: 9, content: b"content" }.encode();
+        let (_, value) = Piece { kind: CHUNK, number: 7, index: 3, batch: 9, content: b"content".to_vec() }.encode();
         assert!(Piece::decode(&value).is_some());
         for at in 0..value.len() {
             let mut changed = value.clone();
@@ -294,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_full_block_is_no_longer_than_a_value_may_be() {
-        let mut builder = BlockBuilder::default();
+        let mut builder = Block::default();
         assert!(builder.has_room(PART_BYTES_MAX) && !builder.has_room(PART_BYTES_MAX + 1));
         let far = Totals { sequence: NUMBER_MAX - 1, events: NUMBER_MAX, bytes: NUMBER_MAX };
         builder.add(&far, u32::MAX, &[1; PART_BYTES_MAX]);
@@ -312,14 +322,26 @@ mod tests {
     }
 
     #[test]
-    fn what_was_removed_or_left_behind_is_not_live() {
-        let mut live = Live::default();
-        let mut passes =
-            |number, index, batch, content: &[u8]| live.passes(&Piece { kind: LETTER, number, index, batch, content });
-        assert!(passes(1, 0, 5, b"a") && passes(1, 1, 5, b"b"));
-        assert!(!passes(1, 2, 4, b"left behind by a longer one") && !passes(1, 3, 5, b"not behind the last"));
-        assert!(!passes(2, 1, 5, b"without a first one"));
-        assert!(!passes(3, 0, 5, b"") && !passes(3, 1, 5, b"of one that was removed"));
-        assert!(passes(4, 0, 6, b"c"));
+    fn what_was_removed_or_left_behind_is_no_record() {
+        let pieces: [(u64, u32, u64, &[u8]); 9] = [
+            (1, 0, 5, b"a"),
+            (1, 1, 5, b"b"),
+            (1, 2, 4, b"left behind by a longer one"),
+            (1, 3, 5, b"not behind the last"),
+            (2, 1, 5, b"without a first one"),
+            (3, 0, 5, b""),
+            (3, 1, 5, b"of one that was removed"),
+            (4, 0, 6, b"c"),
+            (4, 1, 6, b"d"),
+        ];
+        let pieces = pieces.map(|(number, index, batch, content)| {
+            Ok::<_, ()>(Piece { kind: LETTER, number, index, batch, content: content.to_vec() })
+        });
+        let found = records(pieces.into_iter()).map(Result::unwrap);
+        let found: Vec<_> = found.map(|record| (record.number, record.batch, record.content)).collect();
+        assert_eq!(found, [(1, 5, b"ab".to_vec()), (4, 6, b"cd".to_vec())]);
+        let broken =
+            [Ok(Piece { kind: LETTER, number: 1, index: 0, batch: 5, content: b"a".to_vec() }), Err("damaged")];
+        assert!(matches!(records(broken.into_iter()).collect::<Vec<_>>()[..], [Ok(_), Err("damaged")]));
     }
 }

@@ -1,11 +1,11 @@
 //! Reading the queue: on the caller's thread, beside the writer, without changing anything.
 
-use std::ops::{ControlFlow, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use super::codec::{self, StoredEvent};
 use super::log::{Log, Source};
-use super::piece::{self, CursorId, Live};
+use super::piece::{self, CursorId};
 use super::segment::StoreError;
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
@@ -16,70 +16,37 @@ pub const PAGE_BYTES_MAX: u64 = 16 << 20;
 
 /// The events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
 pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, StoreError> {
-    let mut found: Vec<Envelope> = Vec::new();
-    let mut bytes = 0;
-    if limit == 0 {
-        return Ok(found);
-    }
-    log.each_event(first, last, |source, number, entry| {
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    for event in log.events(first, last).take(limit) {
+        let (source, totals, entry) = event?;
         bytes += u64::from(entry.record_bytes);
         if bytes > bytes_max && !found.is_empty() {
-            return Ok(ControlFlow::Break(()));
+            break;
         }
-        let StoredEvent { event, captured_at, attempts } = source.event(number, entry)?;
-        found.extend(Sequence::new(number).map(|sequence| Envelope { sequence, event, captured_at, attempts }));
-        Ok(if found.len() >= limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    })?;
+        let StoredEvent { event, captured_at, attempts } = source.event(totals.sequence, &entry)?;
+        let sequence = Sequence::new(totals.sequence);
+        found.extend(sequence.map(|sequence| Envelope { sequence, event, captured_at, attempts }));
+    }
     Ok(found)
 }
 
 /// The oldest event from `first` to `last`, and when it was captured.
 pub fn oldest(log: &Log, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
-    let mut oldest = None;
-    log.each_event(first, last, |source, number, entry| {
-        let captured_at = source.event(number, entry)?.captured_at;
-        oldest = Sequence::new(number).map(|sequence| (sequence, captured_at));
-        Ok(ControlFlow::Break(()))
-    })?;
-    Ok(oldest)
-}
-
-/// Gives `visit` the records of a kind, in the order of their numbers, until it has enough.
-fn records(
-    source: &Source,
-    kind: u8,
-    numbers: RangeInclusive<u64>,
-    mut visit: impl FnMut(u64, &[u8]) -> bool,
-) -> Result<(), StoreError> {
-    let (mut live, mut record, mut number, mut is_enough) = (Live::default(), Vec::new(), 0, false);
-    source.each(kind, numbers, |piece| {
-        if piece.index == 0 && !record.is_empty() {
-            is_enough = !visit(number, &record);
-            record.clear();
-        }
-        if live.passes(piece) {
-            number = piece.number;
-            record.extend_from_slice(piece.content);
-        }
-        !is_enough
-    })?;
-    if !record.is_empty() && !is_enough {
-        visit(number, &record);
-    }
-    Ok(())
+    let oldest = envelopes(log, first, last, 1, 0)?.pop();
+    Ok(oldest.map(|envelope| (envelope.sequence, envelope.captured_at)))
 }
 
 /// Dead letters from `first` to `last`, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
 pub fn dead_letters(source: &Source, first: u64, last: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
     let (mut letters, mut bytes) = (Vec::new(), 0);
-    if limit == 0 {
-        return Ok(letters);
+    for record in piece::records(source.pieces(piece::LETTER, first..=last)).take(limit) {
+        let record = record?;
+        bytes += record.content.len() as u64;
+        letters.extend(Sequence::new(record.number).map(|sequence| dead_letter(source, sequence, &record.content)));
+        if bytes > PAGE_BYTES_MAX {
+            break;
+        }
     }
-    records(source, piece::LETTER, first..=last, |number, record| {
-        bytes += record.len() as u64;
-        letters.extend(Sequence::new(number).map(|sequence| dead_letter(source, sequence, record)));
-        letters.len() < limit && bytes <= PAGE_BYTES_MAX
-    })?;
     Ok(letters)
 }
 
@@ -102,10 +69,10 @@ pub fn cursors(
     ids: RangeInclusive<CursorId>,
     mut seen: impl FnMut(PathBuf, Cursor),
 ) -> Result<(), StoreError> {
-    records(source, piece::CURSOR, ids.start().0..=ids.end().0, |_, record| {
-        if let Ok((path, cursor)) = codec::decode_cursor(record) {
+    for record in piece::records(source.pieces(piece::CURSOR, ids.start().0..=ids.end().0)) {
+        if let Ok((path, cursor)) = codec::decode_cursor(&record?.content) {
             seen(path, cursor);
         }
-        true
-    })
+    }
+    Ok(())
 }

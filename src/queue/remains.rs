@@ -14,12 +14,13 @@ use std::path::Path;
 
 use super::codec::{self, Letters, Marks, NUMBER_MAX, Totals};
 use super::files::{Highest, Name};
-use super::piece::{self, Block, Live, Piece, VALUE_BYTES_MAX};
+use super::piece::{self, Block, Piece, VALUE_BYTES_MAX};
 use super::segment::StoreError;
 
+/// What is searched at once.
 const READ_BYTES: usize = 1 << 20;
 
-/// What is passed over at once where the device can't read.
+/// What is read at once, and passed over where the device can't.
 const SECTOR_BYTES: usize = 4096;
 
 /// One piece in a log.
@@ -88,9 +89,8 @@ impl Remains {
         let Some((batch, place)) = marks.next() else {
             return Ok(if highest.batch == 0 { u64::MAX } else { highest.batch });
         };
-        let value = self.read(&place)?;
-        let pieces =
-            Piece::decode(&value).and_then(|piece| codec::decode_marks(piece.content)).map(|(_, pieces)| pieces);
+        let mark = self.read(&place)?.and_then(|piece| codec::decode_marks(&piece.content));
+        let pieces = mark.map(|(_, pieces)| pieces);
         let of_batch: BTreeSet<&Key> =
             found.iter().filter(|(_, place)| place.batch == batch).map(|(key, _)| key).collect();
         let is_whole = pieces == Some(of_batch.len() as u64);
@@ -102,15 +102,14 @@ impl Remains {
     /// The events whose records are not whole. A chunk that another event has left under its number is not taken for its own.
     fn broken_records(&self) -> Result<BTreeSet<u64>, StoreError> {
         let mut broken = BTreeSet::new();
-        self.each_block(|block| {
-            for (number, entry) in block.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
-                let record = piece::record(entry, |visit| self.each(piece::CHUNK, number..=number, visit))?;
+        for block in self.blocks(0) {
+            for (Totals { sequence, .. }, entry) in block?.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
+                let record = piece::record(&entry, self.pieces(piece::CHUNK, sequence..=sequence))?;
                 if codec::decode_event(&record).is_err() {
-                    broken.insert(number);
+                    broken.insert(sequence);
                 }
             }
-            Ok(())
-        })?;
+        }
         Ok(broken)
     }
 
@@ -125,27 +124,25 @@ impl Remains {
 
     /// What it says of the queue, by the latest mark, and the batch of that.
     pub fn marks(&self) -> Option<(Marks, u64)> {
-        let value = self.value(piece::MARK, 0, 0).ok()??;
-        let piece = Piece::decode(&value)?;
-        codec::decode_marks(piece.content).map(|(marks, _)| (marks, piece.batch))
+        let mark = self.pieces(piece::MARK, 0..=0).next()?.ok()?;
+        codec::decode_marks(&mark.content).map(|(marks, _)| (marks, mark.batch))
     }
 
     /// The dead letters that are there.
     pub fn letters(&self) -> Result<Letters, StoreError> {
-        let (mut letters, mut live) = (Letters::default(), Live::default());
-        self.each(piece::LETTER, 0..=NUMBER_MAX, |piece| {
-            if live.passes(piece) {
-                letters.count += u64::from(piece.index == 0);
-                letters.bytes += piece.content.len() as u64;
-            }
-            true
-        })?;
+        let mut letters = Letters::default();
+        for letter in piece::records(self.pieces(piece::LETTER, 0..=NUMBER_MAX)) {
+            letters.count += 1;
+            letters.bytes += letter?.content.len() as u64;
+        }
         Ok(letters)
     }
 
-    /// The last number with which a block begins up to this one.
-    pub fn last_block(&self, number: u64) -> Option<u64> {
-        self.places.range((piece::BLOCK, 0, 0)..=(piece::BLOCK, number, 0)).next_back().map(|((_, begin, _), _)| *begin)
+    /// The last block that begins with this number or a smaller one.
+    pub fn last_block(&self, number: u64) -> Result<Option<Block>, StoreError> {
+        let place = self.places.range((piece::BLOCK, 0, 0)..=(piece::BLOCK, number, 0)).next_back();
+        let piece = place.map_or(Ok(None), |(_, place)| self.read(place))?;
+        Ok(piece.as_ref().and_then(Block::of))
     }
 
     /// The first number behind this one with which a block begins.
@@ -156,23 +153,24 @@ impl Remains {
 
     /// The totals up to the number before the first that is there.
     pub fn before(&self) -> Option<Totals> {
-        self.block(self.next_block(0)?, |block| block.before)
+        Some(self.blocks(0).next()?.ok()?.before)
     }
 
-    /// The totals up to a number, or to the last one before it that is there.
-    pub fn totals_through(&self, number: u64) -> Option<Totals> {
-        self.block(self.last_block(number)?, |block| block.totals_through(number))
+    /// The totals up to the last number that is there.
+    pub fn end(&self) -> Option<Totals> {
+        let (totals, _) = self.last_block(NUMBER_MAX).ok()??.numbered().last()?;
+        Some(totals)
     }
 
     /// The last number up to which all are there from `first` on; the one before it where that is not.
     pub fn whole_through(&self, first: u64) -> u64 {
+        let begin = self.last_block(first).ok().flatten().map_or(first, |block| block.before.sequence + 1);
         let mut last = first - 1;
-        let begin = self.last_block(first).unwrap_or(first);
-        for ((_, begin, _), _) in self.places.range((piece::BLOCK, begin, 0)..=(piece::BLOCK, NUMBER_MAX, 0)) {
-            if *begin > last + 1 {
+        for block in self.blocks(begin).map_while(Result::ok) {
+            if block.before.sequence > last {
                 break;
             }
-            last = last.max(self.block(*begin, |block| block.last()).unwrap_or(0));
+            last = last.max(block.last());
         }
         last
     }
@@ -180,108 +178,70 @@ impl Remains {
     /// How many events are there behind the number `begin` up to `last`, and how many numbers are missing.
     pub fn count(&self, begin: u64, last: u64) -> Result<(u64, u64), StoreError> {
         let (mut events, mut others) = (0, 0);
-        self.each_block(|block| {
-            for (number, entry) in block.numbered().filter(|(number, _)| (begin + 1..=last).contains(number)) {
-                events += u64::from(entry.record_bytes > 0 && !self.is_lost(number));
-                others += u64::from(entry.record_bytes == 0);
+        for block in self.blocks(0) {
+            for (Totals { sequence, .. }, entry) in block?.numbered() {
+                if (begin + 1..=last).contains(&sequence) {
+                    events += u64::from(entry.record_bytes > 0 && !self.is_lost(sequence));
+                    others += u64::from(entry.record_bytes == 0);
+                }
             }
-            Ok(())
-        })?;
+        }
         Ok((events, last.saturating_sub(begin).saturating_sub(events + others)))
     }
 
-    /// The value of a piece.
-    pub fn value(&self, kind: u8, number: u64, index: u32) -> Result<Option<Vec<u8>>, StoreError> {
-        self.places.get(&(kind, number, index)).map(|place| self.read(place)).transpose()
-    }
-
-    /// Gives `visit` the pieces of a kind, in order, until it has enough.
-    pub fn each(
-        &self,
-        kind: u8,
-        numbers: RangeInclusive<u64>,
-        mut visit: impl FnMut(&Piece<'_>) -> bool,
-    ) -> Result<(), StoreError> {
+    /// The pieces of a kind, in order.
+    pub fn pieces(&self, kind: u8, numbers: RangeInclusive<u64>) -> impl Iterator<Item = Result<Piece, StoreError>> {
         let (first, last) = numbers.into_inner();
-        for place in self.places.range((kind, first, 0)..=(kind, last, u32::MAX)).map(|(_, place)| place) {
-            let value = self.read(place)?;
-            if let Some(piece) = Piece::decode(&value)
-                && !visit(&piece)
-            {
-                break;
-            }
-        }
-        Ok(())
+        let places = self.places.range((kind, first, 0)..=(kind, last, u32::MAX));
+        places.filter_map(|(_, place)| self.read(place).transpose())
     }
 
-    fn each_block(&self, mut visit: impl FnMut(&Block<'_>) -> Result<(), StoreError>) -> Result<(), StoreError> {
-        let mut result = Ok(());
-        self.each(piece::BLOCK, 0..=NUMBER_MAX, |piece| {
-            result = Block::of(piece).as_ref().map_or(Ok(()), &mut visit);
-            result.is_ok()
-        })?;
-        result
+    /// The blocks that begin with this number or a greater one, in order.
+    fn blocks(&self, first: u64) -> impl Iterator<Item = Result<Block, StoreError>> {
+        let pieces = self.pieces(piece::BLOCK, first..=NUMBER_MAX);
+        pieces.filter_map(|piece| piece.map(|piece| Block::of(&piece)).transpose())
     }
 
-    fn block<T>(&self, begin: u64, read: impl FnOnce(&Block<'_>) -> T) -> Option<T> {
-        let value = self.value(piece::BLOCK, begin, 0).ok()??;
-        Some(read(&Block::of(&Piece::decode(&value)?)?))
-    }
-
-    fn read(&self, place: &Place) -> Result<Vec<u8>, StoreError> {
+    /// `None` where it is damaged by now.
+    fn read(&self, place: &Place) -> Result<Option<Piece>, StoreError> {
         let mut value = vec![0; place.length];
         if let Some(log) = &self.log {
             log.read_exact_at(&mut value, place.offset)?;
         }
-        Ok(value)
+        Ok(Piece::decode(&value))
     }
 }
 
 /// All whole pieces in a log, in the order of their places.
 fn search(log: &File) -> io::Result<Vec<(Key, Place)>> {
-    let (mut found, mut offset) = (Vec::new(), 0);
-    let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES + VALUE_BYTES_MAX);
-    loop {
-        let read = read_more(log, offset + buffer.len() as u64, &mut buffer)?;
-        // While there is more to come a value's length stays, for those that go on in what comes.
-        let searched = if read == 0 { buffer.len() } else { buffer.len().saturating_sub(VALUE_BYTES_MAX) };
-        let mut at = 0;
-        while let Some(next) = memchr::memmem::find(buffer.get(at..).unwrap_or_default(), piece::magic()) {
-            at += next;
-            if at >= searched {
-                break;
+    let (mut found, mut free) = (Vec::new(), 0);
+    // What begins at the end of one part goes on in the next.
+    let mut part = vec![0; READ_BYTES + VALUE_BYTES_MAX];
+    for begin in (0..log.metadata()?.len()).step_by(READ_BYTES) {
+        read_part(log, begin, &mut part)?;
+        for at in memchr::memmem::find_iter(&part, piece::magic()).take_while(|at| *at < READ_BYTES) {
+            let offset = begin + at as u64;
+            if offset >= free
+                && let Some(piece) = Piece::find(part.get(at..).unwrap_or_default())
+            {
+                let place = Place { offset, length: piece.bytes(), batch: piece.batch };
+                found.push(((piece.kind, piece.number, piece.index), place));
+                free = offset + place.length as u64;
             }
-            let Some(piece) = Piece::find(buffer.get(at..).unwrap_or_default()) else {
-                at += 1;
-                continue;
-            };
-            let place = Place { offset: offset + at as u64, length: piece.bytes(), batch: piece.batch };
-            found.push(((piece.kind, piece.number, piece.index), place));
-            at += place.length;
-        }
-        let done = at.max(searched).min(buffer.len());
-        buffer.drain(..done);
-        offset += done as u64;
-        if read == 0 {
-            return Ok(found);
         }
     }
+    Ok(found)
 }
 
-/// Reads on at `offset`. What the device can't read is passed over, and missed where it mattered.
-fn read_more(log: &File, offset: u64, buffer: &mut Vec<u8>) -> io::Result<usize> {
-    let begin = buffer.len();
-    for length in [READ_BYTES, SECTOR_BYTES] {
-        buffer.resize(begin + length, 0);
-        match log.read_at(buffer.get_mut(begin..).unwrap_or_default(), offset) {
-            Ok(read) => {
-                buffer.truncate(begin + read);
-                return Ok(read);
-            }
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {}
-            Err(error) => return Err(error),
-        }
+/// Reads the part of a log that begins there. What is behind its end, or what the device can't read, is zeros: it is missed where
+/// it mattered.
+fn read_part(log: &File, begin: u64, part: &mut [u8]) -> io::Result<()> {
+    for (sector, offset) in part.chunks_mut(SECTOR_BYTES).zip((begin..).step_by(SECTOR_BYTES)) {
+        let read = match log.read_at(sector, offset) {
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => 0,
+            read => read?,
+        };
+        sector.iter_mut().skip(read).for_each(|byte| *byte = 0);
     }
-    buffer.get_mut(begin..).unwrap_or_default().fill(0);
-    Ok(SECTOR_BYTES)
+    Ok(())
 }

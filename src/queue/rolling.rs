@@ -3,7 +3,7 @@
 use super::codec::{Marks, NUMBER_MAX};
 use super::files::{self, restrict};
 use super::log::Source;
-use super::piece::{self, Live};
+use super::piece::{self, Piece};
 use super::segment::{Changes, Segment, StoreError};
 use crate::faults;
 
@@ -13,36 +13,28 @@ const SLICE_BYTES: usize = 512 << 10;
 /// What is still to be carried over from one segment to another.
 pub struct Carrying {
     kinds: &'static [u8],
-    /// Number and index of the piece that comes next.
-    next: (u64, u32),
-    live: Live,
+    /// Number of the record that comes next.
+    next: u64,
 }
 
 impl Carrying {
     /// All records of these kinds.
     pub fn of(kinds: &'static [u8]) -> Carrying {
-        Carrying { kinds, next: (0, 0), live: Live::default() }
+        Carrying { kinds, next: 0 }
     }
 
     /// Carries a slice over, durably. False: there is no more.
     pub fn next(&mut self, old: &Source, new: &Segment) -> Result<bool, StoreError> {
         let Some((kind, others)) = self.kinds.split_first() else { return Ok(false) };
-        let mut changes = Changes::default();
-        let (begin, mut is_all) = (self.next, true);
-        old.each(*kind, begin.0..=NUMBER_MAX, |piece| {
-            if (piece.number, piece.index) < begin {
-                return true;
-            }
+        let (mut changes, mut is_all) = (Changes::default(), true);
+        for record in piece::records(old.pieces(*kind, self.next..=NUMBER_MAX)) {
+            let Piece { number, batch, content, .. } = record?;
             if changes.bytes() >= SLICE_BYTES {
-                self.next = (piece.number, piece.index);
-                is_all = false;
-                return false;
+                (self.next, is_all) = (number, false);
+                break;
             }
-            if self.live.passes(piece) {
-                changes.insert(piece.encode());
-            }
-            true
-        })?;
+            piece::chunks(*kind, number, 0, batch, &content).for_each(|chunk| changes.insert(chunk));
+        }
         if is_all {
             *self = Carrying::of(others);
         }

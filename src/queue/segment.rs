@@ -147,38 +147,30 @@ impl Segment {
         StoreError::Damaged { segment: self.name.number, cause: cause.into() }
     }
 
-    pub fn get(&self, key: &[u8]) -> Result<Option<IVec>, StoreError> {
-        self.guarded(|db| db.get(key))
-    }
-
-    /// The last key in the range.
-    pub fn last_key(&self, range: RangeInclusive<Vec<u8>>) -> Result<Option<IVec>, StoreError> {
-        self.guarded(|db| db.range(range).next_back().transpose().map(|found| found.map(|(key, _)| key)))
-    }
-
-    /// Gives `visit` the pieces in the range, in order, until it has enough.
-    pub fn each(
-        &self,
-        range: RangeInclusive<Vec<u8>>,
-        mut visit: impl FnMut(&Piece<'_>) -> bool,
-    ) -> Result<(), StoreError> {
+    /// The pieces with these keys, in order.
+    pub fn pieces(&self, keys: RangeInclusive<Vec<u8>>) -> impl Iterator<Item = Result<Piece, StoreError>> {
+        let mut found = self.db.as_ref().map(|db| db.range(keys));
         let mut before: Option<IVec> = None;
-        let mut found = self.guarded(|db| Ok(db.range(range)))?;
-        while let Some((key, value)) = self.guarded(|_| found.next().transpose())? {
-            // Pages that contradict one another can give the same keys again and again.
-            if before.as_ref().is_some_and(|before| *before >= key) {
-                return Err(self.damaged("its pages contradict one another"));
-            }
-            if !visit(&self.sound(&key, &value)?) {
-                break;
-            }
-            before = Some(key);
-        }
-        Ok(())
+        std::iter::from_fn(move || {
+            let next = self.guarded(|_| found.as_mut().and_then(Iterator::next).transpose()).transpose()?;
+            Some(next.and_then(|(key, value)| {
+                // Pages that contradict one another can give the same keys again and again.
+                if before.replace(key.clone()).is_some_and(|before| before >= key) {
+                    return Err(self.damaged("its pages contradict one another"));
+                }
+                self.sound(&key, &value)
+            }))
+        })
+    }
+
+    /// The last piece with one of these keys.
+    pub fn last(&self, keys: RangeInclusive<Vec<u8>>) -> Result<Option<Piece>, StoreError> {
+        let found = self.guarded(|db| db.range(keys).next_back().transpose())?;
+        found.map(|(key, value)| self.sound(&key, &value)).transpose()
     }
 
     /// The piece that is this value, which must name its key.
-    pub fn sound<'a>(&self, key: &[u8], value: &'a [u8]) -> Result<Piece<'a>, StoreError> {
+    fn sound(&self, key: &[u8], value: &[u8]) -> Result<Piece, StoreError> {
         let piece = Piece::decode(value).filter(|piece| piece.key() == key);
         piece.ok_or_else(|| self.damaged("one of its values is not what was written"))
     }

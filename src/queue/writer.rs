@@ -5,7 +5,6 @@
 //! parts; its commit, the mark `m`, is in the last one.
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,14 +13,14 @@ use super::codec::{self, CodecError, Marks, Totals};
 use super::files::{self, Lock, Mark, Name, remove_folder};
 use super::log::{Log, Older};
 use super::opening::Opened;
-use super::piece::{self, BlockBuilder, CONTENT_BYTES_MAX, Live, PART_BYTES_MAX, Piece};
+use super::piece::{self, Block, PART_BYTES_MAX};
 use super::reader;
 use super::rolling::{self, Carrying};
 use super::segment::{Changes, Segment, StoreError};
 use super::shared::Shared;
 use super::submission::{EncodedBatch, Reply, Work};
 use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
-use crate::event::{DeadContent, Failure, Sequence, Timestamp};
+use crate::event::{DeadContent, Sequence, Timestamp};
 use crate::faults;
 
 /// Bytes of one batch of sled's. Above it the staged part is applied and synced first.
@@ -75,7 +74,7 @@ pub struct Writer {
 struct Stage {
     changes: Changes,
     /// New events, until they fill a block.
-    tail: BlockBuilder,
+    tail: Block,
     /// Numbers were given since the last commit.
     is_begun: bool,
 }
@@ -261,7 +260,7 @@ impl Writer {
             self.put_letter(next.sequence, record)?;
         }
         for (id, record) in &batch.cursors {
-            let chunks = pieces(piece::CURSOR, id.0, 0, self.batch, record);
+            let chunks = piece::chunks(piece::CURSOR, id.0, 0, self.batch, record);
             chunks.for_each(|chunk| self.stage.changes.insert(chunk));
         }
         self.marks.acknowledged = next;
@@ -289,7 +288,7 @@ impl Writer {
 
     /// Stages the chunks of a record. The first one comes last: without it the others are nothing.
     fn put_chunks(&mut self, kind: u8, number: u64, first: u32, record: &[u8]) -> Result<(), StoreError> {
-        pieces(kind, number, first, self.batch, record).rev().try_for_each(|chunk| self.put(chunk))
+        piece::chunks(kind, number, first, self.batch, record).rev().try_for_each(|chunk| self.put(chunk))
     }
 
     /// Stages a piece of a batch that is not committed yet.
@@ -302,63 +301,40 @@ impl Writer {
         Ok(())
     }
 
-    /// Events leave from the head, in their order: `outcomes` are those of the oldest ones.
+    /// Events leave from the head, in their order: `outcomes` are those of the oldest ones. Others, which were settled before or never
+    /// given, are passed over.
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
-        let (mut through, mut events) = (self.marks.settled.sequence, 0);
+        let log = self.log.clone();
+        let last = self.marks.acknowledged.sequence;
+        let mut events = log.events(self.marks.settled.sequence + 1, last);
         for (sequence, outcome) in outcomes {
-            // Settled before, or never given.
-            if sequence.get() <= through || sequence.get() > self.marks.acknowledged.sequence {
+            if sequence.get() <= self.marks.settled.sequence || sequence.get() > last {
                 continue;
             }
-            through = sequence.get();
-            events += 1;
+            let (source, totals, entry) = match events.next().transpose()? {
+                Some(oldest) if oldest.1.sequence == sequence.get() => oldest,
+                _ => {
+                    return Err(StoreError::Io(format!(
+                        "event {sequence} was to be settled, and it is not the oldest one"
+                    )));
+                }
+            };
             if let Outcome::Refused { failure, attempts } = outcome {
                 // In one batch with the mark behind it.
                 if !self.stage.is_empty() {
                     self.commit()?;
                 }
-                self.raise_settled(through, events)?;
-                events = 0;
-                self.bury(through, &failure, attempts)?;
+                let record = source.record(sequence.get(), &entry)?;
+                let letter = codec::encode_refused(&failure, Timestamp::now(), attempts, &record);
+                // After damage its letter may be there though it waits.
+                self.uncount_letter(sequence.get())?;
+                self.marks.settled = totals;
+                self.put_letter(sequence.get(), &letter.map_err(|error| self.unencodable(&error))?)?;
             }
+            self.marks.settled = totals;
+            self.unwritten_since.get_or_insert_with(Instant::now);
         }
-        self.raise_settled(through, events)
-    }
-
-    fn raise_settled(&mut self, through: u64, events: u64) -> Result<(), StoreError> {
-        if events == 0 {
-            return Ok(());
-        }
-        let totals = self.log.totals_through(through)?;
-        // Lost ones among them count in the totals, too.
-        if totals.events != self.marks.settled.events + events {
-            let mut waiting = 0;
-            self.log.each_event(self.marks.settled.sequence + 1, through, |_, _, _| {
-                waiting += 1;
-                Ok(ControlFlow::Continue(()))
-            })?;
-            if waiting != events {
-                let cause =
-                    format!("{events} events up to {through} were to be settled, and they are not the oldest ones");
-                return Err(StoreError::Io(cause));
-            }
-        }
-        self.marks.settled = totals;
-        self.unwritten_since.get_or_insert_with(Instant::now);
         Ok(())
-    }
-
-    /// Stages an event, which has just been settled, as a dead letter.
-    fn bury(&mut self, sequence: u64, failure: &Failure, attempts: u32) -> Result<(), StoreError> {
-        let mut record = Vec::new();
-        self.log.each_event(sequence, sequence, |source, number, entry| {
-            record = source.record(number, entry)?;
-            Ok(ControlFlow::Break(()))
-        })?;
-        // After damage its letter may be there though it waits.
-        self.uncount_letter(sequence)?;
-        let letter = codec::encode_refused(failure, Timestamp::now(), attempts, &record);
-        self.put_letter(sequence, &letter.map_err(|error| self.unencodable(&error))?)
     }
 
     fn unencodable(&self, error: &CodecError) -> StoreError {
@@ -394,23 +370,20 @@ impl Writer {
     fn unbury(&mut self, sequence: u64) -> Result<bool, StoreError> {
         let is_there = self.uncount_letter(sequence)?;
         if is_there {
-            pieces(piece::LETTER, sequence, 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
+            piece::chunks(piece::LETTER, sequence, 0, self.batch, &[]).for_each(|none| self.stage.changes.insert(none));
         }
         Ok(is_there)
     }
 
     /// Takes a dead letter that is removed or replaced out of the count; `false` where there is none.
     fn uncount_letter(&mut self, sequence: u64) -> Result<bool, StoreError> {
-        let (mut live, mut bytes) = (Live::default(), 0);
-        self.newest.each(piece::keys(piece::LETTER, sequence..=sequence), |piece| {
-            bytes += if live.passes(piece) { piece.content.len() as u64 } else { 0 };
-            true
-        })?;
-        if bytes > 0 {
+        let pieces = self.log.newest.pieces(piece::LETTER, sequence..=sequence);
+        let letter = piece::records(pieces).next().transpose()?;
+        if let Some(letter) = &letter {
             self.marks.letters.count = self.marks.letters.count.saturating_sub(1);
-            self.marks.letters.bytes = self.marks.letters.bytes.saturating_sub(bytes);
+            self.marks.letters.bytes = self.marks.letters.bytes.saturating_sub(letter.content.len() as u64);
         }
-        Ok(bytes > 0)
+        Ok(letter.is_some())
     }
 
     fn is_worth_rolling(&self) -> bool {
@@ -573,21 +546,4 @@ impl Writer {
         }
         drop(lock);
     }
-}
-
-/// A record in chunks from the index `first` on. An empty one, which stands for none, is one empty chunk.
-fn pieces(
-    kind: u8,
-    number: u64,
-    first: u32,
-    batch: u64,
-    record: &[u8],
-) -> impl DoubleEndedIterator<Item = (Vec<u8>, Vec<u8>)> {
-    let count = record.len().div_ceil(CONTENT_BYTES_MAX).max(usize::from(first == 0));
-    (0..count).map(move |at| {
-        let chunk = record.get(at * CONTENT_BYTES_MAX..).unwrap_or_default();
-        let content = chunk.get(..chunk.len().min(CONTENT_BYTES_MAX)).unwrap_or_default();
-        let index = first + u32::try_from(at).unwrap_or(u32::MAX);
-        Piece { kind, number, index, batch, content }.encode()
-    })
 }

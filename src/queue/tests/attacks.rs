@@ -208,7 +208,7 @@ fn a_part_of_another_event_is_found_out_when_it_is_salvaged() {
     // A process had written a part of a long event when it was killed.
     let content = vec![b'y'; piece::CONTENT_BYTES_MAX];
     let batch = fixture.raw(1).last_batch + 1;
-    leave(&fixture, 1, &[Piece { kind: piece::CHUNK, number: 11, index: 1, batch, content: &content }.encode()]);
+    leave(&fixture, 1, &[Piece { kind: piece::CHUNK, number: 11, index: 1, batch, content }.encode()]);
     let (queue, _) = Queue::open(&fixture.config).unwrap();
     queue.append(Batch { events: vec![event(10, 20_000)], ..Batch::default() }).unwrap();
     queue.roll().unwrap();

@@ -16,7 +16,8 @@ pub(super) fn leave(fixture: &Fixture, number: u64, pieces: &[(Vec<u8>, Vec<u8>)
 
 /// The value of a piece.
 pub(super) fn value_of(fixture: &Fixture, segment: u64, kind: u8, number: u64, index: u32) -> Vec<u8> {
-    fixture.raw(segment).value(kind, number, index).unwrap().unwrap()
+    let raw = fixture.raw(segment);
+    raw.pieces(kind, number..=number).map(Result::unwrap).find(|piece| piece.index == index).unwrap().encode().1
 }
 
 /// Ten events, a rejection and a cursor.
@@ -179,7 +180,9 @@ fn what_is_damaged_in_a_running_queue_is_noticed_when_it_is_read_and_set_aside_a
         let count = in_three_segments(&fixture);
         let folder = fixture.segment(2);
         let value = match kind {
-            piece::BLOCK => value_of(&fixture, 2, kind, fixture.raw(2).last_block(400).unwrap(), 0),
+            piece::BLOCK => {
+                value_of(&fixture, 2, kind, fixture.raw(2).last_block(400).unwrap().unwrap().before.sequence + 1, 0)
+            }
             _ => value_of(&fixture, 2, kind, 354, 1),
         };
         let mut log = fs::read(folder.join("db")).unwrap();
@@ -248,9 +251,9 @@ fn what_was_never_committed_is_not_shown() {
         filled(&fixture);
         let batch = fixture.raw(1).last_batch + 1;
         let before = Totals { sequence: 11, events: 10, bytes: 0 };
-        let mut builder = piece::BlockBuilder::default();
+        let mut builder = piece::Block::default();
         builder.add(&before, 3, b"abc");
-        let letter = piece::Piece { kind: piece::LETTER, number: 13, index: 0, batch, content: b"x" };
+        let letter = piece::Piece { kind: piece::LETTER, number: 13, index: 0, batch, content: b"x".to_vec() };
         let mut pieces = vec![builder.take(batch), letter.encode()];
         if with_mark {
             // Of one that had a piece more.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::queue::codec::{self, CodecError, Letters, Marks, Totals};
-use crate::queue::piece::{BlockBuilder, Piece};
+use crate::queue::piece::{Block, Piece};
 
 const EVENT: &str = "01abd4c1c70100b49376e2fa180000000000000000020000004022a59619de5b93a9d0467b28aea5943fcd853dfe9c971700000000000000000d000000000000007475726e5f64657465637465640107000000000001ffffffff0000000015000000000000002f686f6d652f736f6d656f6e652f612e6a736f6e6c2a000000000000001a000000000000007b226e756d626572223a34322c2274657874223a22787878227d";
 const INPUT: &str = "01d10a34ea0100b49376e2fa180000000000000000000e000000000000006e6f204a534f4e206f626a65637400010000000101000000000000007402000000036afc9198254f86bd5d443521c9e72102000000000000000395";
@@ -94,11 +94,11 @@ fn a_long_message_is_cut() {
 
 #[test]
 fn pieces_are_written_as_they_always_were() {
-    let mut builder = BlockBuilder::default();
+    let mut builder = Block::default();
     builder.add(&Totals { sequence: 4, events: 3, bytes: 300 }, 9000, b"abc");
     builder.add(&Totals { sequence: 5, events: 4, bytes: 9300 }, 0, b"");
     assert_eq!(hex(&builder.take(7).1), BLOCK);
-    let chunk = Piece { kind: piece::CHUNK, number: 5, index: 1, batch: 7, content: b"def" };
+    let chunk = Piece { kind: piece::CHUNK, number: 5, index: 1, batch: 7, content: b"def".to_vec() };
     assert_eq!(hex(&chunk.encode().1), CHUNK);
     let acknowledged = Totals { sequence: 6, events: 4, bytes: 9300 };
     let settled = Totals { sequence: 5, events: 3, bytes: 300 };

@@ -18,7 +18,7 @@ fn condemn(path: &Path) {
 }
 
 /// Zeroes the pieces of a log for which `is_hit` says so.
-fn destroy(db: &Path, is_hit: impl Fn(&piece::Piece<'_>) -> bool) -> usize {
+fn destroy(db: &Path, is_hit: impl Fn(&piece::Piece) -> bool) -> usize {
     let mut log = fs::read(db).unwrap();
     let places: Vec<_> = memchr::memmem::find_iter(&log, piece::magic()).collect();
     let mut hits = 0;
