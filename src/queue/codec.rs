@@ -87,12 +87,6 @@ impl Totals {
         Totals { sequence: self.sequence + 1, events: self.events + u64::from(record_bytes > 0), bytes }
     }
 
-    /// Events that wait between these marks, and the bytes of their records. Lost ones among them count until it is past them.
-    pub fn since(&self, settled: &Totals) -> (u64, u64) {
-        let events = self.events.saturating_sub(settled.events);
-        (events, if events == 0 { 0 } else { self.bytes.saturating_sub(settled.bytes) })
-    }
-
     fn is_sound(&self) -> bool {
         self.sequence.max(self.events).max(self.bytes) <= NUMBER_MAX
     }
@@ -111,6 +105,14 @@ pub struct Marks {
     pub acknowledged: Totals,
     pub settled: Totals,
     pub letters: Letters,
+}
+
+impl Marks {
+    /// Events that wait, and the bytes of their records. Lost ones among them count until it is past them.
+    pub fn pending(&self) -> (u64, u64) {
+        let events = self.acknowledged.events.saturating_sub(self.settled.events);
+        (events, if events == 0 { 0 } else { self.acknowledged.bytes.saturating_sub(self.settled.bytes) })
+    }
 }
 
 /// `pieces`: how many its batch has, with the mark itself.

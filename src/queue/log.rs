@@ -71,17 +71,11 @@ impl Log {
         Log { path: path.to_owned(), newest, older, opened: Arc::default() }
     }
 
-    /// The same log with another segment as its tail.
-    pub fn with_newest(&self, newest: Arc<Segment>, older: Vec<Older>) -> Log {
-        Log { newest: Source::Sled(newest), older, ..self.clone() }
-    }
-
-    /// The same log without the segments in which all is settled.
-    pub fn without_settled(&self, settled: u64) -> Log {
-        let older: Vec<_> = self.older.iter().copied().filter(|one| one.is_needed(settled)).collect();
+    /// A log that has these segments.
+    pub fn with(&self, newest: Source, older: Vec<Older>) -> Log {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         opened.take_if(|opened| older.iter().all(|one| one.name != opened.name));
-        Log { older, ..self.clone() }
+        Log { newest, older, ..self.clone() }
     }
 
     /// Bytes of all segments.

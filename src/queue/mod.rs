@@ -29,8 +29,7 @@
 //! each says with which number it begins. What has left is a number, and so is what has been acknowledged: both are in the mark `m`, in the
 //! batch of the events themselves, so what is beyond it was never committed. A segment all of whose events have left goes as a
 //! whole. The newest one also has what changes, cursors and dead letters; what is removed of them is an empty value. When it is large
-//! the next one is begun: these are carried over, a slice at a time between batches, and its file FIRST, written last, makes it
-//! the newest.
+//! the next one is begun between two batches: these are carried over, and its file FIRST, written last, makes it the newest.
 //!
 //! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and answers everybody
 //! (group commit); it never waits for more to come. What is settled goes along with the next batch, or by itself a moment later.
@@ -157,13 +156,15 @@ impl Queue {
     pub fn window(&self, after: Option<Sequence>, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, QueueError> {
         let shared = &self.handle.shared;
         // In this order: the log has what is durable, and what it has not any more is settled.
-        let durable = shared.state().acknowledged.sequence;
+        let durable = shared.state().marks.acknowledged.sequence;
         let log = shared.log()?;
-        let settled = shared.state().settled.sequence;
+        let settled = shared.state().marks.settled.sequence;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
         match reader::envelopes(&log, first, durable, limit, bytes_max) {
             // It was settled, and its segment removed, while it was read.
-            Err(_) if self.handle.shared.state().settled.sequence >= first => self.window(after, limit, bytes_max),
+            Err(_) if self.handle.shared.state().marks.settled.sequence >= first => {
+                self.window(after, limit, bytes_max)
+            }
             read => shared.reading(read),
         }
     }
@@ -191,7 +192,7 @@ impl Queue {
     pub fn dead_letters(&self, after: Option<Sequence>, limit: usize) -> Result<Vec<DeadLetter>, QueueError> {
         let shared = &self.handle.shared;
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1));
-        let last = shared.state().acknowledged.sequence;
+        let last = shared.state().marks.acknowledged.sequence;
         shared.reading(reader::dead_letters(&shared.log()?.newest, first, last, limit))
     }
 
@@ -260,7 +261,7 @@ impl Queue {
         let shared = &self.handle.shared;
         let mut state = shared.state();
         loop {
-            if !shared.stats(&state).full || state.closed || state.failure.is_some() {
+            if !shared.stats(&state).full || shared.inbox.has_ended() {
                 return true;
             }
             let patience = deadline.saturating_duration_since(Instant::now());

@@ -17,7 +17,7 @@ use super::log::{self, Log, Older, Source};
 use super::piece;
 use super::reader;
 use super::remains::Remains;
-use super::rolling::{Carrying, finish_segment};
+use super::rolling::{CARRIED, carry_over, finish_segment};
 use super::segment::{Segment, StoreError};
 use super::values::{QueueError, Repair};
 use crate::event::Timestamp;
@@ -112,7 +112,7 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
     let next = Name { first: marks.acknowledged.sequence + 1, ..Name::new(number) };
     let older = Older::all(path, &names, next);
     let mut repairs = repairs(path, &older, marks.settled.sequence)?;
-    let mut segment = Segment::make(path, number)?;
+    let newest = Arc::new(Segment::make(path, next)?);
     if let Some(last) = last {
         // What was written last may be in the system's memory only: nothing leaves before it is on disk.
         last.sync()?;
@@ -124,22 +124,17 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
             marks.letters = letters;
         }
         let last = Source::Raw(Arc::new(last));
-        let mut carrying =
-            Carrying::of(if repairs.is_empty() { &[piece::CURSOR, piece::LETTER] } else { &[piece::LETTER] });
-        while carrying.next(&last, &segment)? {}
+        carry_over(&last, &newest, if repairs.is_empty() { CARRIED } else { &[piece::LETTER] })?;
     }
     let (older, spent): (Vec<_>, Vec<_>) = older.into_iter().partition(|one| one.is_needed(marks.settled.sequence));
-    let log = Log::new(path, Source::Raw(Arc::new(Remains::of_log(next, None, Highest::default())?)), older);
+    let log = Log::new(path, Source::Sled(Arc::clone(&newest)), older);
     if reader::oldest(&log, marks.settled.sequence + 1, marks.acknowledged.sequence)?.is_none() {
         marks.settled = marks.acknowledged;
     }
-    finish_segment(&mut segment, &marks, batch + 1)?;
+    finish_segment(&newest, &marks, batch + 1)?;
     faults::reach("open-segment-created");
-    let newest = Arc::new(segment);
-    let log = log.with_newest(newest.clone(), log.older.clone());
     highest.raise(newest.highest(marks.acknowledged.sequence, batch + 1))?;
     spent.iter().try_for_each(|one| files::let_go(path, &one.name))?;
-    let log = log.without_settled(marks.settled.sequence);
     Ok(Opened { highest, newest, log, marks, batch: batch + 1, repairs })
 }
 

@@ -7,51 +7,35 @@ use super::piece::{self, Piece};
 use super::segment::{Changes, Segment, StoreError};
 use crate::faults;
 
-/// Bytes that are carried over at once: some ten milliseconds.
+/// Bytes that are carried over at once.
 const SLICE_BYTES: usize = 512 << 10;
 
-/// What is still to be carried over from one segment to another.
-pub struct Carrying {
-    kinds: &'static [u8],
-    /// Number of the record that comes next.
-    next: u64,
-}
+/// Kinds that are carried over to a new segment.
+pub const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER];
 
-impl Carrying {
-    /// All records of these kinds.
-    pub fn of(kinds: &'static [u8]) -> Carrying {
-        Carrying { kinds, next: 0 }
-    }
-
-    /// Carries a slice over, durably. False: there is no more.
-    pub fn next(&mut self, old: &Source, new: &Segment) -> Result<bool, StoreError> {
-        let Some((kind, others)) = self.kinds.split_first() else { return Ok(false) };
-        let (mut changes, mut is_all) = (Changes::default(), true);
-        for record in piece::records(old.pieces(*kind, self.next..=NUMBER_MAX)) {
+/// Carries all records of these kinds over, durably.
+pub fn carry_over(old: &Source, new: &Segment, kinds: &[u8]) -> Result<(), StoreError> {
+    let write = |changes| new.apply(changes).and_then(|()| new.sync());
+    let mut changes = Changes::default();
+    for kind in kinds {
+        for record in piece::records(old.pieces(*kind, 0..=NUMBER_MAX)) {
             let Piece { number, batch, content, .. } = record?;
-            if changes.bytes() >= SLICE_BYTES {
-                (self.next, is_all) = (number, false);
-                break;
-            }
             piece::chunks(*kind, number, 0, batch, &content).for_each(|chunk| changes.insert(chunk));
+            if changes.bytes() >= SLICE_BYTES {
+                write(std::mem::take(&mut changes))?;
+            }
         }
-        if is_all {
-            *self = Carrying::of(others);
-        }
-        new.apply(changes)?;
-        new.sync()?;
-        Ok(!self.kinds.is_empty())
     }
+    write(changes)
 }
 
 /// Makes a segment the newest: the file FIRST is the commit, and the last thing that is written.
-pub fn finish_segment(segment: &mut Segment, marks: &Marks, batch: u64) -> Result<(), StoreError> {
+pub fn finish_segment(segment: &Segment, marks: &Marks, batch: u64) -> Result<(), StoreError> {
     let mut changes = Changes::default();
     changes.insert(piece::mark(marks, batch, 1));
     segment.apply(changes)?;
     segment.sync_folder()?;
     faults::reach("segment-copied");
-    segment.name.first = marks.acknowledged.sequence + 1;
     files::write_first(segment.folder(), segment.name.first)?;
     files::sync_folder(segment.folder())?;
     restrict(segment.folder());

@@ -14,7 +14,6 @@ use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use sled::IVec;
 use thiserror::Error;
@@ -69,10 +68,12 @@ pub struct Changes {
 impl Changes {
     pub fn insert(&mut self, (key, value): (Vec<u8>, Vec<u8>)) {
         self.bytes += key.len() + value.len();
-        self.list.insert(key, value);
+        let key_bytes = key.len();
+        if let Some(before) = self.list.insert(key, value) {
+            self.bytes -= key_bytes + before.len();
+        }
     }
 
-    /// At most.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -81,13 +82,17 @@ impl Changes {
         self.list.len() as u64
     }
 
-    /// Those of these kinds, which are written a second time.
-    pub fn of_kinds(&self, kinds: &[u8]) -> Changes {
-        let mut some = Changes::default();
-        let is_wanted = |key: &[u8]| key.first().is_some_and(|kind| kinds.contains(kind));
-        let wanted = self.list.iter().filter(|(key, _)| is_wanted(key));
-        wanted.for_each(|(key, value)| some.insert((key.clone(), value.clone())));
-        some
+    /// Takes some that have about so many bytes, those with the greatest keys: of a record the first chunk comes last, without
+    /// which the others are nothing.
+    pub fn take_part(&mut self, bytes: usize) -> Changes {
+        let mut part = Changes::default();
+        while part.bytes < bytes
+            && let Some((key, value)) = self.list.pop_last()
+        {
+            self.bytes -= key.len() + value.len();
+            part.insert((key, value));
+        }
+        part
     }
 }
 
@@ -102,28 +107,24 @@ pub struct Segment {
     db: Option<sled::Db>,
     /// sled's log.
     log: File,
-    /// Whether something was applied since the last sync.
-    unsynced: AtomicBool,
     #[cfg(test)]
     pub before_sync: std::sync::Mutex<Option<BeforeSync>>,
 }
 
 impl Segment {
     /// Makes a segment of the queue at `path`. No other process ever opens it: what it holds is read without sled.
-    pub fn make(path: &Path, number: u64) -> Result<Segment, StoreError> {
-        let name = Name::new(number);
+    pub fn make(path: &Path, name: Name) -> Result<Segment, StoreError> {
         let folder = name.folder(path);
         files::remove_folder(&folder)?;
         let config =
             sled::Config::new().path(&folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
-        let db = guarded(number, || config.open())?;
+        let db = guarded(name.number, || config.open())?;
         let log = File::open(folder.join("db"))?;
         Ok(Segment {
             name,
             folder,
             db: Some(db),
             log,
-            unsynced: AtomicBool::new(true),
             #[cfg(test)]
             before_sync: std::sync::Mutex::default(),
         })
@@ -186,8 +187,6 @@ impl Segment {
         if keys.is_empty() {
             return Ok(());
         }
-        // Before, not after: when the batch fails half-way nothing must be taken for synced.
-        self.unsynced.store(true, Ordering::Release);
         self.writing(self.guarded(|db| {
             faults::reach("segment-applying");
             db.apply_batch(batch)?;
@@ -195,17 +194,12 @@ impl Segment {
         }))
     }
 
-    /// Makes all that was applied durable against power loss. Costs nothing when there is nothing to do.
+    /// Makes all that was applied durable against power loss.
     pub fn sync(&self) -> Result<(), StoreError> {
-        if !self.unsynced.load(Ordering::Acquire) {
-            return Ok(());
-        }
         faults::reach("sync-before-flush");
         self.writing(self.guarded(|db| db.flush()))?;
         faults::reach("sync-flushed");
-        self.writing(self.sync_log().map_err(StoreError::from))?;
-        self.unsynced.store(false, Ordering::Release);
-        Ok(())
+        self.writing(self.sync_log().map_err(StoreError::from))
     }
 
     /// Where there was no room, nothing was written: what is there can be trusted.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use super::codec::{self, CodecError, Letters, Marks, Totals};
+use super::codec::{self, CodecError, Marks};
 use super::files;
 use super::log::{Log, Source};
 use super::piece::{CONTENT_BYTES_MAX, CursorId};
@@ -43,26 +43,21 @@ pub struct Shared {
 
 #[derive(Default)]
 pub struct State {
-    /// Up to what has been synced.
-    pub acknowledged: Totals,
-    /// No pending event has this number or a smaller one.
-    pub settled: Totals,
+    /// Of what has been synced; what is settled may not be, yet.
+    pub marks: Marks,
     pub oldest: Option<(Sequence, Timestamp)>,
-    pub letters: Letters,
     /// Pending bytes with which the last refused batch would fit.
     pub room_wanted: Option<u64>,
     /// Events that were missing when it was opened.
     pub missing: u64,
     pub disk_bytes: u64,
-    pub failure: Option<QueueError>,
-    pub closed: bool,
 }
 
 impl Shared {
     pub fn new(config: &QueueConfig, log: Log, marks: &Marks) -> Result<Shared, StoreError> {
-        let Marks { acknowledged, settled, letters } = *marks;
-        let oldest = reader::oldest(&log, settled.sequence + 1, acknowledged.sequence)?;
-        let state = State { acknowledged, settled, oldest, letters, disk_bytes: log.bytes(), ..State::default() };
+        let last = marks.acknowledged.sequence;
+        let oldest = reader::oldest(&log, marks.settled.sequence + 1, last)?;
+        let state = State { marks: *marks, oldest, disk_bytes: log.bytes(), ..State::default() };
         Ok(Shared {
             path: config.path.clone(),
             max_pending_bytes: config.max_pending_bytes,
@@ -71,24 +66,24 @@ impl Shared {
             log: RwLock::new(Some(Arc::new(log))),
             state: Mutex::new(state),
             room: Condvar::new(),
-            newest: watch::Sender::new(oldest.and(Sequence::new(acknowledged.sequence))),
+            newest: watch::Sender::new(oldest.and(Sequence::new(last))),
             failed: watch::Sender::new(None),
         })
     }
 
     pub fn stats(&self, state: &State) -> QueueStats {
-        let (pending, pending_bytes) = state.acknowledged.since(&state.settled);
+        let (pending, pending_bytes) = state.marks.pending();
         QueueStats {
             pending,
             pending_bytes,
             oldest: state.oldest,
-            dead_letters: state.letters.count,
+            dead_letters: state.marks.letters.count,
             missing: state.missing,
             disk_bytes: state.disk_bytes,
             full: pending > 0
                 && (pending_bytes >= self.max_pending_bytes
                     || state.room_wanted.is_some_and(|wanted| pending_bytes > wanted)),
-            last_sequence: Sequence::new(state.acknowledged.sequence),
+            last_sequence: Sequence::new(state.marks.acknowledged.sequence),
         }
     }
 
@@ -98,7 +93,7 @@ impl Shared {
 
     /// The log as it is now, for reading.
     pub fn log(&self) -> Result<Arc<Log>, QueueError> {
-        if let Some(failure) = self.state().failure.clone() {
+        if let Some(failure) = self.failed.borrow().clone() {
             return Err(failure);
         }
         self.log.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(QueueError::Closed)
@@ -117,18 +112,23 @@ impl Shared {
             // A disk that is failing may not take it: then the damage is only met again.
             let _ = files::note_damaged(&self.path, *segment, cause);
         }
-        let mut state = self.state();
-        let first = state.failure.get_or_insert_with(|| error.of_queue(&self.path)).clone();
-        drop(state);
-        self.inbox.end(first.clone());
+        let first = self.failed.borrow().clone().unwrap_or_else(|| error.of_queue(&self.path));
         self.failed.send_replace(Some(first.clone()));
-        self.room.notify_all();
+        self.end(first.clone());
         first
+    }
+
+    /// Refuses everything from now on.
+    pub fn end(&self, error: QueueError) {
+        self.inbox.end(error);
+        // Who waits for room is not just between looking and waiting.
+        drop(self.state());
+        self.room.notify_all();
     }
 
     pub fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
         let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
-        let letters = self.state().letters;
+        let letters = self.state().marks.letters;
         let events = batch.events.iter().map(|event| codec::encode_event(event, captured_at, 0));
         let events = events.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
         let mut room = (self.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(letters.bytes);

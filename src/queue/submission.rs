@@ -79,7 +79,7 @@ pub enum Work {
     Retry(Sequence, Reply<RetryOutcome>),
     Drop(Sequence, Reply<bool>),
     /// Begin a segment now.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests ask for it"))]
+    #[cfg(test)]
     Roll(Reply<()>),
     Close(Reply<()>),
 }
@@ -159,6 +159,10 @@ impl Inbox {
         state.ended.get_or_insert(error);
         state.waiting.clear();
         self.changed.notify_all();
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.lock().ended.is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {

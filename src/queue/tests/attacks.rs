@@ -50,7 +50,7 @@ fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     queue.append(Batch { cursors, rejections: vec![rejection(b"?")], ..batch(0..10) }).unwrap();
     queue.settle(delivered(1..=5)).unwrap();
     queue.close().unwrap();
-    let begun = Segment::make(&fixture.config.path, 2).unwrap();
+    let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
     begun.sync().unwrap();
     drop(begun);
     // A power cut: nothing of it was synced but its length.
@@ -76,11 +76,8 @@ fn one_of_which_a_part_was_not_written_back_neither() {
         queue.close().unwrap();
         {
             let old = log::Source::Raw(fixture.raw(1).into());
-            let begun = Segment::make(&fixture.config.path, 2).unwrap();
-            let mut carrying = rolling::Carrying::of(b"cd");
-            for _ in 0..6 {
-                carrying.next(&old, &begun).unwrap();
-            }
+            let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
+            rolling::carry_over(&old, &begun, rolling::CARRIED).unwrap();
         }
         let db = fixture.segment(2).join("db");
         let mut bytes = fs::read(&db).unwrap();
@@ -104,7 +101,7 @@ fn reading_while_dead_letters_are_made_across_segments_is_no_damage() {
     queue.append(batch(0..10)).unwrap();
     queue.roll().unwrap();
     queue.append(batch(10..20)).unwrap();
-    let gate = gate(&queue, 2);
+    let gate = gate(&queue, 1);
     let mut outcomes = delivered(1..=9);
     outcomes.extend((10..=12).map(|number| (sequence(number), refused("no"))));
     let ticket = queue.submit_settle(outcomes);
@@ -327,7 +324,7 @@ fn a_look_changes_nothing_whatever_stands_in_the_folder() {
             3 => {
                 // The newest is gone, and one that was being made is there.
                 fs::remove_dir_all(path.join("segment-3")).unwrap();
-                drop(Segment::make(path, 4).unwrap());
+                drop(Segment::make(path, files::Name::new(4)).unwrap());
             }
             _ => {
                 fs::remove_dir_all(path.join("segment-3")).unwrap();

@@ -275,9 +275,9 @@ fn what_was_never_committed_is_not_shown() {
 fn a_segment_that_was_not_finished_is_removed() {
     let fixture = Fixture::new();
     filled(&fixture);
-    let begun = Segment::make(&fixture.config.path, 2).unwrap();
+    let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
     let old = Source::Raw(fixture.raw(1).into());
-    rolling::Carrying::of(b"cd").next(&old, &begun).unwrap();
+    rolling::carry_over(&old, &begun, rolling::CARRIED).unwrap();
     drop((old, begun));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(repairs, []);
