@@ -695,7 +695,7 @@ mod tests {
         let (reader, handle) = SpoolReader::new(spool.clone(), intake.clone(), Duration::from_secs(60));
         let thread = std::thread::spawn(move || reader.run());
         let deadline = Instant::now() + Duration::from_secs(10);
-        while intake.queue().has_room() {
+        while !intake.queue().stats().full {
             assert!(Instant::now() < deadline, "it was never full");
             std::thread::yield_now();
         }

@@ -26,8 +26,8 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::event::{
-    Cursor, DeadContent, DeadLetter, Event, EventParts, EventType, Failure, FailureKind, Origin, Rejection, Sequence,
-    SessionState, Timestamp,
+    Cursor, DeadContent, DeadLetter, Envelope, Event, EventParts, EventType, Failure, FailureKind, Origin, Rejection,
+    Sequence, SessionState, Timestamp,
 };
 
 /// The layout that is written, and the newest that is understood.
@@ -61,14 +61,6 @@ pub enum CodecError {
     Body(String),
     #[error("record of {0} bytes is longer than {RECORD_BYTES_MAX}")]
     TooLarge(usize),
-}
-
-/// An event as it was accepted, without its sequence (which is the key).
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct StoredEvent {
-    pub event: Event,
-    pub captured_at: Timestamp,
-    pub attempts: u32,
 }
 
 /// How far the queue has come at a number: what has been taken in up to it, since the queue was made.
@@ -186,9 +178,11 @@ pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Res
     encode((captured_at.as_nanosecond(), attempts, Compat(event)))
 }
 
-pub fn decode_event(record: &[u8]) -> Result<StoredEvent, CodecError> {
+/// The event with this number.
+pub fn decode_event(number: u64, record: &[u8]) -> Result<Envelope, CodecError> {
+    let sequence = Sequence::new(number).ok_or_else(|| CodecError::Body("no number".into()))?;
     let (captured_at, attempts, Compat(parts)) = decode::<(_, _, Compat<EventParts>)>(record)?;
-    Ok(StoredEvent { event: Event::from_checked_parts(parts), captured_at: timestamp(captured_at)?, attempts })
+    Ok(Envelope { sequence, event: Event::from_checked_parts(parts), captured_at: timestamp(captured_at)?, attempts })
 }
 
 /// A dead letter of an event, by its record. `attempts`: deliveries that were refused, in all.
@@ -233,7 +227,7 @@ pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, Co
     let failure = Failure { kind, message: body.message.to_owned(), sqlstate: body.sqlstate.map(str::to_owned) };
     let content = match body.content {
         ContentBody::Event { attempts, record } => {
-            let StoredEvent { event, captured_at, .. } = decode_event(record)?;
+            let Envelope { event, captured_at, .. } = decode_event(sequence.get(), record)?;
             DeadContent::Event { event, captured_at, attempts }
         }
         ContentBody::Input { event_type, origin, mask, bytes } => DeadContent::Input(Rejection {

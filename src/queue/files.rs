@@ -21,7 +21,7 @@
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::codec::NUMBER_MAX;
@@ -235,11 +235,7 @@ pub fn damaged(path: &Path) -> Vec<(u64, String)> {
 
 /// Nobody need be told of them any more.
 pub fn forget_damaged(path: &Path) -> io::Result<()> {
-    remove(path, DAMAGED)
-}
-
-fn remove(path: &Path, name: &str) -> io::Result<()> {
-    match fs::remove_file(path.join(name)) {
+    match fs::remove_file(path.join(DAMAGED)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
@@ -275,15 +271,6 @@ pub fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
         FolderError::Io { cause, .. } => storage(path, &cause),
         error => QueueError::Folder(error),
     })
-}
-
-/// Takes the rights of others from the files of `folder`. Best effort: the folder itself already keeps them out.
-pub fn restrict(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o600));
-        }
-    }
 }
 
 /// Makes the entries of `folder` durable.

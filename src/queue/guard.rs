@@ -43,21 +43,13 @@ fn calls() -> MutexGuard<'static, BTreeMap<u64, Call>> {
     CALLS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a call of sled for a segment, which may use so much of a processor.
+/// Runs a call of sled for a segment, which may use so much of a processor. It must not panic.
 pub fn limited<T>(segment: u64, max: Duration, call: impl FnOnce() -> T) -> T {
-    struct Leave(u64);
-    impl Drop for Leave {
-        fn drop(&mut self) {
-            calls().remove(&self.0);
-        }
-    }
     // A thread that is just ending has no number any more: its last calls go unwatched.
-    let leave = THREAD.try_with(|thread| {
-        calls().insert(*thread, Call { segment, max, used: None });
-        Leave(*thread)
-    });
+    let thread = THREAD.try_with(|thread| *thread).ok();
+    thread.map(|thread| calls().insert(thread, Call { segment, max, used: None }));
     let answer = call();
-    drop(leave);
+    thread.map(|thread| calls().remove(&thread));
     answer
 }
 

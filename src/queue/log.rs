@@ -5,11 +5,18 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::codec::{self, Entry, StoredEvent, Totals};
+use super::codec::{self, Entry, NUMBER_MAX, Totals};
 use super::files::{self, Name};
 use super::piece::{self, Block, Piece};
 use super::remains::Remains;
-use super::segment::{Segment, StoreError};
+use super::segment::{Changes, Segment, StoreError};
+use crate::event::Envelope;
+
+/// Kinds that are carried over to a new segment.
+pub const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER];
+
+/// Bytes that are carried over at once.
+const SLICE_BYTES: usize = 512 << 10;
 
 /// A segment that gets no more events.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -99,17 +106,17 @@ impl Log {
             Some(remains) => Arc::clone(remains),
             None => {
                 *opened = None;
-                let damaged = |cause: &str| StoreError::Damaged { segment: one.name.number, cause: cause.into() };
-                if !one.name.folder(&self.path).exists() {
-                    return Err(damaged("its folder is gone"));
-                }
                 let remains = Remains::of(&self.path, one.name)?;
-                let is_as_known = match files::known(&one.name.folder(&self.path)) {
-                    Some((_, found)) if one.name.is_damaged => remains.count(one.name.first - 1, one.last)?.0 >= found,
-                    _ => one.name.is_damaged || remains.whole_through(one.name.first) >= one.last,
+                let is_as_known = if one.name.is_damaged {
+                    let (found, _) = remains.count(one.name.first - 1, one.last)?;
+                    let known = files::known(&one.name.folder(&self.path));
+                    known.is_some_and(|(last, known)| one.last <= last && found >= known)
+                } else {
+                    remains.whole_through(one.name.first) >= one.last
                 };
                 if !is_as_known {
-                    return Err(damaged("numbers are missing in its log"));
+                    let cause = "numbers are missing in its log".into();
+                    return Err(StoreError::Damaged { segment: one.name.number, cause });
                 }
                 Arc::clone(opened.insert(Arc::new(remains)))
             }
@@ -189,6 +196,22 @@ impl Source {
         }
     }
 
+    /// Carries all records of these kinds over to another segment, durably.
+    pub fn carry_over(&self, kinds: &[u8], to: &Segment) -> Result<(), StoreError> {
+        let write = |changes| to.apply(changes).and_then(|()| to.sync());
+        let mut changes = Changes::default();
+        for kind in kinds {
+            for record in piece::records(self.pieces(*kind, 0..=NUMBER_MAX)) {
+                let Piece { number, batch, content, .. } = record?;
+                piece::chunks(*kind, number, 0, batch, &content).for_each(|chunk| changes.insert(chunk));
+                if changes.bytes() >= SLICE_BYTES {
+                    write(std::mem::take(&mut changes))?;
+                }
+            }
+        }
+        write(changes)
+    }
+
     /// The last block that begins with this number or a smaller one.
     fn last_block(&self, sequence: u64) -> Result<Option<Block>, StoreError> {
         match self {
@@ -218,8 +241,8 @@ impl Source {
         }
     }
 
-    pub fn event(&self, number: u64, entry: &Entry) -> Result<StoredEvent, StoreError> {
-        let event = codec::decode_event(&self.record(number, entry)?);
-        event.map_err(|error| self.damaged(format!("event {number}: {error}")))
+    pub fn envelope(&self, number: u64, entry: &Entry) -> Result<Envelope, StoreError> {
+        let envelope = codec::decode_event(number, &self.record(number, entry)?);
+        envelope.map_err(|error| self.damaged(format!("event {number}: {error}")))
     }
 }

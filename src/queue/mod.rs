@@ -42,7 +42,7 @@
 //!
 //! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the names and files of the folder;
 //! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `log` all of them; `reader`
-//! what everybody may do; `rolling` how a segment is made; `opening` how all is opened and put right; `looking` how it is looked at
+//! what everybody may do; `opening` how all is opened and put right; `looking` how it is looked at
 //! without a watcher; `submission` the way to the writer; `shared` what all have in common; `writer` the thread. sled is known in
 //! this module only.
 
@@ -55,7 +55,6 @@ mod opening;
 mod piece;
 mod reader;
 mod remains;
-mod rolling;
 mod segment;
 mod shared;
 mod submission;
@@ -250,11 +249,6 @@ impl Queue {
         self.handle.shared.max_pending_bytes
     }
 
-    /// Whether a batch like the last refused one would be taken in now.
-    pub fn has_room(&self) -> bool {
-        !self.stats().full
-    }
-
     /// Blocks until there is room or `deadline` has come; says whether there is. Also `true` when the queue has failed
     /// or was closed: then the next append says so.
     pub fn wait_for_room(&self, deadline: Instant) -> bool {
@@ -280,12 +274,6 @@ impl Queue {
     /// Does what was submitted, syncs, and lets go of files and lock. Later calls give [`QueueError::Closed`].
     pub fn close(&self) -> Result<(), QueueError> {
         self.handle.close()
-    }
-
-    /// Begins a segment now, whatever the size of the newest.
-    #[cfg(test)]
-    pub fn roll(&self) -> Result<(), QueueError> {
-        self.handle.shared.inbox.send(Work::Roll).wait()
     }
 }
 

@@ -12,12 +12,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::codec::{Marks, Totals};
-use super::files::{self, Highest, Lock, Mark, Name, ensure_folder, restrict, storage, sync_folder};
-use super::log::{self, Log, Older, Source};
+use super::files::{self, Highest, Lock, Mark, Name, ensure_folder, storage, sync_folder};
+use super::log::{self, CARRIED, Log, Older, Source};
 use super::piece;
 use super::reader;
 use super::remains::Remains;
-use super::rolling::{CARRIED, carry_over, finish_segment};
 use super::segment::{Segment, StoreError};
 use super::values::{QueueError, Repair};
 use crate::event::Timestamp;
@@ -55,7 +54,6 @@ pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
             }
             Err(error) => return Err(error.of_queue(path)),
             Ok(mut opened) => {
-                restrict(path);
                 repairs.append(&mut opened.repairs);
                 faults::reach("open-recovered");
                 return Ok((lock, Opened { repairs, ..opened }));
@@ -124,14 +122,14 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
             marks.letters = letters;
         }
         let last = Source::Raw(Arc::new(last));
-        carry_over(&last, &newest, if repairs.is_empty() { CARRIED } else { &[piece::LETTER] })?;
+        last.carry_over(if repairs.is_empty() { CARRIED } else { &[piece::LETTER] }, &newest)?;
     }
     let (older, spent): (Vec<_>, Vec<_>) = older.into_iter().partition(|one| one.is_needed(marks.settled.sequence));
     let log = Log::new(path, Source::Sled(Arc::clone(&newest)), older);
     if reader::oldest(&log, marks.settled.sequence + 1, marks.acknowledged.sequence)?.is_none() {
         marks.settled = marks.acknowledged;
     }
-    finish_segment(&newest, &marks, batch + 1)?;
+    newest.finish(&marks, batch + 1)?;
     faults::reach("open-segment-created");
     highest.raise(newest.highest(marks.acknowledged.sequence, batch + 1))?;
     spent.iter().try_for_each(|one| files::let_go(path, &one.name))?;
@@ -219,26 +217,18 @@ fn marks_of_all(path: &Path, names: &[Name], last: Option<&Remains>, highest: Hi
     Ok(Marks { acknowledged, settled, letters })
 }
 
-/// What is missing of the segments that were noted, and of those of which more is missing than was told.
+/// What is missing of the segments that were noted.
 fn repairs(path: &Path, older: &[Older], settled: u64) -> Result<Vec<Repair>, StoreError> {
-    let noted = files::damaged(path);
     let mut repairs = Vec::new();
-    for one in older.iter().filter(|one| one.name.is_damaged) {
-        let folder = one.name.folder(path);
-        let remains = Remains::of(path, one.name)?;
+    let noted = files::damaged(path);
+    for one in older {
+        let Some((_, cause)) = noted.iter().find(|(number, _)| *number == one.name.number) else { continue };
+        let (to, remains) = (one.name.folder(path), Remains::of(path, one.name)?);
         let (found_in_all, _) = remains.count(one.name.first - 1, one.last)?;
-        let known = files::known(&folder);
-        let cause = noted.iter().find(|(number, _)| *number == one.name.number).map(|(_, cause)| cause.clone());
-        let is_worse = known.is_none_or(|(last, found)| found_in_all < found || one.last > last);
-        if let Some(cause) = cause.or_else(|| is_worse.then(|| "more of it can't be read".to_owned())) {
-            // Told until the note goes, which it does once a dead letter says so.
-            files::note_damaged(path, one.name.number, &cause)?;
-            let begin = settled.max(one.name.first - 1);
-            // Each number that is missing may have been an event's.
-            let (found, missing) = remains.count(begin, one.last)?;
-            files::write_known(&folder, one.last, found_in_all)?;
-            repairs.push(Repair::SegmentSetAside { to: folder, cause, found, missing });
-        }
+        files::write_known(&to, one.last, found_in_all)?;
+        // Each number that is missing may have been an event's.
+        let (found, missing) = remains.count(settled.max(one.name.first - 1), one.last)?;
+        repairs.push(Repair::SegmentSetAside { to, cause: cause.clone(), found, missing });
     }
     Ok(repairs)
 }

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use super::codec::{self, StoredEvent};
+use super::codec;
 use super::log::{Log, Source};
 use super::piece::{self, CursorId};
 use super::segment::StoreError;
@@ -23,9 +23,7 @@ pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64)
         if bytes > bytes_max && !found.is_empty() {
             break;
         }
-        let StoredEvent { event, captured_at, attempts } = source.event(totals.sequence, &entry)?;
-        let sequence = Sequence::new(totals.sequence);
-        found.extend(sequence.map(|sequence| Envelope { sequence, event, captured_at, attempts }));
+        found.push(source.envelope(totals.sequence, &entry)?);
     }
     Ok(found)
 }

@@ -55,13 +55,10 @@ impl Remains {
 
     /// Of the segment that was written last.
     pub fn of_newest(path: &Path, name: Name, highest: Highest) -> Result<Remains, StoreError> {
-        match File::open(name.folder(path).join("db")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Remains::of_log(name, None, highest),
-            log => Remains::of_log(name, Some(log?), highest),
-        }
-    }
-
-    pub fn of_log(name: Name, log: Option<File>, highest: Highest) -> Result<Remains, StoreError> {
+        let log = match File::open(name.folder(path).join("db")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            log => Some(log?),
+        };
         let found = log.as_ref().map(search).transpose()?.unwrap_or_default();
         let last_batch = found.iter().map(|(_, place)| place.batch).max().unwrap_or(0);
         let mut remains = Remains { name, log, places: BTreeMap::new(), lost: BTreeSet::new(), last_batch };
@@ -105,7 +102,7 @@ impl Remains {
         for block in self.blocks(0) {
             for (Totals { sequence, .. }, entry) in block?.numbered().filter(|(_, entry)| entry.record_bytes > 0) {
                 let record = piece::record(&entry, self.pieces(piece::CHUNK, sequence..=sequence))?;
-                if codec::decode_event(&record).is_err() {
+                if codec::decode_event(sequence, &record).is_err() {
                     broken.insert(sequence);
                 }
             }

@@ -18,9 +18,10 @@ use std::path::{Path, PathBuf};
 use sled::IVec;
 use thiserror::Error;
 
+use super::codec::Marks;
 use super::files::{self, Highest, Name, sync_folder};
 use super::guard;
-use super::piece::Piece;
+use super::piece::{self, Piece};
 use super::values::QueueError;
 use crate::faults;
 
@@ -130,10 +131,6 @@ impl Segment {
         })
     }
 
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// Length of its log.
     pub fn bytes(&self) -> u64 {
         self.log.metadata().map_or(0, |metadata| metadata.len())
@@ -220,22 +217,25 @@ impl Segment {
         self.log.sync_data()
     }
 
-    /// Bytes that sled had still to write.
-    #[cfg(test)]
-    pub fn write_out(&self) -> Result<usize, StoreError> {
-        self.guarded(|db| db.flush())
-    }
-
-    /// Makes the folder itself durable: what sled created in it, and its name.
-    pub fn sync_folder(&self) -> Result<(), StoreError> {
+    /// Makes it the newest, with all that is in it. The file FIRST is the commit, and the last thing that is written.
+    pub fn finish(&self, marks: &Marks, batch: u64) -> Result<(), StoreError> {
+        let mut changes = Changes::default();
+        changes.insert(piece::mark(marks, batch, 1));
+        self.apply(changes)?;
         self.sync()?;
+        // What sled created, and the name of the folder.
         File::open(self.folder.join("conf"))?.sync_all()?;
         self.log.sync_all()?;
         sync_folder(&self.folder)?;
-        self.folder.parent().map_or(Ok(()), |parent| Ok(sync_folder(parent)?))
+        self.folder.parent().map_or(Ok(()), sync_folder)?;
+        faults::reach("segment-copied");
+        files::write_first(&self.folder, self.name.first)?;
+        sync_folder(&self.folder)?;
+        faults::reach("segment-committed");
+        Ok(())
     }
 
-    fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
+    pub fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
         let db = self.db.as_ref().ok_or_else(|| StoreError::Io("the queue is closed".into()))?;
         guarded(self.name.number, || work(db))
     }
@@ -252,7 +252,7 @@ impl Drop for Segment {
 /// Runs a call of sled. A panic is damage.
 fn guarded<T>(segment: u64, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
     let damaged = |cause: String| StoreError::Damaged { segment, cause };
-    match guard::caught(|| guard::limited(segment, guard::CALL_MAX, work)) {
+    match guard::limited(segment, guard::CALL_MAX, || guard::caught(work)) {
         Ok(answer) => answer.map_err(|error| of_sled(error, damaged)),
         Err(panic) => {
             let message = panic.downcast_ref::<String>().map(String::as_str);
@@ -270,11 +270,7 @@ fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreE
             damaged(error.to_string())
         }
         // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
-        sled::Error::Io(error) if error.raw_os_error().is_none() => {
-            StoreError::Io(format!("{} ({error})", error.kind()))
-        }
-        sled::Error::Io(error) => StoreError::Io(error.to_string()),
-        sled::Error::Corruption { .. } => damaged("sled finds its log damaged".into()),
+        sled::Error::Io(error) => StoreError::Io(format!("{} ({error})", error.kind())),
         other => damaged(other.to_string()),
     }
 }

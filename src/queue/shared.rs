@@ -1,6 +1,5 @@
 //! What the handles and the writer share.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -9,15 +8,15 @@ use tokio::sync::watch;
 use super::codec::{self, CodecError, Marks};
 use super::files;
 use super::log::{Log, Source};
-use super::piece::{CONTENT_BYTES_MAX, CursorId};
+use super::piece::CursorId;
 use super::reader;
 use super::segment::StoreError;
 use super::submission::{EncodedBatch, Inbox};
 use super::values::{Batch, QueueConfig, QueueError, QueueStats};
 use crate::event::{Cursor, FailureKind, Origin, Rejection, Sequence, Timestamp};
 
-/// Longest record of a cursor: room for two paths of the greatest length.
-const CURSOR_BYTES_MAX: usize = 3 * CONTENT_BYTES_MAX;
+/// Longest path of a project that is kept: above what any system takes.
+const PATH_BYTES_MAX: usize = 8 << 10;
 
 /// The share of `max_pending_bytes` up to which the input of rejections is kept: one quarter.
 const DEAD_LETTER_SHARE: u64 = 4;
@@ -153,30 +152,28 @@ impl Shared {
     }
 }
 
-/// Of each file one rejection that stands for all of them; others as they are.
+/// Of those that follow one another in a file one that stands for all; others as they are.
 fn gathered_by_file(rejections: &[Rejection]) -> Vec<Rejection> {
-    let mut by_file: BTreeMap<&str, (usize, u64, u64)> = BTreeMap::new();
-    let mut gathered: Vec<Rejection> = Vec::new();
-    for rejection in rejections {
-        let Origin::Transcript { path, offset } = &rejection.origin else {
-            gathered.push(rejection.clone());
-            continue;
-        };
-        let next = gathered.len();
-        let (index, lines, first) = by_file.entry(path).or_insert((next, 0, *offset));
-        *lines += 1;
-        if *index == next {
-            gathered.push(Rejection { bytes: Vec::new(), ..rejection.clone() });
-        }
-        if let Some(one) = gathered.get_mut(*index).filter(|_| *lines > 1) {
+    let is_of_one_file = |one: &Rejection, next: &Rejection| match (&one.origin, &next.origin) {
+        (Origin::Transcript { path, .. }, Origin::Transcript { path: of_next, .. }) => path == of_next,
+        _ => false,
+    };
+    let gathered = rejections.chunk_by(is_of_one_file).flat_map(|of_file| {
+        let mut one = of_file.first()?.clone();
+        if let Origin::Transcript { path, offset: first } = &one.origin
+            && let [_, .., Rejection { origin: Origin::Transcript { offset: last, .. }, .. }] = of_file
+        {
+            one.bytes.clear();
             one.failure.kind = FailureKind::Unreadable;
             one.failure.message = format!(
-                "{lines} pieces from byte {first} to byte {offset} of {path} are no events; they are not kept one by one, for there \
-                 are too many dead letters"
+                "{} pieces from byte {first} to byte {last} of {path} are no events; they are not kept one by one, for there \
+                 are too many dead letters",
+                of_file.len()
             );
         }
-    }
-    gathered
+        Some(one)
+    });
+    gathered.collect()
 }
 
 fn encode_rejection(rejection: &Rejection, keep_bytes: bool, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
@@ -190,14 +187,10 @@ fn encode_rejection(rejection: &Rejection, keep_bytes: bool, failed_at: Timestam
 
 /// Its record; empty where the cursor is to be removed.
 fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<(CursorId, Vec<u8>), CodecError> {
-    let mut record = cursor.map_or(Ok(Vec::new()), |cursor| codec::encode_cursor(path, cursor))?;
-    if let Some(cursor) = cursor.filter(|_| record.len() > CURSOR_BYTES_MAX) {
+    let cursor = cursor.cloned().map(|mut cursor| {
         // No folder has such a name: better to forget it than to be unable to store the cursor.
-        record = codec::encode_cursor(path, &Cursor { project_path: None, ..cursor.clone() })?;
-    }
-    if record.len() > CURSOR_BYTES_MAX {
-        Err(CodecError::TooLarge(record.len()))
-    } else {
-        Ok((CursorId::of(path), record))
-    }
+        cursor.project_path.take_if(|path| path.len() > PATH_BYTES_MAX);
+        codec::encode_cursor(path, &cursor)
+    });
+    Ok((CursorId::of(path), cursor.transpose()?.unwrap_or_default()))
 }

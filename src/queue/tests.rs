@@ -100,6 +100,13 @@ impl Fixture {
     }
 }
 
+impl Queue {
+    /// Begins a segment now, whatever the size of the newest.
+    fn roll(&self) -> Result<(), QueueError> {
+        self.handle.shared.inbox.send(Work::Roll).wait()
+    }
+}
+
 /// The newest segment of a queue that is open.
 fn newest(queue: &Queue) -> Arc<segment::Segment> {
     match &queue.handle.shared.log().unwrap().newest {

@@ -11,11 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::codec::{self, CodecError, Marks};
 use super::files::{self, Lock, Mark, Name};
-use super::log::{Log, Older, Source};
+use super::log::{CARRIED, Log, Older, Source};
 use super::opening::Opened;
 use super::piece::{self, Block, PART_BYTES_MAX};
 use super::reader;
-use super::rolling;
 use super::segment::{Changes, Segment, StoreError};
 use super::shared::Shared;
 use super::submission::{EncodedBatch, Reply, Work};
@@ -320,8 +319,8 @@ impl Writer {
         #[cfg(test)]
         segment.before_sync.lock().unwrap().clone_from(&self.newest.before_sync.lock().unwrap());
         faults::reach("segment-begun");
-        rolling::carry_over(&self.log.newest, &segment, rolling::CARRIED)?;
-        rolling::finish_segment(&segment, &self.marks, self.batch)?;
+        self.log.newest.carry_over(CARRIED, &segment)?;
+        segment.finish(&self.marks, self.batch)?;
         let mut older = self.log.older.clone();
         older.push(Older::before(path, old, first));
         tracing::debug!(segment = segment.name.number, older = older.len(), "began a segment of the queue");

@@ -77,7 +77,7 @@ fn one_of_which_a_part_was_not_written_back_neither() {
         {
             let old = log::Source::Raw(fixture.raw(1).into());
             let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
-            rolling::carry_over(&old, &begun, rolling::CARRIED).unwrap();
+            old.carry_over(log::CARRIED, &begun).unwrap();
         }
         let db = fixture.segment(2).join("db");
         let mut bytes = fs::read(&db).unwrap();

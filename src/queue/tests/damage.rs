@@ -277,7 +277,7 @@ fn a_segment_that_was_not_finished_is_removed() {
     filled(&fixture);
     let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
     let old = Source::Raw(fixture.raw(1).into());
-    rolling::carry_over(&old, &begun, rolling::CARRIED).unwrap();
+    old.carry_over(log::CARRIED, &begun).unwrap();
     drop((old, begun));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(repairs, []);

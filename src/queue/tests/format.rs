@@ -40,8 +40,11 @@ fn full_cursor() -> Cursor {
 fn records_are_written_and_read_as_they_always_were() {
     let event = event(42, 3);
     assert_eq!(hex(&codec::encode_event(&event, captured_at(), 2).unwrap()), EVENT);
-    let stored = codec::decode_event(&bytes(EVENT)).unwrap();
-    assert_eq!(stored, codec::StoredEvent { event: event.clone(), captured_at: captured_at(), attempts: 2 });
+    let stored = codec::decode_event(7, &bytes(EVENT)).unwrap();
+    assert_eq!(
+        stored,
+        Envelope { sequence: sequence(7), event: event.clone(), captured_at: captured_at(), attempts: 2 }
+    );
 
     let failure = failure(FailureKind::Refused);
     let refused = codec::encode_refused(&failure, captured_at(), 4, &bytes(EVENT)).unwrap();
@@ -70,19 +73,19 @@ fn every_changed_byte_is_noticed() {
     for at in 0..record.len() {
         let mut changed = record.clone();
         changed[at] ^= 0x10;
-        assert!(codec::decode_event(&changed).is_err(), "byte {at}");
+        assert!(codec::decode_event(7, &changed).is_err(), "byte {at}");
     }
     for length in 0..record.len() {
-        assert!(codec::decode_event(&record[..length]).is_err(), "cut to {length}");
+        assert!(codec::decode_event(7, &record[..length]).is_err(), "cut to {length}");
     }
-    assert!(codec::decode_event(&[record.as_slice(), b"x"].concat()).is_err());
+    assert!(codec::decode_event(7, &[record.as_slice(), b"x"].concat()).is_err());
 }
 
 #[test]
 fn a_newer_version_is_told_apart_from_damage() {
     let mut newer = bytes(EVENT);
     newer[0] = 2;
-    assert_eq!(codec::decode_event(&newer), Err(CodecError::Version(2)));
+    assert_eq!(codec::decode_event(7, &newer), Err(CodecError::Version(2)));
 }
 
 #[test]
@@ -125,7 +128,7 @@ fn every_kind_of_value_survives() {
                     origin: origin.clone(),
                 });
                 let record = codec::encode_event(&event, timestamp, u32::MAX).unwrap();
-                assert_eq!(codec::decode_event(&record).unwrap().event, event);
+                assert_eq!(codec::decode_event(7, &record).unwrap().event, event);
             }
         }
     }
