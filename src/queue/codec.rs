@@ -78,10 +78,6 @@ impl Totals {
         let bytes = self.bytes + u64::from(record_bytes);
         Totals { sequence: self.sequence + 1, events: self.events + u64::from(record_bytes > 0), bytes }
     }
-
-    fn is_sound(&self) -> bool {
-        self.sequence.max(self.events).max(self.bytes) <= NUMBER_MAX
-    }
 }
 
 /// Dead letters, and the bytes of what they hold.
@@ -113,7 +109,8 @@ pub fn encode_marks(marks: &Marks, pieces: u64) -> Vec<u8> {
 }
 
 pub fn decode_marks(content: &[u8]) -> Option<(Marks, u64)> {
-    unpack(content).filter(|(marks, _): &(Marks, u64)| marks.acknowledged.is_sound() && marks.settled.is_sound())
+    let is_sound = |totals: Totals| totals.sequence.max(totals.events).max(totals.bytes) <= NUMBER_MAX;
+    unpack(content).filter(|(marks, _): &(Marks, u64)| is_sound(marks.acknowledged) && is_sound(marks.settled))
 }
 
 /// One number of a block.
@@ -210,11 +207,10 @@ fn masked(bytes: &[u8], mask: [u8; 16]) -> Vec<u8> {
 }
 
 fn encode_letter(failure: &Failure, failed_at: Timestamp, content: ContentBody<'_>) -> Result<Vec<u8>, CodecError> {
-    let kind = KINDS.iter().position(|kind| *kind == failure.kind).unwrap_or_default();
     let message = failure.message.get(..failure.message.floor_char_boundary(MESSAGE_BYTES_MAX)).unwrap_or_default();
     encode(LetterBody {
         failed_at: failed_at.as_nanosecond(),
-        kind: u8::try_from(kind).unwrap_or_default(),
+        kind: failure.kind as u8,
         message,
         sqlstate: failure.sqlstate.as_deref(),
         content,

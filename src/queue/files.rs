@@ -48,11 +48,6 @@ pub struct Name {
 }
 
 impl Name {
-    /// One that is to be made.
-    pub fn new(number: u64) -> Name {
-        Name { number, first: 0, is_damaged: false }
-    }
-
     pub fn folder(&self, path: &Path) -> PathBuf {
         let kind = if self.is_damaged { "damaged" } else { "segment" };
         path.join(format!("{kind}-{}", self.number))
@@ -67,11 +62,10 @@ pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
         let name = entry.file_name();
         let Some((kind, number)) = name.to_str().and_then(|name| name.split_once('-')) else { continue };
         let number = number.parse().ok().filter(|number| *number < NUMBER_MAX);
-        if let Some(number) = number.filter(|_| matches!(kind, "segment" | "damaged") && entry.path().is_dir()) {
-            if entry.path().join(DRAINED).exists() {
-                continue;
-            }
-            let first = read_numbers(&entry.path(), FIRST).map_or(0, |[first]| first);
+        let folder = entry.path();
+        let is_used = matches!(kind, "segment" | "damaged") && folder.is_dir() && !folder.join(DRAINED).exists();
+        if let Some(number) = number.filter(|_| is_used) {
+            let first = read_numbers(&folder, FIRST).map_or(0, |[first]| first);
             found.push(Name { number, first, is_damaged: kind == "damaged" });
         }
     }
@@ -138,9 +132,10 @@ impl Lock {
 
     /// Keeps others from taking the lock, and changes nothing: where there is no file, nobody holds it.
     pub fn look(path: &Path) -> Result<Option<Lock>, QueueError> {
+        let look_error = |error| format!("could not read its lock: {error}");
         let file = match regular_file::open(&path.join("lock")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => opened.map_err(|error| storage(path, &error))?,
+            opened => opened.map_err(|e| QueueError::Look { path: path.to_owned(), cause: look_error(e) })?,
         };
         check(path, &file, file.try_lock_shared())?;
         Ok(Some(Lock { _file: file }))

@@ -34,8 +34,8 @@ static CALLS: Mutex<BTreeMap<u64, Call>> = Mutex::new(BTreeMap::new());
 const SLED_THREADS: &str = "sled-io-";
 
 thread_local! {
-    /// Calls under way on this thread whose panics are caught.
-    static CAUGHT: Cell<u32> = const { Cell::new(0) };
+    /// Whether a panic of this thread would be caught.
+    static CAUGHT: Cell<bool> = const { Cell::new(false) };
     static THREAD: u64 = thread_id();
 }
 
@@ -57,13 +57,10 @@ pub fn limited<T>(segment: u64, max: Duration, call: impl FnOnce() -> T) -> T {
 pub fn caught<T>(call: impl FnOnce() -> T) -> std::thread::Result<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(print_no_caught_panic);
-    // A thread that is just ending has no counter any more: then it is printed.
-    let count = |change: fn(u32) -> u32| {
-        let _ = CAUGHT.try_with(|caught| caught.set(change(caught.get())));
-    };
-    count(|caught| caught + 1);
+    // A thread that is just ending has no mark any more: then it is printed.
+    let before = CAUGHT.try_with(|caught| caught.replace(true)).unwrap_or(false);
     let answer = catch_unwind(AssertUnwindSafe(call));
-    count(|caught| caught.saturating_sub(1));
+    let _ = CAUGHT.try_with(|caught| caught.set(before));
     answer
 }
 
@@ -72,7 +69,7 @@ fn print_no_caught_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let is_sleds = std::thread::current().name().is_some_and(|name| name.starts_with(SLED_THREADS));
-        let is_caught = CAUGHT.try_with(|caught| caught.get() > 0).unwrap_or(false);
+        let is_caught = CAUGHT.try_with(Cell::get).unwrap_or(false);
         if !is_sleds && !is_caught {
             print(panic);
         }

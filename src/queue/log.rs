@@ -56,12 +56,6 @@ pub fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
     Ok(names)
 }
 
-/// The number behind all that are there in a segment.
-pub fn first_behind(path: &Path, name: Name) -> Result<u64, StoreError> {
-    let end = Remains::of(path, name)?.end();
-    Ok(end.map_or(0, |end| end.sequence + 1).max(name.first))
-}
-
 /// The segments. A new one is made where a segment begins or goes: who reads holds on to his.
 #[derive(Clone)]
 pub struct Log {
@@ -99,7 +93,7 @@ impl Log {
         }
         let Some(one) = self.older.iter().find(|one| sequence <= one.last && sequence >= one.name.first) else {
             let cause = format!("the segment that has the number {sequence} is gone");
-            return Err(StoreError::Damaged { segment: newest.number, cause });
+            return Err(StoreError::damaged(newest.number, cause));
         };
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         let remains = match opened.as_ref().filter(|opened| opened.name == one.name) {
@@ -115,8 +109,7 @@ impl Log {
                     remains.whole_through(one.name.first) >= one.last
                 };
                 if !is_as_known {
-                    let cause = "numbers are missing in its log".into();
-                    return Err(StoreError::Damaged { segment: one.name.number, cause });
+                    return Err(StoreError::damaged(one.name.number, "numbers are missing in its log"));
                 }
                 Arc::clone(opened.insert(Arc::new(remains)))
             }
@@ -224,11 +217,11 @@ impl Source {
     }
 
     fn is_lost(&self, number: u64) -> bool {
-        matches!(self, Source::Raw(remains) if remains.is_lost(number))
+        matches!(self, Source::Raw(remains) if remains.lost.contains(&number))
     }
 
-    pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
-        StoreError::Damaged { segment: self.name().number, cause: cause.into() }
+    fn damaged(&self, cause: String) -> StoreError {
+        StoreError::damaged(self.name().number, cause)
     }
 
     /// The whole record of an event.

@@ -18,10 +18,7 @@ use super::values::QueueError;
 pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
     let look_error = |cause: String| QueueError::Look { path: path.to_owned(), cause };
     let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
-    let lock = Lock::look(path).map_err(|error| match error {
-        QueueError::Storage { cause, .. } => look_error(format!("could not read its lock: {cause}")),
-        error => error,
-    })?;
+    let lock = Lock::look(path)?;
     let highest = Highest::read(path)?;
     let mut names = match path.try_exists() {
         Ok(false) => Vec::new(),

@@ -11,7 +11,7 @@
 //! 1. A batch is taken whole or not at all: its events, its rejections and its cursors are one commit. So a cursor never
 //!    runs ahead of its events, where the next batch of the same file is handed over when this one is durable.
 //! 2. What is acknowledged is durable against power loss, and nothing can be read through [`Queue::window`] before it is.
-//! 3. Nothing leaves but by [`Queue::settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
+//! 3. Nothing leaves but by [`Queue::submit_settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
 //! 4. Sequences are the order of acceptance, without gaps, and are never used twice.
 //! 5. What is damaged is noticed when it is read. It is kept aside, all around it that can be read goes on, and it is said how
 //!    many events are missing.
@@ -68,7 +68,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -78,7 +78,7 @@ pub use self::values::{Accepted, Batch, Outcome, QueueConfig, QueueError, QueueS
 
 use self::files::storage;
 use self::opening::Opened;
-use self::shared::Shared;
+use self::shared::{Shared, State};
 use self::submission::Work;
 use crate::event::{Cursor, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp};
 
@@ -135,14 +135,8 @@ impl Queue {
     /// Blocks only while more than 16 MiB wait for the writer. Batches submitted by one thread are taken in that order.
     pub fn submit(&self, batch: impl Borrow<Batch>) -> Ticket {
         let shared = &self.handle.shared;
-        match shared.encode(batch.borrow(), Timestamp::now()) {
-            Ok(encoded) => shared.inbox.send(|reply| Work::Append(encoded, reply)),
-            Err(error) => {
-                let (reply, ticket) = shared.inbox.ticket();
-                let _ = reply.send(Err(error));
-                ticket
-            }
-        }
+        let encoded = shared.encode(batch.borrow(), Timestamp::now());
+        shared.inbox.send(|reply| Work::Append(encoded, reply))
     }
 
     /// Takes `batch` in: all or nothing, and durable against power loss on return. Blocks.
@@ -161,9 +155,7 @@ impl Queue {
         let first = after.map_or(1, |sequence| sequence.get().saturating_add(1)).max(settled + 1);
         match reader::envelopes(&log, first, durable, limit, bytes_max) {
             // It was settled, and its segment removed, while it was read.
-            Err(_) if self.handle.shared.state().marks.settled.sequence >= first => {
-                self.window(after, limit, bytes_max)
-            }
+            Err(_) if shared.state().marks.settled.sequence >= first => self.window(after, limit, bytes_max),
             read => shared.reading(read),
         }
     }
@@ -171,12 +163,7 @@ impl Queue {
     /// Forgets what was delivered and sets aside what was refused: the oldest events, without one left out. Those that were settled
     /// before are passed over.
     ///
-    /// Visible on return, durable a little later: losing it only repeats a delivery.
-    pub fn settle(&self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), QueueError> {
-        self.submit_settle(outcomes).wait()
-    }
-
-    /// [`Queue::settle`] without waiting.
+    /// Visible when the ticket says so, durable a little later: losing it only repeats a delivery.
     pub fn submit_settle(&self, outcomes: Vec<(Sequence, Outcome)>) -> Ticket<()> {
         self.handle.shared.inbox.send(|reply| Work::Settle(outcomes, reply))
     }
@@ -196,10 +183,8 @@ impl Queue {
     }
 
     pub fn dead_letter(&self, sequence: Sequence) -> Result<Option<DeadLetter>, QueueError> {
-        let shared = &self.handle.shared;
-        let number = sequence.get();
-        let found = shared.reading(reader::dead_letters(&shared.log()?.newest, number, number, 1))?;
-        Ok(found.into_iter().next())
+        let next = self.dead_letters(Sequence::new(sequence.get() - 1), 1)?.pop();
+        Ok(next.filter(|letter| letter.sequence == sequence))
     }
 
     /// Puts the event of a dead letter back at the tail under a new number; durable on return.
@@ -246,24 +231,17 @@ impl Queue {
 
     /// Bytes of pending events above which nothing more is taken in.
     pub fn max_pending_bytes(&self) -> u64 {
-        self.handle.shared.max_pending_bytes
+        self.handle.shared.config.max_pending_bytes
     }
 
     /// Blocks until there is room or `deadline` has come; says whether there is. Also `true` when the queue has failed
     /// or was closed: then the next append says so.
     pub fn wait_for_room(&self, deadline: Instant) -> bool {
         let shared = &self.handle.shared;
-        let mut state = shared.state();
-        loop {
-            if !shared.stats(&state).full || shared.inbox.has_ended() {
-                return true;
-            }
-            let patience = deadline.saturating_duration_since(Instant::now());
-            if patience == Duration::ZERO {
-                return false;
-            }
-            (state, _) = shared.room.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner);
-        }
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let has_none = |state: &mut State| shared.stats(state).full && !shared.inbox.has_ended();
+        let waited = shared.room.wait_timeout_while(shared.state(), patience, has_none);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Becomes the error with which the queue has failed, for good: the process must end (exit 74).
@@ -279,7 +257,7 @@ impl Queue {
 
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue").field("path", &self.handle.shared.path).field("stats", &self.stats()).finish()
+        f.debug_struct("Queue").field("path", &self.handle.shared.config.path).field("stats", &self.stats()).finish()
     }
 }
 

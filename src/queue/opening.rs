@@ -45,12 +45,10 @@ pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
     let lock = Lock::take(path)?;
     faults::reach("open-locked");
     repairs.extend(move_old_format(path).map_err(|error| storage(path, &error))?);
-    let mut last = String::new();
     for _ in 0..TRIES_MAX {
         match recover(path, Mark::open(path)?) {
             Err(StoreError::Damaged { segment, cause }) => {
                 files::note_damaged(path, segment, &cause).map_err(|error| storage(path, &error))?;
-                last = format!("segment {segment}: {cause}");
             }
             Err(error) => return Err(error.of_queue(path)),
             Ok(mut opened) => {
@@ -60,7 +58,7 @@ pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
             }
         }
     }
-    Err(storage(path, &format!("damage is found again and again, at last in {last}")))
+    Err(storage(path, &"damage is found again and again"))
 }
 
 /// What an earlier version of the program has written, moved away.
@@ -107,7 +105,7 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
         names.insert(0, gone(path, number, marks.settled.sequence + 1)?);
     }
     let number = names.last().map_or(0, |name| name.number) + 1;
-    let next = Name { first: marks.acknowledged.sequence + 1, ..Name::new(number) };
+    let next = Name { number, first: marks.acknowledged.sequence + 1, is_damaged: false };
     let older = Older::all(path, &names, next);
     let mut repairs = repairs(path, &older, marks.settled.sequence)?;
     let newest = Arc::new(Segment::make(path, next)?);
@@ -138,18 +136,14 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
 
 /// The segments that were ever in use, and what is in the last one. What is not finished is removed: nothing was ever acknowledged in it.
 fn used_segments(path: &Path, highest: Highest) -> Result<(Vec<Name>, Option<Remains>), StoreError> {
-    let mut names = log::segments(path)?;
-    names.retain(|name| {
-        let is_finished = name.first > 0;
-        if !is_finished {
-            // What stays is removed when the next one of its number is made.
-            let _ = files::remove_folder(&name.folder(path));
-        }
-        is_finished
-    });
+    let (mut names, unfinished): (Vec<_>, Vec<_>) = log::segments(path)?.into_iter().partition(|name| name.first > 0);
+    // What stays is removed when the next one of its number is made.
+    unfinished.iter().for_each(|name| drop(files::remove_folder(&name.folder(path))));
     let is_gone = highest.sequence > 0 && names.last().is_none_or(|last| last.number < highest.segment);
     if is_gone {
-        let first = names.last().map_or(Ok(1), |last| log::first_behind(path, *last))?;
+        let behind = names.last().map(|last| Remains::of(path, *last)).transpose()?;
+        let end = behind.as_ref().and_then(Remains::end).map_or(0, |end| end.sequence);
+        let first = names.last().map_or(1, |last| last.first.max(end + 1));
         names.push(gone(path, highest.segment.max(1), first)?);
     }
     let last = names.last().map(|last| Remains::of_newest(path, *last, highest)).transpose()?;
@@ -173,48 +167,38 @@ pub fn damage_of(last: &Remains, highest: Highest) -> Option<String> {
         return None;
     }
     let Some((marks, batch)) = last.marks() else { return Some("its mark is missing".to_owned()) };
-    let is_newest = last.name.number == highest.segment;
-    let acknowledged = marks.acknowledged.sequence.max(if is_newest { highest.sequence } else { 0 });
-    let whole_through = last.whole_through(last.name.first.max(marks.settled.sequence + 1));
-    if whole_through < acknowledged || is_newest && marks.acknowledged.sequence < acknowledged {
+    if last.whole_through(last.name.first.max(marks.settled.sequence + 1)) < marks.acknowledged.sequence {
         return Some("numbers are missing in its log".to_owned());
     }
     let letters = last.letters().map_or(0, |letters| letters.count);
     if letters < marks.letters.count {
         return Some(format!("{} dead letters are missing in its log", marks.letters.count - letters));
     }
-    if is_newest && batch < highest.batch {
-        return Some("its log ends before what was acknowledged".to_owned());
-    }
-    None
+    let is_older = last.name.number == highest.segment && batch < highest.batch;
+    is_older.then(|| "its log ends before what was acknowledged".to_owned())
 }
 
-/// What the queue was like, as far as all segments tell: the one that was written last can't be trusted, or there is none.
+/// What the queue was like, as far as the segments tell: the one that was written last can't be trusted, or there is none.
 fn marks_of_all(path: &Path, names: &[Name], last: Option<&Remains>, highest: Highest) -> Result<Marks, StoreError> {
-    let (mut latest, mut known, mut first) = (None, Vec::new(), Totals::default());
-    for name in names.iter().rev() {
-        let before;
-        let remains = match last.filter(|last| last.name.number == name.number) {
-            Some(last) => last,
-            None => {
-                before = Remains::of(path, *name)?;
-                &before
-            }
-        };
-        // That of an older one says less than is settled by now: some is delivered once more, and refused by its receipts.
-        latest = latest.or(remains.marks().map(|(marks, _)| marks));
-        known.extend(latest.map(|marks| marks.acknowledged));
-        known.extend(remains.end());
+    let (mut latest, mut known, mut first) = (None, Totals::default(), Totals::default());
+    // That of an older one says less than is settled by now: some is delivered once more, and refused by its receipts.
+    let mut has_told = |remains: &Remains| {
+        latest = remains.marks().map(|(marks, _)| marks);
+        let told = [remains.end(), latest.map(|marks: Marks| marks.acknowledged)];
+        known = told.into_iter().flatten().chain([known]).max_by_key(|totals| totals.sequence).unwrap_or_default();
         first = remains.before().unwrap_or(first);
+        latest.is_some()
+    };
+    let mut is_told = last.is_some_and(&mut has_told);
+    let mut older = names.iter().rev().skip(1);
+    while !is_told && let Some(name) = older.next() {
+        is_told = has_told(&Remains::of(path, *name)?);
     }
-    let known = known.into_iter().max_by_key(|totals| totals.sequence).unwrap_or_default();
-    let last_first = names.last().map_or(1, |last| last.first);
-    let sequence = highest.sequence.max(known.sequence).max(last_first - 1);
-    let acknowledged = Totals { sequence, ..known };
     let sequence = names.first().map_or(0, |oldest| oldest.first - 1);
-    let settled = latest.map_or(Totals { sequence, ..first }, |marks| marks.settled);
-    let letters = latest.map(|marks| marks.letters).unwrap_or_default();
-    Ok(Marks { acknowledged, settled, letters })
+    let mut marks = latest.unwrap_or(Marks { settled: Totals { sequence, ..first }, ..Marks::default() });
+    let begun = names.last().map_or(0, |last| last.first - 1);
+    marks.acknowledged = Totals { sequence: highest.sequence.max(known.sequence).max(begun), ..known };
+    Ok(marks)
 }
 
 /// What is missing of the segments that were noted.

@@ -37,7 +37,8 @@ use super::codec::{self, Entry, Marks, NUMBER_MAX, Totals, decode_block, encode_
 /// Longest value: sled keeps longer ones in files that it never syncs.
 pub const VALUE_BYTES_MAX: usize = 4096;
 
-const MAGIC: [u8; 4] = *b"hwq2";
+/// By which a raw search looks for pieces.
+pub const MAGIC: [u8; 4] = *b"hwq2";
 pub const HEADER_BYTES: usize = 31;
 
 /// Longest content of a piece.
@@ -106,11 +107,6 @@ impl Piece {
 /// The mark of a batch of so many pieces, itself included.
 pub fn mark(marks: &Marks, batch: u64, pieces: u64) -> (Vec<u8>, Vec<u8>) {
     Piece { kind: MARK, number: 0, index: 0, batch, content: codec::encode_marks(marks, pieces) }.encode()
-}
-
-/// By which a raw search looks for pieces.
-pub fn magic() -> &'static [u8] {
-    &MAGIC
 }
 
 fn checksum(header: &[u8], content: &[u8]) -> [u8; 4] {
@@ -229,10 +225,6 @@ impl Block {
         })
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// Of what will be its value, at most.
     pub fn bytes(&self) -> usize {
         let entries = self.entries.iter().map(|entry| ENTRY_BYTES_MAX + entry.part.len());
@@ -245,7 +237,7 @@ impl Block {
 
     /// Adds the number behind `totals`, which are those up to the one before.
     pub fn add(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) {
-        if self.is_empty() {
+        if self.entries.is_empty() {
             self.before = *totals;
         }
         self.entries.push(Entry { record_bytes, part: part.to_vec() });
@@ -271,7 +263,7 @@ mod tests {
         builder.add(&Totals { sequence: 7, events: 4, bytes: 505 }, 0, b"");
         builder.add(&Totals { sequence: 8, events: 4, bytes: 505 }, 9000, b"begin");
         let (key, value) = builder.take(9);
-        assert!(builder.is_empty());
+        assert!(builder.entries.is_empty());
         let piece = Piece::decode(&value).unwrap();
         assert_eq!((piece.key(), piece.number, piece.batch), (key, 7, 9));
         let block = Block::of(&piece).unwrap();

@@ -42,7 +42,7 @@ pub struct Remains {
     /// Those of the latest batches.
     places: BTreeMap<Key, Place>,
     /// Of a damaged one: the events whose records are not whole.
-    lost: BTreeSet<u64>,
+    pub lost: BTreeSet<u64>,
     /// The latest batch of which something is in the log, whole or not.
     pub last_batch: u64,
 }
@@ -115,10 +115,6 @@ impl Remains {
         self.log.as_ref().map_or(Ok(()), File::sync_data)
     }
 
-    pub fn is_lost(&self, number: u64) -> bool {
-        self.lost.contains(&number)
-    }
-
     /// What it says of the queue, by the latest mark, and the batch of that.
     pub fn marks(&self) -> Option<(Marks, u64)> {
         let mark = self.pieces(piece::MARK, 0..=0).next()?.ok()?;
@@ -178,7 +174,7 @@ impl Remains {
         for block in self.blocks(0) {
             for (Totals { sequence, .. }, entry) in block?.numbered() {
                 if (begin + 1..=last).contains(&sequence) {
-                    events += u64::from(entry.record_bytes > 0 && !self.is_lost(sequence));
+                    events += u64::from(entry.record_bytes > 0 && !self.lost.contains(&sequence));
                     others += u64::from(entry.record_bytes == 0);
                 }
             }
@@ -216,7 +212,7 @@ fn search(log: &File) -> io::Result<Vec<(Key, Place)>> {
     let mut part = vec![0; READ_BYTES + VALUE_BYTES_MAX];
     for begin in (0..log.metadata()?.len()).step_by(READ_BYTES) {
         read_part(log, begin, &mut part)?;
-        for at in memchr::memmem::find_iter(&part, piece::magic()).take_while(|at| *at < READ_BYTES) {
+        for at in memchr::memmem::find_iter(&part, &piece::MAGIC).take_while(|at| *at < READ_BYTES) {
             let offset = begin + at as u64;
             if offset >= free
                 && let Some(piece) = Piece::find(part.get(at..).unwrap_or_default())

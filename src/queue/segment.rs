@@ -43,6 +43,10 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    pub fn damaged(segment: u64, cause: impl Into<String>) -> StoreError {
+        StoreError::Damaged { segment, cause: cause.into() }
+    }
+
     /// In the words of the queue at `path`.
     pub fn of_queue(&self, path: &Path) -> QueueError {
         let (path, cause) = (path.to_owned(), self.to_string());
@@ -97,10 +101,6 @@ impl Changes {
     }
 }
 
-/// What tests put between a segment and the disk: called before each sync; an error is that of the sync.
-#[cfg(test)]
-pub type BeforeSync = std::sync::Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
-
 pub struct Segment {
     pub name: Name,
     folder: PathBuf,
@@ -108,8 +108,6 @@ pub struct Segment {
     db: Option<sled::Db>,
     /// sled's log.
     log: File,
-    #[cfg(test)]
-    pub before_sync: std::sync::Mutex<Option<BeforeSync>>,
 }
 
 impl Segment {
@@ -121,14 +119,7 @@ impl Segment {
             sled::Config::new().path(&folder).cache_capacity(CACHE_BYTES).flush_every_ms(None).use_compression(false);
         let db = guarded(name.number, || config.open())?;
         let log = File::open(folder.join("db"))?;
-        Ok(Segment {
-            name,
-            folder,
-            db: Some(db),
-            log,
-            #[cfg(test)]
-            before_sync: std::sync::Mutex::default(),
-        })
+        Ok(Segment { name, folder, db: Some(db), log })
     }
 
     /// Length of its log.
@@ -141,10 +132,6 @@ impl Segment {
         Highest { sequence, segment: self.name.number, batch }
     }
 
-    pub fn damaged(&self, cause: impl Into<String>) -> StoreError {
-        StoreError::Damaged { segment: self.name.number, cause: cause.into() }
-    }
-
     /// The pieces with these keys, in order.
     pub fn pieces(&self, keys: RangeInclusive<Vec<u8>>) -> impl Iterator<Item = Result<Piece, StoreError>> {
         let mut found = self.db.as_ref().map(|db| db.range(keys));
@@ -154,7 +141,7 @@ impl Segment {
             Some(next.and_then(|(key, value)| {
                 // Pages that contradict one another can give the same keys again and again.
                 if before.replace(key.clone()).is_some_and(|before| before >= key) {
-                    return Err(self.damaged("its pages contradict one another"));
+                    return Err(StoreError::damaged(self.name.number, "its pages contradict one another"));
                 }
                 self.sound(&key, &value)
             }))
@@ -170,7 +157,7 @@ impl Segment {
     /// The piece that is this value, which must name its key.
     fn sound(&self, key: &[u8], value: &[u8]) -> Result<Piece, StoreError> {
         let piece = Piece::decode(value).filter(|piece| piece.key() == key);
-        piece.ok_or_else(|| self.damaged("one of its values is not what was written"))
+        piece.ok_or_else(|| StoreError::damaged(self.name.number, "one of its values is not what was written"))
     }
 
     /// Makes changes visible, all at once; durable after the next [`Segment::sync`].
@@ -196,7 +183,9 @@ impl Segment {
         faults::reach("sync-before-flush");
         self.writing(self.guarded(|db| db.flush()))?;
         faults::reach("sync-flushed");
-        self.writing(self.sync_log().map_err(StoreError::from))
+        #[cfg(test)]
+        self.writing(super::tests::before_sync().map_err(StoreError::from))?;
+        self.writing(self.log.sync_data().map_err(StoreError::from))
     }
 
     /// Where there was no room, nothing was written: what is there can be trusted.
@@ -207,14 +196,6 @@ impl Segment {
             }
             error => error,
         })
-    }
-
-    fn sync_log(&self) -> io::Result<()> {
-        #[cfg(test)]
-        if let Some(before_sync) = &*self.before_sync.lock().unwrap() {
-            before_sync()?;
-        }
-        self.log.sync_data()
     }
 
     /// Makes it the newest, with all that is in it. The file FIRST is the commit, and the last thing that is written.
@@ -251,26 +232,16 @@ impl Drop for Segment {
 
 /// Runs a call of sled. A panic is damage.
 fn guarded<T>(segment: u64, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
-    let damaged = |cause: String| StoreError::Damaged { segment, cause };
     match guard::limited(segment, guard::CALL_MAX, || guard::caught(work)) {
-        Ok(answer) => answer.map_err(|error| of_sled(error, damaged)),
+        Ok(answer) => answer.map_err(|error| match error {
+            // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
+            sled::Error::Io(error) => StoreError::Io(format!("{} ({error})", error.kind())),
+            other => StoreError::damaged(segment, other.to_string()),
+        }),
         Err(panic) => {
             let message = panic.downcast_ref::<String>().map(String::as_str);
             let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Err(damaged(format!("sled panicked: {message}")))
+            Err(StoreError::damaged(segment, format!("sled panicked: {message}")))
         }
-    }
-}
-
-fn of_sled(error: sled::Error, damaged: impl Fn(String) -> StoreError) -> StoreError {
-    use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
-    match error {
-        // sled reads beyond the end of a cut file, or decodes what is not its own.
-        sled::Error::Io(error) if matches!(error.kind(), UnexpectedEof | InvalidData | InvalidInput) => {
-            damaged(error.to_string())
-        }
-        // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
-        sled::Error::Io(error) => StoreError::Io(format!("{} ({error})", error.kind())),
-        other => damaged(other.to_string()),
     }
 }

@@ -1,6 +1,7 @@
 //! What the handles and the writer share.
 
-use std::path::{Path, PathBuf};
+use std::borrow::Cow;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
@@ -26,8 +27,7 @@ const DEAD_LETTER_SHARE: u64 = 4;
 const DEAD_LETTERS_MAX: u64 = 10_000;
 
 pub struct Shared {
-    pub path: PathBuf,
-    pub max_pending_bytes: u64,
+    pub config: QueueConfig,
     /// Nothing in its folder may change.
     is_looked_at: bool,
     pub inbox: Arc<Inbox>,
@@ -45,8 +45,8 @@ pub struct State {
     /// Of what has been synced; what is settled may not be, yet.
     pub marks: Marks,
     pub oldest: Option<(Sequence, Timestamp)>,
-    /// Pending bytes with which the last refused batch would fit.
-    pub room_wanted: Option<u64>,
+    /// Of the last batch for which there was no room; 0 when events were taken in since.
+    pub refused_bytes: u64,
     /// Events that were missing when it was opened.
     pub missing: u64,
     pub disk_bytes: u64,
@@ -58,8 +58,7 @@ impl Shared {
         let oldest = reader::oldest(&log, marks.settled.sequence + 1, last)?;
         let state = State { marks: *marks, oldest, disk_bytes: log.bytes(), ..State::default() };
         Ok(Shared {
-            path: config.path.clone(),
-            max_pending_bytes: config.max_pending_bytes,
+            config: config.clone(),
             is_looked_at: matches!(log.newest, Source::Raw(_)),
             inbox: Arc::default(),
             log: RwLock::new(Some(Arc::new(log))),
@@ -80,8 +79,7 @@ impl Shared {
             missing: state.missing,
             disk_bytes: state.disk_bytes,
             full: pending > 0
-                && (pending_bytes >= self.max_pending_bytes
-                    || state.room_wanted.is_some_and(|wanted| pending_bytes > wanted)),
+                && pending_bytes.saturating_add(state.refused_bytes.max(1)) > self.config.max_pending_bytes,
             last_sequence: Sequence::new(state.marks.acknowledged.sequence),
         }
     }
@@ -109,9 +107,9 @@ impl Shared {
             && !self.is_looked_at
         {
             // A disk that is failing may not take it: then the damage is only met again.
-            let _ = files::note_damaged(&self.path, *segment, cause);
+            let _ = files::note_damaged(&self.config.path, *segment, cause);
         }
-        let first = self.failed.borrow().clone().unwrap_or_else(|| error.of_queue(&self.path));
+        let first = self.failed.borrow().clone().unwrap_or_else(|| error.of_queue(&self.config.path));
         self.failed.send_replace(Some(first.clone()));
         self.end(first.clone());
         first
@@ -130,21 +128,22 @@ impl Shared {
         let letters = self.state().marks.letters;
         let events = batch.events.iter().map(|event| codec::encode_event(event, captured_at, 0));
         let events = events.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
-        let mut room = (self.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(letters.bytes);
+        let mut room = (self.config.max_pending_bytes / DEAD_LETTER_SHARE).saturating_sub(letters.bytes);
         let mut rejections = Vec::with_capacity(batch.rejections.len());
-        let gathered;
         let is_notice = batch.rejections.iter().any(|rejection| rejection.failure.kind == FailureKind::Damaged);
-        let kept = if is_notice || letters.count + batch.rejections.len() as u64 <= DEAD_LETTERS_MAX {
-            &batch.rejections
-        } else {
-            gathered = gathered_by_file(&batch.rejections);
+        let mut kept = Cow::Borrowed(&batch.rejections);
+        if !is_notice && letters.count + batch.rejections.len() as u64 > DEAD_LETTERS_MAX {
             let left = (2 * DEAD_LETTERS_MAX).saturating_sub(letters.count);
-            gathered.get(..gathered.len().min(usize::try_from(left).unwrap_or(usize::MAX))).unwrap_or_default()
-        };
-        for rejection in kept {
-            let fits = rejection.bytes.len() as u64 <= room;
-            room = if fits { room - rejection.bytes.len() as u64 } else { room };
-            rejections.push(encode_rejection(rejection, fits, captured_at).map_err(too_large)?);
+            kept = Cow::Owned(gathered_by_file(&batch.rejections));
+            kept.to_mut().truncate(usize::try_from(left).unwrap_or(usize::MAX));
+        }
+        for rejection in kept.iter() {
+            let mut rejection = Cow::Borrowed(rejection);
+            match room.checked_sub(rejection.bytes.len() as u64) {
+                Some(left) => room = left,
+                None => rejection = Cow::Owned(without_bytes(&rejection)),
+            }
+            rejections.push(codec::encode_rejection(&rejection, captured_at).map_err(too_large)?);
         }
         let cursors = batch.cursors.iter().map(|(path, cursor)| encode_cursor(path, cursor.as_ref()));
         let cursors = cursors.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
@@ -176,13 +175,10 @@ fn gathered_by_file(rejections: &[Rejection]) -> Vec<Rejection> {
     gathered.collect()
 }
 
-fn encode_rejection(rejection: &Rejection, keep_bytes: bool, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
-    if keep_bytes {
-        return codec::encode_rejection(rejection, failed_at);
-    }
+fn without_bytes(rejection: &Rejection) -> Rejection {
     let mut rejection = Rejection { bytes: Vec::new(), ..rejection.clone() };
     rejection.failure.message.push_str(" (its bytes were not kept: there are too many dead letters)");
-    codec::encode_rejection(&rejection, failed_at)
+    rejection
 }
 
 /// Its record; empty where the cursor is to be removed.

@@ -20,7 +20,6 @@ pub const WAITING_BYTES_MAX: usize = 16 << 20;
 ///
 /// Dropping it takes nothing back.
 #[must_use = "what was submitted is durable only when the ticket says so"]
-#[derive(Debug)]
 pub struct Ticket<T = Accepted> {
     answer: oneshot::Receiver<Result<T, QueueError>>,
     inbox: Arc<Inbox>,
@@ -74,7 +73,7 @@ impl EncodedBatch {
 
 /// One thing for the writer to do.
 pub enum Work {
-    Append(EncodedBatch, Reply<Accepted>),
+    Append(Result<EncodedBatch, QueueError>, Reply<Accepted>),
     Settle(Vec<(Sequence, Outcome)>, Reply<()>),
     Retry(Sequence, Reply<RetryOutcome>),
     Drop(Sequence, Reply<bool>),
@@ -87,16 +86,12 @@ pub enum Work {
 impl Work {
     /// About what it takes in memory.
     fn bytes(&self) -> usize {
-        match self {
-            Work::Append(batch, _) => batch.bytes(),
-            Work::Settle(outcomes, _) => 64 * outcomes.len(),
-            _ => 64,
-        }
+        if let Work::Append(Ok(batch), _) = self { batch.bytes() } else { 64 }
     }
 }
 
 /// Work in the order in which it came, bounded in bytes.
-#[derive(Default, Debug)]
+#[derive(Default)]
 pub struct Inbox {
     state: Mutex<InboxState>,
     /// Something arrived, or was taken.
@@ -111,16 +106,10 @@ struct InboxState {
     ended: Option<QueueError>,
 }
 
-impl std::fmt::Debug for InboxState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InboxState").field("bytes", &self.bytes).field("ended", &self.ended).finish_non_exhaustive()
-    }
-}
-
 impl Inbox {
     /// Hands work over; blocks while far too many bytes wait.
     pub fn send<T>(self: &Arc<Self>, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
-        let (reply, ticket) = self.ticket();
+        let (reply, answer) = oneshot::channel();
         let work = work(reply);
         let bytes = work.bytes();
         let is_too_much = |state: &mut InboxState| {
@@ -132,12 +121,7 @@ impl Inbox {
             state.waiting.push_back(work);
             self.changed.notify_all();
         }
-        ticket
-    }
-
-    pub fn ticket<T>(self: &Arc<Self>) -> (Reply<T>, Ticket<T>) {
-        let (reply, answer) = oneshot::channel();
-        (reply, Ticket { answer, inbox: Arc::clone(self) })
+        Ticket { answer, inbox: Arc::clone(self) }
     }
 
     /// All that has arrived, at least one; nothing when `patience` ran out. `None` when the end has come.

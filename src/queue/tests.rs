@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -70,7 +71,8 @@ impl Fixture {
             counted.fetch_add(1, Ordering::SeqCst);
             Ok(())
         };
-        *newest(queue).before_sync.lock().unwrap() = Some(Arc::new(hook));
+        let writer = queue.handle.writer.lock().unwrap();
+        BEFORE_SYNC.lock().unwrap().insert(writer.as_ref().unwrap().thread().id(), Arc::new(hook));
         count
     }
 
@@ -100,7 +102,23 @@ impl Fixture {
     }
 }
 
+type Hook = Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>;
+
+/// What is called before each sync of a writer's thread; an error is that of the sync.
+static BEFORE_SYNC: std::sync::LazyLock<Mutex<std::collections::HashMap<std::thread::ThreadId, Hook>>> =
+    std::sync::LazyLock::new(Mutex::default);
+
+pub(super) fn before_sync() -> std::io::Result<()> {
+    let hook = BEFORE_SYNC.lock().unwrap().get(&std::thread::current().id()).cloned();
+    hook.map_or(Ok(()), |hook| hook())
+}
+
 impl Queue {
+    /// [`Queue::submit_settle`], and waits.
+    pub(crate) fn settle(&self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), QueueError> {
+        self.submit_settle(outcomes).wait()
+    }
+
     /// Begins a segment now, whatever the size of the newest.
     fn roll(&self) -> Result<(), QueueError> {
         self.handle.shared.inbox.send(Work::Roll).wait()

@@ -88,8 +88,10 @@ impl Writer {
             // Those that are dropped are the end of the queue.
             let mut answers = Vec::new();
             // A panic must not leave callers waiting for ever: it ends the queue like any storage error.
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.round(&mut works, &mut answers)))
-                .unwrap_or_else(|_| Err(self.shared.fail(&self.newest.damaged("the writer panicked"))));
+            let outcome =
+                catch_unwind(AssertUnwindSafe(|| self.round(&mut works, &mut answers))).unwrap_or_else(|_| {
+                    Err(self.shared.fail(&StoreError::damaged(self.newest.name.number, "the writer panicked")))
+                });
             match outcome {
                 Ok(None) => {}
                 Ok(closing) => break closing,
@@ -107,7 +109,8 @@ impl Writer {
         let mut closing = None;
         while let Some(work) = works.pop_front() {
             match work {
-                Work::Append(batch, reply) => answers.push(answer(reply, shared.reading(self.append(&batch))?)),
+                Work::Append(Ok(batch), reply) => answers.push(answer(reply, shared.reading(self.append(&batch))?)),
+                Work::Append(Err(error), reply) => answers.push(answer(reply, Err(error))),
                 Work::Settle(outcomes, reply) => {
                     answers.push(answer(reply, Ok(shared.reading(self.settle(outcomes))?)));
                 }
@@ -138,7 +141,7 @@ impl Writer {
     }
 
     fn is_anything_staged(&self) -> bool {
-        self.changes.count() > 0 || !self.tail.is_empty()
+        self.changes.count() > 0 || !self.tail.entries.is_empty()
     }
 
     /// Applies what is staged with the marks that go with it, makes it durable, and tells so.
@@ -146,7 +149,7 @@ impl Writer {
         if self.unwritten_since.take().is_none() && !self.is_anything_staged() {
             return Ok(());
         }
-        if !self.tail.is_empty() {
+        if !self.tail.entries.is_empty() {
             self.changes.insert(self.tail.take(self.batch));
         }
         let mark = piece::mark(&self.marks, self.batch, self.changes.count() + 1);
@@ -160,10 +163,7 @@ impl Writer {
         let rest = std::mem::take(&mut self.changes);
         self.write(rest)?;
         faults::reach("commit-synced");
-        // Before anybody is answered: what was acknowledged is missed where it comes back shorter.
-        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence, self.batch))?;
-        self.batch += 1;
-        self.publish_durable()
+        self.end_batch()
     }
 
     /// One batch, one sync.
@@ -176,10 +176,10 @@ impl Writer {
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
     fn append(&mut self, batch: &EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
         let (pending, pending_bytes) = self.marks.pending();
-        let max = self.shared.max_pending_bytes;
+        let max = self.shared.config.max_pending_bytes;
         let event_bytes = batch.events.iter().map(|record| record.len() as u64).sum::<u64>();
-        if !batch.events.is_empty() && pending > 0 && pending_bytes + event_bytes > max {
-            self.shared.state().room_wanted = Some(max.saturating_sub(event_bytes));
+        if event_bytes > 0 && pending > 0 && pending_bytes + event_bytes > max {
+            self.shared.state().refused_bytes = event_bytes;
             return Ok(Err(QueueError::Full { pending_bytes, max }));
         }
         self.make_room(batch.bytes())?;
@@ -262,7 +262,7 @@ impl Writer {
     }
 
     fn unencodable(&self, error: &CodecError) -> StoreError {
-        self.newest.damaged(error.to_string())
+        StoreError::damaged(self.newest.name.number, error.to_string())
     }
 
     fn retry(&mut self, old: Sequence) -> Result<Result<RetryOutcome, QueueError>, StoreError> {
@@ -313,11 +313,9 @@ impl Writer {
     /// Begins the next segment: what changes is carried over to it.
     fn roll(&mut self) -> Result<(), StoreError> {
         self.commit()?;
-        let path = &self.shared.path;
+        let path = &self.shared.config.path;
         let (old, first) = (self.newest.name, self.marks.acknowledged.sequence + 1);
-        let segment = Segment::make(path, Name { first, ..Name::new(old.number + 1) })?;
-        #[cfg(test)]
-        segment.before_sync.lock().unwrap().clone_from(&self.newest.before_sync.lock().unwrap());
+        let segment = Segment::make(path, Name { number: old.number + 1, first, is_damaged: false })?;
         faults::reach("segment-begun");
         self.log.newest.carry_over(CARRIED, &segment)?;
         segment.finish(&self.marks, self.batch)?;
@@ -328,14 +326,15 @@ impl Writer {
         self.begun_bytes = self.newest.bytes();
         self.publish_log(self.log.with(Source::Sled(Arc::clone(&self.newest)), older));
         faults::reach("segment-switched");
-        // Before the old one goes: where the new one comes back empty it must not be taken for unfinished.
-        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence, self.batch))?;
-        self.batch += 1;
-        self.publish_durable()
+        self.end_batch()
     }
 
-    /// Tells that all is on disk, what is settled as well, and lets go of the segments in which everything is.
-    fn publish_durable(&mut self) -> Result<(), StoreError> {
+    /// Tells that the batch is on disk, and lets go of the segments in which everything is settled.
+    fn end_batch(&mut self) -> Result<(), StoreError> {
+        // Before anybody is answered: what was acknowledged is missed where it comes back shorter. And before a segment goes: where
+        // the one that is begun comes back empty it must not be taken for unfinished.
+        self.highest.raise(self.newest.highest(self.marks.acknowledged.sequence, self.batch))?;
+        self.batch += 1;
         let settled = self.marks.settled.sequence;
         // Before segments go: who reads in one that is gone must see why.
         self.publish()?;
@@ -347,7 +346,7 @@ impl Writer {
         for one in spent {
             faults::reach("segment-spent");
             // Who still reads in it has its files open. Best effort: what stays is removed at the next opening.
-            let _ = files::let_go(&self.shared.path, &one.name);
+            let _ = files::let_go(&self.shared.config.path, &one.name);
         }
         Ok(())
     }
@@ -361,10 +360,8 @@ impl Writer {
     fn publish(&mut self) -> Result<(), StoreError> {
         let Marks { acknowledged, settled, .. } = self.marks;
         let known = self.shared.state().oldest.filter(|(sequence, _)| sequence.get() > settled.sequence);
-        let oldest = match known {
-            None => reader::oldest(&self.log, settled.sequence + 1, acknowledged.sequence)?,
-            known => known,
-        };
+        let (first, last) = (settled.sequence + 1, acknowledged.sequence);
+        let oldest = if known.is_some() { known } else { reader::oldest(&self.log, first, last)? };
         if oldest.is_none() && settled != acknowledged {
             // Nothing but rejections and lost ones is behind it.
             self.marks.settled = acknowledged;
@@ -373,11 +370,10 @@ impl Writer {
         let mut state = self.shared.state();
         let has_new_events = acknowledged.events > state.marks.acknowledged.events;
         (state.marks, state.oldest, state.disk_bytes) = (self.marks, oldest, self.log.bytes());
-        let (_, pending_bytes) = state.marks.pending();
-        state.room_wanted.take_if(|wanted| pending_bytes <= *wanted);
         drop(state);
         self.shared.room.notify_all();
         if has_new_events {
+            self.shared.state().refused_bytes = 0;
             self.shared.newest.send_replace(Sequence::new(acknowledged.sequence));
         }
         Ok(())

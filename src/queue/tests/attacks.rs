@@ -50,7 +50,7 @@ fn a_torn_segment_that_was_not_finished_is_a_left_over() {
     queue.append(Batch { cursors, rejections: vec![rejection(b"?")], ..batch(0..10) }).unwrap();
     queue.settle(delivered(1..=5)).unwrap();
     queue.close().unwrap();
-    let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
+    let begun = Segment::make(&fixture.config.path, files::Name { number: 2, first: 0, is_damaged: false }).unwrap();
     begun.sync().unwrap();
     drop(begun);
     // A power cut: nothing of it was synced but its length.
@@ -76,7 +76,8 @@ fn one_of_which_a_part_was_not_written_back_neither() {
         queue.close().unwrap();
         {
             let old = log::Source::Raw(fixture.raw(1).into());
-            let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
+            let begun =
+                Segment::make(&fixture.config.path, files::Name { number: 2, first: 0, is_damaged: false }).unwrap();
             old.carry_over(log::CARRIED, &begun).unwrap();
         }
         let db = fixture.segment(2).join("db");
@@ -324,7 +325,7 @@ fn a_look_changes_nothing_whatever_stands_in_the_folder() {
             3 => {
                 // The newest is gone, and one that was being made is there.
                 fs::remove_dir_all(path.join("segment-3")).unwrap();
-                drop(Segment::make(path, files::Name::new(4)).unwrap());
+                drop(Segment::make(path, files::Name { number: 4, first: 0, is_damaged: false }).unwrap());
             }
             _ => {
                 fs::remove_dir_all(path.join("segment-3")).unwrap();

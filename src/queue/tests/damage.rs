@@ -275,7 +275,7 @@ fn what_was_never_committed_is_not_shown() {
 fn a_segment_that_was_not_finished_is_removed() {
     let fixture = Fixture::new();
     filled(&fixture);
-    let begun = Segment::make(&fixture.config.path, files::Name::new(2)).unwrap();
+    let begun = Segment::make(&fixture.config.path, files::Name { number: 2, first: 0, is_damaged: false }).unwrap();
     let old = Source::Raw(fixture.raw(1).into());
     old.carry_over(log::CARRIED, &begun).unwrap();
     drop((old, begun));

@@ -20,7 +20,7 @@ fn condemn(path: &Path) {
 /// Zeroes the pieces of a log for which `is_hit` says so.
 fn destroy(db: &Path, is_hit: impl Fn(&piece::Piece) -> bool) -> usize {
     let mut log = fs::read(db).unwrap();
-    let places: Vec<_> = memchr::memmem::find_iter(&log, piece::magic()).collect();
+    let places: Vec<_> = memchr::memmem::find_iter(&log, &piece::MAGIC).collect();
     let mut hits = 0;
     for at in places {
         let Some(found) = piece::Piece::find(&log[at..]) else { continue };
