@@ -33,6 +33,9 @@ use crate::event::{
 /// The layout that is written, and the newest that is understood.
 const VERSION: u8 = 1;
 
+/// Bytes before the body.
+const HEADER_BYTES: usize = 5;
+
 /// Longest record. Above every limit of the intake.
 pub const RECORD_BYTES_MAX: usize = 96 << 20;
 
@@ -251,8 +254,10 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
 }
 
 fn encode(body: impl Encode) -> Result<Vec<u8>, CodecError> {
-    let body = bincode::encode_to_vec(body, RECORD).map_err(|error| CodecError::Body(error.to_string()))?;
-    let record = [&[VERSION], &crc32fast::hash(&body).to_le_bytes()[..], &body].concat();
+    let record = bincode::encode_to_vec((VERSION, [0_u8; 4], body), RECORD);
+    let mut record = record.map_err(|error| CodecError::Body(error.to_string()))?;
+    let checksum = crc32fast::hash(record.get(HEADER_BYTES..).unwrap_or_default());
+    record.splice(1..HEADER_BYTES, checksum.to_le_bytes());
     if record.len() > RECORD_BYTES_MAX { Err(CodecError::TooLarge(record.len())) } else { Ok(record) }
 }
 

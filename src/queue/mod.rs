@@ -42,9 +42,8 @@
 //!
 //! From the inside to the outside: `codec` the bytes of a record; `piece` keys and values; `files` the names and files of the folder;
 //! `guard` what sled is called through; `segment` one sled database; `remains` its log, read without sled; `log` all of them; `reader`
-//! what everybody may do; `opening` how all is opened and put right; `looking` how it is looked at
-//! without a watcher; `submission` the way to the writer; `shared` what all have in common; `writer` the thread. sled is known in
-//! this module only.
+//! what everybody may do; `opening` how all is opened and put right; `looking` how it is looked at without a watcher; `submission`
+//! the way to the writer; `shared` what all have in common; `writer` the thread. sled is known in this module only.
 
 mod codec;
 mod files;

@@ -109,7 +109,7 @@ impl Writer {
         let mut closing = None;
         while let Some(work) = works.pop_front() {
             match work {
-                Work::Append(Ok(batch), reply) => answers.push(answer(reply, shared.reading(self.append(&batch))?)),
+                Work::Append(Ok(batch), reply) => answers.push(answer(reply, shared.reading(self.append(batch))?)),
                 Work::Append(Err(error), reply) => answers.push(answer(reply, Err(error))),
                 Work::Settle(outcomes, reply) => {
                     answers.push(answer(reply, Ok(shared.reading(self.settle(outcomes))?)));
@@ -174,7 +174,7 @@ impl Writer {
     }
 
     /// Stages a batch. The inner error is the caller's, the outer one the end of the queue.
-    fn append(&mut self, batch: &EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
+    fn append(&mut self, batch: EncodedBatch) -> Result<Result<Accepted, QueueError>, StoreError> {
         let (pending, pending_bytes) = self.marks.pending();
         let max = self.shared.config.max_pending_bytes;
         let event_bytes = batch.events.iter().map(|record| record.len() as u64).sum::<u64>();
@@ -184,19 +184,20 @@ impl Writer {
         }
         self.make_room(batch.bytes())?;
         let mut accepted = Accepted { sequences: Vec::with_capacity(batch.events.len()) };
-        for record in &batch.events {
-            let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((record, &[]));
+        // Each goes when it is staged: a long one takes much memory.
+        for record in batch.events {
+            let (part, rest) = record.split_at_checked(PART_BYTES_MAX).unwrap_or((&record, &[]));
             self.add_entry(u32::try_from(record.len()).unwrap_or(u32::MAX), part);
             let sequence = self.marks.acknowledged.sequence;
             self.put_chunks(piece::CHUNK, sequence, 1, rest);
             accepted.sequences.extend(Sequence::new(sequence));
         }
-        for record in &batch.rejections {
+        for record in batch.rejections {
             self.add_entry(0, &[]);
-            self.put_letter(self.marks.acknowledged.sequence, record);
+            self.put_letter(self.marks.acknowledged.sequence, &record);
         }
-        for (id, record) in &batch.cursors {
-            self.put_chunks(piece::CURSOR, id.0, 0, record);
+        for (id, record) in batch.cursors {
+            self.put_chunks(piece::CURSOR, id.0, 0, &record);
         }
         faults::reach("append-staged");
         Ok(Ok(accepted))
@@ -238,17 +239,14 @@ impl Writer {
             if sequence.get() <= self.marks.settled.sequence || sequence.get() > last {
                 continue;
             }
-            let (source, totals, entry) = match events.next().transpose()? {
-                Some(oldest) if oldest.1.sequence == sequence.get() => oldest,
-                _ => {
-                    return Err(StoreError::Io(format!(
-                        "event {sequence} was to be settled, and it is not the oldest one"
-                    )));
-                }
+            let oldest = events.next().transpose()?.filter(|(_, totals, _)| totals.sequence == sequence.get());
+            let Some((source, totals, entry)) = oldest else {
+                let cause = format!("event {sequence} was to be settled, and it is not the oldest one");
+                return Err(StoreError::Io(cause));
             };
             if let Outcome::Refused { failure, attempts } = outcome {
-                let record = source.record(sequence.get(), &entry)?;
-                let letter = codec::encode_refused(&failure, Timestamp::now(), attempts, &record);
+                let now = Timestamp::now();
+                let letter = codec::encode_refused(&failure, now, attempts, &source.record(sequence.get(), &entry)?);
                 let letter = letter.map_err(|error| self.unencodable(&error))?;
                 self.make_room(letter.len())?;
                 // After damage its letter may be there though it waits.
@@ -275,7 +273,7 @@ impl Writer {
         };
         let record = codec::encode_event(&event, captured_at, attempts).map_err(|error| self.unencodable(&error))?;
         let batch = EncodedBatch { events: vec![record], ..EncodedBatch::default() };
-        let accepted = match self.append(&batch)? {
+        let accepted = match self.append(batch)? {
             Ok(accepted) => accepted,
             Err(error) => return Ok(Err(error)),
         };
