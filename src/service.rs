@@ -31,7 +31,6 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::watch;
-use tokio::time::MissedTickBehavior;
 use tracing::{debug, error, info, warn};
 
 use self::pulse::Pulse;
@@ -51,7 +50,7 @@ use crate::intake::spool::{Spool, UnreadSpool};
 use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
 use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
 use crate::private_folder::{self, Ensured, FolderError};
-use crate::queue::{self, Queue, QueueConfig, QueueError};
+use crate::queue::{Queue, QueueConfig, QueueError};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
 use crate::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
@@ -65,9 +64,6 @@ const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How often binding the TCP port is tried again.
 const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-
-/// How often a look is taken whether the queue's database comes back from what it was asked.
-const GOES_ON_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a queue that somebody holds is waited for at the start, and how often a look is taken.
 const HELD_QUEUE_PATIENCE: Duration = Duration::from_secs(2);
@@ -233,7 +229,6 @@ impl Service {
                     _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
                     opened = &mut opening => break opened.map_err(|_| ServiceError::Ended("opening the queue"))?,
                     _ = notice.tick() => {
-                        queue::goes_on(&self.config.queue.path)?;
                         if !std::mem::replace(&mut is_logged, true) {
                             info!(queue = %self.config.queue.path.display(), "opening the queue takes long: it is being recovered");
                             systemd.tell(Notice::Status("opening the queue: it is being recovered".to_owned()));
@@ -324,8 +319,6 @@ impl Service {
         let mut stop = self.stop.clone();
         let mut failed = parts.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
-        let mut goes_on = tokio::time::interval(GOES_ON_INTERVAL);
-        goes_on.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut summary = tokio::time::interval(SUMMARY_INTERVAL);
         summary.reset();
         let mut summed_up = 0;
@@ -342,9 +335,6 @@ impl Service {
                     return Err(failed_queue(failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue)));
                 }
                 error = parts.tasks.first_end() => return Err(error),
-                _ = goes_on.tick() => {
-                    queue::goes_on(&self.config.queue.path).map_err(|failure| failed_queue(failure.into()))?;
-                }
                 _ = idle_check.tick(), if self.until == Until::Idle => {
                     if input.is_read() && parts.queue.stats().pending == 0 {
                         return input.outcome();

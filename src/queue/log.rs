@@ -168,6 +168,18 @@ pub enum Source {
     Raw(Arc<Remains>),
 }
 
+/// What is still to be carried over: the records of the first of these kinds from this number on, and all of the others.
+pub struct Left {
+    kinds: &'static [u8],
+    from: u64,
+}
+
+impl Left {
+    pub fn all_of(kinds: &'static [u8]) -> Left {
+        Left { kinds, from: 0 }
+    }
+}
+
 impl Source {
     pub fn name(&self) -> Name {
         match self {
@@ -189,20 +201,24 @@ impl Source {
         }
     }
 
-    /// Carries all records of these kinds over to another segment, durably.
-    pub fn carry_over(&self, kinds: &[u8], to: &Segment) -> Result<(), StoreError> {
-        let write = |changes| to.apply(changes).and_then(|()| to.sync());
+    /// Carries a slice of what is left over to another segment, durably. False: nothing is left.
+    pub fn carry_over(&self, left: &mut Left, to: &Segment) -> Result<bool, StoreError> {
+        let Some((&kind, others)) = left.kinds.split_first() else { return Ok(false) };
         let mut changes = Changes::default();
-        for kind in kinds {
-            for record in piece::records(self.pieces(*kind, 0..=NUMBER_MAX)) {
-                let Piece { number, batch, content, .. } = record?;
-                piece::chunks(*kind, number, 0, batch, &content).for_each(|chunk| changes.insert(chunk));
-                if changes.bytes() >= SLICE_BYTES {
-                    write(std::mem::take(&mut changes))?;
-                }
+        for record in piece::records(self.pieces(kind, left.from..=NUMBER_MAX)) {
+            let Piece { number, batch, content, .. } = record?;
+            left.from = number + 1;
+            piece::chunks(kind, number, 0, batch, &content).for_each(|chunk| changes.insert(chunk));
+            if changes.bytes() >= SLICE_BYTES {
+                break;
             }
         }
-        write(changes)
+        if changes.bytes() < SLICE_BYTES {
+            *left = Left { kinds: others, from: 0 };
+        }
+        to.apply(changes)?;
+        to.sync()?;
+        Ok(true)
     }
 
     /// The last block that begins with this number or a smaller one.

@@ -64,7 +64,7 @@ mod writer;
 
 use std::borrow::Borrow;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -284,16 +284,4 @@ fn notice(config: &QueueConfig, repair: &Repair) -> Option<Rejection> {
     let failure = Failure { kind: FailureKind::Damaged, message, sqlstate: None };
     let origin = Origin::Transcript { path: config.path.to_string_lossy().as_ref().into(), offset: 0 };
     Some(Rejection { failure, event_type: None, origin, bytes: Vec::new() })
-}
-
-/// Whether sled goes on; to be asked once a second by who runs the queue at `path`.
-///
-/// # Errors
-/// [`QueueError::Damaged`] where a call of it does not come back: the process must end, and the next opening sets the segment aside.
-pub fn goes_on(path: &Path) -> Result<(), QueueError> {
-    let Some(segment) = guard::stuck() else { return Ok(()) };
-    let cause = format!("sled does not come back from segment {segment}");
-    // A disk that is failing may not take it: then it is only met again.
-    let _ = files::note_damaged(path, segment, &cause);
-    Err(QueueError::Damaged { path: path.to_owned(), cause })
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::codec::{Marks, Totals};
 use super::files::{self, Highest, Lock, Mark, Name, ensure_folder, storage, sync_folder};
-use super::log::{self, CARRIED, Log, Older, Source};
+use super::log::{self, CARRIED, Left, Log, Older, Source};
 use super::piece;
 use super::reader;
 use super::remains::Remains;
@@ -120,7 +120,8 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
             marks.letters = letters;
         }
         let last = Source::Raw(Arc::new(last));
-        last.carry_over(if repairs.is_empty() { CARRIED } else { &[piece::LETTER] }, &newest)?;
+        let mut left = Left::all_of(if repairs.is_empty() { CARRIED } else { &[piece::LETTER] });
+        while last.carry_over(&mut left, &newest)? {}
     }
     let (older, spent): (Vec<_>, Vec<_>) = older.into_iter().partition(|one| one.is_needed(marks.settled.sequence));
     let log = Log::new(path, Source::Sled(Arc::clone(&newest)), older);

@@ -232,7 +232,7 @@ impl Drop for Segment {
 
 /// Runs a call of sled. A panic is damage.
 fn guarded<T>(segment: u64, work: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
-    match guard::limited(segment, guard::CALL_MAX, || guard::caught(work)) {
+    match guard::caught(work) {
         Ok(answer) => answer.map_err(|error| match error {
             // sled hands on an error it met earlier as text of its own making; its kind still says it in words.
             sled::Error::Io(error) => StoreError::Io(format!("{} ({error})", error.kind())),

@@ -1,6 +1,6 @@
 //! What the queue promises, each as a test that has been seen to fail.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

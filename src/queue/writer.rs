@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::codec::{self, CodecError, Marks};
 use super::files::{self, Lock, Mark, Name};
-use super::log::{CARRIED, Log, Older, Source};
+use super::log::{CARRIED, Left, Log, Older, Source};
 use super::opening::Opened;
 use super::piece::{self, Block, PART_BYTES_MAX};
 use super::reader;
@@ -35,6 +35,7 @@ pub struct Writer {
     shared: Arc<Shared>,
     highest: Mark,
     newest: Arc<Segment>,
+    next: Option<Next>,
     log: Log,
     /// As staged: what the commit that comes next will say.
     marks: Marks,
@@ -52,6 +53,14 @@ pub struct Writer {
     _lock: Lock,
 }
 
+/// The segment that comes next. What changes is carried over to it a slice after each round, so that nobody waits for all of it.
+struct Next {
+    segment: Segment,
+    left: Left,
+    /// What changed since it was begun.
+    changed: Changes,
+}
+
 /// Gives an answer. The asker may have gone; then nobody needs it.
 type Answer = Box<dyn FnOnce()>;
 
@@ -66,6 +75,7 @@ impl Writer {
             shared,
             highest,
             newest,
+            next: None,
             log,
             marks,
             batch: batch + 1,
@@ -81,8 +91,10 @@ impl Writer {
     pub fn run(mut self) {
         let closing = loop {
             let left = |since: Instant| SETTLED_UNWRITTEN_MAX.saturating_sub(since.elapsed());
+            let patience =
+                if self.next.is_some() { Duration::ZERO } else { self.unwritten_since.map_or(Duration::MAX, left) };
             // `None`: a reader met an error that ended the queue.
-            let Some(mut works) = self.shared.inbox.take(self.unwritten_since.map_or(Duration::MAX, left)) else {
+            let Some(mut works) = self.shared.inbox.take(patience) else {
                 break None;
             };
             // Those that are dropped are the end of the queue.
@@ -119,7 +131,13 @@ impl Writer {
                     answers.push(answer(reply, Ok(shared.reading(self.drop_dead_letter(sequence))?)));
                 }
                 #[cfg(test)]
-                Work::Roll(reply) => answers.push(answer(reply, Ok(shared.reading(self.roll())?))),
+                Work::Roll(reply) => {
+                    shared.reading(self.make_next())?;
+                    while self.next.is_some() {
+                        shared.reading(self.make_next())?;
+                    }
+                    answers.push(answer(reply, Ok(())));
+                }
                 Work::Close(reply) => {
                     closing = Some(answer(reply, Ok(())));
                     break;
@@ -134,8 +152,8 @@ impl Writer {
         }
         answers.drain(..).for_each(|answer| answer());
         let is_large = self.newest.bytes() > faults::segment_bytes(SEGMENT_BYTES) + 2 * self.begun_bytes;
-        if is_large && closing.is_none() {
-            shared.reading(self.roll())?;
+        if closing.is_none() && (is_large || self.next.is_some()) {
+            shared.reading(self.make_next())?;
         }
         Ok(closing)
     }
@@ -225,8 +243,12 @@ impl Writer {
     }
 
     fn put_chunks(&mut self, kind: u8, number: u64, first: u32, record: &[u8]) {
-        let chunks = piece::chunks(kind, number, first, self.batch, record);
-        chunks.for_each(|chunk| self.changes.insert(chunk));
+        for chunk in piece::chunks(kind, number, first, self.batch, record) {
+            if let Some(next) = self.next.as_mut().filter(|_| CARRIED.contains(&kind)) {
+                next.changed.insert(chunk.clone());
+            }
+            self.changes.insert(chunk);
+        }
     }
 
     /// Events leave from the head, in their order: `outcomes` are those of the oldest ones. Others, which were settled before or never
@@ -308,14 +330,25 @@ impl Writer {
         Ok(letter.is_some())
     }
 
-    /// Begins the next segment: what changes is carried over to it.
-    fn roll(&mut self) -> Result<(), StoreError> {
+    /// Goes on with the next segment, or begins one.
+    fn make_next(&mut self) -> Result<(), StoreError> {
+        let Some(next) = &mut self.next else {
+            let name = Name { number: self.newest.name.number + 1, first: 0, is_damaged: false };
+            let segment = Segment::make(&self.shared.config.path, name)?;
+            faults::reach("segment-begun");
+            self.next = Some(Next { segment, left: Left::all_of(CARRIED), changed: Changes::default() });
+            return Ok(());
+        };
+        if self.log.newest.carry_over(&mut next.left, &next.segment)? { Ok(()) } else { self.switch() }
+    }
+
+    /// Makes the next segment the newest.
+    fn switch(&mut self) -> Result<(), StoreError> {
+        let Some(Next { mut segment, changed, .. }) = self.next.take() else { return Ok(()) };
         self.commit()?;
-        let path = &self.shared.config.path;
-        let (old, first) = (self.newest.name, self.marks.acknowledged.sequence + 1);
-        let segment = Segment::make(path, Name { number: old.number + 1, first, is_damaged: false })?;
-        faults::reach("segment-begun");
-        self.log.newest.carry_over(CARRIED, &segment)?;
+        segment.apply(changed)?;
+        let (path, old, first) = (&self.shared.config.path, self.newest.name, self.marks.acknowledged.sequence + 1);
+        segment.name.first = first;
         segment.finish(&self.marks, self.batch)?;
         let mut older = self.log.older.clone();
         older.push(Older::before(path, old, first));

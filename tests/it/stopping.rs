@@ -186,36 +186,6 @@ fn it_stops_in_time_in_the_middle_of_making_a_segment_and_loses_nothing() {
     assert_eq!(stage.run(&["queue-dump", "--dead-letters"]).lines().len(), 1);
 }
 
-#[cfg(target_os = "linux")] // elsewhere nothing tells what a thread has used
-#[test]
-fn a_call_of_sled_that_does_not_come_back_ends_the_process_and_loses_nothing() {
-    let mut stage = Stage::new();
-    // Each change of a segment is one pass: two of the first one's making.
-    stage.environment.insert("HEADSPACE_FAULT_POINT".to_owned(), "segment-applying:8".to_owned());
-    stage.environment.insert("HEADSPACE_FAULT_KIND".to_owned(), "loop".to_owned());
-    let mut watcher = stage.start();
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    let mut texts = Vec::new();
-    let status = crate::stage::wait_for("it ends", SOON * 3, || {
-        texts.extend(transcript.say_many(&format!("burst {}", texts.len()), 2));
-        std::thread::sleep(Duration::from_millis(100));
-        watcher.ended()
-    });
-    assert_eq!(status.code(), Some(74), "so that the supervisor starts it again: {}", watcher.log());
-    assert!(watcher.log().contains("sled does not come back from segment 1"), "{}", watcher.log());
-    for name in ["HEADSPACE_FAULT_POINT", "HEADSPACE_FAULT_KIND"] {
-        stage.environment.remove(name);
-    }
-    let watcher = stage.start();
-    watcher.wait_for_log("a part of the queue was damaged (sled does not come back from segment 1)");
-    watcher.stop();
-    stage.run_until_idle();
-    let mut stored = stage.database().texts();
-    stored.sort();
-    texts.sort();
-    assert!(stored == texts, "{} of {} are there", stored.len(), texts.len());
-}
-
 #[test]
 fn a_panic_where_the_queue_is_written_ends_the_process_and_loses_nothing() {
     let mut stage = Stage::new();

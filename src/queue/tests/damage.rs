@@ -1,7 +1,6 @@
 //! Opening what a crash, a bad disk or an earlier program has left.
 
 use std::fs;
-use std::path::Path;
 
 use super::*;
 use crate::queue::codec::Totals;
@@ -277,7 +276,7 @@ fn a_segment_that_was_not_finished_is_removed() {
     filled(&fixture);
     let begun = Segment::make(&fixture.config.path, files::Name { number: 2, first: 0, is_damaged: false }).unwrap();
     let old = Source::Raw(fixture.raw(1).into());
-    old.carry_over(log::CARRIED, &begun).unwrap();
+    old.carry_over(&mut log::Left::all_of(log::CARRIED), &begun).unwrap();
     drop((old, begun));
     let (queue, repairs) = Queue::open(&fixture.config).unwrap();
     assert_eq!(repairs, []);

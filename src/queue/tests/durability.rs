@@ -344,3 +344,50 @@ fn reading_writes_nothing() {
         assert_eq!(segment.guarded(|db| db.flush()).unwrap(), 0, "round {round}");
     }
 }
+
+#[test]
+fn appends_are_answered_while_much_is_carried_over_to_the_next_segment() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let letters = 2_000;
+    for part in 0..4 {
+        let rejections =
+            (0..letters / 4).map(|number| rejection(format!("{part} {number} {}", "x".repeat(4_000)).as_bytes()));
+        queue.append(Batch { rejections: rejections.collect(), ..Batch::default() }).unwrap();
+    }
+    let before = queue.dead_letters(None, usize::MAX).unwrap();
+    let more = |number: u64| Batch {
+        cursors: vec![(PathBuf::from("/moves"), Some(cursor(number)))],
+        ..batch(number..number + 1)
+    };
+    let large = |number: u64| Batch { events: vec![event(number, 1 << 20)], ..Batch::default() };
+    let mut number = 0;
+    while !fixture.config.path.join("segment-2").exists() {
+        queue.append(large(number)).unwrap();
+        number += 1;
+    }
+    // Meanwhile: what was carried over goes, what was not yet does, and what is new comes.
+    let (first, last) = (before.first().unwrap().sequence, before.last().unwrap().sequence);
+    let mut answered = 0;
+    while !fixture.config.path.join("segment-2/FIRST").exists() {
+        queue.append(more(number)).unwrap();
+        number += 1;
+        answered += 1;
+        if answered == 8 {
+            assert!(queue.drop_dead_letter(first).unwrap() && queue.drop_dead_letter(last).unwrap());
+            queue.append(Batch { rejections: vec![rejection(b"new")], ..Batch::default() }).unwrap();
+        }
+    }
+    assert!(answered > 10, "{answered} were answered while some 8 MB were carried over");
+    let after = queue.dead_letters(None, usize::MAX).unwrap();
+    let offset = queue.cursor(CursorId::of(Path::new("/moves"))).unwrap().unwrap().1.offset;
+    let pending = queue.stats().pending;
+    let expected: Vec<_> = before.iter().filter(|letter| ![first, last].contains(&letter.sequence)).collect();
+    assert!(after.iter().zip(&expected).all(|(after, before)| after == *before));
+    assert_eq!((after.len(), pending), (expected.len() + 1, number));
+    queue.close().unwrap();
+    let queue = fixture.open();
+    assert_eq!(queue.dead_letters(None, usize::MAX).unwrap(), after);
+    assert_eq!(queue.cursor(CursorId::of(Path::new("/moves"))).unwrap().unwrap().1.offset, offset);
+    assert_eq!((queue.stats().pending, queue.stats().dead_letters), (number, after.len() as u64));
+}
