@@ -333,6 +333,8 @@ impl Writer {
     /// Goes on with the next segment, or begins one.
     fn make_next(&mut self) -> Result<(), StoreError> {
         let Some(next) = &mut self.next else {
+            // What is staged goes to the newest alone: it must be there when that is carried over.
+            self.commit()?;
             let name = Name { number: self.newest.name.number + 1, first: 0, is_damaged: false };
             let segment = Segment::make(&self.shared.config.path, name)?;
             faults::reach("segment-begun");
