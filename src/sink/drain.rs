@@ -78,6 +78,8 @@ pub struct Drainer<S> {
     refusals: Option<(String, Vec<Sequence>)>,
     /// So many followed one another that they are sent again.
     are_refusals_suspect: bool,
+    /// They are from before the start: when they are refused again, the next event is to say whether it is theirs.
+    are_refusals_recalled: bool,
     /// Failures in a row that were the moment's.
     passing: u32,
     away: Option<Away>,
@@ -118,6 +120,7 @@ impl<S: Sink> Drainer<S> {
             refused: None,
             refusals: None,
             are_refusals_suspect: false,
+            are_refusals_recalled: false,
             passing: 0,
             away: None,
             settlement: None,
@@ -127,6 +130,7 @@ impl<S: Sink> Drainer<S> {
     /// Runs until `stop` turns true. An error is the queue's and ends the process: what can't be settled must not be
     /// forgotten.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), QueueError> {
+        self.recall_refusals()?;
         let mut arrivals = self.queue.subscribe();
         let mut under_way: FuturesOrdered<Flight> = FuturesOrdered::new();
         while !*stop.borrow_and_update() {
@@ -261,6 +265,28 @@ impl<S: Sink> Drainer<S> {
         }
     }
 
+    /// Finds the dead letters of the run before that would be sent again: as many as pause the drainer, right before what waits.
+    fn recall_refusals(&mut self) -> Result<(), QueueError> {
+        let waiting = self.queue.window(None, 1, WINDOW_BYTES_MAX)?;
+        let first = waiting.first().map(|envelope| envelope.sequence).or(self.queue.stats().last_sequence);
+        let Some(first) = first.map(Sequence::get) else { return Ok(()) };
+        let mut known: Option<String> = None;
+        let mut in_a_row = Vec::new();
+        for number in (1..first + u64::from(waiting.is_empty())).rev().take(REFUSALS_IN_A_ROW_MAX) {
+            let letter = Sequence::new(number).map(|sequence| self.queue.dead_letter(sequence)).transpose()?.flatten();
+            let Some(letter) = letter.filter(|letter| letter.failure.kind == FailureKind::Refused) else { break };
+            let cause = letter.failure.sqlstate.unwrap_or_default();
+            if known.get_or_insert_with(|| cause.clone()) != &cause {
+                break;
+            }
+            in_a_row.insert(0, letter.sequence);
+        }
+        self.are_refusals_suspect = in_a_row.len() >= REFUSALS_IN_A_ROW_MAX;
+        self.are_refusals_recalled = self.are_refusals_suspect;
+        self.refusals = known.map(|cause| (cause, in_a_row));
+        Ok(())
+    }
+
     /// Sends the dead letters that followed one another for one cause, before what comes after them. Gives the pause before the next
     /// try when one is refused for that cause again.
     async fn send_refused_again(&mut self, stop: &watch::Receiver<bool>) -> Result<Option<Duration>, QueueError> {
@@ -286,6 +312,10 @@ impl<S: Sink> Drainer<S> {
                     }
                     Some(error) if error.verdict != Verdict::Event => return Ok(Some(self.after_outage(&error))),
                     Some(error) if error.sqlstate.as_ref() == Some(cause) => {
+                        if std::mem::take(&mut self.are_refusals_recalled) {
+                            self.are_refusals_suspect = false;
+                            return Ok(None);
+                        }
                         self.metrics.write_failures.add(error.verdict.as_str(), 1);
                         return Ok(Some(self.backoff.next()));
                     }
@@ -433,8 +463,11 @@ impl<S: Sink> Drainer<S> {
             }
         }
         self.metrics.wrote(now);
-        self.refusals = None;
-        self.are_refusals_suspect = false;
+        // A copy says nothing of the table.
+        if self.undurable.iter().any(|done| done.delivered == Delivered::Stored) {
+            self.refusals = None;
+            self.are_refusals_suspect = false;
+        }
     }
 
     /// The database can't be used: said once, when it begins or changes.

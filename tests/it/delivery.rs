@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::stage::{SOON, Server, Stage, pause, wait_for, wait_until, when_busy};
+use crate::stage::{SOON, Server, Stage, Transcript, pause, wait_for, wait_until, when_busy};
 
 /// How soon rows must come after Postgres accepts connections again.
 const BACK_WITHIN: Duration = Duration::from_millis(2500);
@@ -88,6 +88,49 @@ fn events_refused_in_a_row_for_one_cause_pause_the_drainer_instead_of_emptying_t
     assert_eq!(stage.database().texts()[1..], texts, "the ten in their place");
     wait_until("none is left aside", SOON, || watcher.health()["queue"]["dead_letters"] == 0);
     assert_eq!(watcher.health()["database"]["state"], "up");
+}
+
+/// A stage whose table takes nothing, and a transcript with these further lines.
+fn refusing(lines: impl Fn(u32, &mut Transcript) -> String) -> Stage {
+    let mut stage = Stage::new();
+    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("first");
+    stage.run_until_idle();
+    stage.database().query("ALTER TABLE events ADD CONSTRAINT nothing CHECK (id < 0) NOT VALID");
+    for number in 0..30 {
+        let line = lines(number, &mut transcript);
+        transcript.append(line + "\n");
+    }
+    stage
+}
+
+#[test]
+fn copies_in_between_do_not_make_more_dead_letters_of_a_broken_table() {
+    let stage = refusing(|number, transcript| {
+        let known = std::fs::read_to_string(&transcript.path).unwrap().lines().next().unwrap().to_owned();
+        transcript.prompt(&format!("line {number}")) + "\n" + &known
+    });
+    let watcher = stage.start();
+    wait_until("it is paused", SOON, || watcher.health()["database"]["state"] == "misconfigured");
+    assert_eq!(watcher.health()["queue"]["dead_letters"], 10);
+}
+
+#[test]
+fn a_restart_sets_no_more_aside_and_sends_what_was_in_its_place() {
+    let stage = refusing(|number, transcript| transcript.prompt(&format!("line {number}")));
+    for _ in 0..3 {
+        let watcher = stage.start();
+        wait_until("it is paused", SOON, || watcher.health()["database"]["state"] == "misconfigured");
+        assert_eq!(watcher.health()["queue"]["dead_letters"], 10);
+        watcher.stop();
+    }
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT nothing");
+    let watcher = stage.start();
+    stage.wait_for_rows(32);
+    wait_until("none is left aside", SOON, || watcher.health()["queue"]["dead_letters"] == 0);
+    let texts: Vec<String> = (0..30).map(|number| format!("line {number}")).collect();
+    assert_eq!(stage.database().texts()[1..], texts);
 }
 
 #[test]

@@ -140,6 +140,65 @@ fn rows_say_whose_they_are_where_the_tables_tell() {
 }
 
 #[test]
+fn a_role_that_may_make_nothing_goes_on_when_tables_of_owners_appear() {
+    let mut stage = Stage::new();
+    let role = format!("watcher_{}", crate::stage::unique());
+    let owner = stage.database().clone();
+    owner.query(&format!("CREATE ROLE {role} LOGIN"));
+    let url = owner.url.replace("user=headspace", &format!("user={role}"));
+    stage.environment.insert("DATABASE_URL".to_owned(), url);
+    stage.set("database.events_table", "Ereignisse");
+    let printed = stage.run(&["migrate", "--print"]);
+    owner.query(&printed.output());
+    let told = |text: &str| {
+        stage.transcript("-home-me-app", 1).say(text);
+        let count = "SELECT count(*) FROM \"Ereignisse\" WHERE event_type = 'turn_detected'";
+        let before = owner.value(count);
+        stage.run_until_idle();
+        assert_ne!(owner.value(count), before);
+    };
+    told("before");
+    owner.query("CREATE TABLE projects (id serial PRIMARY KEY, path text); GRANT SELECT ON projects TO PUBLIC");
+    told("after");
+    // The owner's own migration leaves the routines of those who may not ask.
+    let mut owners = Stage::with(Some(owner.clone()));
+    owners.set("database.events_table", "Ereignisse");
+    assert_eq!(owners.run(&["migrate"]).code(), 0);
+    owner.query("REVOKE SELECT ON projects FROM PUBLIC");
+    told("and still");
+}
+
+#[test]
+fn receipts_are_taken_over_whole_whatever_isolation_is_the_default() {
+    let (stage, texts, places) = first_version(20);
+    stage.database().query("DROP SCHEMA headspace_watcher CASCADE");
+    let database = stage.database().value("SELECT current_database()");
+    stage.database().query(&format!("ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'"));
+    // One more comes while the takeover waits for the table.
+    let held = stage.database().clone();
+    let holder = std::thread::spawn(move || {
+        held.query(
+            "BEGIN; SET LOCAL search_path = public;
+             INSERT INTO event_receipts SELECT gen_random_uuid(), 4711, min(id), 0, now(), now() FROM event_sources;
+             SELECT pg_sleep(2); COMMIT",
+        )
+    });
+    wait_until("it is held", SOON, || {
+        stage.database().value(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()",
+        ) != "0"
+    });
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    holder.join().unwrap();
+    assert_eq!(
+        stage.database().value("SELECT count(*) FROM headspace_watcher.event_receipts WHERE row_id = 4711"),
+        "1"
+    );
+    assert!(stage.database().value(PLACES).len() > places.len());
+    assert_known(&stage, &texts);
+}
+
+#[test]
 fn an_owner_that_goes_away_meanwhile_holds_no_event_up() {
     let stage = headspace();
     // Between the look at the agents and the row's reference to one.

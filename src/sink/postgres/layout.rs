@@ -10,6 +10,9 @@ use super::verdict::step_error;
 use crate::config::{TableName, quote_identifier};
 use crate::sink::{DeliverError, Verdict};
 
+/// Bytes of the longest name that Postgres keeps whole.
+const NAME_BYTES_MAX: usize = 63;
+
 /// What the configuration asks for.
 #[derive(Clone, Debug)]
 pub struct Needs {
@@ -144,19 +147,25 @@ impl Facts {
         Ok(missing)
     }
 
+    /// As a role that may not ask whose an event is. Its routines always stand beside the others.
+    pub fn without_owners(&self) -> Facts {
+        Facts { has_projects: false, has_agents: false, ..self.clone() }
+    }
+
     pub fn has_routines(&self, routines: &Routines) -> bool {
         routines.names().into_iter().all(|name| self.routines.contains(name))
     }
 
     /// Those of other versions, or of another configuration.
-    pub fn other_routines(&self, routines: &Routines) -> impl Iterator<Item = &String> {
+    pub fn other_routines(&self, used: &[&Routines]) -> impl Iterator<Item = &String> {
         let is_ours = |name: &String| {
             name.split_once('_').is_some_and(|(name, hash)| {
                 let is_hash = hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
                 is_hash && ["source", "store", "deliver"].contains(&name)
             })
         };
-        self.routines.iter().filter(move |name| is_ours(name) && !routines.names().contains(name))
+        let is_used = |name: &String| used.iter().any(|routines| routines.names().contains(&name));
+        self.routines.iter().filter(move |name| is_ours(name) && !is_used(name))
     }
 
     /// The statements for the tables as they are; for events as they would be made, where there are none.
@@ -169,7 +178,9 @@ impl Facts {
             (self.sequence.clone(), self.command(events)?)
         } else {
             // As Postgres will name it.
-            (Some(format!("{}.{}_id_seq", self.schema(needs)?, events.table)), "command_id")
+            let table = events.table.get(..events.table.floor_char_boundary(NAME_BYTES_MAX - "_id_seq".len()));
+            let sequence = format!("{}_id_seq", table.unwrap_or_default());
+            (Some(format!("{}.{}", as_printed(self.schema(needs)?), as_printed(&sequence))), "command_id")
         };
         let next_id = match (&sequence, &self.id_default) {
             (Some(sequence), _) => format!("nextval({})", quote_literal(sequence)),
@@ -224,6 +235,12 @@ impl Facts {
             (false, false) => Err(unusable(events, "it has neither a column \"command_id\" nor \"task_id\"")),
         }
     }
+}
+
+/// A name as Postgres prints it: in quotes where it needs them.
+fn as_printed(name: &str) -> String {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    if is_plain { name.to_owned() } else { quote_identifier(name) }
 }
 
 /// `$1, $2, …`

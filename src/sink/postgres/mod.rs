@@ -60,6 +60,9 @@ use crate::event::{Envelope, Sequence, Timestamp};
 /// How long a server may take to answer when nothing is asked of it.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A way to the server that is slower is given up.
+const UPLOAD_BYTES_PER_SECOND_MIN: u64 = 64 << 10;
+
 /// The sink that stores events in Postgres.
 pub struct PostgresSink {
     connections: Connections,
@@ -77,8 +80,9 @@ pub struct PostgresSink {
 struct Line {
     /// The session in use, kept between windows.
     session: Option<Arc<PooledSession>>,
-    /// The envelope that was sent last.
+    /// The envelope that was sent last, and the bytes of its window.
     newest: Option<Link>,
+    newest_bytes: u64,
 }
 
 /// What the envelope that follows must find in the ledger.
@@ -98,6 +102,8 @@ struct SentWindow<'a> {
     call: Option<Answer<'a, Vec<i32>>>,
     /// The statement behind the call, which makes the window durable.
     last: Option<Answer<'a, bool>>,
+    /// How long its answers may take.
+    limit: Duration,
 }
 
 impl Link {
@@ -149,9 +155,13 @@ impl PostgresSink {
         session: &'a Session,
         envelopes: &'a [Envelope],
         before: Option<Link>,
+        bytes: u64,
         durable: bool,
     ) -> SentWindow<'a> {
         let time = self.window_time();
+        // The window before it is to be sent and answered first.
+        let answers = if before.is_some() { 2 * self.answer_timeout() } else { self.answer_timeout() };
+        let limit = answers + Duration::from_secs(bytes / UPLOAD_BYTES_PER_SECOND_MIN);
         let head = |before: Option<Link>| Head {
             host: &self.host,
             window_time: time,
@@ -164,13 +174,12 @@ impl PostgresSink {
         let call = (!called.is_empty()).then(|| session.send_all(head(before), called));
         let before_last = called.last().map(|envelope| Link::new(envelope, time)).or(before);
         let last = last.map(|last| session.send_one(head(before_last), last));
-        SentWindow { envelopes, time, before, call, last }
+        SentWindow { envelopes, time, before, call, last, limit }
     }
 
     /// Awaits what came of a window. All answers are awaited, also after a failure, so that the connection is clean again.
     async fn land(&self, session: &Session, window: SentWindow<'_>) -> Result<Delivery, DeliverError> {
-        let SentWindow { envelopes, time, before, call, last } = window;
-        let limit = self.answer_timeout();
+        let SentWindow { envelopes, time, before, call, last, limit } = window;
         let durable = last.is_some();
         let mut done = Vec::with_capacity(envelopes.len());
         let mut failure = None;
@@ -227,7 +236,9 @@ impl Sink for PostgresSink {
         }
         // When this future is dropped half-way, the answers still to come belong to nobody: the session goes too.
         let guard = session.broken_unless_finished();
-        let sent = self.send(&session, window, before, place.durable);
+        let bytes: u64 = window.iter().map(|envelope| envelope.event.payload().as_json().len() as u64).sum();
+        let sent = self.send(&session, window, before, bytes + line.newest_bytes, place.durable);
+        line.newest_bytes = bytes;
         line.newest = window.last().map(|envelope| Link::new(envelope, sent.time)).or(line.newest);
         drop(line);
         let delivery = self.land(&session, sent).await.unwrap_or_else(Delivery::failed);

@@ -144,6 +144,8 @@ pub async fn migrate(
         let none: &[(&(dyn ToSql + Sync), Type)] = &[];
         transaction.query_typed(sql, none).await.map(drop).map_err(|error| step_error(&error))
     };
+    // Whatever the default is: what is copied is what is there once the lock is held.
+    run("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
     run("SET LOCAL synchronous_commit = local").await?;
     // Receipts of an earlier version are copied, and there may be many.
     run("SET LOCAL statement_timeout = 0").await?;
@@ -153,15 +155,18 @@ pub async fn migrate(
     for sql in table_statements(needs, &facts)? {
         run(&sql).await?;
     }
-    let layout = Facts::find(&transaction, needs).await?.layout(needs)?;
-    if !facts.has_routines(&layout.routines) {
-        for sql in &layout.routines.sql {
-            run(sql).await?;
+    let now = Facts::find(&transaction, needs).await?;
+    let (layout, plain) = (now.layout(needs)?, now.without_owners().layout(needs)?);
+    for routines in [&layout.routines, &plain.routines] {
+        if !facts.has_routines(routines) {
+            for sql in &routines.sql {
+                run(sql).await?;
+            }
         }
     }
     let mut removed = Vec::new();
     if tidy {
-        for name in facts.other_routines(&layout.routines) {
+        for name in facts.other_routines(&[&layout.routines, &plain.routines]) {
             run(&format!("DROP ROUTINE {}.{}", layout.ledger, quote_identifier(name))).await?;
             removed.push(name.to_owned());
         }
@@ -173,19 +178,24 @@ pub async fn migrate(
 /// The SQL of [`migrate`] for people to read and run: for the database as it is, with the rights that `user` needs where
 /// another one runs it.
 pub fn printable_sql(needs: &Needs, facts: &Facts, user: Option<&str>) -> Result<String, DeliverError> {
-    let mut sql = table_statements(needs, facts)?;
-    let layout = facts.layout(needs)?;
-    if !facts.has_routines(&layout.routines) {
-        sql.extend(layout.routines.sql.iter().cloned());
+    let mut sql = vec!["BEGIN ISOLATION LEVEL READ COMMITTED".to_owned()];
+    sql.extend(table_statements(needs, facts)?);
+    let (layout, plain) = (facts.layout(needs)?, facts.without_owners().layout(needs)?);
+    for routines in [&layout.routines, &plain.routines] {
+        if !facts.has_routines(routines) {
+            sql.extend(routines.sql.iter().cloned());
+        }
     }
     if let Some(user) = user.map(quote_identifier) {
         let ledger = &layout.ledger;
         sql.push(format!("GRANT USAGE ON SCHEMA {ledger} TO {user}"));
         sql.push(format!("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {ledger} TO {user}"));
         sql.push(format!("GRANT USAGE ON ALL SEQUENCES IN SCHEMA {ledger} TO {user}"));
+        sql.push(format!("GRANT EXECUTE ON ALL ROUTINES IN SCHEMA {ledger} TO {user}"));
         sql.push(format!("GRANT INSERT ON {} TO {user}", layout.events));
         sql.extend(layout.sequence.map(|sequence| format!("GRANT USAGE ON SEQUENCE {sequence} TO {user}")));
     }
+    sql.push("COMMIT".to_owned());
     Ok(sql.iter().map(|statement| format!("{};\n", statement.trim_end())).collect())
 }
 

@@ -6,9 +6,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
-use tracing::info;
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::cancel::Canceller;
@@ -45,13 +46,24 @@ impl Session {
         let mut facts = limited(settings, Facts::find(&client, needs)).await?;
         let missing = facts.missing(needs)?;
         if !missing.is_empty() {
-            if !settings.auto_migrate {
-                return Err(missing_error(&missing));
-            }
-            let making = tokio::time::timeout(MIGRATION_MAX, schema::migrate(&mut client, needs, false));
-            let (made, _) = making.await.unwrap_or_else(|_| Err(no_answer(MIGRATION_MAX)))?;
-            info!(made = made.join(", "), "created what was missing in the database");
-            facts = limited(settings, Facts::find(&client, needs)).await?;
+            let made = if settings.auto_migrate {
+                let making = tokio::time::timeout(MIGRATION_MAX, schema::migrate(&mut client, needs, false));
+                making.await.unwrap_or_else(|_| Err(no_answer(MIGRATION_MAX)))
+            } else {
+                Err(missing_error(&missing))
+            };
+            let plain = facts.without_owners();
+            facts = match made {
+                Ok((made, _)) => {
+                    info!(made = made.join(", "), "created what was missing in the database");
+                    limited(settings, Facts::find(&client, needs)).await?
+                }
+                Err(error) if plain.missing(needs)?.is_empty() => {
+                    warn!(%error, missing = missing.join(", "), "rows will not say whose they are");
+                    plain
+                }
+                Err(error) => return Err(error),
+            };
         }
         let layout = facts.layout(needs)?;
         if needs.notify_channel.is_some() {
@@ -84,10 +96,10 @@ impl Session {
         is_call: bool,
         limit: Duration,
     ) -> Result<Result<T, DeliverError>, DeliverError> {
-        match tokio::time::timeout(limit, answer).await {
-            Ok(Ok(Some(answer))) => Ok(Ok(answer)),
-            Ok(Ok(None)) => Ok(Err(predecessor_missing())),
-            Ok(Err(error)) => {
+        match within(limit, answer).await {
+            Some(Ok(Some(answer))) => Ok(Ok(answer)),
+            Some(Ok(None)) => Ok(Err(predecessor_missing())),
+            Some(Err(error)) => {
                 // What fails before the first event of a call is looked at is no event's fault.
                 let context = error.as_db_error().and_then(|error| error.where_()).unwrap_or_default();
                 let is_of_an_event = !is_call || context.contains(&self.layout.routines.deliver);
@@ -95,7 +107,7 @@ impl Session {
                     if is_of_an_event { deliver_error(&error, &self.notices.encoding) } else { step_error(&error) };
                 Ok(Err(self.failed(error)))
             }
-            Err(_) => Err(self.no_answer(limit).await),
+            None => Err(self.no_answer(limit).await),
         }
     }
 
@@ -194,6 +206,18 @@ impl Session {
     /// Breaks the session unless [`FinishGuard::finished`] is called: for futures that may be dropped half-way.
     pub fn broken_unless_finished(&self) -> FinishGuard<'_> {
         FinishGuard { session: self, finished: false }
+    }
+}
+
+/// What comes within a time, looked for once a second: whoever waits sees that it is no hang.
+async fn within<T>(limit: Duration, work: impl Future<Output = T> + Unpin) -> Option<T> {
+    let (mut work, deadline) = (work, Instant::now() + limit);
+    loop {
+        tokio::select! {
+            answer = &mut work => return Some(answer),
+            () = tokio::time::sleep_until(deadline) => return None,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
     }
 }
 

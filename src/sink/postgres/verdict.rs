@@ -89,8 +89,9 @@ pub fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverEr
     let code = db.code().code();
     let mut message = format!("{}: {}", db.severity(), without_values(code, db.message()));
     let detail = db.detail().unwrap_or_default();
-    // A detail can quote the row, and with it the payload; a foreign key's names just the key.
-    if code == "23503" {
+    // A detail can quote the row, and with it the payload; a foreign key's names just the key, and that of what depends on a table
+    // just that.
+    if matches!(code, "23503" | "2BP01") {
         add(&mut message, detail);
     }
     add(&mut message, db.hint().unwrap_or_default());
