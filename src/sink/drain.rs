@@ -34,8 +34,8 @@ use crate::telemetry::{Database, DatabaseState, Metrics};
 /// Refusals in a row for one cause that are put down to the events. The next one pauses the drainer.
 const REFUSALS_IN_A_ROW_MAX: usize = 10;
 
-/// Payload bytes of one window, so that a window of large events does not fill the memory.
-const WINDOW_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Payload bytes of one window. The server's `statement_timeout` runs while it comes in: half a megabit a second is enough for that.
+const WINDOW_BYTES_MAX: u64 = 256 * 1024;
 
 /// How often the connection is looked after while nothing is to be delivered.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);

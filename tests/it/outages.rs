@@ -3,6 +3,8 @@
 //! Every outage is said once when it begins and once when it ends, with events coming in all the while; afterwards the
 //! full set is compared.
 
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc;
@@ -278,6 +280,49 @@ fn a_read_only_database_is_waited_for() {
         || drop(elsewhere.query(&format!("ALTER DATABASE {name} RESET default_transaction_read_only"))),
     );
     scene.finish_whole();
+}
+
+/// A socket in `folder` that hands on to that of the server in `to`, so many bytes a second.
+fn slow_way(to: &Path, folder: &Path, bytes_per_second: usize) {
+    const NAME: &str = ".s.PGSQL.5432";
+    let listener = UnixListener::bind(folder.join(NAME)).unwrap();
+    let to = to.join(NAME);
+    // It ends with the process of the test.
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, mut server) = (client.unwrap(), UnixStream::connect(&to).unwrap());
+            let (mut back, mut answers) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut answers, &mut back));
+            std::thread::spawn(move || {
+                let mut piece = vec![0; bytes_per_second / 50];
+                while let Ok(read @ 1..) = client.read(&mut piece) {
+                    std::thread::sleep(Duration::from_secs(1).mul_f64(read as f64 / bytes_per_second as f64));
+                    if server.write_all(&piece[..read]).is_err() {
+                        break;
+                    }
+                }
+                let _ = server.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_slow_way_to_the_server_is_no_server_that_does_not_answer() {
+    let database = Database::new();
+    let mut stage = Stage::with(Some(database.clone()));
+    let server = database.url.split(['?', '&']).find_map(|part| part.strip_prefix("host=")).unwrap();
+    slow_way(Path::new(server), stage.folder(), 256 << 10);
+    let url = database.url.replace(server, stage.folder().to_str().unwrap());
+    stage.environment.insert("DATABASE_URL".to_owned(), url);
+    // All of it takes longer than a statement may.
+    stage.set("database.statement_timeout_ms", "2000");
+    let long = "x".repeat(15_000);
+    let texts = stage.transcript("-home-me-app", 1).say_many(&long, 60);
+    let watcher = stage.start();
+    stage.wait_for_rows(61);
+    assert_eq!(database.texts(), texts);
+    assert!(watcher.logged("database away").is_empty(), "{}", watcher.log());
 }
 
 #[test]

@@ -237,7 +237,8 @@ impl Sink for PostgresSink {
         // When this future is dropped half-way, the answers still to come belong to nobody: the session goes too.
         let guard = session.broken_unless_finished();
         let bytes: u64 = window.iter().map(|envelope| envelope.event.payload().as_json().len() as u64).sum();
-        let sent = self.send(&session, window, before, bytes + line.newest_bytes, place.durable);
+        let under_way = if before.is_some() { line.newest_bytes } else { 0 };
+        let sent = self.send(&session, window, before, bytes + under_way, place.durable);
         line.newest_bytes = bytes;
         line.newest = window.last().map(|envelope| Link::new(envelope, sent.time)).or(line.newest);
         drop(line);
