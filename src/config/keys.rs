@@ -337,8 +337,7 @@ pub(super) const KEYS: &[Key] = &[
             nullable: false,
             secret: false,
             set: |config, text, _| {
-                let is_name = |name: &&str| (1..=63).contains(&name.len()) && !name.contains(char::is_control);
-                config.database.ledger_schema = text.filter(is_name).map(str::to_owned).ok_or(Refusal::Other)?;
+                config.database.ledger_schema = text.and_then(|text| name(text, 63)).ok_or(Refusal::Other)?;
                 Ok(())
             },
         },
@@ -362,8 +361,7 @@ pub(super) const KEYS: &[Key] = &[
             nullable: true,
             secret: false,
             set: |config, text, _| {
-                let is_name = |name: &&str| (1..=63).contains(&name.len()) && !name.contains(char::is_control);
-                config.database.notify_channel = read(text, |text| Some(text).filter(is_name).map(str::to_owned))?;
+                config.database.notify_channel = read(text, |text| name(text, 63))?;
                 Ok(())
             },
         },
@@ -381,8 +379,7 @@ pub(super) const KEYS: &[Key] = &[
             nullable: true,
             secret: false,
             set: |config, text, _| {
-                let is_name = |name: &&str| (1..=253).contains(&name.len()) && !name.contains(char::is_control);
-                config.database.host_name = read(text, |text| Some(text).filter(is_name).map(str::to_owned))?;
+                config.database.host_name = read(text, |text| name(text, 253))?;
                 Ok(())
             },
         },
@@ -532,6 +529,12 @@ pub(super) fn find(section: &str, name: &str) -> Option<&'static Key> {
 /// `number`, which its key's range keeps far below the type's.
 fn whole<T: TryFrom<u64>>(number: u64) -> T {
     T::try_from(number).unwrap_or_else(|_| unreachable!("ranges in KEYS fit their fields; a test tries their ends"))
+}
+
+/// A name of at most so many bytes.
+fn name(text: &str, bytes_max: usize) -> Option<String> {
+    let is_name = (1..=bytes_max).contains(&text.len()) && !text.contains(char::is_control);
+    is_name.then(|| text.to_owned())
 }
 
 /// What `parse` makes of a text; null stays null.

@@ -70,12 +70,7 @@ fn an_event_that_postgres_refuses_is_tried_so_often_then_set_aside_and_the_next_
 
 #[test]
 fn events_refused_in_a_row_for_one_cause_pause_the_drainer_instead_of_emptying_the_queue() {
-    let mut stage = Stage::new();
-    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    transcript.say("first");
-    stage.run_until_idle();
-    stage.database().query("ALTER TABLE events ADD CONSTRAINT nothing CHECK (id < 0) NOT VALID");
+    let (stage, mut transcript) = constrained("CHECK (id < 0) NOT VALID");
     let watcher = stage.start();
     let texts = transcript.say_many("line", 30);
     wait_until("it is paused", SOON, || watcher.health()["database"]["state"] == "misconfigured");
@@ -83,21 +78,27 @@ fn events_refused_in_a_row_for_one_cause_pause_the_drainer_instead_of_emptying_t
     assert_eq!(health["queue"]["dead_letters"], 10);
     assert_eq!(health["queue"]["pending"], 20);
     assert!(health["database"]["last_error"].as_str().unwrap().contains("in a row"), "{health}");
-    stage.database().query("ALTER TABLE events DROP CONSTRAINT nothing");
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT odd");
     stage.wait_for_rows(32);
     assert_eq!(stage.database().texts()[1..], texts, "the ten in their place");
     wait_until("none is left aside", SOON, || watcher.health()["queue"]["dead_letters"] == 0);
     assert_eq!(watcher.health()["database"]["state"], "up");
 }
 
-/// A stage whose table takes nothing, and a transcript with these further lines.
-fn refusing(lines: impl Fn(u32, &mut Transcript) -> String) -> Stage {
+/// A stage that has delivered a line and whose table has a constraint since; and the transcript.
+fn constrained(constraint: &str) -> (Stage, Transcript) {
     let mut stage = Stage::new();
     stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
     let mut transcript = stage.transcript("-home-me-app", 1);
     transcript.say("first");
     stage.run_until_idle();
-    stage.database().query("ALTER TABLE events ADD CONSTRAINT nothing CHECK (id < 0) NOT VALID");
+    stage.database().query(&format!("ALTER TABLE events ADD CONSTRAINT odd {constraint}"));
+    (stage, transcript)
+}
+
+/// A stage whose table takes nothing, and a transcript with these further lines.
+fn refusing(lines: impl Fn(u32, &mut Transcript) -> String) -> Stage {
+    let (stage, mut transcript) = constrained("CHECK (id < 0) NOT VALID");
     for number in 0..30 {
         let line = lines(number, &mut transcript);
         transcript.append(line + "\n");
@@ -125,7 +126,7 @@ fn a_restart_sets_no_more_aside_and_sends_what_was_in_its_place() {
         assert_eq!(watcher.health()["queue"]["dead_letters"], 10);
         watcher.stop();
     }
-    stage.database().query("ALTER TABLE events DROP CONSTRAINT nothing");
+    stage.database().query("ALTER TABLE events DROP CONSTRAINT odd");
     let watcher = stage.start();
     stage.wait_for_rows(32);
     wait_until("none is left aside", SOON, || watcher.health()["queue"]["dead_letters"] == 0);
@@ -135,12 +136,7 @@ fn a_restart_sets_no_more_aside_and_sends_what_was_in_its_place() {
 
 #[test]
 fn more_bad_events_in_a_row_than_are_set_aside_go_on_when_the_first_are_dropped() {
-    let mut stage = Stage::new();
-    stage.set("event_system.write_retry_delay_ms", "10").set("event_system.write_retry_max_delay_ms", "50");
-    let mut transcript = stage.transcript("-home-me-app", 1);
-    transcript.say("first");
-    stage.run_until_idle();
-    stage.database().query("ALTER TABLE events ADD CONSTRAINT good CHECK (payload->>'text' NOT LIKE 'bad%')");
+    let (stage, mut transcript) = constrained("CHECK (payload->>'text' NOT LIKE 'bad%')");
     let watcher = stage.start();
     transcript.say_many("bad", 15);
     transcript.say("good");

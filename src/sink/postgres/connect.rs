@@ -16,6 +16,7 @@ use std::time::Duration;
 use bb8::{ErrorSink, ManageConnection, Pool, PooledConnection, RunError};
 use bb8_postgres::PostgresConnectionManager;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::info;
@@ -77,18 +78,17 @@ impl Connections {
     /// A session that is ready, or why there is none.
     pub async fn get(&self) -> Result<PooledSession, DeliverError> {
         self.errors.clear();
-        let mut pooled = pin!(self.pool.get_owned());
-        loop {
+        // Receipts of an earlier version are copied, say.
+        let getting = async {
             tokio::select! {
-                pooled = &mut pooled => return pooled.map_err(|error| match error {
+                pooled = self.pool.get_owned() => pooled.map_err(|error| match error {
                     RunError::User(error) => error,
                     RunError::TimedOut => no_answer(OPENING_MAX),
                 }),
-                error = self.errors.next() => return Err(error),
-                // Whoever waits sees that it is no hang: receipts of an earlier version are copied, say.
-                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                error = self.errors.next() => Err(error),
             }
-        }
+        };
+        within(OPENING_MAX, getting).await.unwrap_or_else(|| Err(no_answer(OPENING_MAX)))
     }
 }
 
@@ -177,6 +177,18 @@ pub async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) ->
     let facts = limited(settings, Facts::find(&client, needs)).await?;
     let user = (settings.target)().ok().flatten().map(|target| target.user);
     schema::printable_sql(needs, &facts, user.as_deref())
+}
+
+/// What comes within a time, looked for once a second: whoever waits sees that it is no hang.
+pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    let (mut work, deadline) = (pin!(work), Instant::now() + limit);
+    loop {
+        tokio::select! {
+            answer = &mut work => return Some(answer),
+            () = tokio::time::sleep_until(deadline) => return None,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+    }
 }
 
 /// Ends a step of opening a session when the server does not answer.

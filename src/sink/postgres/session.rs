@@ -6,14 +6,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::cancel::Canceller;
-use super::connect::{ConnectSettings, Pooler, connect, limited, missing_error, open_watched};
+use super::connect::{ConnectSettings, Pooler, connect, limited, missing_error, open_watched, within};
 use super::layout::{Facts, Layout};
 use super::notices::Notices;
 use super::rows::{Answer, EventRow, Head, send_all, send_one};
@@ -206,18 +205,6 @@ impl Session {
     /// Breaks the session unless [`FinishGuard::finished`] is called: for futures that may be dropped half-way.
     pub fn broken_unless_finished(&self) -> FinishGuard<'_> {
         FinishGuard { session: self, finished: false }
-    }
-}
-
-/// What comes within a time, looked for once a second: whoever waits sees that it is no hang.
-async fn within<T>(limit: Duration, work: impl Future<Output = T> + Unpin) -> Option<T> {
-    let (mut work, deadline) = (work, Instant::now() + limit);
-    loop {
-        tokio::select! {
-            answer = &mut work => return Some(answer),
-            () = tokio::time::sleep_until(deadline) => return None,
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
-        }
     }
 }
 
