@@ -219,6 +219,14 @@ impl Mac {
         // The folder may hold links to some of them only.
         let server = fs::canonicalize(Path::new(&bin).join("postgres")).expect("PostgreSQL's programs");
         std::os::unix::fs::symlink(server.parent().unwrap(), keg.join("bin")).unwrap();
+        // Some packages have the server alone; psql is another one then, as Homebrew's libpq.
+        if !keg.join("bin/psql").exists()
+            && let Some(psql) = find("psql")
+        {
+            let path = std::env::var("PATH").expect("PATH is text");
+            let psql = format!("#!/bin/sh\nPATH='{path}' exec '{}' \"$@\"\n", psql.display());
+            executable(&self.programs.join("psql"), &psql);
+        }
         keg.join("bin")
     }
 
