@@ -138,6 +138,12 @@ impl Log {
         Ok(None)
     }
 
+    /// The totals up to a number, where it is there.
+    pub fn totals(&self, sequence: u64) -> Result<Option<Totals>, StoreError> {
+        let Some((_, block)) = self.block(sequence, sequence)? else { return Ok(None) };
+        Ok(block.numbered().map(|(totals, _)| totals).find(|totals| totals.sequence == sequence))
+    }
+
     /// The events with the numbers from `first` to `last`, in order, each with where it is and the totals up to it.
     pub fn events(&self, first: u64, last: u64) -> impl Iterator<Item = Result<(Source, Totals, Entry), StoreError>> {
         let mut next = first;

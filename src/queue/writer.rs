@@ -256,6 +256,17 @@ impl Writer {
     fn settle(&mut self, outcomes: Vec<(Sequence, Outcome)>) -> Result<(), StoreError> {
         let log = self.log.clone();
         let last = self.marks.acknowledged.sequence;
+        // As a rule all of the oldest were delivered: then only the last one's block is read.
+        if outcomes.iter().all(|(_, outcome)| matches!(outcome, Outcome::Delivered))
+            && outcomes.first().is_some_and(|(first, _)| first.get() > self.marks.settled.sequence)
+            && let Some((newest, _)) = outcomes.last().filter(|(newest, _)| newest.get() <= last)
+            && let Some(totals) = log.totals(newest.get())?
+            && totals.events.checked_sub(self.marks.settled.events) == Some(outcomes.len() as u64)
+        {
+            self.marks.settled = totals;
+            self.unwritten_since.get_or_insert_with(Instant::now);
+            return Ok(());
+        }
         let mut events = log.events(self.marks.settled.sequence + 1, last);
         for (sequence, outcome) in outcomes {
             if sequence.get() <= self.marks.settled.sequence || sequence.get() > last {
