@@ -39,7 +39,7 @@ Usage: scripts/dev-postgres.sh COMMAND [DIR]          (DIR: data/postgres of thi
   bin               the folder of initdb, pg_ctl and postgres; installs PostgreSQL where it is missing
   user              the user a server started now would run as
 
-Example: scripts/dev-postgres.sh psql -c 'SELECT event_type, count(*) FROM events GROUP BY 1'
+Example: scripts/dev-postgres.sh psql -c 'SELECT * FROM headspace_watcher.sessions'
 USAGE
 }
 

@@ -550,7 +550,7 @@ if ! database_is_configured; then
   [ -n "$DATABASE_URL" ] || DATABASE_URL=$("$postgres" url 2>/dev/null 9<&-) ||
     die 69 "no database: none is configured, and the private PostgreSQL could not be started (why: above); fix that, or set database.url in config.yaml"
   export DATABASE_URL
-  log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT * FROM events ORDER BY id DESC LIMIT 20'"
+  log INFO "no database is configured: using a private PostgreSQL; look at the rows with: $(printf '%q' "$postgres") psql -c 'SELECT time, actor, left(text, 60) AS text FROM headspace_watcher.turns ORDER BY time DESC LIMIT 20'"
 fi
 
 early=''

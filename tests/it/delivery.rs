@@ -324,7 +324,7 @@ fn the_tables_are_made_once_though_many_start_at_once() {
     let tables = "SELECT string_agg(tablename, ' ' ORDER BY tablename) FROM pg_tables WHERE schemaname IN ('public', 'headspace_watcher')";
     assert_eq!(stage.database().value(tables), "event_receipts event_sources events");
     let routines = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'headspace_watcher'::regnamespace";
-    assert_eq!(stage.database().value(routines), "3");
+    assert_eq!(stage.database().value(routines), "5");
     let indexes = "SELECT count(*) FROM pg_indexes WHERE tablename = 'events'";
     assert_eq!(stage.database().value(indexes), "10");
 }
@@ -412,7 +412,7 @@ fn every_documented_query_of_the_ledger_answers_its_question() {
     assert!(origin[0][3].starts_with("2026-01-02 ") && origin[0][4] <= origin[0][5], "{origin:?}");
     assert_eq!(answer("SELECT row_id, delivered_at")[0][0], id);
     assert_eq!(answer("WHERE id > $1").len(), 2);
-    let said: Vec<String> = answer("AS actor").into_iter().map(|mut row| row.remove(2)).collect();
+    let said: Vec<String> = answer("FROM turns WHERE session").into_iter().map(|mut row| row.remove(2)).collect();
     assert_eq!(said, ["one", "two"]);
     assert_eq!(answer("percentile_cont")[0][1], "3");
     let by_source = answer("AS newest");

@@ -85,11 +85,58 @@ fn migrate_removes_routines_of_other_versions_and_a_watcher_that_starts_does_not
     stage.set("database.notify_channel", "news");
     stage.transcript("-home-me-app", 1).say("hello");
     stage.run_until_idle();
-    assert_eq!(stage.database().value(routines), "6");
+    assert_eq!(stage.database().value(routines), "8");
     stage.database().query("CREATE FUNCTION headspace_watcher.store_mine() RETURNS int LANGUAGE sql AS 'SELECT 1'");
     let ran = stage.run(&["migrate"]);
     assert!(ran.output().contains("removed source_"), "{}", ran.output());
-    assert_eq!(stage.database().value(routines), "4");
+    assert_eq!(stage.database().value(routines), "6");
+}
+
+#[test]
+fn views_show_turns_and_sessions_and_hold_nothing_fast() {
+    let stage = Stage::new();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("hello");
+    let answer = transcript.answer("hi");
+    transcript.append(answer + "\n");
+    stage.run_until_idle();
+    let database = stage.database();
+    let session = &transcript.session;
+    let turns = "SELECT concat_ws(' ', session, project, actor, kind, text) FROM headspace_watcher.turns ORDER BY time, actor DESC";
+    let said = |rows: Vec<Vec<Option<String>>>| rows.into_iter().flatten().flatten().collect::<Vec<_>>();
+    assert_eq!(
+        said(database.query(turns)),
+        [format!("{session} /home/me/app user prompt hello"), format!("{session} /home/me/app agent hi")]
+    );
+    let sessions = "SELECT concat_ws(' ', session, project, turns, began <= last_activity, ended IS NULL, reason)
+                      FROM headspace_watcher.sessions";
+    assert_eq!(database.value(sessions), format!("{session} /home/me/app 2 t t"));
+    let end = format!(r#"{{"session_uuid":"{session}","reason":"closed"}}"#);
+    let ran = stage.run(&["emit", "--type", "session_ended", "--payload", &end, "--timestamp", "2999-01-01T00:00:00Z"]);
+    assert_eq!(ran.code(), 0, "{}", ran.error());
+    stage.run_until_idle();
+    assert_eq!(database.value(sessions), format!("{session} /home/me/app 2 t f closed"));
+
+    // Conditions reach the table; and its owner may do with it what he likes.
+    let plan = database.query("EXPLAIN SELECT * FROM headspace_watcher.turns WHERE session = 'x'");
+    assert!(format!("{plan:?}").contains("events"), "the function is inlined: {plan:?}");
+    database
+        .query("ALTER TABLE events ALTER event_type TYPE varchar(60); ALTER TABLE events RENAME project_id TO project");
+    database.query("DROP TABLE events");
+    assert_eq!(stage.run(&["migrate"]).code(), 0);
+    assert_eq!(database.value("SELECT count(*) FROM headspace_watcher.turns"), "0");
+}
+
+#[test]
+fn a_table_of_others_with_the_name_of_a_view_is_left_alone() {
+    let mut stage = Stage::new();
+    stage.set("database.ledger_schema", "public");
+    stage.database().query("CREATE TABLE turns (id serial PRIMARY KEY, mine text)");
+    let texts = stage.transcript("-home-me-app", 1).say_many("line", 3);
+    stage.run_until_idle();
+    assert_eq!(stage.database().texts(), texts);
+    assert_eq!(stage.run(&["migrate"]).output(), "nothing to do: all is there\n");
+    assert_eq!(stage.database().value("SELECT count(*) FROM pg_views WHERE schemaname = 'public'"), "0");
 }
 
 /// The tables of Claude Headspace, as its migrations make them, as far as events refer to them.

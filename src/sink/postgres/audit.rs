@@ -11,17 +11,15 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::connect::{ConnectSettings, Pooler, connect, limited, missing_error, open};
-use super::layout::Facts;
-use super::no_answer;
-use super::verdict::step_error;
+use super::connect::{ConnectSettings, connect_and_look};
+use super::verdict::{missing_error, no_answer, step_error};
 use crate::sink::DeliverError;
 
 /// Events that are asked for at once, at most.
 pub const ASKED_MAX: usize = 2048;
 
-/// Rows that are looked through at once.
-const ROWS_MAX: i64 = 5000;
+/// What a row says of its own identity.
+const IDENTITY: &str = "payload->>(CASE event_type WHEN 'session_registered' THEN 'session_uuid' ELSE 'turn_uuid' END)";
 
 /// The `row_id` of a receipt whose row was removed on purpose: no row has it.
 const REMOVED: i64 = 0;
@@ -76,45 +74,25 @@ pub struct Auditor {
 
 impl Auditor {
     pub async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
-        let (client, _) = connect(settings, &Pooler::default(), open).await?;
-        let facts = limited(settings, Facts::find(&client, &settings.needs)).await?;
+        let (client, facts) = connect_and_look(settings).await?;
         let missing = facts.missing_tables(&settings.needs);
         if !missing.is_empty() {
             return Err(missing_error(&missing));
         }
         let layout = facts.layout(&settings.needs)?;
-        let (events, receipts) = (&layout.events, &layout.receipts);
-        const IDENTITY: &str =
-            "payload->>(CASE event_type WHEN 'session_registered' THEN 'session_uuid' ELSE 'turn_uuid' END)";
+        let fitted = |sql: &str| {
+            sql.replace("{identity}", IDENTITY)
+                .replace("{events}", &layout.events)
+                .replace("{receipts}", &layout.receipts)
+                .replace("{removed}", &REMOVED.to_string())
+        };
         Ok(Auditor {
             client,
             statement_timeout: settings.statement_timeout,
-            // OFFSET 0 keeps the planner from joining whole tables: each is looked up by its primary key, also where
-            // nobody has analyzed the tables yet.
-            find_sql: format!(
-                "SELECT r.event_id, r.row_id, e.event_type, e.identity
-                   FROM unnest($1) AS asked (id)
-                  CROSS JOIN LATERAL (SELECT event_id, row_id FROM {receipts} WHERE event_id = asked.id OFFSET 0) AS r
-                   LEFT JOIN LATERAL (SELECT event_type::text, {IDENTITY} AS identity
-                                        FROM {events} WHERE id = r.row_id OFFSET 0) AS e ON true"
-            ),
-            rows_sql: format!(
-                "SELECT id::bigint, event_type::text,
-                        CASE WHEN event_type IN ('turn_detected', 'session_registered') THEN {IDENTITY} END
-                   FROM {events} WHERE id > $1 ORDER BY id LIMIT {ROWS_MAX}"
-            ),
-            accept_sql: format!(
-                "WITH accepted AS (UPDATE {receipts} AS r SET row_id = {REMOVED} FROM unnest($1, $2) AS gone (event_id, row_id)
-                                   WHERE r.event_id = gone.event_id AND r.row_id = gone.row_id RETURNING r.event_id)
-                 SELECT event_id FROM accepted"
-            ),
-            forget_sql: format!(
-                "DELETE FROM {receipts} AS r USING unnest($1, $2, $3, $4) AS stale (event_id, row_id, event_type, identity)
-                  WHERE r.event_id = stale.event_id AND r.row_id = stale.row_id AND r.row_id <> {REMOVED}
-                    AND NOT EXISTS (SELECT FROM {events}
-                                     WHERE id = r.row_id AND event_type = stale.event_type
-                                       AND (stale.identity IS NULL OR COALESCE({IDENTITY}, stale.identity) = stale.identity))"
-            ),
+            find_sql: fitted(include_str!("sql/audit_find.sql")),
+            rows_sql: fitted(include_str!("sql/audit_rows.sql")),
+            accept_sql: fitted(include_str!("sql/audit_accept.sql")),
+            forget_sql: fitted(include_str!("sql/audit_forget.sql")),
         })
     }
 
@@ -156,8 +134,7 @@ impl Auditor {
             (&types, Type::TEXT_ARRAY),
             (&identities, Type::TEXT_ARRAY),
         ];
-        let sql = format!("WITH gone AS ({} RETURNING 1) SELECT count(*) FROM gone", self.forget_sql);
-        let rows = self.query(&sql, &parameters).await?;
+        let rows = self.query(&self.forget_sql, &parameters).await?;
         Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0).unsigned_abs()))
     }
 

@@ -1,21 +1,17 @@
-//! Connections: where Postgres is, and the pool.
-//!
-//! Where Postgres is and the password are looked up anew for each attempt, so that a mended password file needs no
-//! restart. bb8 answers a failed attempt only with its own time-out; [`Connections::get`] listens to its error sink
-//! and answers with the cause at once.
+//! Opens connections. Where Postgres is and the password are looked up for each attempt, so that a corrected password file
+//! needs no restart.
 //!
 //! Poolers: PgBouncer refuses the startup option by which a session sets its `statement_timeout`; connections are then opened
 //! without it.
 
 use std::net::IpAddr;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bb8::{ErrorSink, ManageConnection, Pool, PooledConnection, RunError};
+use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -24,19 +20,13 @@ use tracing::info;
 use super::cancel::Canceller;
 use super::layout::{Facts, Needs};
 use super::notices::Notices;
-use super::session::Session;
 use super::tls::{no_tls, tls};
-use super::verdict::step_error;
-use super::{no_answer, schema};
+use super::verdict::{no_answer, step_error};
 use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode};
 use crate::sink::{DeliverError, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
 pub type TargetSource = Arc<dyn Fn() -> Result<Option<DatabaseTarget>, String> + Send + Sync>;
-
-/// How long a session may take to be opened. Each step has its own limit, and tells the cause when that is over; this one is for the
-/// pool, which would tell none.
-const OPENING_MAX: Duration = Duration::from_secs(900);
 
 #[derive(Clone)]
 pub struct ConnectSettings {
@@ -50,133 +40,11 @@ pub struct ConnectSettings {
     pub auto_migrate: bool,
 }
 
-/// A session on loan from the pool.
-pub type PooledSession = PooledConnection<'static, Manager>;
-
-/// The pool.
-pub struct Connections {
-    pool: Pool<Manager>,
-    errors: Arc<Errors>,
-}
-
-impl Connections {
-    pub fn new(settings: ConnectSettings) -> Self {
-        let errors = Arc::new(Errors::default());
-        let pool = Pool::builder()
-            .max_size(settings.pool_size)
-            .min_idle(None)
-            .test_on_check_out(false)
-            .retry_connection(false)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .connection_timeout(OPENING_MAX)
-            .error_sink(Box::new(Sunk(errors.clone())))
-            .build_unchecked(Manager { settings, pooler: Arc::default() });
-        Connections { pool, errors }
-    }
-
-    /// A session that is ready, or why there is none.
-    pub async fn get(&self) -> Result<PooledSession, DeliverError> {
-        self.errors.clear();
-        // Receipts of an earlier version are copied, say.
-        let getting = async {
-            tokio::select! {
-                pooled = self.pool.get_owned() => pooled.map_err(|error| match error {
-                    RunError::User(error) => error,
-                    RunError::TimedOut => no_answer(OPENING_MAX),
-                }),
-                error = self.errors.next() => Err(error),
-            }
-        };
-        within(OPENING_MAX, getting).await.unwrap_or_else(|| Err(no_answer(OPENING_MAX)))
-    }
-}
-
-/// The newest error of the pool.
-#[derive(Default, Debug)]
-struct Errors {
-    newest: Mutex<Option<DeliverError>>,
-    arrived: Notify,
-}
-
-impl Errors {
-    fn slot(&self) -> std::sync::MutexGuard<'_, Option<DeliverError>> {
-        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn clear(&self) {
-        *self.slot() = None;
-    }
-
-    async fn next(&self) -> DeliverError {
-        loop {
-            let arrived = self.arrived.notified();
-            if let Some(error) = self.slot().take() {
-                return error;
-            }
-            arrived.await;
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Sunk(Arc<Errors>);
-
-impl ErrorSink<DeliverError> for Sunk {
-    fn sink(&self, error: DeliverError) {
-        *self.0.slot() = Some(error);
-        self.0.arrived.notify_waiters();
-    }
-
-    fn boxed_clone(&self) -> Box<dyn ErrorSink<DeliverError>> {
-        Box::new(Sunk(self.0.clone()))
-    }
-}
-
-/// Opens sessions for the pool.
-pub struct Manager {
-    settings: ConnectSettings,
-    pooler: Arc<Pooler>,
-}
-
 /// What is known of a pooler between us and the server.
 #[derive(Default, Debug)]
 pub struct Pooler {
     /// It takes no startup options, so it is there.
     refuses_options: AtomicBool,
-}
-
-impl ManageConnection for Manager {
-    type Connection = Session;
-    type Error = DeliverError;
-
-    async fn connect(&self) -> Result<Session, DeliverError> {
-        Session::open(&self.settings, &self.pooler).await
-    }
-
-    async fn is_valid(&self, session: &mut Session) -> Result<(), DeliverError> {
-        session.check(self.settings.statement_timeout).await
-    }
-
-    fn has_broken(&self, session: &mut Session) -> bool {
-        session.is_broken()
-    }
-}
-
-/// Creates what is missing in the database, and removes routines that are not of this version and configuration. Gives the names of
-/// what it created, and of what it removed.
-pub async fn migrate(settings: &ConnectSettings) -> Result<(Vec<String>, Vec<String>), DeliverError> {
-    let (mut client, _) = connect(settings, &Pooler::default(), open).await?;
-    schema::migrate(&mut client, &settings.needs, true).await
-}
-
-/// The SQL of [`migrate`] for people to read and run: for the database of `settings`, else for an empty one.
-pub async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) -> Result<String, DeliverError> {
-    let Some(settings) = settings else { return schema::printable_sql(needs, &Facts::none(needs), None) };
-    let (client, _) = connect(settings, &Pooler::default(), open).await?;
-    let facts = limited(settings, Facts::find(&client, needs)).await?;
-    let user = (settings.target)().ok().flatten().map(|target| target.user);
-    schema::printable_sql(needs, &facts, user.as_deref())
 }
 
 /// What comes within a time, looked for once a second: whoever waits sees that it is no hang.
@@ -212,6 +80,13 @@ pub async fn open_watched(
 ) -> Result<(Client, Notices), tokio_postgres::Error> {
     let (client, connection) = config.connect(tls).await?;
     Ok((client, Notices::drive(connection)))
+}
+
+/// Opens a connection for questions, and looks what stands in the database.
+pub async fn connect_and_look(settings: &ConnectSettings) -> Result<(Client, Facts), DeliverError> {
+    let (client, _) = connect(settings, &Pooler::default(), open).await?;
+    let facts = limited(settings, Facts::find(&client, &settings.needs)).await?;
+    Ok((client, facts))
 }
 
 /// A connection as `open` makes it, and the way to cancel its statements.
@@ -316,15 +191,4 @@ fn connection_config(
         .keepalives_retries(target.keepalive.retries.unwrap_or(3))
         .tcp_user_timeout(target.keepalive.tcp_user_timeout.unwrap_or(Duration::from_secs(10)));
     config
-}
-
-pub fn missing_error(missing: &[String]) -> DeliverError {
-    DeliverError {
-        verdict: Verdict::Operator,
-        sqlstate: None,
-        message: format!(
-            "missing in the database: {}; run \"headspace-watcher migrate\" or set database.auto_migrate",
-            missing.join(", ")
-        ),
-    }
 }

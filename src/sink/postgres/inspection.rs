@@ -4,10 +4,8 @@ use std::time::Instant;
 
 use tokio_postgres::types::{ToSql, Type};
 
-use super::connect::{ConnectSettings, Pooler, connect, limited, open};
-use super::layout::Facts;
-use super::no_answer;
-use super::verdict::step_error;
+use super::connect::{ConnectSettings, connect_and_look, limited};
+use super::verdict::{no_answer, step_error};
 use crate::event::Timestamp;
 use crate::sink::DeliverError;
 
@@ -42,8 +40,7 @@ const CITUS_SQL: &str = include_str!("sql/citus.sql");
 
 pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
     let needs = &settings.needs;
-    let (client, _) = connect(settings, &Pooler::default(), open).await?;
-    let facts = limited(settings, Facts::find(&client, needs)).await?;
+    let (client, facts) = connect_and_look(settings).await?;
     let missing = facts.missing(needs)?;
     let mut routines = Vec::new();
     let mut unfit = None;

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, GenericClient};
 
-use super::schema::{FLUSH, RoutineParts, Routines, quote_literal};
+use super::routines::{FLUSH, NAMES, RoutineParts, Routines, Views, quote_literal};
 use super::verdict::step_error;
 use crate::config::{TableName, quote_identifier};
 use crate::sink::{DeliverError, Verdict};
@@ -42,6 +42,8 @@ pub struct Facts {
     pub has_narrow_ids: bool,
     /// Where an earlier version's ledger stands beside the events.
     pub earlier_ledger: Option<String>,
+    /// Whether no relation of others has a name of our views.
+    pub has_room_for_views: bool,
     /// Functions and procedures in the ledger's schema.
     routines: Vec<String>,
 }
@@ -55,6 +57,7 @@ pub struct Layout {
     /// That of the events' `id`, if it has one.
     pub sequence: Option<String>,
     pub routines: Routines,
+    pub views: Views,
     /// Stores one event.
     pub store_sql: String,
     /// Stores a window.
@@ -94,6 +97,7 @@ impl Facts {
             has_schema: row.get("has_schema"),
             has_ledger: row.get("has_ledger"),
             has_narrow_ids: row.get("has_narrow_ids"),
+            has_room_for_views: row.get("has_room_for_views"),
             routines: row.get("routines"),
         })
     }
@@ -111,6 +115,7 @@ impl Facts {
             has_schema: false,
             has_ledger: false,
             has_narrow_ids: false,
+            has_room_for_views: true,
             earlier_ledger: None,
             routines: Vec::new(),
         }
@@ -139,7 +144,7 @@ impl Facts {
         let mut missing = self.missing_tables(needs);
         if self.has_events {
             let layout = self.layout(needs)?;
-            if !self.has_routines(&layout.routines) {
+            if !self.has_routines(&layout.routines.names()) {
                 let names = layout.routines.names().map(|name| format!("{}.{name}", layout.ledger));
                 missing.extend(names);
             }
@@ -152,20 +157,19 @@ impl Facts {
         Facts { has_projects: false, has_agents: false, ..self.clone() }
     }
 
-    pub fn has_routines(&self, routines: &Routines) -> bool {
-        routines.names().into_iter().all(|name| self.routines.contains(name))
+    pub fn has_routines(&self, names: &[&String]) -> bool {
+        names.iter().all(|name| self.routines.contains(name))
     }
 
     /// Those of other versions, or of another configuration.
-    pub fn other_routines(&self, used: &[&Routines]) -> impl Iterator<Item = &String> {
+    pub fn other_routines(&self, used: &[&String]) -> impl Iterator<Item = &String> {
         let is_ours = |name: &String| {
             name.split_once('_').is_some_and(|(name, hash)| {
                 let is_hash = hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-                is_hash && ["source", "store", "deliver"].contains(&name)
+                is_hash && NAMES.contains(&name)
             })
         };
-        let is_used = |name: &String| used.iter().any(|routines| routines.names().contains(&name));
-        self.routines.iter().filter(move |name| is_ours(name) && !is_used(name))
+        self.routines.iter().filter(move |name| is_ours(name) && !used.contains(name))
     }
 
     /// The statements for the tables as they are; for events as they would be made, where there are none.
@@ -213,6 +217,7 @@ impl Facts {
                 .replace("{command}", command)
                 .replace("{next_id}", &next_id),
             sequence,
+            views: Views::new(&ledger, &table),
             events: table,
             ledger,
             receipts,

@@ -1,12 +1,9 @@
-//! The SQL of what the program needs in Postgres, and its being made: the events' table where it is missing, the ledger, and
-//! the routines that store events (`sql/`).
-//!
-//! The routines' names carry a hash of their text. So watchers of different versions, and those that found another column or
-//! setting, each use their own.
+//! Creates what the program needs in Postgres: the events' table where it is missing, the ledger, and the routines.
 
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
+use super::connect::{ConnectSettings, Pooler, connect, connect_and_look, open};
 use super::layout::{Facts, Needs};
 use super::verdict::step_error;
 use crate::config::quote_identifier;
@@ -15,126 +12,31 @@ use crate::sink::DeliverError;
 /// Serializes migrations of all watchers that use one database ("headspac" in ASCII).
 const MIGRATION_LOCK: i64 = 0x6865_6164_7370_6163;
 
-/// SQLSTATE of our own: a trigger dropped the row.
-pub const ROW_DROPPED: &str = "HW001";
-
-/// Chooses durability inside the statement, for this transaction alone, so that it also holds behind a pooler that
-/// hands every transaction another server connection, and so that nothing of it is left for the pooler's next client.
-///
-/// A server or role that asks for less than `on` is overruled: what is taken out of the queue must be on the server's
-/// disk, and on that of each standby the server requires. `remote_apply` asks for more and is kept. Warnings must reach
-/// us: they tell that a commit did not wait ([`notices`](super::notices)). And plans are kept while the ledger grows: they must not
-/// be those for an empty table.
-pub const FLUSH: &str = "concat(set_config('enable_seqscan', 'off', true), set_config('client_min_messages', 'warning', true), \
-     CASE WHEN current_setting('synchronous_commit') <> 'remote_apply' THEN set_config('synchronous_commit', 'on', true) END)";
-
 const EVENTS_SQL: &str = include_str!("sql/events.sql");
 const LEDGER_SQL: &str = include_str!("sql/ledger.sql");
 const EARLIER_SQL: &str = include_str!("sql/earlier.sql");
 const WIDE_IDS_SQL: &str = include_str!("sql/wide_ids.sql");
-const SOURCE_SQL: &str = include_str!("sql/source.sql");
-const STORE_SQL: &str = include_str!("sql/store.sql");
-const DELIVER_SQL: &str = include_str!("sql/deliver.sql");
 
-/// The routines that store events in one table, and their names.
-#[derive(Clone)]
-pub struct Routines {
-    pub source: String,
-    pub store: String,
-    pub deliver: String,
-    /// What creates them.
-    pub sql: [String; 3],
+/// Creates what is missing in the database, and removes routines that are not of this version and configuration. Returns the
+/// names of what it created, and of what it removed.
+pub async fn migrate(settings: &ConnectSettings) -> Result<(Vec<String>, Vec<String>), DeliverError> {
+    let (mut client, _) = connect(settings, &Pooler::default(), open).await?;
+    create_missing(&mut client, &settings.needs, true).await
 }
 
-/// What [`Routines`] are made of: names, safe in SQL, and expressions.
-pub struct RoutineParts<'a> {
-    pub ledger: &'a str,
-    pub events: &'a str,
-    /// The next `id` of the events.
-    pub next_id: &'a str,
-    /// The column for the command.
-    pub command: &'a str,
-    pub notify_channel: Option<&'a str>,
-    /// The tables that say whose an event is, where they are to be asked.
-    pub projects: Option<&'a str>,
-    pub agents: Option<&'a str>,
+/// The SQL of [`migrate`] for people to read and run: for the database of `settings`, else for an empty one.
+pub async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) -> Result<String, DeliverError> {
+    let Some(settings) = settings else { return sql_for(needs, &Facts::none(needs), None) };
+    let (_client, facts) = connect_and_look(settings).await?;
+    let user = (settings.target)().ok().flatten().map(|target| target.user);
+    sql_for(needs, &facts, user.as_deref())
 }
 
-impl Routines {
-    pub fn new(parts: &RoutineParts<'_>) -> Routines {
-        let notify = parts.notify_channel.map(quote_literal);
-        let notify = notify.map(|channel| format!("PERFORM pg_notify({channel}, _row_id::text);")).unwrap_or_default();
-        let insert = insert_sql(parts);
-        let sql = [SOURCE_SQL, STORE_SQL, DELIVER_SQL].map(|sql| {
-            sql.replace("{insert}", &insert)
-                .replace("{notify}", &notify)
-                .replace("{ledger}", parts.ledger)
-                .replace("{events_literal}", &quote_literal(parts.events))
-                .replace("{events}", parts.events)
-                .replace("{next_id}", parts.next_id)
-                .replace("{flush}", FLUSH)
-                .replace("{row_dropped}", ROW_DROPPED)
-        });
-        let hash = xxhash_rust::xxh3::xxh3_64(sql.concat().as_bytes());
-        let [source, store, deliver] = ["source", "store", "deliver"].map(|name| format!("{name}_{hash:016x}"));
-        let sql =
-            sql.map(|sql| sql.replace("{source}", &source).replace("{store}", &store).replace("{deliver}", &deliver));
-        Routines { source, store, deliver, sql }
-    }
-
-    pub fn names(&self) -> [&String; 3] {
-        [&self.source, &self.store, &self.deliver]
-    }
-}
-
-/// Whose an event is, is looked up where the caller did not say it. What was found may be gone before the row refers to it: then
-/// the row goes without.
-fn insert_sql(parts: &RoutineParts<'_>) -> String {
-    let insert = |project: &str, agent: &str| {
-        format!(
-            "INSERT INTO {{events}} (id, \"timestamp\", event_type, payload, project_id, agent_id, {}, turn_id)
-             OVERRIDING SYSTEM VALUE
-             VALUES (_row_id, _timestamp, _event_type, _json, {project}, {agent}, _command_id, _turn_id);",
-            parts.command
-        )
-    };
-    let given = insert("_project_id", "_agent_id");
-    if parts.projects.is_none() && parts.agents.is_none() {
-        return given;
-    }
-    let project = parts.projects.map(|projects| {
-        format!(
-            "IF _project_id IS NULL THEN
-               SELECT id INTO _found_project FROM {projects} WHERE path = _json->>'project_path' LIMIT 1;
-             END IF;"
-        )
-    });
-    let agent = parts.agents.map(|agents| {
-        format!(
-            "IF _agent_id IS NULL THEN
-               SELECT id INTO _found_agent FROM {agents}
-                WHERE claude_session_id::text = _json->>'session_uuid' ORDER BY id DESC LIMIT 1;
-             END IF;"
-        )
-    });
-    let found = insert("coalesce(_project_id, _found_project)", "coalesce(_agent_id, _found_agent)");
-    format!(
-        "{}{}
-         BEGIN
-           {found}
-         EXCEPTION WHEN foreign_key_violation THEN
-           {given}
-         END;",
-        project.unwrap_or_default(),
-        agent.unwrap_or_default()
-    )
-}
-
-/// Creates what is missing, in one transaction; safe when several do it at once. Gives the names of what it made, and of what
-/// it removed: with `tidy`, routines of other versions.
+/// Creates what is missing, in one transaction; safe when several do it at once. Returns the names of what it created, and of
+/// what it removed: with `tidy`, routines of other versions.
 ///
 /// Waits for no synchronous standby: every event comes later in the write-ahead log, and its own commit waits.
-pub async fn migrate(
+pub async fn create_missing(
     client: &mut Client,
     needs: &Needs,
     tidy: bool,
@@ -158,33 +60,46 @@ pub async fn migrate(
     let now = Facts::find(&transaction, needs).await?;
     let (layout, plain) = (now.layout(needs)?, now.without_owners().layout(needs)?);
     for routines in [&layout.routines, &plain.routines] {
-        if !facts.has_routines(routines) {
+        if !facts.has_routines(&routines.names()) {
             for sql in &routines.sql {
                 run(sql).await?;
             }
         }
     }
+    let mut made = facts.missing(needs)?;
+    let has_views = facts.has_routines(&layout.views.names());
+    if now.has_room_for_views && (tidy || !has_views) {
+        for sql in statements(&layout.views.sql) {
+            run(&sql).await?;
+        }
+        if !has_views {
+            made.extend(["turns", "sessions"].map(|view| format!("{}.{view}", layout.ledger)));
+        }
+    }
     let mut removed = Vec::new();
     if tidy {
-        for name in facts.other_routines(&[&layout.routines, &plain.routines]) {
+        let used = [&layout.routines.names()[..], &plain.routines.names(), &layout.views.names()].concat();
+        for name in facts.other_routines(&used) {
             run(&format!("DROP ROUTINE {}.{}", layout.ledger, quote_identifier(name))).await?;
             removed.push(name.to_owned());
         }
     }
     transaction.commit().await.map_err(|error| step_error(&error))?;
-    Ok((facts.missing(needs)?, removed))
+    Ok((made, removed))
 }
 
-/// The SQL of [`migrate`] for people to read and run: for the database as it is, with the rights that `user` needs where
-/// another one runs it.
-pub fn printable_sql(needs: &Needs, facts: &Facts, user: Option<&str>) -> Result<String, DeliverError> {
+/// The SQL for the database as it is, with the rights that `user` needs where another one runs it.
+fn sql_for(needs: &Needs, facts: &Facts, user: Option<&str>) -> Result<String, DeliverError> {
     let mut sql = vec!["BEGIN ISOLATION LEVEL READ COMMITTED".to_owned()];
     sql.extend(table_statements(needs, facts)?);
     let (layout, plain) = (facts.layout(needs)?, facts.without_owners().layout(needs)?);
     for routines in [&layout.routines, &plain.routines] {
-        if !facts.has_routines(routines) {
+        if !facts.has_routines(&routines.names()) {
             sql.extend(routines.sql.iter().cloned());
         }
+    }
+    if facts.has_room_for_views && !facts.has_routines(&layout.views.names()) {
+        sql.extend(statements(&layout.views.sql));
     }
     if let Some(user) = user.map(quote_identifier) {
         let ledger = &layout.ledger;
@@ -227,12 +142,6 @@ fn statements(sql: &str) -> impl Iterator<Item = String> {
     sql.split(";\n").map(|statement| statement.trim().to_owned()).filter(|statement| !statement.is_empty())
 }
 
-/// A literal that is right whatever standard_conforming_strings says.
-pub fn quote_literal(text: &str) -> String {
-    let escaped = text.replace('\\', "\\\\").replace('\'', "''");
-    if text.contains('\\') { format!("E'{escaped}'") } else { format!("'{escaped}'") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,7 +158,7 @@ mod tests {
     #[test]
     fn printed_sql_has_no_placeholder_left() {
         let needs = needs();
-        let sql = printable_sql(&needs, &Facts::none(&needs), Some("me")).unwrap();
+        let sql = sql_for(&needs, &Facts::none(&needs), Some("me")).unwrap();
         for name in
             ["schema", "events", "ledger", "store", "deliver", "insert", "notify", "next_id", "flush", "row_dropped"]
         {
@@ -257,11 +166,5 @@ mod tests {
         }
         assert!(sql.contains("CREATE TABLE \"audit\".\"my \"\"events\"\"\""), "{sql}");
         assert!(sql.contains("CREATE SCHEMA IF NOT EXISTS \"it's\""), "{sql}");
-    }
-
-    #[test]
-    fn literals_are_quoted() {
-        assert_eq!(quote_literal("it's"), "'it''s'");
-        assert_eq!(quote_literal("a\\b"), "E'a\\\\b'");
     }
 }

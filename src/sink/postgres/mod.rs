@@ -34,9 +34,11 @@ mod cancel;
 mod connect;
 mod inspection;
 mod layout;
+mod migration;
 mod notices;
+mod pool;
+mod routines;
 mod rows;
-mod schema;
 mod session;
 mod tls;
 mod verdict;
@@ -45,17 +47,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use uuid::Uuid;
-
 pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
-pub use self::connect::{ConnectSettings, TargetSource, migrate, printable_sql};
-use self::connect::{Connections, PooledSession};
+pub use self::connect::{ConnectSettings, TargetSource};
 pub use self::inspection::{Inspection, inspect};
 pub use self::layout::Needs;
+pub use self::migration::{migrate, printable_sql};
+use self::pool::{Connections, PooledSession};
 use self::rows::{Answer, Head};
-use self::session::Session;
+use self::session::{Link, Session};
+use self::verdict::predecessor_missing;
 use super::{DeliverError, Delivered, Delivery, Place, Sink, Verdict};
-use crate::event::{Envelope, Sequence, Timestamp};
+use crate::event::{Envelope, Timestamp};
 
 /// How long a server may take to answer when nothing is asked of it.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -85,14 +87,6 @@ struct Line {
     newest_bytes: u64,
 }
 
-/// What the envelope that follows must find in the ledger.
-#[derive(Clone, Copy)]
-struct Link {
-    sequence: Sequence,
-    event_id: Uuid,
-    window_time: Timestamp,
-}
-
 /// A window that was sent, its answers to come.
 struct SentWindow<'a> {
     envelopes: &'a [Envelope],
@@ -104,12 +98,6 @@ struct SentWindow<'a> {
     last: Option<Answer<'a, bool>>,
     /// How long its answers may take.
     limit: Duration,
-}
-
-impl Link {
-    fn new(envelope: &Envelope, window_time: Timestamp) -> Link {
-        Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time }
-    }
 }
 
 impl PostgresSink {
@@ -253,21 +241,5 @@ impl Sink for PostgresSink {
         let session = self.open_session(&mut line).await?;
         drop(line);
         if known { session.check(PROBE_TIMEOUT).await } else { Ok(()) }
-    }
-}
-
-fn no_answer(waited: Duration) -> DeliverError {
-    DeliverError {
-        verdict: Verdict::Again,
-        sqlstate: None,
-        message: format!("the server did not answer within {} ms", waited.as_millis()),
-    }
-}
-
-fn predecessor_missing() -> DeliverError {
-    DeliverError {
-        verdict: Verdict::Again,
-        sqlstate: None,
-        message: "the receipt of the event before this one, or a row of event_sources, is not there".to_owned(),
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! The warning's text is translated and its code (01000) is that of any warning. The name of the function in the server
 //! that raises it is neither; a warning without such a name counts too. `client_min_messages` can hide warnings:
-//! [`FLUSH`](super::schema::FLUSH) sees to it that it does not.
+//! [`FLUSH`](super::routines::FLUSH) sees to it that it does not.
 
 use std::future::poll_fn;
 use std::time::Duration;

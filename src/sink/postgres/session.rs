@@ -12,13 +12,13 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::cancel::Canceller;
-use super::connect::{ConnectSettings, Pooler, connect, limited, missing_error, open_watched, within};
+use super::connect::{ConnectSettings, Pooler, connect, limited, open_watched, within};
 use super::layout::{Facts, Layout};
+use super::migration::create_missing;
 use super::notices::Notices;
 use super::rows::{Answer, EventRow, Head, send_all, send_one};
-use super::verdict::{deliver_error, session_outlives, step_error};
-use super::{Link, no_answer, predecessor_missing, schema};
-use crate::event::{Envelope, Timestamp};
+use super::verdict::{deliver_error, missing_error, no_answer, predecessor_missing, session_outlives, step_error};
+use crate::event::{Envelope, Sequence, Timestamp};
 use crate::sink::{DeliverError, Delivered, Verdict};
 
 /// How long a server that has not answered is given to say, when its statement is cancelled, what it was waiting for.
@@ -28,6 +28,20 @@ const CANCEL_TIMEOUT: Duration = Duration::from_millis(500);
 const MIGRATION_MAX: Duration = Duration::from_secs(600);
 
 const LOCK_HOLDER_SQL: &str = include_str!("sql/lock_holder.sql");
+
+/// What the envelope that follows must find in the ledger.
+#[derive(Clone, Copy)]
+pub struct Link {
+    pub sequence: Sequence,
+    pub event_id: Uuid,
+    pub window_time: Timestamp,
+}
+
+impl Link {
+    pub fn new(envelope: &Envelope, window_time: Timestamp) -> Link {
+        Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time }
+    }
+}
 
 /// A connection on which deliveries can be made.
 pub struct Session {
@@ -46,7 +60,7 @@ impl Session {
         let missing = facts.missing(needs)?;
         if !missing.is_empty() {
             let made = if settings.auto_migrate {
-                let making = tokio::time::timeout(MIGRATION_MAX, schema::migrate(&mut client, needs, false));
+                let making = tokio::time::timeout(MIGRATION_MAX, create_missing(&mut client, needs, false));
                 making.await.unwrap_or_else(|_| Err(no_answer(MIGRATION_MAX)))
             } else {
                 Err(missing_error(&missing))

@@ -3,8 +3,12 @@
 //! Codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>. A code that is not listed pauses the
 //! drainer (`Operator`): an unknown code never sets an event aside.
 
-use super::schema::ROW_DROPPED;
+use std::time::Duration;
+
 use crate::sink::{DeliverError, Verdict};
+
+/// SQLSTATE of our own: a trigger dropped the row.
+pub const ROW_DROPPED: &str = "HW001";
 
 /// The verdict on a code. `None`: the connection failed before the server could speak.
 pub fn verdict(sqlstate: Option<&str>) -> Verdict {
@@ -30,7 +34,7 @@ pub fn verdict(sqlstate: Option<&str>) -> Verdict {
 /// looks anew for the server (it may have become a standby), the tables, the privileges and the password.
 pub fn session_outlives(error: &DeliverError) -> bool {
     match error.sqlstate.as_deref() {
-        Some("40001" | "40P01" | "55P03" | "57014") => true,
+        Some("40001" | "40P01" | "55P03" | "57014" | "23505") => true,
         Some(_) => error.verdict == Verdict::Event,
         None => false,
     }
@@ -101,6 +105,8 @@ pub fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverEr
     }
     let is_own = |table: &str| matches!(table, "event_receipts" | "event_sources");
     let verdict = match verdict(Some(code)) {
+        // Another delivery of this event came first: it is found when this one is sent again.
+        Verdict::Event if code == "23505" && db.table() == Some("event_receipts") => Verdict::Again,
         // A trigger or constraint that someone put on the ledger is nothing that an event could be blamed for.
         Verdict::Event if db.table().is_some_and(is_own) => Verdict::Operator,
         Verdict::Event if code == "23505" && detail.contains("(id)=(") => {
@@ -176,6 +182,36 @@ fn connection_error(error: &tokio_postgres::Error) -> DeliverError {
     };
     add(&mut message, way_out);
     DeliverError { verdict: Verdict::Operator, sqlstate: None, message }
+}
+
+/// The server did not answer in time.
+pub fn no_answer(waited: Duration) -> DeliverError {
+    DeliverError {
+        verdict: Verdict::Again,
+        sqlstate: None,
+        message: format!("the server did not answer within {} ms", waited.as_millis()),
+    }
+}
+
+/// The event before it is not stored, so this one may not be.
+pub fn predecessor_missing() -> DeliverError {
+    DeliverError {
+        verdict: Verdict::Again,
+        sqlstate: None,
+        message: "the receipt of the event before this one, or a row of event_sources, is not there".to_owned(),
+    }
+}
+
+/// What the program needs is missing, and may not be created.
+pub fn missing_error(missing: &[String]) -> DeliverError {
+    DeliverError {
+        verdict: Verdict::Operator,
+        sqlstate: None,
+        message: format!(
+            "missing in the database: {}; run \"headspace-watcher migrate\" or set database.auto_migrate",
+            missing.join(", ")
+        ),
+    }
 }
 
 #[cfg(test)]

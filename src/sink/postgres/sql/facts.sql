@@ -37,4 +37,8 @@ SELECT EXISTS (SELECT FROM events) AS has_events,
                  JOIN pg_attribute ON attrelid = known.oid AND attname IN ('id', 'source_id') AND atttypid = 'integer'::regtype
                 WHERE name IN ('receipts', 'sources')) AS has_narrow_ids,
        (SELECT count(*) = 2 FROM known WHERE name IN ('earlier receipts', 'earlier sources')) AS has_earlier_ledger,
+       NOT EXISTS (SELECT FROM pg_class
+                    WHERE relnamespace = to_regnamespace(quote_ident($3)) AND relname IN ('turns', 'sessions')
+                      AND (relkind <> 'v' OR obj_description(oid, 'pg_class') NOT LIKE 'headspace-watcher: %'
+                           OR obj_description(oid, 'pg_class') IS NULL)) AS has_room_for_views,
        ARRAY(SELECT proname::text FROM pg_proc WHERE pronamespace = to_regnamespace(quote_ident($3))) AS routines

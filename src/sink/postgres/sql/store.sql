@@ -1,11 +1,11 @@
--- Stores one event exactly once. Gives whether it was new; null where the event before it was not dealt with in this
+-- Stores one event exactly once. Returns whether it was new; null where the event before it was not dealt with in this
 -- delivery: then nothing was done.
 --
 -- The receipt refuses a second copy. A copy marks the receipt, so that the event after it finds it dealt with, and so that
 -- its commit writes: a transaction that writes nothing flushes nothing.
 CREATE OR REPLACE FUNCTION {ledger}.{store}(
   _durable boolean, _window_time timestamptz, _predecessor uuid, _predecessor_time timestamptz,
-  -- Whether it may have been stored before. Where that is not expected and so it is, a number is used up.
+  -- Whether it may have been stored before.
   _is_known boolean,
   _event_id uuid, _source_id bigint, _byte_offset bigint, _captured_at timestamptz,
   _timestamp timestamptz, _event_type text, _payload bytea,
@@ -14,7 +14,6 @@ CREATE OR REPLACE FUNCTION {ledger}.{store}(
 DECLARE
   _setting text;
   _row_id bigint;
-  _is_new boolean;
   _json jsonb;
   _found_project integer;
   _found_agent integer;
@@ -35,23 +34,7 @@ BEGIN
       RETURN false;
     END IF;
   END IF;
-  _json := convert_from(_payload, 'UTF8')::jsonb;
-  _row_id := {next_id};
-  INSERT INTO {ledger}.event_receipts AS r (event_id, row_id, source_id, byte_offset, captured_at, delivered_at)
-  VALUES (_event_id, _row_id, _source_id, _byte_offset, _captured_at, _window_time)
-  ON CONFLICT (event_id) DO UPDATE SET seen_again_at = _window_time
-  RETURNING r.seen_again_at IS NULL INTO _is_new;
-  IF NOT _is_new THEN
-    RETURN false;
-  END IF;
-  {insert}
-  -- A trigger may store the row elsewhere (inheritance), and may drop it.
-  IF NOT FOUND THEN
-    IF NOT EXISTS (SELECT FROM {events} WHERE id = _row_id) THEN
-      RAISE EXCEPTION 'a trigger on % drops rows', {events_literal} USING ERRCODE = '{row_dropped}';
-    END IF;
-  END IF;
-  {notify}
+{row_of_one}
   RETURN true;
 END
 $store$
