@@ -1,15 +1,15 @@
-//! What the operator decides: `config.yaml`, its twins in the environment, and how to reach Postgres.
+//! Configuration: `config.yaml`, its environment overrides, and how to reach Postgres.
 //!
-//! [`Config::load`] reads everything once, checks it whole and answers with typed values or with every mistake at once,
-//! each naming file, line, key, what was expected and what was found. It touches nothing but the file it is given:
-//! environment and current folder are arguments ([`Environment`]).
+//! [`Config::load`] reads everything once and returns typed values, or every mistake at once, each naming file, line, key,
+//! what was expected and what was found. It reads no file but the one it is given: environment and current folder are
+//! arguments ([`Environment`]).
 //!
 //! ```text
-//! built-in default  <  config.yaml  <  HEADSPACE_SECTION__KEY
+//! config/defaults.yaml (compiled in)  <  config.yaml  <  HEADSPACE_SECTION__KEY
 //! ```
 //!
-//! One table, `keys::KEYS`, declares every key with its default, range, unit and meaning. Defaults, range errors,
-//! nearest-key suggestions, the environment twins and the shipped `config.yaml` all come from it.
+//! The structs below say which keys there are, and their ranges; `defaults.yaml` gives each its default. The documented
+//! `config.yaml` is a copy of `defaults.yaml`; a test holds the three together.
 //!
 //! Secrets (`database.url`, `http.token`, passwords) are [`Secret`]s: they never show in a log or an error.
 
@@ -19,23 +19,25 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Deserialize;
+
 mod database;
 mod environment;
-mod keys;
 mod load;
-mod problem;
+mod values;
 mod yaml;
 
-pub use database::{ChannelBinding, ClientCertificate, DatabaseHost, DatabaseTarget, Keepalive, Ssl, SslMode};
+pub use database::{ClientCertificate, DatabaseHost, DatabaseTarget, Ssl, SslMode};
 pub use environment::Environment;
-pub use keys::document;
-pub use problem::{ConfigError, Place, Problem};
+
+use values::*;
 
 /// File that is read from the current folder when none is named.
 pub const CONFIG_FILE: &str = "config.yaml";
 
 /// Everything that can be configured, checked. Paths are absolute.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Config {
     pub claude: ClaudeConfig,
     pub file_watcher: FileWatcherConfig,
@@ -49,75 +51,108 @@ pub struct Config {
 }
 
 /// Section `claude`: where Claude Code keeps what is watched.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ClaudeConfig {
     /// At least one; none of them is or lies in another.
+    #[serde(rename = "projects_path", deserialize_with = "paths")]
     pub projects_paths: Vec<PathBuf>,
 }
 
 /// Section `file_watcher`: how transcripts are followed.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FileWatcherConfig {
     /// Time between rescans; notifications only make it faster.
+    #[serde(deserialize_with = "seconds::<50, 3_600_000, _>")]
     pub polling_interval: Duration,
     /// Quiet after which a session has ended.
+    #[serde(deserialize_with = "seconds::<100, 3_153_600_000_000, _>")]
     pub inactivity_timeout: Duration,
     /// How long changes of one file are gathered before it is read; zero reads at once.
+    #[serde(deserialize_with = "seconds::<0, 60_000, _>")]
     pub debounce_interval: Duration,
+    #[serde(deserialize_with = "bytes::<4096, 0x4000_0000, _>")]
     pub max_line_bytes: u64,
 }
 
-/// Section `event_system`: tries, restarts, limits.
-#[derive(Clone, Debug, PartialEq)]
+/// Section `event_system`: retries, restarts, limits.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EventSystemConfig {
+    #[serde(deserialize_with = "whole::<1, 100, _, _>")]
     pub write_retry_attempts: u32,
     /// First pause after a failed write (`write_retry_delay_ms`).
+    #[serde(rename = "write_retry_delay_ms", deserialize_with = "milliseconds::<1, 60_000, _>")]
     pub write_retry_delay: Duration,
     /// What the doubling pause grows to (`write_retry_max_delay_ms`); never below `write_retry_delay`.
+    #[serde(rename = "write_retry_max_delay_ms", deserialize_with = "milliseconds::<1, 600_000, _>")]
     pub write_retry_max_delay: Duration,
+    #[serde(deserialize_with = "whole::<1, 60, _, _>")]
     pub max_restarts_per_minute: u32,
     /// Time within which a stop must be done (`shutdown_timeout_seconds`).
+    #[serde(rename = "shutdown_timeout_seconds", deserialize_with = "seconds::<100, 60_000, _>")]
     pub shutdown_timeout: Duration,
+    #[serde(deserialize_with = "bytes::<1024, 0x1000_0000, _>")]
     pub max_event_bytes: u64,
 }
 
 /// Section `database`: how events are delivered.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DatabaseConfig {
+    #[serde(deserialize_with = "connection_string")]
     pub url: Option<ConnectionString>,
+    #[serde(deserialize_with = "whole::<1, 64, _, _>")]
     pub pool_size: u32,
     /// Time for one attempt to connect (`connect_timeout_ms`).
+    #[serde(rename = "connect_timeout_ms", deserialize_with = "milliseconds::<10, 60_000, _>")]
     pub connect_timeout: Duration,
     /// Limit for one statement (`statement_timeout_ms`).
+    #[serde(rename = "statement_timeout_ms", deserialize_with = "milliseconds::<100, 3_600_000, _>")]
     pub statement_timeout: Duration,
+    #[serde(deserialize_with = "table_name")]
     pub events_table: TableName,
     /// Schema of the program's own tables and routines.
+    #[serde(deserialize_with = "name::<63, _>")]
     pub ledger_schema: String,
+    #[serde(deserialize_with = "flag")]
     pub auto_migrate: bool,
+    #[serde(deserialize_with = "optional_name::<63, _>")]
     pub notify_channel: Option<String>,
     /// What this machine is called in `event_sources`; `None`: what it calls itself.
+    #[serde(deserialize_with = "optional_name::<253, _>")]
     pub host_name: Option<String>,
 }
 
 /// Section `queue`: where events wait.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueConfig {
+    #[serde(deserialize_with = "path")]
     pub path: PathBuf,
     /// Folder in which hooks leave their events while the watcher is down; never inside `path`.
+    #[serde(deserialize_with = "path")]
     pub spool_path: PathBuf,
+    #[serde(deserialize_with = "bytes::<0x10_0000, 0x100_0000_0000, _>")]
     pub max_pending_bytes: u64,
     /// Transactions in flight at once, in order.
+    #[serde(deserialize_with = "whole::<1, 4096, _, _>")]
     pub drain_window: usize,
 }
 
-/// Section `http`: the watcher's own door.
-#[derive(Clone, Debug, PartialEq)]
+/// Section `http`: the watcher's own server.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HttpConfig {
     /// `None` turns TCP off. An address that is not loopback comes with a configured token only.
+    #[serde(deserialize_with = "address")]
     pub listen: Option<SocketAddr>,
     /// The Unix socket, short enough to be bound.
+    #[serde(deserialize_with = "path")]
     pub socket: PathBuf,
     /// What callers on TCP show; `None`: the one in [`HttpConfig::token_file`].
+    #[serde(deserialize_with = "token")]
     pub token: Option<Secret>,
 }
 
@@ -129,14 +164,18 @@ impl HttpConfig {
 }
 
 /// Section `schemas`: additions to the built-in event types.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SchemasConfig {
+    #[serde(deserialize_with = "optional_path")]
     pub path: Option<PathBuf>,
 }
 
 /// Section `hooks`: what of a hook's input is kept.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HooksConfig {
+    #[serde(deserialize_with = "capture")]
     pub capture: HookCapture,
 }
 
@@ -149,11 +188,14 @@ pub enum HookCapture {
     Full,
 }
 
-/// Section `redact`: what is struck out of text before anything is written.
-#[derive(Clone, Debug, PartialEq)]
+/// Section `redact`: redaction of secrets before events are stored.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RedactConfig {
+    #[serde(deserialize_with = "flag")]
     pub enabled: bool,
     /// Added to the built-in set for keys and tokens. Not compiled here.
+    #[serde(deserialize_with = "texts::<100, 1000, _>")]
     pub patterns: Vec<String>,
 }
 
@@ -165,6 +207,8 @@ pub struct Loaded {
     pub file: Option<PathBuf>,
     /// Names of the environment variables that set a key.
     pub variables: Vec<String>,
+    /// Sections and keys of the file that belong to other programs, and are not used.
+    pub unused: Vec<String>,
     /// The effective value of each key, by `section.key`.
     values: BTreeMap<String, Secret>,
 }
@@ -190,15 +234,30 @@ impl Config {
     /// # Errors
     /// Every mistake found, not only the first.
     pub fn load(file: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
-        load::load(file, environment)
+        let (loaded, issues) = load::load(file, environment);
+        if issues.is_empty() { Ok(loaded) } else { Err(ConfigError(issues)) }
     }
 
-    /// As [`Config::load`], for who must go on whatever is wrong: what can't be used has its default. Says also whether
-    /// nothing was wrong.
+    /// As [`Config::load`], for callers that must continue whatever is wrong: wrong values are replaced by defaults.
+    /// Also returns whether nothing was wrong.
     pub fn load_leniently(file: Option<&Path>, environment: &Environment) -> (Loaded, bool) {
-        load::load_leniently(file, environment)
+        let (loaded, issues) = load::load(file, environment);
+        (loaded, issues.is_empty())
     }
 }
+
+/// A configuration that can't be used: one line for each mistake, such as
+/// `config.yaml:12: database.pool_size: expected a whole number from 1 to 64, found "many"`. Exit code 78.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError(Vec<String>);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
 
 /// A text that must not be seen: `Debug` and `Display` mask it.
 #[derive(Clone, PartialEq, Eq)]
@@ -243,33 +302,14 @@ impl fmt::Display for Secret {
     }
 }
 
-/// `database.url` as it was given: it may hold a password, and knows who gave it.
+/// `database.url` as it was given: it may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionString {
     text: Secret,
-    place: Place,
+    /// Where it was given, for messages: `config.yaml:2: database.url`.
+    location: String,
     /// Folder to which paths in it are relative.
     folder: PathBuf,
-}
-
-impl ConnectionString {
-    /// `text` as it was given at `place`; relative paths in it are relative to `folder`.
-    ///
-    /// # Errors
-    /// What is wrong with it, without any secret.
-    pub fn parse(text: &str, place: Place, folder: &Path) -> Result<Self, String> {
-        database::parse(text)?;
-        Ok(ConnectionString { text: Secret::new(text), place, folder: folder.to_owned() })
-    }
-
-    /// Who gave it, for messages: `database.url in config.yaml`.
-    fn source(&self) -> String {
-        match &self.place {
-            Place::File { path, .. } => format!("database.url in {}", path.display()),
-            Place::Variable(name) => name.clone(),
-            Place::Default => "database.url".to_owned(),
-        }
-    }
 }
 
 /// Name of a table, with its schema where one was given. Written exactly as in the database: case matters.
@@ -285,46 +325,31 @@ impl TableName {
 
     /// Reads `table`, `schema.table` or, for names with dots in them, `"sche.ma"."table"`.
     pub fn parse(text: &str) -> Option<Self> {
-        let mut names = Vec::new();
-        let mut rest = text;
-        loop {
-            let (name, after) = Self::name(rest)?;
-            if name.is_empty() || name.len() > Self::NAME_BYTES_MAX || name.contains('\0') {
-                return None;
-            }
-            names.push(name);
-            match after.strip_prefix('.') {
-                Some(more) => rest = more,
-                None if after.is_empty() => break,
-                None => return None,
-            }
+        let (first, rest) = Self::identifier(text)?;
+        if rest.is_empty() {
+            return Some(TableName { schema: None, table: first });
         }
-        let table = names.pop()?;
-        let schema = names.pop();
-        names.is_empty().then_some(TableName { schema, table })
+        let (table, rest) = Self::identifier(rest.strip_prefix('.')?)?;
+        rest.is_empty().then_some(TableName { schema: Some(first), table })
     }
 
-    /// The first name of `text` and what follows it.
-    fn name(text: &str) -> Option<(String, &str)> {
-        let Some(quoted) = text.strip_prefix('"') else {
-            let end = text.find('.').unwrap_or(text.len());
-            let (name, after) = text.split_at(end);
-            let plain = !name.contains(|c: char| c == '"' || c.is_whitespace() || c.is_control());
-            return plain.then(|| (name.to_owned(), after));
-        };
-        let mut name = String::new();
-        let mut rest = quoted;
-        loop {
-            let (part, after) = rest.split_once('"')?;
-            name.push_str(part);
-            match after.strip_prefix('"') {
-                Some(more) => {
-                    name.push('"');
-                    rest = more;
-                }
-                None => return Some((name, after)),
+    /// The identifier at the start of `text`, without its quotes, and what follows it.
+    fn identifier(text: &str) -> Option<(String, &str)> {
+        let (name, rest) = match text.strip_prefix('"') {
+            Some(quoted) => {
+                // A quote in the name is doubled.
+                let end = quoted.replace("\"\"", "__").find('"')?;
+                (quoted.get(..end)?.replace("\"\"", "\""), quoted.get(end + 1..)?)
             }
-        }
+            None => {
+                let (name, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
+                if name.contains(|c: char| c == '"' || c.is_whitespace() || c.is_control()) {
+                    return None;
+                }
+                (name.to_owned(), rest)
+            }
+        };
+        ((1..=Self::NAME_BYTES_MAX).contains(&name.len()) && !name.contains('\0')).then_some((name, rest))
     }
 
     /// The name as it is safe to stand in SQL.

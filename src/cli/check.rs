@@ -88,7 +88,10 @@ fn configuration(context: &Context) -> Finding {
     if !context.loaded.variables.is_empty() {
         text.push_str(&format!("; set by the environment: {}", context.loaded.variables.join(", ")));
     }
-    Finding::Fine(text)
+    if context.loaded.unused.is_empty() {
+        return Finding::Fine(text);
+    }
+    Finding::Note(format!("{text}; of another program, not used here: {}", context.loaded.unused.join(", ")))
 }
 
 fn schemas(config: &Config) -> Finding {

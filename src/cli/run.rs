@@ -22,6 +22,9 @@ const FILES_WANTED: u64 = 8192;
 pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
     tame_allocator();
     context.start_logging();
+    if !context.loaded.unused.is_empty() {
+        warn!(unused = context.loaded.unused.join(", "), "the configuration has sections or keys of another program");
+    }
     allow_files();
     let (target, has_database) = context.target()?;
     let until = if arguments.until_idle { Until::Idle } else { Until::Stopped };

@@ -5,8 +5,6 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
 use std::{fmt, io};
 
-use super::{Place, Problem};
-
 /// What surrounds the process. An argument everywhere, so that a test needs no environment of its own.
 #[derive(Clone)]
 pub struct Environment {
@@ -66,17 +64,10 @@ impl Environment {
         }
     }
 
-    /// A variable that is set and not empty, as text.
-    pub(super) fn text(&self, name: &str) -> Result<Option<&str>, Problem> {
-        self.set(name)
-            .map(|value| {
-                value.to_str().ok_or_else(|| Problem {
-                    place: Place::Variable(name.to_owned()),
-                    key: None,
-                    message: "expected UTF-8 text".to_owned(),
-                })
-            })
-            .transpose()
+    /// A variable that is set and not empty, as text. The error is for people.
+    pub(super) fn text(&self, name: &str) -> Result<Option<&str>, String> {
+        let Some(value) = self.set(name) else { return Ok(None) };
+        value.to_str().map(Some).ok_or_else(|| format!("environment {name}: expected UTF-8 text"))
     }
 
     /// A variable that is set and not empty.

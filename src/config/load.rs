@@ -1,19 +1,37 @@
-//! From file and environment to a checked [`Config`], gathering every mistake on the way.
+//! From file and environment to a checked [`Config`], collecting every mistake.
+//!
+//! Each value is deserialized on its own, in a configuration that has all other keys at their defaults: so one mistake
+//! does not hide the next, and an error always belongs to one key, whose line is known.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::environment::{Environment, absolute};
-use super::keys::{self, Giver, KEYS, Key, Kind, Refusal, SECTIONS, VARIABLE_PREFIX};
-use super::problem::{ConfigError, Place, Problem};
-use super::yaml::{self, Node, Value};
-use super::{
-    CONFIG_FILE, ClaudeConfig, Config, DatabaseConfig, EventSystemConfig, FileWatcherConfig, HookCapture, HooksConfig,
-    HttpConfig, Loaded, QueueConfig, RedactConfig, SchemasConfig, Secret, TableName,
-};
+use super::yaml::{self, Node};
+use super::{CONFIG_FILE, Config, Loaded, Secret, database};
 use crate::regular_file;
+
+/// Every key with its default.
+const DEFAULTS: &str = include_str!("defaults.yaml");
+
+/// Prefix of the environment overrides; two underscores follow the section.
+const VARIABLE_PREFIX: &str = "HEADSPACE_";
+
+/// Values of these are never shown.
+const SECRETS: [&str; 2] = ["database.url", "http.token"];
+
+const PATHS: [&str; 5] = [PROJECTS, "queue.path", "queue.spool_path", "http.socket", "schemas.path"];
+const PROJECTS: &str = "claude.projects_path";
+
+/// Keys of Claude Headspace's own in sections that both programs have.
+const CLAUDE_HEADSPACE_KEYS: [(&str, &[&str]); 3] = [
+    ("database", &["host", "port", "name", "user", "password", "pool_timeout"]),
+    ("file_watcher", &["reconciliation_interval", "awaiting_input_timeout"]),
+    ("hooks", &["enabled", "polling_interval_with_hooks", "fallback_timeout"]),
+];
 
 /// A larger file is no configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -21,27 +39,10 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Longest path of a Unix socket that the system takes, its closing zero byte not counted.
 const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
 
-pub(super) fn load(file: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
-    let (loaded, mut problems) = gather(file, environment);
-    if problems.is_empty() {
-        return Ok(loaded);
-    }
-    problems.sort_by_key(|problem| match &problem.place {
-        Place::File { line, .. } => (0, line.unwrap_or(0)),
-        _ => (1, 0),
-    });
-    Err(ConfigError::new(problems))
-}
-
-/// What can be used of the configuration, and whether that is all of it. Where it can't, built-in defaults serve.
-pub(super) fn load_leniently(file: Option<&Path>, environment: &Environment) -> (Loaded, bool) {
-    let (loaded, problems) = gather(file, environment);
-    (loaded, problems.is_empty())
-}
-
-/// Reads everything; keys with a problem have their defaults. A file that can't be read as YAML is the only problem.
-fn gather(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<Problem>) {
-    // How the file is called in messages, and where it is.
+/// What can be used of the configuration, with defaults for the rest, and every mistake in a line of its own. A file
+/// that can't be read as YAML is the only mistake.
+pub(super) fn load(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<String>) {
+    // The name of the file in messages, and its path.
     let implied = || {
         let found = environment.folder().join(CONFIG_FILE).symlink_metadata().is_ok();
         found.then(|| PathBuf::from(CONFIG_FILE))
@@ -50,517 +51,358 @@ fn gather(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<Proble
     let path = name.as_ref().map(|name| absolute(environment.folder(), name));
     let folder = path.as_ref().and_then(|path| path.parent()).unwrap_or(environment.folder());
 
-    let mut reading = Reading {
-        config: blank(),
-        values: BTreeMap::new(),
-        environment,
-        folder,
-        places: HashMap::new(),
-        seen: HashMap::new(),
-        problems: Vec::new(),
-    };
+    let mut loader = Loader { environment, folder, keys: documented_keys(), issues: Vec::new(), unused: Vec::new() };
     let mut unusable = None;
     if let (Some(name), Some(path)) = (&name, &path) {
-        match tree(name, path) {
-            Ok(Some(root)) => reading.file(name, &root),
+        match read_tree(path) {
+            Ok(Some(root)) => loader.read_file(&name.display().to_string(), &root),
             Ok(None) => {}
-            Err(problem) => unusable = Some(problem),
+            Err(issue) => unusable = Some(format!("{}{issue}", name.display())),
         }
     }
-    let variables = reading.variables();
-    reading.defaults();
-    reading.across_keys();
-    reading.stand_in();
-
-    let Reading { config, values, problems, .. } = reading;
-    (Loaded { config, file: path, variables, values }, unusable.map_or(problems, |problem| vec![problem]))
+    let variables = loader.read_variables();
+    let (config, values) = loader.finish();
+    let Loader { issues, unused, .. } = loader;
+    let issues = unusable.map_or(issues, |issue| vec![issue]);
+    (Loaded { config, file: path, variables, unused, values }, issues)
 }
 
-/// The file `path`, called `name` in messages, as YAML; `None` where nothing is in it.
-fn tree(name: &Path, path: &Path) -> Result<Option<Node>, Problem> {
-    let whole = |line, column, message: String| Problem {
-        place: Place::File { path: name.to_owned(), line, column },
-        key: None,
-        message,
-    };
-    let text = read(path).map_err(|message| whole(None, None, message))?;
-    let text = text_of(text).map_err(|(line, message)| whole(Some(line), None, message))?;
-    yaml::parse(&text).map_err(|error| whole(Some(error.line), Some(error.column), error.message))
-}
-
-/// The bytes of a file, or why they can't be had.
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    regular_file::read(path, FILE_BYTES_MAX).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => "expected a configuration file, found none".to_owned(),
-        ErrorKind::IsADirectory => "expected a configuration file, found a folder".to_owned(),
-        ErrorKind::FileTooLarge => format!("expected a configuration of at most {FILE_BYTES_MAX} bytes, found more"),
-        _ => format!("could not read the configuration: {error}"),
-    })
-}
-
-/// The bytes as text, or the line at which they are none.
-fn text_of(bytes: Vec<u8>) -> Result<String, (usize, String)> {
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let valid = error.as_bytes().iter().take(error.utf8_error().valid_up_to());
-        let line = 1 + valid.filter(|byte| **byte == b'\n').count();
-        (line, "expected UTF-8 text, found other bytes; save the file as UTF-8".to_owned())
+/// The file as YAML; `None` where nothing is in it. The error continues the name of the file.
+fn read_tree(path: &Path) -> Result<Option<Node>, String> {
+    let bytes = regular_file::read(path, FILE_BYTES_MAX)
+        .map_err(|error| format!(": could not read the configuration: {error}"))?;
+    let text = std::str::from_utf8(&bytes).map_err(|error| {
+        let line = 1 + bytes.iter().take(error.valid_up_to()).filter(|byte| **byte == b'\n').count();
+        format!(":{line}: expected UTF-8 text, found other bytes; save the file as UTF-8")
     })?;
-    Ok(match text.strip_prefix('\u{feff}') {
-        Some(rest) => rest.to_owned(),
-        None => text,
-    })
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    yaml::parse(text).map_err(|error| format!(":{}:{}: {}", error.line, error.column, error.message))
 }
 
-/// A value as it was given, before its key has looked at it.
-enum Given {
-    Null,
-    /// `plain` when it may mean a number, a flag or null.
-    Text {
-        text: String,
-        plain: bool,
-    },
-    /// A list; `None` for what is no text in it.
-    List(Vec<Option<String>>),
-    Mapping,
+/// A key with its value: a text, null, or a list.
+struct Key {
+    default: Value,
+    value: Value,
+    /// Where the value was given, for messages; `None` for the default.
+    location: Option<String>,
+    /// It was given a value that it does not accept, and has its default instead.
+    is_wrong: bool,
 }
 
-impl Given {
-    fn from_node(node: &Node) -> Given {
-        match &node.value {
-            _ if node.is_null() => Given::Null,
-            Value::Scalar { text, plain } => Given::Text { text: text.clone(), plain: *plain },
-            Value::Mapping(_) => Given::Mapping,
-            Value::List(items) => Given::List(
-                items
-                    .iter()
-                    .map(|item| match &item.value {
-                        Value::Scalar { text, .. } if !item.is_null() => Some(text.clone()),
-                        _ => None,
-                    })
-                    .collect(),
-            ),
+/// All keys, by `section.key`.
+fn documented_keys() -> BTreeMap<String, Key> {
+    let root = yaml::parse(DEFAULTS).ok().flatten().expect("a test reads the defaults");
+    let mut keys = BTreeMap::new();
+    for (section, content) in root.entries() {
+        for (name, value) in content.entries() {
+            let path = format!("{}.{}", section.text().unwrap_or_default(), name.text().unwrap_or_default());
+            let key = Key { default: value.value(), value: value.value(), location: None, is_wrong: false };
+            keys.insert(path, key);
         }
     }
+    keys
+}
 
-    /// What an environment variable means for `key`. Lists are as in YAML when it starts with `[`; lists of texts may also
-    /// be `a,b`, lists of paths may not, since a path may hold a comma.
-    fn from_variable(key: &Key, text: &str) -> Given {
-        let trimmed = text.trim();
-        if matches!(key.kind, Kind::Texts { .. } | Kind::Paths { .. }) && trimmed.starts_with('[') {
-            return match yaml::parse(trimmed) {
-                Ok(Some(node)) => Given::from_node(&node),
-                Ok(None) | Err(_) => Given::Text { text: text.to_owned(), plain: true },
-            };
-        }
-        if let Kind::Texts { .. } = key.kind {
-            let items = trimmed.split(',').map(str::trim).filter(|item| !item.is_empty());
-            return Given::List(items.map(|item| Some(item.to_owned())).collect());
-        }
-        // A path may be called "~": there, only nothing and the word are null.
-        if text.is_empty() || text == "null" {
-            return Given::Null;
-        }
-        Given::Text { text: text.to_owned(), plain: true }
+/// What an environment variable means for the key `path`. Lists are as in YAML when it starts with `[`; patterns may also
+/// be `a,b`, paths may not, since a path may hold a comma.
+fn from_variable(path: &str, text: &str) -> Value {
+    let trimmed = text.trim();
+    let is_list = trimmed.starts_with('[');
+    if path == "redact.patterns" && !is_list {
+        return trimmed.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
     }
-
-    /// The value as `config.yaml` would have it, with paths absolute and lists as JSON.
-    fn shown(&self, key: &Key, folder: &Path, environment: &Environment) -> String {
-        let located = |text: &String| match environment.locate(text, folder) {
-            Ok(path) => path.display().to_string(),
-            Err(_) => text.clone(),
-        };
-        match (self, &key.kind) {
-            (Given::Text { text, .. }, Kind::Path { .. } | Kind::OptionalPath { .. } | Kind::Paths { .. }) => {
-                located(text)
-            }
-            (Given::Text { text, .. }, _) => text.clone(),
-            (Given::List(items), Kind::Paths { .. }) => {
-                // It was accepted before.
-                let paths = paths(items, key, folder, environment).unwrap_or_default();
-                serde_json::json!(paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
-            }
-            (Given::List(items), _) => serde_json::json!(items).to_string(),
-            (Given::Null | Given::Mapping, _) => "null".to_owned(),
-        }
+    if ["redact.patterns", PROJECTS].contains(&path)
+        && is_list
+        && let Ok(Some(node)) = yaml::parse(trimmed)
+    {
+        return node.value();
     }
+    // A path may be called "~": only nothing and the word are null.
+    if text.is_empty() || text == "null" { Value::Null } else { Value::String(text.to_owned()) }
+}
 
-    /// For messages: what was found, without what may be a secret.
-    fn describe(&self, secret: bool) -> String {
-        /// A longer text says nothing in a message, and may be anything.
-        const SHOWN_CHARS_MAX: usize = 60;
-        match self {
-            Given::Null => "nothing".to_owned(),
-            Given::List(_) => "a list".to_owned(),
-            Given::Mapping => "a section".to_owned(),
-            Given::Text { .. } if secret => "something else (not shown: it may be secret)".to_owned(),
-            // What looks like a URL is one that slipped into the wrong place, perhaps with its password.
-            Given::Text { text, .. } if text.contains("://") || text.chars().count() > SHOWN_CHARS_MAX => {
-                format!("a text of {} characters", text.chars().count())
-            }
-            Given::Text { text, plain: true } if text.parse::<f64>().is_ok_and(f64::is_finite) => text.clone(),
-            Given::Text { text, plain: true } => format!("{text:?}"),
-            Given::Text { text, plain: false } => format!("the quoted text {text:?}"),
+/// The value as `config.yaml` would have it, with lists as JSON.
+fn shown(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// For messages: what was found, without what may be a secret.
+fn describe(value: &Value, is_secret: bool) -> String {
+    /// A longer text says nothing in a message, and may be anything.
+    const SHOWN_CHARS_MAX: usize = 60;
+    match value {
+        Value::Array(items) => match items.iter().position(|item| !item.is_string()) {
+            Some(index) => format!("a list whose entry {} is no text", index + 1),
+            None => format!("a list of length {}", items.len()),
+        },
+        Value::Object(_) => "a section".to_owned(),
+        Value::String(_) if is_secret => "something else (not shown: it may be secret)".to_owned(),
+        // What looks like a URL is one that slipped into the wrong place, perhaps with its password.
+        Value::String(text) if text.contains("://") || text.chars().count() > SHOWN_CHARS_MAX => {
+            format!("a text of {} characters", text.chars().count())
         }
+        Value::String(text) if text.parse::<f64>().is_ok_and(f64::is_finite) => text.clone(),
+        Value::String(text) => format!("{text:?}"),
+        _ => "nothing".to_owned(),
     }
 }
 
-struct Reading<'a> {
-    config: Config,
-    /// What [`Loaded::value`] returns.
-    values: BTreeMap<String, Secret>,
+struct Loader<'a> {
     environment: &'a Environment,
     /// Folder to which relative paths are relative.
     folder: &'a Path,
-    /// Where the value of each key in `config` came from, by `section.key`; keys with a wrong value are missing.
-    places: HashMap<String, Place>,
-    /// Keys of the file or the environment, also wrong ones: these need no default.
-    seen: HashMap<String, usize>,
-    problems: Vec<Problem>,
+    keys: BTreeMap<String, Key>,
+    issues: Vec<String>,
+    /// Sections and keys of other programs.
+    unused: Vec<String>,
 }
 
-impl Reading<'_> {
-    fn file(&mut self, name: &Path, root: &Node) {
-        let at = |line| Place::File { path: name.to_owned(), line: Some(line), column: None };
-        let Value::Mapping(sections) = &root.value else {
-            let message = format!("expected sections such as \"queue:\", found {}", kind_of(root));
-            return self.problem(at(root.line), None, message);
-        };
-        let mut sections_seen = HashMap::new();
-        for (key, value) in sections {
-            let Some(section) = self.name(key, &at, None) else { continue };
-            if !SECTIONS.iter().any(|known| known.name == section) {
-                let hint = nearest_section(section);
-                self.problem(at(key.line), Some(section.to_owned()), format!("unknown section; {hint}"));
+impl Loader<'_> {
+    fn read_file(&mut self, file: &str, root: &Node) {
+        let at = |node: &Node| format!("{file}:{}", node.line);
+        if let Some(found) = no_mapping(root) {
+            return self.issues.push(format!("{}: expected sections such as \"queue:\", found {found}", at(root)));
+        }
+        let mut seen = HashMap::new();
+        for (node, content) in root.entries() {
+            let Some(section) = self.name(node, &at(node)) else { continue };
+            let location = format!("{}: {section}", at(node));
+            if !self.keys.keys().any(|path| section_of(path) == section) {
+                match suggest_section(&self.keys, section) {
+                    Some(hint) => self.issues.push(format!("{location}: unknown section; {hint}")),
+                    None => self.unused.push(section.to_owned()),
+                }
                 continue;
             }
-            if let Some(first) = sections_seen.insert(section, key.line) {
-                let message = format!("expected each section once, found it again: it is already on line {first}");
-                self.problem(at(key.line), Some(section.to_owned()), message);
+            self.expect_once(&mut seen, section, &location, node.line);
+            if let Some(found) = no_mapping(content) {
+                let location = format!("{}: {section}", at(content));
+                self.issues.push(format!("{location}: expected keys with values below it, found {found}"));
             }
-            match &value.value {
-                Value::Mapping(entries) => self.section(section, entries, &at),
-                _ if value.is_null() => {}
-                _ => {
-                    let message = format!("expected keys with values below it, found {}", kind_of(value));
-                    self.problem(at(value.line), Some(section.to_owned()), message);
+            for (node, value) in content.entries() {
+                let Some(name) = self.name(node, &format!("{}: {section}", at(node))) else { continue };
+                let path = format!("{section}.{name}");
+                // A text may start below its key; a list or a section is looked for at its key.
+                let location = format!("{}: {path}", at(if value.text().is_some() { value } else { node }));
+                if CLAUDE_HEADSPACE_KEYS.iter().any(|(own, names)| *own == section && names.contains(&name)) {
+                    self.unused.push(path);
+                } else if !self.keys.contains_key(&path) {
+                    let show = |path: &str| if section_of(path) == section { name_of(path) } else { path }.to_owned();
+                    let hint = suggest_key(&self.keys, section, name, show);
+                    self.issues.push(format!("{location}: unknown key; {hint}"));
+                } else if self.expect_once(&mut seen, &path, &location, node.line) {
+                    self.take(&path, value.value(), location);
                 }
             }
         }
     }
 
-    fn section(&mut self, section: &str, entries: &[(Node, Node)], at: &impl Fn(usize) -> Place) {
-        for (key, value) in entries {
-            let Some(name) = self.name(key, at, Some(section)) else { continue };
-            let path = format!("{section}.{name}");
-            let Some(known) = keys::find(section, name) else {
-                let hint = nearest_key(section, name, |key| match key.section == section {
-                    true => key.name.to_owned(),
-                    false => key.path(),
-                });
-                self.problem(at(key.line), Some(path), format!("unknown key; {hint}"));
-                continue;
-            };
-            if let Some(first) = self.seen.insert(path.clone(), key.line) {
-                let message = format!("expected each key once, found it again: it is already on line {first}");
-                self.problem(at(key.line), Some(path), message);
-                continue;
-            }
-            // A block's first line is below its key, which is where people look.
-            let line = if matches!(value.value, Value::Scalar { .. }) { value.line } else { key.line };
-            let line = if value.is_null() { key.line } else { line };
-            self.take(known, &Given::from_node(value), at(line));
+    /// The name of a section or key; an issue when it is no name. What it is instead is not repeated: a colon without a
+    /// space after it makes a name of a whole URL.
+    fn name<'n>(&mut self, node: &'n Node, location: &str) -> Option<&'n str> {
+        let name = node.text().filter(|text| is_name(text));
+        if name.is_none() {
+            let expected = "expected a name made of letters, digits and _, then a colon and a space";
+            self.issues.push(format!("{location}: {expected}"));
         }
+        name
     }
 
-    /// The text of a section's or a key's name; a problem when it is no name. What it is instead is not repeated: a
-    /// colon without a space after it makes a name of a whole URL.
-    fn name<'n>(&mut self, node: &'n Node, at: &impl Fn(usize) -> Place, section: Option<&str>) -> Option<&'n str> {
-        match &node.value {
-            Value::Scalar { text, .. } if is_name(text) => Some(text),
-            _ => {
-                let message = "expected a name made of letters, digits and _, then a colon and a space";
-                self.problem(at(node.line), section.map(str::to_owned), message.to_owned());
-                None
-            }
+    /// Whether `path` was not on an earlier line; an issue when it was.
+    fn expect_once(&mut self, seen: &mut HashMap<String, usize>, path: &str, location: &str, line: usize) -> bool {
+        let first = seen.insert(path.to_owned(), line);
+        if let Some(first) = first {
+            self.issues.push(format!("{location}: expected once, found it again: it is already on line {first}"));
         }
+        first.is_none()
     }
 
-    /// Takes the twins of keys from the environment; answers with the names of those that set one.
-    fn variables(&mut self) -> Vec<String> {
+    /// Takes the environment overrides; returns the names of those that set a key.
+    fn read_variables(&mut self) -> Vec<String> {
         let mut taken = Vec::new();
-        for (name, value) in self.environment.starting_with(VARIABLE_PREFIX) {
-            let Some((section, key)) = name.strip_prefix(VARIABLE_PREFIX).and_then(|rest| rest.split_once("__")) else {
+        for (variable, value) in self.environment.starting_with(VARIABLE_PREFIX) {
+            let rest = variable.strip_prefix(VARIABLE_PREFIX).unwrap_or_default();
+            let Some((section, name)) = rest.split_once("__") else { continue };
+            let location = format!("environment {variable}");
+            let Some(path) = self.keys.keys().find(|path| variable_of(path) == variable).cloned() else {
+                let names = (is_name(section) && is_name(name)).then_some((section, name));
+                let (section, name) = names.unwrap_or_default();
+                let hint = suggest_key(&self.keys, &section.to_lowercase(), name, variable_of);
+                self.issues.push(format!("{location}: no key has this variable; {hint}"));
                 continue;
             };
-            let place = Place::Variable(name.to_owned());
-            let Some(known) = KEYS.iter().find(|known| known.variable() == name) else {
-                let message = if is_name(section) && is_name(key) {
-                    let hint = nearest_key(&section.to_lowercase(), &key.to_lowercase(), Key::variable);
-                    format!("no key has this variable; {hint}")
-                } else {
-                    "no key has this variable".to_owned()
-                };
-                self.problem(place, None, message);
-                continue;
-            };
-            self.seen.insert(known.path(), 0);
             match value.to_str() {
                 Some(text) => {
-                    self.take(known, &Given::from_variable(known, text), place);
-                    taken.push(name.to_owned());
+                    self.take(&path, from_variable(&path, text), location);
+                    taken.push(variable.to_owned());
                 }
-                None => self.problem(place, None, "expected UTF-8 text, found other bytes".to_owned()),
+                None => self.issues.push(format!("{location}: expected UTF-8 text, found other bytes")),
             }
         }
         taken
     }
 
-    fn defaults(&mut self) {
-        for key in KEYS {
-            if !self.seen.contains_key(&key.path()) {
-                self.take(key, &default_of(key), Place::Default);
-            }
+    /// Gives a key a value if it accepts it, else its default.
+    fn take(&mut self, path: &str, value: Value, location: String) {
+        let accepted = self.accepts(path, &value);
+        if let Some(key) = self.keys.get_mut(path) {
+            key.is_wrong = accepted.is_err();
+            key.value = if key.is_wrong { key.default.clone() } else { value };
+            key.location = Some(location.clone());
+        }
+        if let Err(message) = accepted {
+            self.issues.push(format!("{location}: {message}"));
         }
     }
 
-    /// Gives keys with a wrong value their defaults, for who goes on in spite of that.
-    fn stand_in(&mut self) {
-        for key in KEYS {
-            if !self.places.contains_key(&key.path()) {
-                let giver = Giver { place: &Place::Default, folder: self.folder };
-                // A default that can't serve here (there is no home) leaves the key blank.
-                let _ = accept(key, &default_of(key), &giver, self.environment, &mut self.config);
+    /// Says why a key does not accept a value.
+    fn accepts(&self, path: &str, value: &Value) -> Result<(), String> {
+        self.config(|other, key| if other == path { value.clone() } else { key.default.clone() })
+            .map_err(|expected| format!("expected {expected}, found {}", describe(value, SECRETS.contains(&path))))?;
+        match value {
+            Value::String(text) if path == "database.url" => database::parse(text).map(drop),
+            Value::String(text) if PATHS.contains(&path) => self.locate(Path::new(text)).map(drop),
+            Value::Array(items) if path == PROJECTS => {
+                items.iter().filter_map(Value::as_str).try_for_each(|text| self.locate(Path::new(text)).map(drop))
             }
+            _ => Ok(()),
         }
     }
 
-    /// Stores a value that its key accepts; else remembers why it doesn't.
-    fn take(&mut self, key: &Key, given: &Given, place: Place) {
-        let giver = Giver { place: &place, folder: self.folder };
-        let message = match accept(key, given, &giver, self.environment, &mut self.config) {
-            Ok(()) => {
-                let value = given.shown(key, self.folder, self.environment);
-                self.values.insert(key.path(), Secret::new(value));
-                self.places.insert(key.path(), place);
-                return;
+    /// The absolute path that a value means.
+    fn locate(&self, path: &Path) -> Result<PathBuf, String> {
+        let text = path.to_string_lossy();
+        self.environment.locate(&text, self.folder).map_err(|expected| format!("{expected}, found {text:?}"))
+    }
+
+    /// The configuration that has these values, or what was expected instead of one of them.
+    fn config(&self, value: impl Fn(&str, &Key) -> Value) -> Result<Config, String> {
+        let mut sections: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        for (path, key) in &self.keys {
+            sections.entry(section_of(path)).or_default().insert(name_of(path).to_owned(), value(path, key));
+        }
+        Config::deserialize(serde_json::json!(sections)).map_err(|error| error.to_string())
+    }
+
+    /// The configuration with absolute paths, and the value of each key as `config.yaml` would have it.
+    fn finish(&mut self) -> (Config, BTreeMap<String, Secret>) {
+        let mut config = self.config(|_, key| key.value.clone()).expect("each value was accepted alone");
+        if let (Some(url), Some(key)) = (&mut config.database.url, self.keys.get("database.url")) {
+            (url.location, url.folder) = (key.location.clone().unwrap_or_default(), self.folder.to_owned());
+        }
+        let values = self.keys.iter().map(|(path, key)| (path.clone(), Secret::new(shown(&key.value))));
+        let mut values: BTreeMap<String, Secret> = values.collect();
+        let mut paths = vec![
+            ("queue.path", &mut config.queue.path),
+            ("queue.spool_path", &mut config.queue.spool_path),
+            ("http.socket", &mut config.http.socket),
+        ];
+        paths.extend(config.schemas.path.iter_mut().map(|path| ("schemas.path", path)));
+        paths.extend(config.claude.projects_paths.iter_mut().map(|path| (PROJECTS, path)));
+        for (key, path) in paths {
+            match self.locate(path) {
+                Ok(located) => *path = located,
+                // Only a default can have no path: there is no home.
+                Err(message) => self.require(false, key, key, message),
             }
-            Err(Refusal::Because(message)) => message,
-            Err(Refusal::Other) => format!("expected {}, found {}", key.expected(), given.describe(key.is_secret())),
-        };
-        // A right value of the file goes too: it will not serve, so nothing is checked against it.
-        self.places.remove(&key.path());
-        self.problem(place, Some(key.path()), message);
+            values.insert(key.to_owned(), Secret::new(path.display().to_string()));
+        }
+        // Each once: CLAUDE_CONFIG_DIR can make one of two.
+        let mut projects: Vec<PathBuf> = Vec::new();
+        for folder in std::mem::take(&mut config.claude.projects_paths) {
+            if !projects.iter().any(|other| lies_in(&folder, other) && lies_in(other, &folder)) {
+                projects.push(folder);
+            }
+        }
+        config.claude.projects_paths = projects;
+        if self.keys.get(PROJECTS).is_some_and(|key| key.value.is_array()) {
+            let folders = config.claude.projects_paths.iter().map(|folder| folder.display().to_string());
+            values.insert(PROJECTS.to_owned(), Secret::new(folders.collect::<Value>().to_string()));
+        }
+        self.cross_validate(&config);
+        (config, values)
     }
 
     /// Checks what no key can know alone.
-    fn across_keys(&mut self) {
-        let config = self.config.clone();
+    fn cross_validate(&mut self, config: &Config) {
         let (watcher, events, queue, http) = (&config.file_watcher, &config.event_system, &config.queue, &config.http);
-        self.demand(
-            events.write_retry_max_delay >= events.write_retry_delay,
-            ["event_system.write_retry_max_delay_ms", "event_system.write_retry_delay_ms"],
-            |max, delay| {
-                format!(
-                    "expected {max} not below {delay}, found {} below {}",
-                    events.write_retry_max_delay.as_millis(),
-                    events.write_retry_delay.as_millis()
-                )
-            },
-        );
-        self.demand(
-            watcher.inactivity_timeout >= watcher.polling_interval,
-            ["file_watcher.inactivity_timeout", "file_watcher.polling_interval"],
-            |timeout, interval| {
-                format!(
-                    "expected {timeout} not below {interval}, found {} below {}",
-                    watcher.inactivity_timeout.as_secs_f64(),
-                    watcher.polling_interval.as_secs_f64()
-                )
-            },
-        );
-        self.demand(
-            queue.max_pending_bytes >= events.max_event_bytes,
-            ["queue.max_pending_bytes", "event_system.max_event_bytes"],
-            |pending, event| {
-                format!(
-                    "expected {pending} not below {event}, found {} below {}",
-                    queue.max_pending_bytes, events.max_event_bytes
-                )
-            },
-        );
-        for (inner, outer, [inner_key, outer_key]) in [
-            (&queue.spool_path, &queue.path, ["queue.spool_path", "queue.path"]),
-            (&queue.path, &queue.spool_path, ["queue.path", "queue.spool_path"]),
-            (&http.socket, &queue.path, ["http.socket", "queue.path"]),
-            (&http.socket, &queue.spool_path, ["http.socket", "queue.spool_path"]),
+        let (retry_max, retry) = ("event_system.write_retry_max_delay_ms", "event_system.write_retry_delay_ms");
+        let (timeout, polling) = ("file_watcher.inactivity_timeout", "file_watcher.polling_interval");
+        let (pending, event) = ("queue.max_pending_bytes", "event_system.max_event_bytes");
+        for (holds, upper, lower) in [
+            (events.write_retry_max_delay >= events.write_retry_delay, retry_max, retry),
+            (watcher.inactivity_timeout >= watcher.polling_interval, timeout, polling),
+            (queue.max_pending_bytes >= events.max_event_bytes, pending, event),
+        ] {
+            let found = |path: &str| self.keys.get(path).map(|key| shown(&key.value)).unwrap_or_default();
+            let found = format!("{} below {}", found(upper), found(lower));
+            self.require(holds, upper, lower, format!("expected {upper} not below {lower}, found {found}"));
+        }
+        for (inner_key, inner, outer_key, outer) in [
+            ("queue.spool_path", &queue.spool_path, "queue.path", &queue.path),
+            ("queue.path", &queue.path, "queue.spool_path", &queue.spool_path),
+            ("http.socket", &http.socket, "queue.path", &queue.path),
+            ("http.socket", &http.socket, "queue.spool_path", &queue.spool_path),
         ] {
             // Two equal folders are one mistake, not two.
-            let twice = outer_key == "queue.spool_path" && inner_key == "queue.path" && inner == outer;
-            self.demand(twice || !lies_in(inner, outer), [inner_key, outer_key], |inner_key, outer_key| {
-                format!("expected {inner_key} outside of {outer_key}, found {} in {}", inner.display(), outer.display())
-            });
+            let holds = !lies_in(inner, outer) || inner_key == "queue.path" && inner == outer;
+            let found = format!("{} in {}", inner.display(), outer.display());
+            let message = format!("expected {inner_key} outside of {outer_key}, found {found}");
+            self.require(holds, inner_key, outer_key, message);
         }
-        self.demand(
-            http.listen.is_none_or(|address| address.ip().to_canonical().is_loopback()) || http.token.is_some(),
-            ["http.listen", "http.token"],
-            |_, _| {
-                "expected a loopback address such as 127.0.0.1:5056 while http.token is null: to listen beyond this \
-                 machine, set http.token (HEADSPACE_HTTP__TOKEN); the generated token serves on loopback only"
-                    .to_owned()
-            },
-        );
-        let socket_bytes = http.socket.as_os_str().len();
-        self.demand(socket_bytes <= SOCKET_PATH_BYTES_MAX, ["http.socket", "http.socket"], |_, _| {
-            format!(
-                "expected a path of at most {SOCKET_PATH_BYTES_MAX} bytes, as the system demands of sockets, found \
-                 {socket_bytes}: {}",
-                http.socket.display()
-            )
-        });
+        let folders = &config.claude.projects_paths;
+        for inner in folders.iter().filter(|inner| folders.iter().any(|outer| outer != *inner && lies_in(inner, outer)))
+        {
+            let message = format!("expected folders outside of each other, found {} inside another", inner.display());
+            self.require(false, PROJECTS, PROJECTS, message);
+        }
+        let is_loopback = http.listen.is_none_or(|address| address.ip().to_canonical().is_loopback());
+        let message = "expected a loopback address such as 127.0.0.1:5056 while http.token is null: to listen beyond \
+                       this machine, set http.token (HEADSPACE_HTTP__TOKEN); the generated token serves on loopback only";
+        self.require(is_loopback || http.token.is_some(), "http.listen", "http.token", message.to_owned());
+        let (bytes, socket) = (http.socket.as_os_str().len(), http.socket.display());
+        let expected = format!("a path of at most {SOCKET_PATH_BYTES_MAX} bytes, as the system demands of sockets");
+        let message = format!("expected {expected}, found {bytes}: {socket}");
+        self.require(bytes <= SOCKET_PATH_BYTES_MAX, "http.socket", "http.socket", message);
     }
 
-    /// Adds a problem unless `holds`; at the first of the two keys that was given by someone. Says nothing when a key's
-    /// own value is wrong already.
-    fn demand(&mut self, holds: bool, keys: [&str; 2], message: impl Fn(&str, &str) -> String) {
-        let [first, second] = keys;
-        let (Some(first_place), Some(second_place)) = (self.places.get(first), self.places.get(second)) else { return };
-        if !holds {
-            let blamed = if *first_place == Place::Default { (second, second_place) } else { (first, first_place) };
-            let (key, place) = (blamed.0.to_owned(), blamed.1.clone());
-            self.problem(place, Some(key), message(first, second));
+    /// Adds an issue unless `holds`, at the first of two keys, or at the second where only that was given. None when one
+    /// of their own values is wrong already.
+    fn require(&mut self, holds: bool, first: &str, second: &str, message: String) {
+        let (Some(first_key), Some(second_key)) = (self.keys.get(first), self.keys.get(second)) else { return };
+        if holds || first_key.is_wrong || second_key.is_wrong {
+            return;
         }
-    }
-
-    fn problem(&mut self, place: Place, key: Option<String>, message: String) {
-        self.problems.push(Problem { place, key, message });
+        let location = first_key.location.as_ref().or(second_key.location.as_ref());
+        let location = location.cloned().unwrap_or_else(|| format!("built-in default: {first}"));
+        self.issues.push(format!("{location}: {message}"));
     }
 }
 
-fn default_of(key: &Key) -> Given {
-    match yaml::parse(key.default) {
-        Ok(Some(node)) => Given::from_node(&node),
-        Ok(None) | Err(_) => Given::Null,
-    }
+fn section_of(path: &str) -> &str {
+    path.split_once('.').map_or(path, |(section, _)| section)
 }
 
-/// Checks `given` against `key` and stores it.
-fn accept(
-    key: &Key,
-    given: &Given,
-    giver: &Giver,
-    environment: &Environment,
-    config: &mut Config,
-) -> Result<(), Refusal> {
-    let text = match given {
-        Given::Text { text, .. } => Some(text.as_str()),
-        _ => None,
-    };
-    let plain = match given {
-        Given::Text { text, plain: true } => Some(text.trim()),
-        _ => None,
-    };
-    let within = |min: u64, max: u64| {
-        let number = plain.and_then(|text| text.parse().ok()).filter(|number| (min..=max).contains(number));
-        number.ok_or(Refusal::Other)
-    };
-    match &key.kind {
-        Kind::Whole { min, max, set, .. } => set(config, within(*min, *max)?),
-        Kind::Milliseconds { min, max, set } => set(config, Duration::from_millis(within(*min, *max)?)),
-        Kind::Seconds { min, max, set } => {
-            let number = plain.and_then(decimal).filter(|number| (*min..=*max).contains(number));
-            set(config, Duration::from_secs_f64(number.ok_or(Refusal::Other)?));
-        }
-        Kind::Flag { set } => match plain.map(str::to_ascii_lowercase).as_deref() {
-            Some("true") => set(config, true),
-            Some("false") => set(config, false),
-            _ => return Err(Refusal::Other),
-        },
-        Kind::Path { set } => set(config, path(text, giver.folder, environment)?),
-        Kind::Paths { entries_max, set } => {
-            let paths = match given {
-                Given::List(items) if (1..=*entries_max).contains(&items.len()) => {
-                    paths(items, key, giver.folder, environment)?
-                }
-                Given::List(items) => {
-                    let found = format!("expected {}, found {} entries", key.expected(), items.len());
-                    return Err(Refusal::Because(found));
-                }
-                // A list that is not closed.
-                _ if text.is_some_and(|text| text.starts_with('[')) => return Err(Refusal::Other),
-                _ => vec![path(text, giver.folder, environment)?],
-            };
-            let nested = |path: &&PathBuf| paths.iter().any(|other| other != *path && lies_in(path, other));
-            if let Some(inner) = paths.iter().find(nested) {
-                let found = format!("expected folders outside of each other, found {} inside another", inner.display());
-                return Err(Refusal::Because(found));
-            }
-            set(config, paths);
-        }
-        Kind::OptionalPath { set } => match given {
-            Given::Null => set(config, None),
-            _ => set(config, Some(path(text, giver.folder, environment)?)),
-        },
-        Kind::Text { nullable, set, .. } => match (given, text) {
-            (Given::Null, _) if *nullable => set(config, None, giver)?,
-            (_, Some(text)) => set(config, Some(text), giver)?,
-            _ => return Err(Refusal::Other),
-        },
-        Kind::Texts { entries_max, chars_max, set } => {
-            let Given::List(items) = given else { return Err(Refusal::Other) };
-            let found = |what: String| Refusal::Because(format!("expected {}, found {what}", key.expected()));
-            if items.len() > *entries_max {
-                return Err(found(format!("{} entries", items.len())));
-            }
-            let fits = |text: &&String| (1..=*chars_max).contains(&text.chars().count());
-            let mut texts = Vec::with_capacity(items.len());
-            for (index, item) in items.iter().enumerate() {
-                let text = item.as_ref().filter(fits);
-                texts.push(text.ok_or_else(|| found(format!("another entry {}", index + 1)))?.clone());
-            }
-            set(config, texts);
-        }
-    }
-    Ok(())
+fn name_of(path: &str) -> &str {
+    path.split_once('.').map_or(path, |(_, name)| name)
 }
 
-/// The paths of a list, each once: CLAUDE_CONFIG_DIR can make one of two.
-fn paths(items: &[Option<String>], key: &Key, base: &Path, environment: &Environment) -> Result<Vec<PathBuf>, Refusal> {
-    let mut paths: Vec<PathBuf> = Vec::with_capacity(items.len());
-    for (index, item) in items.iter().enumerate() {
-        let located = path(item.as_deref(), base, environment).map_err(|refusal| match refusal {
-            Refusal::Other => {
-                Refusal::Because(format!("expected {}, found no path as entry {}", key.expected(), index + 1))
-            }
-            because => because,
-        })?;
-        if !paths.iter().any(|other| lies_in(&located, other) && lies_in(other, &located)) {
-            paths.push(located);
-        }
-    }
-    Ok(paths)
+/// The environment override of a key.
+fn variable_of(path: &str) -> String {
+    format!("{VARIABLE_PREFIX}{}", path.replacen('.', "__", 1).to_uppercase())
 }
 
-fn path(text: Option<&str>, base: &Path, environment: &Environment) -> Result<PathBuf, Refusal> {
-    let text = text.filter(|text| !text.is_empty() && !text.contains('\0')).ok_or(Refusal::Other)?;
-    environment.locate(text, base).map_err(|expected| Refusal::Because(format!("{expected}, found {text:?}")))
-}
-
-/// A number written with digits and at most one point: no exponents, no infinities.
-fn decimal(text: &str) -> Option<f64> {
-    text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.').then(|| text.parse().ok()).flatten()
-}
-
-/// Whether `text` can be a key: everything else may be a value that slipped, and is not shown.
+/// Whether `text` can be a key: everything else may be a misplaced value, and is not shown.
 fn is_name(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 
 /// For messages: what stands in place of a mapping.
-fn kind_of(node: &Node) -> &'static str {
-    match node.value {
-        Value::Scalar { .. } => "a single text (is there a space after the colon?)",
-        Value::List(_) => "a list",
-        Value::Mapping(_) => "a mapping",
+fn no_mapping(node: &Node) -> Option<&'static str> {
+    match node.value() {
+        Value::String(_) => Some("a single text (is there a space after the colon?)"),
+        Value::Array(_) => Some("a list"),
+        _ => None,
     }
 }
 
@@ -579,46 +421,46 @@ fn lies_in(inner: &Path, outer: &Path) -> bool {
     straight(inner).starts_with(straight(outer))
 }
 
-/// Similarity from which a name is taken for a slip of the finger.
-const NEAR: f64 = 0.6;
-
-/// The one of `known` that is most like `name`, when it is like it at all.
-pub(super) fn nearest<T>(name: &str, known: impl Iterator<Item = T>, text: impl Fn(&T) -> String) -> Option<T> {
+/// The one of `known` whose `compared` text is most like `name`, when it is like it at all.
+pub(super) fn nearest<'k>(
+    name: &str,
+    known: impl Iterator<Item = &'k str>,
+    compared: impl Fn(&'k str) -> &'k str,
+) -> Option<&'k str> {
+    /// Similarity from which a name is taken for a typing error.
+    const NEAR: f64 = 0.6;
     known
-        .map(|candidate| (strsim::normalized_damerau_levenshtein(name, &text(&candidate)), candidate))
+        .map(|candidate| (strsim::normalized_damerau_levenshtein(name, compared(candidate)), candidate))
         .filter(|(similarity, _)| *similarity >= NEAR)
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .map(|(_, candidate)| candidate)
 }
 
-/// What to try in place of an unknown section.
-fn nearest_section(name: &str) -> String {
+/// What to try instead of an unknown section that looks like a mistake; `None` for one of another program.
+fn suggest_section(keys: &BTreeMap<String, Key>, name: &str) -> Option<String> {
     let lower = name.to_lowercase();
-    if let Some(section) = nearest(&lower, SECTIONS.iter(), |section| section.name.to_owned()) {
-        return format!("did you mean \"{}\"?", section.name);
+    let paths = || keys.keys().map(String::as_str);
+    if let Some(section) = nearest(&lower, paths().map(section_of), |section| section) {
+        return Some(format!("did you mean \"{section}\"?"));
     }
     // A key that stands outside of its section.
-    if let Some(key) = KEYS.iter().find(|key| key.name == lower || key.path() == lower) {
-        return format!("did you mean {} below \"{}:\"?", key.name, key.section);
-    }
-    let names: Vec<_> = SECTIONS.iter().map(|section| section.name).collect();
-    format!("there are {}", names.join(", "))
+    let path = paths().find(|path| name_of(path) == lower || *path == lower)?;
+    Some(format!("did you mean {} below \"{}:\"?", name_of(path), section_of(path)))
 }
 
-/// What to try in place of an unknown key; `show` says how a key is called here.
-fn nearest_key(section: &str, name: &str, show: impl Fn(&'static Key) -> String) -> String {
-    let here = || KEYS.iter().filter(|key| key.section == section);
+/// What to try instead of an unknown key; `show` says how a key is called here.
+fn suggest_key(keys: &BTreeMap<String, Key>, section: &str, name: &str, show: impl Fn(&str) -> String) -> String {
     let lower = name.to_lowercase();
+    let paths = || keys.keys().map(String::as_str);
+    let here = || paths().filter(|path| section_of(path) == section);
     let found = here()
-        .find(|key| key.name == lower)
-        .or_else(|| KEYS.iter().find(|key| key.name == lower))
-        .or_else(|| nearest(&lower, here(), |key| key.name.to_owned()))
-        .or_else(|| nearest(&format!("{section}.{lower}"), KEYS.iter(), |key| key.path()));
+        .chain(paths())
+        .find(|path| name_of(path) == lower)
+        .or_else(|| nearest(&lower, here(), name_of))
+        .or_else(|| nearest(&format!("{section}.{lower}"), paths(), |path| path));
     match found {
-        Some(key) => format!("did you mean \"{}\"?", show(key)),
-        None if here().next().is_some() => {
-            format!("there are {}", here().map(show).collect::<Vec<_>>().join(", "))
-        }
+        Some(path) => format!("did you mean \"{}\"?", show(path)),
+        None if here().next().is_some() => format!("there are {}", here().map(show).collect::<Vec<_>>().join(", ")),
         None => "see config.yaml for all keys".to_owned(),
     }
 }
@@ -626,43 +468,5 @@ fn nearest_key(section: &str, name: &str, show: impl Fn(&'static Key) -> String)
 /// For a user who asks for one key.
 pub(super) fn unknown_key(key: &str) -> String {
     let (section, name) = key.split_once('.').unwrap_or(("", key));
-    format!("unknown key {key:?}; {}", nearest_key(section, name, Key::path))
-}
-
-/// A configuration with nothing in it, to be filled from the table.
-fn blank() -> Config {
-    let (time, path) = (Duration::ZERO, PathBuf::new());
-    Config {
-        claude: ClaudeConfig { projects_paths: Vec::new() },
-        file_watcher: FileWatcherConfig {
-            polling_interval: time,
-            inactivity_timeout: time,
-            debounce_interval: time,
-            max_line_bytes: 0,
-        },
-        event_system: EventSystemConfig {
-            write_retry_attempts: 0,
-            write_retry_delay: time,
-            write_retry_max_delay: time,
-            max_restarts_per_minute: 0,
-            shutdown_timeout: time,
-            max_event_bytes: 0,
-        },
-        database: DatabaseConfig {
-            url: None,
-            pool_size: 0,
-            connect_timeout: time,
-            statement_timeout: time,
-            events_table: TableName { schema: None, table: String::new() },
-            ledger_schema: String::new(),
-            auto_migrate: false,
-            notify_channel: None,
-            host_name: None,
-        },
-        queue: QueueConfig { path: path.clone(), spool_path: path.clone(), max_pending_bytes: 0, drain_window: 0 },
-        http: HttpConfig { listen: None, socket: path, token: None },
-        schemas: SchemasConfig { path: None },
-        hooks: HooksConfig { capture: HookCapture::Summary },
-        redact: RedactConfig { enabled: false, patterns: Vec::new() },
-    }
+    format!("unknown key {key:?}; {}", suggest_key(&documented_keys(), section, name, str::to_owned))
 }

@@ -1,10 +1,10 @@
 //! YAML text as a tree whose nodes know their line: what configuration errors need and serde does not keep.
 //!
-//! The only user of granit-parser, which yields events: the raw text of each value stays
-//! at hand for messages, and one wrong key does not hide the next one. Anchors, aliases and tags are refused by name,
-//! so a tree is never larger than its text.
+//! The only user of granit-parser, which yields events: values keep their raw text, and one wrong key does not hide the
+//! next one. Anchors, aliases and tags are refused by name, so a tree is never larger than its text.
 
 use granit_parser::{Event, Parser, ScalarStyle, Span};
+use serde_json::{Map, Value};
 
 /// Levels of nesting that are read; a configuration has three.
 const DEPTH_MAX: usize = 16;
@@ -12,30 +12,33 @@ const DEPTH_MAX: usize = 16;
 #[derive(Debug)]
 pub(super) struct Node {
     pub line: usize,
-    pub value: Value,
+    pub content: Content,
 }
 
 #[derive(Debug)]
-pub(super) enum Value {
-    /// `plain` when it stood without quotes, so that `null` and `2` mean more than their letters.
-    Scalar {
-        text: String,
-        plain: bool,
-    },
-    List(Vec<Node>),
+pub(super) enum Content {
+    /// A text as it was written, without its quotes; null, also for nothing; a list of these, with `{}` for mappings.
+    Value(Value),
     Mapping(Vec<(Node, Node)>),
 }
 
 impl Node {
-    /// Whether it is a plain `null`, `~` or nothing at all.
-    pub(super) fn is_null(&self) -> bool {
-        matches!(&self.value, Value::Scalar { text, plain: true } if is_null_text(text))
+    /// The value; `{}` for a mapping.
+    pub(super) fn value(&self) -> Value {
+        match &self.content {
+            Content::Value(value) => value.clone(),
+            Content::Mapping(_) => Value::Object(Map::new()),
+        }
     }
-}
 
-/// Whether unquoted `text` is YAML's null.
-pub(super) fn is_null_text(text: &str) -> bool {
-    matches!(text, "" | "~" | "null" | "Null" | "NULL")
+    pub(super) fn text(&self) -> Option<&str> {
+        if let Content::Value(Value::String(text)) = &self.content { Some(text) } else { None }
+    }
+
+    /// The entries of a mapping; none for anything else.
+    pub(super) fn entries(&self) -> &[(Node, Node)] {
+        if let Content::Mapping(entries) = &self.content { entries } else { &[] }
+    }
 }
 
 /// Why a text is no YAML that a configuration may use. Line and column count from 1.
@@ -46,84 +49,75 @@ pub(super) struct SyntaxError {
     pub message: String,
 }
 
-/// A collection whose end has not come yet.
-enum Open {
-    List { line: usize, items: Vec<Node> },
-    Mapping { line: usize, entries: Vec<(Node, Node)>, key: Option<Node> },
-}
+type Events<'a, 't> = &'a mut dyn Iterator<Item = Result<(Event<'t>, Span), SyntaxError>>;
 
 /// Reads `text` as one YAML document; `None` when it holds nothing but comments.
 pub(super) fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
-    let mut root = None;
-    let mut open: Vec<Open> = Vec::new();
-    let mut documents = 0;
     // An alias without its anchor then arrives as an event, and its name, which may be a secret, stays out of messages.
     let options = granit_parser::options! { emit_unresolved_aliases: true, emit_comments: false };
-    for next in Parser::new_from_str_with_options(text, options) {
-        let (event, span) = next.map_err(|error| {
-            let marker = error.marker();
-            explain(text, marker.line().max(1), marker.col() + 1, &error.info())
-        })?;
-        let line = span.start.line().max(1);
-        if event.tag().is_some() {
-            return Err(refuse(&span, "tags (!) are not supported here; put the text in quotes if it starts with !"));
-        }
-        let done = match event {
-            Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => continue,
-            Event::DocumentStart(..) => {
-                documents += 1;
-                if documents > 1 {
-                    return Err(refuse(&span, "a second document starts here; expected only one"));
-                }
-                continue;
+    let parser = Parser::new_from_str_with_options(text, options);
+    let mut events = parser.map(|next| {
+        next.map_err(|error| explain(text, error.marker().line().max(1), error.marker().col() + 1, &error.info()))
+    });
+    let mut root = None;
+    while let Some(next) = events.next() {
+        let (event, span) = next?;
+        match event {
+            Event::DocumentStart(..) if root.is_some() => {
+                return Err(refuse(&span, "a second document starts here; expected only one"));
             }
-            Event::Alias(_) | Event::UnresolvedAlias(_) => {
-                return Err(refuse(
-                    &span,
-                    "aliases (*) are not supported here; put the text in quotes if it starts with *",
-                ));
-            }
-            Event::Scalar(_, _, anchor, _) | Event::SequenceStart(_, anchor, _) | Event::MappingStart(_, anchor, _)
-                if anchor != 0 =>
-            {
-                return Err(refuse(
-                    &span,
-                    "anchors (&) are not supported here; put the text in quotes if it starts with &",
-                ));
-            }
-            Event::Scalar(text, style, ..) => {
-                let plain = style == ScalarStyle::Plain;
-                Node { line, value: Value::Scalar { text: text.into_owned(), plain } }
-            }
-            Event::SequenceStart(..) | Event::MappingStart(..) if open.len() >= DEPTH_MAX => {
-                return Err(refuse(&span, "nested too deeply"));
-            }
-            Event::SequenceStart(..) => {
-                open.push(Open::List { line, items: Vec::new() });
-                continue;
-            }
-            Event::MappingStart(..) => {
-                open.push(Open::Mapping { line, entries: Vec::new(), key: None });
-                continue;
-            }
-            Event::SequenceEnd | Event::MappingEnd => match open.pop() {
-                Some(Open::List { line, items }) => Node { line, value: Value::List(items) },
-                Some(Open::Mapping { line, entries, .. }) => Node { line, value: Value::Mapping(entries) },
-                None => continue,
-            },
-            _ => continue,
-        };
-        match open.last_mut() {
-            None => root = Some(done),
-            Some(Open::List { items, .. }) => items.push(done),
-            Some(Open::Mapping { entries, key, .. }) => match key.take() {
-                None => *key = Some(done),
-                Some(key) => entries.push((key, done)),
-            },
+            Event::StreamStart | Event::StreamEnd | Event::DocumentStart(..) | Event::DocumentEnd => {}
+            event => root = Some(node(event, &span, &mut events, DEPTH_MAX)?),
         }
     }
     // A document of comments alone arrives as one empty scalar.
-    Ok(root.filter(|node| !node.is_null()))
+    Ok(root.filter(|root| !root.value().is_null()))
+}
+
+/// The node that starts with `event`.
+fn node<'t>(event: Event<'t>, span: &Span, events: Events<'_, 't>, depth: usize) -> Result<Node, SyntaxError> {
+    let unsupported = match &event {
+        event if event.tag().is_some() => {
+            Some("tags (!) are not supported here; put the text in quotes if it starts with !")
+        }
+        event if event.anchor_id().is_some() => {
+            Some("anchors (&) are not supported here; put the text in quotes if it starts with &")
+        }
+        Event::Alias(_) | Event::UnresolvedAlias(_) => {
+            Some("aliases (*) are not supported here; put the text in quotes if it starts with *")
+        }
+        Event::SequenceStart(..) | Event::MappingStart(..) if depth == 0 => Some("nested too deeply"),
+        _ => None,
+    };
+    if let Some(message) = unsupported {
+        return Err(refuse(span, message));
+    }
+    let content = match event {
+        Event::Scalar(text, style, ..) => {
+            let is_null = style == ScalarStyle::Plain && matches!(&*text, "" | "~" | "null" | "Null" | "NULL");
+            Content::Value(if is_null { Value::Null } else { Value::String(text.into_owned()) })
+        }
+        Event::MappingStart(..) => {
+            let mut children = children(events, depth)?.into_iter();
+            let entries = std::iter::from_fn(|| Some((children.next()?, children.next()?)));
+            Content::Mapping(entries.collect())
+        }
+        _ => Content::Value(children(events, depth)?.iter().map(Node::value).collect()),
+    };
+    Ok(Node { line: span.start.line().max(1), content })
+}
+
+/// The nodes up to the end of a list or mapping.
+fn children<'t>(events: Events<'_, 't>, depth: usize) -> Result<Vec<Node>, SyntaxError> {
+    let mut children = Vec::new();
+    while let Some(next) = events.next() {
+        let (event, span) = next?;
+        if matches!(event, Event::SequenceEnd | Event::MappingEnd) {
+            break;
+        }
+        children.push(node(event, &span, events, depth - 1)?);
+    }
+    Ok(children)
 }
 
 fn refuse(span: &Span, message: &str) -> SyntaxError {
@@ -157,11 +151,10 @@ mod tests {
     #[test]
     fn nodes_know_the_line_they_stand_on() {
         let root = parse("# first\na:\n  b: 1\n  c:\n    - x\n    - y\n").unwrap().unwrap();
-        let Value::Mapping(sections) = root.value else { panic!() };
-        let Value::Mapping(keys) = &sections[0].1.value else { panic!() };
-        assert_eq!((sections[0].0.line, keys[0].0.line, keys[0].1.line, keys[1].0.line), (2, 3, 3, 4));
-        let Value::List(items) = &keys[1].1.value else { panic!() };
-        assert_eq!((items[0].line, items[1].line), (5, 6));
+        let [(section, content)] = root.entries() else { panic!() };
+        let [(key, value), (_, list)] = content.entries() else { panic!() };
+        assert_eq!([section.line, key.line, value.line, list.line], [2, 3, 3, 5]);
+        assert_eq!((value.text(), list.value()), (Some("1"), serde_json::json!(["x", "y"])));
     }
 
     #[test]
@@ -173,7 +166,7 @@ mod tests {
 
     #[test]
     fn quoted_null_is_text() {
-        assert!(!parse("\"null\"").unwrap().unwrap().is_null());
+        assert_eq!(parse("\"null\"").unwrap().unwrap().text(), Some("null"));
     }
 
     #[test]

@@ -99,7 +99,6 @@ fn an_outside_crate_is_known_in_one_place() {
         ("bincode::", "queue/codec.rs"),
         ("jsonschema::", "intake/schema.rs"),
         ("notify::recommended_watcher", "intake/transcripts"),
-        ("tokio_postgres::", "sink/postgres"),
         ("bb8::", "sink/postgres"),
         ("bb8_postgres::", "sink/postgres"),
         ("rustls::", "sink/postgres"),
@@ -116,6 +115,15 @@ fn an_outside_crate_is_known_in_one_place() {
         assert!(!found.is_empty(), "{name} is used nowhere: mend this table");
         assert!(elsewhere.is_empty(), "{name} is used in {elsewhere:?}");
     }
+}
+
+#[test]
+fn only_the_sink_and_the_connection_settings_know_the_postgres_client() {
+    let elsewhere: Vec<String> = mentions("tokio_postgres::")
+        .into_iter()
+        .filter(|file| !file.starts_with("sink/postgres") && file != "config/database.rs")
+        .collect();
+    assert!(elsewhere.is_empty(), "{elsewhere:?}");
 }
 
 #[test]

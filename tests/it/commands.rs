@@ -129,6 +129,16 @@ fn a_wrong_configuration_is_an_error_with_file_line_key_and_the_nearest_known_on
 }
 
 #[test]
+fn one_configuration_file_can_serve_claude_headspace_as_well() {
+    let stage = Stage::with(None);
+    let file = stage.folder().join("config.yaml");
+    std::fs::write(&file, "server:\n  port: 5055\ndatabase:\n  host: db\nqueue:\n  drain_window: 2\n").unwrap();
+    let ran = stage.run(&["check", "--no-database"]);
+    assert_eq!(ran.code(), 0, "{}", ran.error());
+    assert!(ran.output().contains("of another program, not used here: server, database.host"), "{}", ran.output());
+}
+
+#[test]
 fn a_second_watcher_on_the_same_queue_is_refused_with_the_others_pid() {
     let mut stage = Stage::new();
     let watcher = stage.start();

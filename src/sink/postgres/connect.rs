@@ -22,7 +22,7 @@ use super::layout::{Facts, Needs};
 use super::notices::Notices;
 use super::tls::{no_tls, tls};
 use super::verdict::{no_answer, step_error};
-use crate::config::{ChannelBinding, DatabaseHost, DatabaseTarget, SslMode};
+use crate::config::{DatabaseHost, DatabaseTarget, SslMode};
 use crate::sink::{DeliverError, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
@@ -142,7 +142,7 @@ fn connection_config(
     has_tls: bool,
     statement_timeout: Option<Duration>,
 ) -> tokio_postgres::Config {
-    let mut config = tokio_postgres::Config::new();
+    let mut config = target.client.clone();
     for host in &target.hosts {
         match host {
             DatabaseHost::Tcp { name, address, port } => {
@@ -156,12 +156,8 @@ fn connection_config(
             }
         }
     }
-    config.user(&target.user).dbname(&target.dbname).application_name(&target.application_name);
-    if let Some(password) = &target.password {
-        config.password(password.reveal());
-    }
     let timeout = statement_timeout.map(|timeout| format!("-c statement_timeout={}", timeout.as_millis()));
-    let options: Vec<&str> = target.options.as_deref().into_iter().chain(timeout.as_deref()).collect();
+    let options: Vec<&str> = target.client.get_options().into_iter().chain(timeout.as_deref()).collect();
     if !options.is_empty() {
         config.options(options.join(" "));
     }
@@ -171,24 +167,5 @@ fn connection_config(
         SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
         SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => tokio_postgres::config::SslMode::Require,
     });
-    if target.ssl.direct {
-        config.ssl_negotiation(tokio_postgres::config::SslNegotiation::Direct);
-    }
-    config.channel_binding(match target.channel_binding {
-        ChannelBinding::Disable => tokio_postgres::config::ChannelBinding::Disable,
-        ChannelBinding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
-        ChannelBinding::Require => tokio_postgres::config::ChannelBinding::Require,
-    });
-    if target.read_write {
-        config.target_session_attrs(tokio_postgres::config::TargetSessionAttrs::ReadWrite);
-    }
-    // A dead peer must be noticed in seconds.
-    config
-        .connect_timeout(target.connect_timeout)
-        .keepalives(target.keepalive.enabled.unwrap_or(true))
-        .keepalives_idle(target.keepalive.idle.unwrap_or(Duration::from_secs(10)))
-        .keepalives_interval(target.keepalive.interval.unwrap_or(Duration::from_secs(3)))
-        .keepalives_retries(target.keepalive.retries.unwrap_or(3))
-        .tcp_user_timeout(target.keepalive.tcp_user_timeout.unwrap_or(Duration::from_secs(10)));
     config
 }
