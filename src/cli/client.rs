@@ -23,7 +23,7 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
 
 /// What tells the watcher to look into the spool.
-const RING: &[u8] = b"POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
+const NOTICE: &[u8] = b"POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
 
 /// Why the watcher did not answer.
 #[derive(Debug)]
@@ -67,13 +67,13 @@ async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Respons
 
 /// Tells the watcher to look into the spool. Needs no runtime and waits for nothing: a socket whose backlog is full says
 /// so at once.
-pub fn ring(socket: &Path) -> rustix::io::Result<()> {
+pub fn notify(socket: &Path) -> rustix::io::Result<()> {
     let connection = connect(socket)?;
-    rustix::net::send(&connection, RING, SendFlags::empty())?;
+    rustix::net::send(&connection, NOTICE, SendFlags::empty())?;
     Ok(())
 }
 
-/// Hands a record over that could not be written to the spool, as `spool::encode` gives it. Waits until the watcher has
+/// Hands a record over that could not be written to the spool, as `record::encode` writes it. Waits until the watcher has
 /// read it, `patience` at most, and not for its answer.
 pub fn hand_over(socket: &Path, record: &[u8], patience: Duration) -> rustix::io::Result<()> {
     let connection = connect(socket)?;

@@ -1,24 +1,23 @@
 //! `emit`: events of another program or a script, always by the spool, with and without a watcher.
 //!
-//! Events are checked here and written to a file of their own, which the running watcher takes into the queue at once and
+//! Events are checked here and written to one file of the spool, which the running watcher takes into the queue at once and
 //! the next one when it starts. The queue is never opened: an input that stays open delays no watcher.
 //!
 //! Exit 0 only when all of them are durable. Standard output names them: the id of a single event, the number of a
 //! stream's.
 
-use std::io::{Read, Write as _};
-use std::sync::Arc;
+use std::io::{BufRead, Read, Write as _};
 
-use crate::event::Origin;
+use crate::event::{EventId, Origin};
 use crate::intake::Checker;
 use crate::intake::redact::Redactor;
-use crate::intake::request::{AcceptedRequest, Destination, EventRequest, Layout, RequestError};
+use crate::intake::request::{RequestError, event_bytes_max, is_blank, read_event};
 use crate::intake::schema::Schemas;
-use crate::intake::spool::Spool;
+use crate::intake::spool::{Draft, Spool};
 use crate::json::without_byte_order_mark;
 use crate::private_folder::{self, FolderError};
+use serde::Serialize;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 use super::client;
 use super::{Context, EmitArguments, Exit, Failure};
@@ -26,76 +25,93 @@ use super::{Context, EmitArguments, Exit, Failure};
 /// A larger payload can't be an event under any configuration.
 const PAYLOAD_BYTES_MAX: u64 = 256 << 20;
 
-/// Bytes that are read from stdin at once.
-const PIECE_BYTES: usize = 64 << 10;
-
 pub fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failure> {
     let single = if arguments.ndjson { None } else { Some(event(arguments)?) };
     let config = context.config();
     let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)
         .map_err(|error| Failure::new(Exit::Configuration, error))?;
     let redactor = Redactor::new(&config.redact).map_err(|error| Failure::new(Exit::Configuration, error))?;
-    let destination = Destination::Spool {
-        checker: Arc::new(Checker::new(schemas, redactor)),
-        bytes_max: config.queue.max_pending_bytes,
-    };
+    let checker = Checker::new(schemas, redactor);
     match private_folder::ensure(&config.queue.spool_path) {
         // The spool says so itself.
         Ok(_) | Err(FolderError::Io { .. } | FolderError::NotAFolder { .. }) => {}
         Err(error) => return Err(Failure::new(Exit::Configuration, format!("could not emit: {error}"))),
     }
     let spool = Spool::new(&config.queue.spool_path);
-    let request = EventRequest::new(destination, spool, Origin::Cli, None, Layout::Lines);
+    let bytes_max = config.queue.max_pending_bytes;
     let accepted = match single {
-        Some(event) => accept(request, &*event)?,
-        None => accept(request, std::io::stdin().lock())?,
+        Some(event) => add_one(&checker, &event, &spool, bytes_max).map_err(refused)?,
+        None => {
+            let mut draft = spool.draft(Some(bytes_max)).map_err(|error| refused(error.into()))?;
+            let count = add_lines(&checker, std::io::stdin().lock(), &mut draft)?;
+            draft.publish().map_err(|error| refused(error.into()))?;
+            format!("{count} events accepted")
+        }
     };
     // Where no watcher runs, the next one looks into the spool when it starts.
-    let _ = client::ring(&config.http.socket);
-    match accepted {
-        AcceptedRequest::Spooled { mut ids, .. } if !arguments.ndjson => {
-            let id = ids.next().transpose();
-            let id = id.map_err(|error| Failure::new(Exit::Io, format!("could not read the spool: {error}")))?;
-            id.iter().for_each(|id| say(id));
-        }
-        accepted => say(&format_args!("{} events accepted", accepted.count())),
-    }
+    let _ = client::notify(&config.http.socket);
+    // Where nobody reads it, the events are accepted all the same.
+    let _ = writeln!(std::io::stdout(), "{accepted}");
     Ok(Exit::Fine)
 }
 
-/// Prints a line. Where nobody reads it, the events are accepted all the same.
-fn say(line: &dyn std::fmt::Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+/// Returns the id of the event.
+fn add_one(checker: &Checker, event: &[u8], spool: &Spool, bytes_max: u64) -> Result<String, RequestError> {
+    let event = read_event(checker, event, None, EventId::new(), &Origin::Cli)?;
+    let mut draft = spool.draft(Some(bytes_max))?;
+    draft.add_event(&event)?;
+    draft.publish()?;
+    Ok(event.id().to_string())
 }
 
-/// Reads the input to its end into the request.
-fn accept(mut request: EventRequest, mut input: impl Read) -> Result<AcceptedRequest, Failure> {
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        match input.read(&mut piece) {
-            Ok(0) => return request.finish().map_err(refused),
-            Ok(length) => request.feed(piece.get(..length).unwrap_or_default()).map_err(refused)?,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                let problem = format!("could not read events from stdin: {error}; nothing was accepted");
-                return Err(Failure::new(Exit::Io, problem));
-            }
+/// Reads the input to its end, an event on each line; returns their number.
+fn add_lines(checker: &Checker, mut input: impl BufRead, draft: &mut Draft) -> Result<u64, Failure> {
+    // One more tells that a line is too long, one is its newline.
+    let bytes_max = event_bytes_max(checker) + 2;
+    let (mut line, mut count) = (Vec::new(), 0);
+    for number in 1.. {
+        line.clear();
+        let read = input.by_ref().take(bytes_max).read_until(b'\n', &mut line);
+        let read = read.map_err(|error| {
+            let problem = format!("could not read events from stdin: {error}; nothing was accepted");
+            Failure::new(Exit::Io, problem)
+        })?;
+        if read == 0 {
+            break;
+        }
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        if !is_blank(line) {
+            let event = read_event(checker, line, Some(number), EventId::new(), &Origin::Cli);
+            let event = event.map_err(|error| refused(error.into()))?;
+            draft.add_event(&event).map_err(|error| refused(error.into()))?;
+            count += 1;
         }
     }
+    if count == 0 { Err(refused(RequestError::Empty)) } else { Ok(count) }
 }
 
 fn refused(refusal: RequestError) -> Failure {
     let exit = match &refusal {
-        RequestError::Invalid { .. } | RequestError::TooLarge { .. } => Exit::Data,
-        RequestError::KeyReused
-        | RequestError::Queue(_)
-        | RequestError::Spool { .. }
-        | RequestError::SpoolFull { .. } => Exit::Io,
+        RequestError::Event(_) | RequestError::Empty | RequestError::TooManyEvents => Exit::Data,
+        RequestError::KeyReused | RequestError::Queue(_) | RequestError::Spool(_) => Exit::Io,
     };
     Failure::new(exit, format!("could not emit: {refusal}; nothing was accepted"))
 }
 
-/// The event that the options describe, as one line of JSON.
+/// An event as `POST /events` takes it. null counts as absent.
+#[derive(Serialize)]
+struct EventLine<'a> {
+    event_type: &'a Option<String>,
+    payload: &'a RawValue,
+    timestamp: &'a Option<String>,
+    event_id: &'a Option<String>,
+    project_id: &'a Option<i64>,
+    agent_id: &'a Option<i64>,
+    command_id: &'a Option<i64>,
+    turn_id: &'a Option<i64>,
+}
+
+/// The event that the options describe, as JSON.
 fn event(arguments: &EmitArguments) -> Result<Vec<u8>, Failure> {
     let payload = match arguments.payload.as_deref() {
         None => "{}".to_owned(),
@@ -116,22 +132,7 @@ fn event(arguments: &EmitArguments) -> Result<Vec<u8>, Failure> {
     };
     let payload: &RawValue = serde_json::from_slice(without_byte_order_mark(payload.as_bytes()))
         .map_err(|error| Failure::new(Exit::Data, format!("payload: not valid JSON: {error}")))?;
-    // Between tokens a line break is a blank, and within a string there is none.
-    let payload = payload.get().replace(['\n', '\r'], " ");
-    let mut others = Map::new();
-    let mut put = |name: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            others.insert(name.to_owned(), value);
-        }
-    };
-    put("event_type", arguments.event_type.clone().map(Value::from));
-    put("timestamp", arguments.timestamp.clone().map(Value::from));
-    put("event_id", arguments.event_id.clone().map(Value::from));
-    put("project_id", arguments.project_id.map(Value::from));
-    put("agent_id", arguments.agent_id.map(Value::from));
-    put("command_id", arguments.command_id.map(Value::from));
-    put("turn_id", arguments.turn_id.map(Value::from));
-    let others = Value::Object(others).to_string();
-    let head = others.strip_suffix('}').unwrap_or_default();
-    Ok(format!("{head},\"payload\":{payload}}}").into_bytes())
+    let EmitArguments { event_type, timestamp, event_id, project_id, agent_id, command_id, turn_id, .. } = arguments;
+    let line = EventLine { event_type, payload, timestamp, event_id, project_id, agent_id, command_id, turn_id };
+    serde_json::to_vec(&line).map_err(|error| Failure::new(Exit::Internal, error))
 }

@@ -26,8 +26,9 @@ use crate::claude::hook::{self, Arrival};
 use crate::claude::settings;
 use crate::config::{Config, Environment, HookCapture};
 use crate::event::{EventId, Record, Timestamp};
+use crate::intake::record;
 use crate::intake::redact::Redactor;
-use crate::intake::spool::{self, Spool};
+use crate::intake::spool::Spool;
 use crate::json::{Scan, without_byte_order_mark};
 use rustix::event::{PollFd, PollFlags};
 
@@ -178,8 +179,8 @@ impl Keeper {
         let Some(spool) = &self.spool else { return };
         let record = self.redactor.record(record);
         if spool.leave(&record).is_ok() {
-            let _ = client::ring(&self.config.http.socket);
-        } else if let Ok(bytes) = spool::encode(&record) {
+            let _ = client::notify(&self.config.http.socket);
+        } else if let Ok(bytes) = record::encode(&record) {
             // A full disk, a folder of somebody else: the running watcher may still be able to keep it.
             let _ = client::hand_over(&self.config.http.socket, &bytes, HAND_OVER_TIME_MAX);
         }

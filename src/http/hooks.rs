@@ -12,13 +12,11 @@ use tracing::warn;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use super::dead_letters::unavailable;
-use super::events::{BodyRoom, Incoming, busy};
-use super::{Api, Pace, error};
+use super::{Api, Pace, body, error};
 use crate::claude::hook::{self, Arrival};
 use crate::event::{EventId, Timestamp};
-use crate::intake::Intake;
 use crate::intake::request::{IdempotencyKey, RequestError};
-use crate::intake::spool::Frame;
+use crate::intake::{Intake, record};
 
 /// Room for what a hook says besides the event that is made of it.
 const OVERHEAD_BYTES: u64 = 14 << 20;
@@ -37,10 +35,11 @@ pub async fn hook(
 ) -> Response {
     let received_at = Timestamp::now();
     let key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).and_then(IdempotencyKey::new);
-    let (input, _room) = match read(&api, body, pace).await {
-        Ok(read) => read,
+    let mut body = match body::read(&api, body, pace, input_bytes_max(&api.intake)).await {
+        Ok(body) => body,
         Err(answer) => return answer,
     };
+    let input = std::mem::take(&mut body.bytes);
     let arrival = Arrival {
         id: key.as_ref().map_or_else(EventId::new, |key| key.event_id(0)),
         received_at,
@@ -75,53 +74,31 @@ fn keep(api: &Api, input: Vec<u8>, arrival: Arrival) -> Result<(), RequestError>
     let record = api.intake.redacted(record);
     match api.spool.leave(&record) {
         Ok(()) => {
-            api.spool.ring();
+            api.spool.notify();
             Ok(())
         }
         // As long as the queue takes events, they need no spool.
-        Err(source) => api.intake.take_record(record).map_err(|_| {
-            let spool = api.spool.folder().display().to_string();
-            RequestError::Spool { spool, source }
-        }),
+        Err(problem) => Ok(api.intake.take_record(record).map_err(|_| problem)?),
     }
 }
 
 /// `POST /spool`: there is something in the spool; or, with a body, a record that could not be written there.
 pub async fn spool(State(api): State<Api>, Extension(pace): Extension<Pace>, body: Body) -> Response {
-    let (bytes, _room) = match read(&api, body, pace).await {
-        Ok(read) => read,
+    let body = match body::read(&api, body, pace, input_bytes_max(&api.intake)).await {
+        Ok(body) => body,
         Err(answer) => return answer,
     };
-    if bytes.is_empty() {
-        api.spool.ring();
+    if body.bytes.is_empty() {
+        api.spool.notify();
         return StatusCode::NO_CONTENT.into_response();
     }
     let taken = api.work(|| {
-        let frame = Frame::new(bytes);
-        let _reservation = api.intake.checker().values().reserve(frame.byte_length());
-        frame.record().map(|record| api.intake.take_record(record))
+        let _reservation = api.intake.checker().values().reserve(body.bytes.len());
+        record::decode(&body.bytes).map(|record| api.intake.take_record(record))
     });
     match taken.await {
         Ok(Ok(())) => StatusCode::NO_CONTENT.into_response(),
         Ok(Err(problem)) => unavailable(&problem),
         Err(problem) => error(StatusCode::BAD_REQUEST, problem),
     }
-}
-
-/// The whole body, and its share of the memory for bodies.
-async fn read(api: &Api, body: Body, pace: Pace) -> Result<(Vec<u8>, BodyRoom<'_>), Response> {
-    let bytes_max = input_bytes_max(&api.intake);
-    let mut incoming = Incoming::new(body, pace);
-    let mut room = BodyRoom::new(api);
-    let mut input = Vec::new();
-    while let Some(bytes) = incoming.next().await? {
-        if incoming.bytes > bytes_max {
-            return Err(error(StatusCode::PAYLOAD_TOO_LARGE, format!("a hook's input has at most {bytes_max} bytes")));
-        }
-        input.extend_from_slice(&bytes);
-        if !room.hold(input.capacity()) {
-            return Err(busy());
-        }
-    }
-    Ok((input, room))
 }

@@ -4,6 +4,7 @@
 //! [`token`]. [`server`] bounds what connections cost, `events` and `hooks` what their bodies do. The only user of axum.
 
 mod access;
+mod body;
 mod dead_letters;
 mod events;
 mod hooks;
@@ -65,8 +66,7 @@ impl Api {
         spool: Spool,
         capture: HookCapture,
     ) -> Api {
-        // All bodies together, while they come in, beyond what each has for free: the buffer of the largest one, which
-        // grows by doubling. 32 MiB by default.
+        // All bodies together, beyond what each has for free: room for the largest one. 32 MiB by default.
         let body_bytes_max = hooks::input_bytes_max(&intake).next_power_of_two() as usize;
         Api {
             health,

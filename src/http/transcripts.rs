@@ -10,8 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use super::dead_letters::unavailable;
-use super::events::{BodyRoom, Incoming, busy};
-use super::{Api, MayBeCommand, Pace, answer, error};
+use super::{Api, MayBeCommand, Pace, answer, body, error};
 use crate::intake::resend::{EVENTS_MAX, Resent};
 use crate::intake::sessions;
 use crate::json::check_size;
@@ -43,24 +42,12 @@ pub async fn resend(
     if !may_be_command {
         return error(StatusCode::NOT_FOUND, "no such route");
     }
-    let mut incoming = Incoming::new(body, pace);
-    let mut room = BodyRoom::new(&api);
-    let mut lines = Vec::new();
-    loop {
-        match incoming.next().await {
-            Ok(Some(bytes)) => lines.extend_from_slice(&bytes),
-            Ok(None) => break,
-            Err(answer) => return answer,
-        }
-        if incoming.bytes > BYTES_MAX {
-            return error(StatusCode::PAYLOAD_TOO_LARGE, format!("a request has at most {BYTES_MAX} bytes"));
-        }
-        if !room.hold(lines.capacity()) {
-            return busy();
-        }
-    }
+    let body = match body::read(&api, body, pace, BYTES_MAX).await {
+        Ok(body) => body,
+        Err(answer) => return answer,
+    };
     let mut candidates = Vec::new();
-    for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+    for line in body.bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
         if let Err(unfit) = check_size(line) {
             return error(StatusCode::BAD_REQUEST, unfit);
         }

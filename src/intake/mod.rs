@@ -6,6 +6,7 @@
 //! [`Intake`] is the one door into the queue: what passes the check goes in as an event, what does not is kept among the
 //! dead letters with the field at fault, logged and counted.
 
+pub(crate) mod record;
 pub mod redact;
 pub mod request;
 pub mod resend;

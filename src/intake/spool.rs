@@ -1,89 +1,67 @@
-//! The spool: events that wait in files of their own until they are taken into the queue.
+//! The spool: records that wait in files of their own until the watcher takes them into the queue.
 //!
-//! Two leave something here. A hook leaves one record and is gone, whether or not a watcher runs. A request that is too
-//! large for one batch is gathered in a file, and the moment in which it gets its final name is the moment in which all
-//! of it is accepted.
+//! A hook leaves one record and is gone, whether or not a watcher runs; `emit` leaves all of its events in one file. So nobody
+//! but the watcher has to open the queue for writing.
 //!
 //! ```text
-//!  Draft  .<uuid>.draft ── synced, renamed, folder synced ──► <UUIDv7>.hook | .events ── Reader ──► queue ── removed
+//!  Draft  .<uuid>.draft ── synced, renamed, folder synced ──► <UUIDv7>.jsonl ── SpoolReader ──► queue ── removed
 //! ```
 //!
 //! # Promises
 //!
-//! 1. A file is there whole or not at all: it gets its name once its bytes are on disk. What is left of a writer that
-//!    was killed is a draft, which nobody reads and which is removed ten minutes later.
+//! 1. A file is complete or not there: it gets its name once its bytes are on disk. A writer that is killed leaves a draft,
+//!    which nobody reads and which is removed ten minutes later.
 //! 2. A file is removed only once all that is in it is durable in the queue. Killed in between, it is taken in again
 //!    under the same event ids, and the receipts refuse the second copy.
 //! 3. Files are taken in by their names, which is the order in which they were made.
-//! 4. A damaged file gives what is whole in it, and a dead letter for the rest; it stops nothing.
-//! 5. A file that can't be read is tried again when it changes and once a minute, and health says so until then. One that
-//!    can't be removed is not taken in again.
+//! 4. A damaged file gives the records before the damage and a dead letter; it stops nothing.
+//! 5. A file that can't be read is tried again at each look, and health says so until then. One that can't be removed is
+//!    not taken in again.
 //! 6. A file that ends the program each time it is processed does not do so for good: `.attempt` names the file being
 //!    processed, and at the third attempt the file is renamed to `<name>.failed` and reported as a dead letter.
 //!
-//! # Layout of a file
-//!
-//! ```text
-//! file   := "HWSPOOL" 0x01  frame*  end
-//! frame  := length u32 (not 0)  crc32 u32 of the bytes  bytes (JSON: `Stored`)
-//! end    := 0 u32               crc32 u32 of the count  count u64 of frames
-//! ```
-//!
-//! Numbers are little-endian. Files have mode 0600, the folder 0700.
+//! A file has one [`record`] a line, each ended by a newline. Files have mode 0600, the folder 0700.
 
 use std::ffi::OsString;
-use std::fs::{self, DirEntry, File, Metadata, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::fs::{self, DirEntry, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, OFlags};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use serde_json::value::RawValue;
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::event::{
-    Candidate, Event, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Record, Rejection, Timestamp,
-};
-use crate::json;
+use super::record;
+use crate::event::{Event, Record};
 use crate::private_folder::{self, Ensured};
 
-const MAGIC: &[u8; 8] = b"HWSPOOL\x01";
-
-/// A frame above this is damage. More than the largest `max_event_bytes`, with room for what stands around a payload.
-const FRAME_BYTES_MAX: u32 = (256 << 20) + (1 << 20);
+/// A longer line is damage. More than the largest `max_event_bytes`, with room for what stands around a payload.
+const LINE_BYTES_MAX: u64 = (256 << 20) + (1 << 20);
 
 /// After this a draft that nobody holds is what a killed writer left.
 const DRAFT_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// Kept of a file that can't be read.
-pub const DAMAGED_BYTES_KEPT_MAX: usize = 64 << 10;
+const EXTENSION: &str = "jsonl";
 
-/// Who left a file, told by the end of its name.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
-    Hook,
-    Events,
-}
-
-impl Kind {
-    fn extension(self) -> &'static str {
-        match self {
-            Kind::Hook => "hook",
-            Kind::Events => "events",
-        }
-    }
+/// Why nothing was left in the spool.
+#[derive(Debug, Error)]
+pub enum SpoolError {
+    #[error("could not write the events to the spool {folder}: {source}; free space or fix its permissions")]
+    Io { folder: String, source: io::Error },
+    #[error(
+        "the spool {folder} is full: {bytes} bytes wait in it, at most {bytes_max} may (queue.max_pending_bytes); start the watcher"
+    )]
+    Full { folder: String, bytes: u64, bytes_max: u64 },
 }
 
 /// A handle on the folder; cheap to clone.
 #[derive(Clone)]
 pub struct Spool {
     folder: Arc<Path>,
-    bell: Arc<Bell>,
+    wakeup: Arc<Wakeup>,
     unread: Arc<Mutex<UnreadSpool>>,
 }
 
@@ -98,15 +76,15 @@ pub struct UnreadSpool {
 }
 
 #[derive(Default)]
-struct Bell {
-    rung: Mutex<bool>,
-    ringing: Condvar,
+struct Wakeup {
+    is_notified: Mutex<bool>,
+    notified: Condvar,
 }
 
 impl Spool {
-    /// Touches nothing yet: the folder is made by who first leaves something.
+    /// Touches nothing yet: the folder is made by the first writer.
     pub fn new(folder: &Path) -> Spool {
-        Spool { folder: folder.into(), bell: Arc::default(), unread: Arc::default() }
+        Spool { folder: folder.into(), wakeup: Arc::default(), unread: Arc::default() }
     }
 
     /// What its reader could not read at the last look.
@@ -114,8 +92,8 @@ impl Spool {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Says what could not be read; gives what was said last.
-    pub fn set_unread(&self, unread: UnreadSpool) -> UnreadSpool {
+    /// Sets what could not be read; returns what was set before.
+    pub(crate) fn set_unread(&self, unread: UnreadSpool) -> UnreadSpool {
         std::mem::replace(&mut *self.unread.lock().unwrap_or_else(PoisonError::into_inner), unread)
     }
 
@@ -124,16 +102,20 @@ impl Spool {
     }
 
     /// Leaves one record; durable on return.
-    pub fn leave(&self, record: &Record) -> io::Result<()> {
-        let mut draft = self.draft()?;
+    pub(crate) fn leave(&self, record: &Record) -> Result<(), SpoolError> {
+        let mut draft = self.draft(None)?;
         draft.add(record)?;
-        draft.commit(Kind::Hook)?;
-        Ok(())
+        draft.publish()
     }
 
-    /// Begins a file.
-    pub fn draft(&self) -> io::Result<Draft> {
+    /// Begins a file. `bytes_max`: what may wait in the spool in all, this file included.
+    pub(crate) fn draft(&self, bytes_max: Option<u64>) -> Result<Draft, SpoolError> {
         let path = self.folder.join(format!(".{}.draft", Uuid::now_v7()));
+        let file = self.create(&path).map_err(|source| self.io_error(source))?;
+        Ok(Draft { spool: self.clone(), path, file: BufWriter::new(file), bytes: 0, bytes_max })
+    }
+
+    fn create(&self, path: &Path) -> io::Result<File> {
         // Takes the rights of others away where it can. What it can't put right is refused by the watcher's start and by
         // `check`; a hook goes on.
         if let Ok(Ensured::Created) = private_folder::ensure(&self.folder)
@@ -141,51 +123,46 @@ impl Spool {
         {
             File::open(parent)?.sync_all()?;
         }
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         // Held while it is written, so that nobody takes it for what a killed writer left.
         file.lock()?;
-        let mut draft = Draft { folder: self.folder.clone(), path, file: BufWriter::new(file), frames: 0, bytes: 0 };
-        draft.file.write_all(MAGIC)?;
-        Ok(draft)
+        Ok(file)
     }
 
-    /// Wakes who waits in [`Spool::wait`].
-    pub fn ring(&self) {
-        *self.bell.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.bell.ringing.notify_all();
+    fn io_error(&self, source: impl Into<io::Error>) -> SpoolError {
+        SpoolError::Io { folder: self.folder.display().to_string(), source: source.into() }
     }
 
-    /// Waits until it is rung or `patience` has run out.
-    pub fn wait(&self, patience: Duration) {
-        let rung = self.bell.rung.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut rung, _) =
-            self.bell.ringing.wait_timeout_while(rung, patience, |rung| !*rung).unwrap_or_else(PoisonError::into_inner);
-        *rung = false;
+    /// Wakes [`Spool::wait`].
+    pub(crate) fn notify(&self) {
+        *self.wakeup.is_notified.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.wakeup.notified.notify_all();
+    }
+
+    /// Waits until it is notified or `patience` has run out.
+    pub(crate) fn wait(&self, patience: Duration) {
+        let Wakeup { is_notified, notified } = &*self.wakeup;
+        let guard = is_notified.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = notified.wait_timeout_while(guard, patience, |is_notified| !*is_notified);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
     }
 
     /// The regular files that wait, in the order in which they were made. None where there is no folder.
-    pub fn waiting(&self) -> io::Result<Vec<PathBuf>> {
-        let mut paths: Vec<PathBuf> = self
-            .entries()?
-            .into_iter()
-            .filter(|path| {
-                let extension = path.extension().and_then(|extension| extension.to_str());
-                extension.is_some_and(|end| end == Kind::Hook.extension() || end == Kind::Events.extension())
-            })
-            .collect();
+    pub(crate) fn waiting(&self) -> io::Result<Vec<PathBuf>> {
+        let mut paths = self.entries()?;
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == EXTENSION));
         paths.sort();
         Ok(paths)
     }
 
-    /// Bytes of accepted requests that are not in the queue yet.
-    pub fn backlog_bytes(&self) -> u64 {
+    /// Bytes that wait.
+    fn waiting_bytes(&self) -> u64 {
         let paths = self.waiting().unwrap_or_default();
-        let requests = paths.iter().filter(|path| path.extension().is_some_and(|end| end == Kind::Events.extension()));
-        requests.filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
+        paths.iter().filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 
     /// Removes old drafts whose writers are gone.
-    pub fn remove_old_drafts(&self) -> io::Result<()> {
+    pub(crate) fn remove_old_drafts(&self) -> io::Result<()> {
         for path in self.entries()? {
             let is_draft = path.extension().is_some_and(|extension| extension == "draft");
             let changed = path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::now());
@@ -199,7 +176,7 @@ impl Spool {
     }
 
     /// The attempt that was noted last and not cleared.
-    pub fn attempt(&self) -> Option<Attempt> {
+    pub(crate) fn attempt(&self) -> Option<Attempt> {
         let mut text = String::new();
         // Larger than any note of ours.
         open_own(&self.attempt_path()).ok()?.take(4096).read_to_string(&mut text).ok()?;
@@ -209,7 +186,7 @@ impl Spool {
 
     /// Notes that a file is about to be processed. Not synced: losing it only means one attempt more. An error is no
     /// reason not to process the file.
-    pub fn note_attempt(&self, attempt: &Attempt) {
+    pub(crate) fn note_attempt(&self, attempt: &Attempt) {
         let text = format!("{} {}\n", attempt.count, attempt.file.to_string_lossy());
         self.clear_attempt();
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.attempt_path());
@@ -217,20 +194,20 @@ impl Spool {
     }
 
     /// Notes that no file is being processed.
-    pub fn clear_attempt(&self) {
+    pub(crate) fn clear_attempt(&self) {
         let _ = fs::remove_file(self.attempt_path());
     }
 
-    /// Where a file goes that nobody is to read any more.
-    pub fn aside(path: &Path) -> PathBuf {
+    /// What a file is called that is not to be read any more.
+    pub(crate) fn failed_path(path: &Path) -> PathBuf {
         let mut name = path.as_os_str().to_owned();
         name.push(".failed");
         PathBuf::from(name)
     }
 
-    /// Moves a file there.
-    pub fn move_aside(&self, path: &Path) -> io::Result<()> {
-        fs::rename(path, Spool::aside(path))?;
+    /// Renames a file to that.
+    pub(crate) fn set_failed(&self, path: &Path) -> io::Result<()> {
+        fs::rename(path, Spool::failed_path(path))?;
         File::open(&self.folder)?.sync_all()
     }
 
@@ -274,65 +251,70 @@ fn regular_file(entry: io::Result<DirEntry>) -> io::Result<Option<PathBuf>> {
 
 /// A file that is being processed, and how often it has been, counting this time.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Attempt {
-    pub file: OsString,
-    pub count: u32,
+pub(crate) struct Attempt {
+    pub(crate) file: OsString,
+    pub(crate) count: u32,
 }
 
-/// A file that is being written. Removed when dropped before it was committed.
-pub struct Draft {
-    folder: Arc<Path>,
-    /// Empty once committed.
+/// A file that is being written. Removed when dropped before it was published.
+pub(crate) struct Draft {
+    spool: Spool,
+    /// Empty once it has its name.
     path: PathBuf,
     file: BufWriter<File>,
-    frames: u64,
     bytes: u64,
+    bytes_max: Option<u64>,
 }
 
 impl Draft {
-    pub fn add(&mut self, record: &Record) -> io::Result<()> {
-        self.write(&encode(record)?)
+    pub(crate) fn add(&mut self, record: &Record) -> Result<(), SpoolError> {
+        let line = record::encode(record).map_err(|error| self.spool.io_error(error))?;
+        self.write(line)
     }
 
     /// As [`Draft::add`], of an event that was checked already.
-    pub fn add_event(&mut self, event: &Event) -> io::Result<()> {
-        let payload: &RawValue = serde_json::from_str(event.payload().as_json())?;
-        let stored =
-            StoredEvent::new(event.id(), event.event_type().as_str(), event.timestamp(), event.refs(), payload);
-        self.write(&serde_json::to_vec(&Stored::of_event(event.origin(), stored))?)
+    pub(crate) fn add_event(&mut self, event: &Event) -> Result<(), SpoolError> {
+        let line = record::encode_event(event).map_err(|error| self.spool.io_error(error))?;
+        self.write(line)
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= FRAME_BYTES_MAX);
-        let length = length.ok_or_else(|| io::Error::new(io::ErrorKind::FileTooLarge, "the record is too large"))?;
-        self.file.write_all(&length.to_le_bytes())?;
-        self.file.write_all(&crc32fast::hash(bytes).to_le_bytes())?;
-        self.file.write_all(bytes)?;
-        self.frames += 1;
-        self.bytes += bytes.len() as u64;
-        Ok(())
+    fn write(&mut self, mut line: Vec<u8>) -> Result<(), SpoolError> {
+        if line.len() as u64 > LINE_BYTES_MAX {
+            return Err(self.spool.io_error(io::Error::new(io::ErrorKind::FileTooLarge, "the record is too large")));
+        }
+        line.push(b'\n');
+        self.bytes += line.len() as u64;
+        self.check_room(0)?;
+        self.file.write_all(&line).map_err(|source| self.spool.io_error(source))
     }
 
-    /// Bytes of the records so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    fn check_room(&self, waiting_bytes: u64) -> Result<(), SpoolError> {
+        let bytes = self.bytes + waiting_bytes;
+        match self.bytes_max {
+            Some(bytes_max) if bytes > bytes_max => {
+                Err(SpoolError::Full { folder: self.spool.folder.display().to_string(), bytes, bytes_max })
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// Makes it durable and gives it its name; gives a reader of what is in it, for who must tell what was accepted. After
-    /// an error no file has the name, so that the caller may send the records another way.
-    pub fn commit(mut self, kind: Kind) -> io::Result<Frames> {
-        let count = self.frames.to_le_bytes();
-        self.file.write_all(&0u32.to_le_bytes())?;
-        self.file.write_all(&crc32fast::hash(&count).to_le_bytes())?;
-        self.file.write_all(&count)?;
+    /// Makes it durable and gives it its name. After an error no file has the name, so that the caller may send the records
+    /// another way.
+    pub(crate) fn publish(mut self) -> Result<(), SpoolError> {
+        if self.bytes_max.is_some() {
+            self.check_room(self.spool.waiting_bytes())?;
+        }
+        self.rename().map_err(|source| self.spool.io_error(source))
+    }
+
+    fn rename(&mut self) -> io::Result<()> {
         self.file.flush()?;
         self.file.get_ref().sync_data()?;
-        let frames = Frames::open(&self.path)?;
-        let name = NameSync::open(&self.folder, self.file.get_ref())?;
-        let path = self.folder.join(format!("{}.{}", Uuid::now_v7(), kind.extension()));
+        let name = NameSync::open(&self.spool.folder, self.file.get_ref())?;
+        let path = self.spool.folder.join(format!("{}.{EXTENSION}", Uuid::now_v7()));
         rename_durably(&self.path, &path, || name.sync())?;
         self.path = PathBuf::new();
-        Ok(frames)
+        Ok(())
     }
 }
 
@@ -367,8 +349,8 @@ impl NameSync {
 }
 
 /// Renames a file and makes that durable. Where it can't be made durable the new name is removed again: nobody may find
-/// what the caller, told of the error, sends another way. Where that fails too, or somebody has taken the file already,
-/// it counts as renamed.
+/// what the caller, told of the error, sends another way. Where that fails too, or the reader has taken the file already, it
+/// counts as renamed.
 fn rename_durably(from: &Path, to: &Path, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     fs::rename(from, to)?;
     let Err(error) = sync() else { return Ok(()) };
@@ -389,271 +371,33 @@ impl Drop for Draft {
 
 /// Why a file gave no further record.
 #[derive(Debug, Error)]
-pub enum ReadError {
+pub(crate) enum ReadError {
     #[error("damaged: {0}")]
     Damaged(&'static str),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// The records of one file, in order. Ends at the first damage.
-pub struct Frames {
-    file: BufReader<File>,
-    read: u64,
-    left: u64,
-    started: bool,
-}
+/// The lines of one file, in order.
+pub(crate) struct Lines(BufReader<File>);
 
-impl Frames {
+impl Lines {
     /// Opens a file of ours.
-    pub fn open(path: &Path) -> io::Result<Frames> {
-        let file = open_own(path)?;
-        let left = file.metadata()?.len();
-        Ok(Frames { file: BufReader::new(file), read: 0, left, started: false })
+    pub(crate) fn open(path: &Path) -> io::Result<Lines> {
+        Ok(Lines(BufReader::new(open_own(path)?)))
     }
 
-    /// The metadata of the file that is read, whatever its path leads to now.
-    pub fn metadata(&self) -> io::Result<Metadata> {
-        self.file.get_ref().metadata()
-    }
-
-    /// The next frame; `None` at the end. `reserve` is called with its size before it is read.
-    pub fn next_frame<R>(&mut self, reserve: impl FnOnce(usize) -> R) -> Result<Option<(Frame, R)>, ReadError> {
-        if !self.started {
-            if self.take::<8>()? != *MAGIC {
-                return Err(ReadError::Damaged("it does not begin as a spool file"));
+    /// Reads the next line into `line`, without its newline; false at the end.
+    pub(crate) fn read(&mut self, line: &mut Vec<u8>) -> Result<bool, ReadError> {
+        line.clear();
+        self.0.by_ref().take(LINE_BYTES_MAX + 1).read_until(b'\n', line)?;
+        match line.last() {
+            None => Ok(false),
+            Some(b'\n') => {
+                line.pop();
+                Ok(true)
             }
-            self.started = true;
-        }
-        let length = u32::from_le_bytes(self.take()?);
-        let checksum = u32::from_le_bytes(self.take()?);
-        if length == 0 {
-            let count: [u8; 8] = self.take()?;
-            if crc32fast::hash(&count) != checksum || u64::from_le_bytes(count) != self.read || self.left > 0 {
-                return Err(ReadError::Damaged("its end does not fit what stands before"));
-            }
-            return Ok(None);
-        }
-        if length > FRAME_BYTES_MAX || u64::from(length) > self.left {
-            return Err(ReadError::Damaged("it ends within a record"));
-        }
-        let reservation = reserve(length as usize);
-        let mut bytes = vec![0; length as usize];
-        self.file.read_exact(&mut bytes)?;
-        self.left -= u64::from(length);
-        if crc32fast::hash(&bytes) != checksum {
-            return Err(ReadError::Damaged("a record's checksum is wrong"));
-        }
-        self.read += 1;
-        Ok(Some((Frame { bytes }, reservation)))
-    }
-
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
-        self.left = self.left.checked_sub(N as u64).ok_or(ReadError::Damaged("it is cut short"))?;
-        let mut bytes = [0; N];
-        self.file.read_exact(&mut bytes)?;
-        Ok(bytes)
-    }
-}
-
-/// The bytes of one record, not parsed yet.
-pub struct Frame {
-    bytes: Vec<u8>,
-}
-
-impl Frame {
-    /// A record that came by another way than a file, as [`encode`] wrote it.
-    pub fn new(bytes: Vec<u8>) -> Frame {
-        Frame { bytes }
-    }
-
-    /// Size in bytes.
-    pub fn byte_length(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Parses it. A payload that would take too much memory makes it a rejection.
-    pub fn record(&self) -> Result<Record, ReadError> {
-        self.stored()?.into_record()
-    }
-
-    /// The identity of the event in it.
-    pub fn event_id(&self) -> Result<EventId, ReadError> {
-        let event = self.stored()?.event.ok_or(ReadError::Damaged("a request holds events only"))?;
-        Ok(EventId(event.event_id))
-    }
-
-    fn stored(&self) -> Result<Stored<&RawValue>, ReadError> {
-        serde_json::from_slice(&self.bytes).map_err(|_| ReadError::Damaged("a record is no record"))
-    }
-}
-
-/// A record as JSON: the bytes of its frame.
-pub fn encode(record: &Record) -> io::Result<Vec<u8>> {
-    match record {
-        Record::Event(candidate) => {
-            let Candidate { id, event_type, timestamp, payload, refs, origin } = candidate;
-            let stored = StoredEvent::new(*id, event_type, *timestamp, refs, payload);
-            Ok(serde_json::to_vec(&Stored::of_event(origin, stored))?)
-        }
-        Record::Rejected(rejection) => Ok(serde_json::to_vec(&Stored::of_rejection(rejection))?),
-    }
-}
-
-/// A record as JSON. `P` is the payload: one object, as values or as text.
-#[derive(Serialize, Deserialize)]
-#[serde(bound(deserialize = "P: Deserialize<'de>"))]
-struct Stored<P> {
-    origin: StoredOrigin,
-    #[serde(default = "no_event", skip_serializing_if = "Option::is_none")]
-    event: Option<StoredEvent<P>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    rejected: Option<StoredRejection>,
-}
-
-#[derive(Serialize, Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum StoredOrigin {
-    Hook,
-    Http,
-    Cli,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(bound(deserialize = "P: Deserialize<'de>"))]
-struct StoredEvent<P> {
-    event_id: Uuid,
-    event_type: String,
-    timestamp: Timestamp,
-    payload: P,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    project_id: Option<i32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    agent_id: Option<i32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    command_id: Option<i32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    turn_id: Option<i32>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct StoredRejection {
-    too_large: bool,
-    message: String,
-    event_type: Option<String>,
-    /// The input; what was no UTF-8 in it is replaced.
-    input: String,
-}
-
-fn no_event<P>() -> Option<StoredEvent<P>> {
-    None
-}
-
-impl<P> StoredEvent<P> {
-    fn new(id: EventId, event_type: &str, timestamp: Timestamp, refs: &ForeignKeys, payload: P) -> StoredEvent<P> {
-        StoredEvent {
-            event_id: id.0,
-            event_type: event_type.to_owned(),
-            timestamp,
-            payload,
-            project_id: refs.project_id,
-            agent_id: refs.agent_id,
-            command_id: refs.command_id,
-            turn_id: refs.turn_id,
-        }
-    }
-}
-
-impl<P> Stored<P> {
-    fn of_event(origin: &Origin, event: StoredEvent<P>) -> Stored<P> {
-        Stored { origin: StoredOrigin::of(origin), event: Some(event), rejected: None }
-    }
-}
-
-impl Stored<&RawValue> {
-    fn of_rejection(rejection: &Rejection) -> Self {
-        Stored {
-            origin: StoredOrigin::of(&rejection.origin),
-            event: None,
-            rejected: Some(StoredRejection {
-                too_large: rejection.failure.kind == FailureKind::TooLarge,
-                message: rejection.failure.message.clone(),
-                event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str().to_owned()),
-                input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
-            }),
-        }
-    }
-
-    fn into_record(self) -> Result<Record, ReadError> {
-        let origin = self.origin.into_origin();
-        match (self.event, self.rejected) {
-            (Some(event), _) => event.into_record(origin),
-            (None, Some(rejected)) => Ok(Record::Rejected(Rejection {
-                failure: Failure {
-                    kind: if rejected.too_large { FailureKind::TooLarge } else { FailureKind::Unreadable },
-                    message: rejected.message,
-                    sqlstate: None,
-                },
-                event_type: rejected.event_type.as_deref().map(EventType::new),
-                origin,
-                bytes: rejected.input.into_bytes(),
-            })),
-            (None, None) => Err(ReadError::Damaged("a record is empty")),
-        }
-    }
-}
-
-impl StoredEvent<&RawValue> {
-    fn into_record(self, origin: Origin) -> Result<Record, ReadError> {
-        // It was repaired, where needed, before it was written.
-        let payload = match json::value(self.payload.get(), &mut false) {
-            Ok(Value::Object(payload)) => payload,
-            Ok(_) => return Err(ReadError::Damaged("a record's payload is no object")),
-            Err(unfit) => {
-                let text = self.payload.get().as_bytes();
-                return Ok(Record::Rejected(Rejection {
-                    failure: Failure {
-                        kind: FailureKind::Invalid,
-                        message: format!("payload: {unfit}"),
-                        sqlstate: None,
-                    },
-                    event_type: Some(EventType::new(&self.event_type)),
-                    origin,
-                    bytes: text.get(..text.len().min(DAMAGED_BYTES_KEPT_MAX)).unwrap_or_default().to_vec(),
-                }));
-            }
-        };
-        Ok(Record::Event(Candidate {
-            id: EventId(self.event_id),
-            event_type: self.event_type,
-            timestamp: self.timestamp,
-            payload,
-            refs: ForeignKeys {
-                project_id: self.project_id,
-                agent_id: self.agent_id,
-                command_id: self.command_id,
-                turn_id: self.turn_id,
-            },
-            origin,
-        }))
-    }
-}
-
-impl StoredOrigin {
-    /// Transcripts have no need of the spool.
-    fn of(origin: &Origin) -> StoredOrigin {
-        match origin {
-            Origin::Hook | Origin::Transcript { .. } => StoredOrigin::Hook,
-            Origin::Http => StoredOrigin::Http,
-            Origin::Cli => StoredOrigin::Cli,
-        }
-    }
-
-    fn into_origin(self) -> Origin {
-        match self {
-            StoredOrigin::Hook => Origin::Hook,
-            StoredOrigin::Http => Origin::Http,
-            StoredOrigin::Cli => Origin::Cli,
+            Some(_) => Err(ReadError::Damaged("it ends within a record")),
         }
     }
 }
@@ -661,35 +405,33 @@ impl StoredOrigin {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::event::{Candidate, EventId, ForeignKeys, Origin};
     use std::os::unix::fs::PermissionsExt;
 
     fn event(number: usize) -> Record {
-        let serde_json::Value::Object(payload) = json!({"number": number, "text": "ä\u{fffd}"}) else {
-            unreachable!()
-        };
         Record::Event(Candidate {
             id: EventId::derived(&number.to_le_bytes()),
             event_type: "hook_received".to_owned(),
             timestamp: "2026-01-02T03:04:05.678901234Z".parse().unwrap(),
-            payload,
-            refs: ForeignKeys { agent_id: Some(-7), ..ForeignKeys::default() },
+            payload: serde_json::Map::from_iter([("number".to_owned(), number.into())]),
+            refs: ForeignKeys::default(),
             origin: Origin::Cli,
         })
     }
 
-    fn shown(record: &Record) -> String {
-        String::from_utf8(encode(record).unwrap()).unwrap()
+    fn encoded(number: usize) -> Vec<u8> {
+        record::encode(&event(number)).unwrap()
     }
 
-    fn all(path: &Path) -> (Vec<String>, Result<(), String>) {
-        let mut frames = Frames::open(path).unwrap();
-        let mut records = Vec::new();
+    fn all(path: &Path) -> (Vec<Vec<u8>>, Result<(), String>) {
+        let mut lines = Lines::open(path).unwrap();
+        let mut found = Vec::new();
         loop {
-            match frames.next_frame(|_| ()).and_then(|frame| frame.map(|(frame, ())| frame.record()).transpose()) {
-                Ok(Some(record)) => records.push(shown(&record)),
-                Ok(None) => return (records, Ok(())),
-                Err(error) => return (records, Err(error.to_string())),
+            let mut line = Vec::new();
+            match lines.read(&mut line) {
+                Ok(true) => found.push(line),
+                Ok(false) => return (found, Ok(())),
+                Err(error) => return (found, Err(error.to_string())),
             }
         }
     }
@@ -700,19 +442,37 @@ mod tests {
         let spool = Spool::new(&folder.path().join("made/when/needed"));
         assert!(spool.waiting().unwrap().is_empty());
         spool.leave(&event(1)).unwrap();
-        let mut draft = spool.draft().unwrap();
+        let mut draft = spool.draft(None).unwrap();
         draft.add(&event(2)).unwrap();
         draft.add(&event(3)).unwrap();
         assert_eq!(spool.waiting().unwrap().len(), 1, "a draft is not seen");
-        draft.commit(Kind::Events).unwrap();
-        drop(spool.draft().unwrap());
+        draft.publish().unwrap();
+        drop(spool.draft(None).unwrap());
         let waiting = spool.waiting().unwrap();
-        let found: Vec<String> = waiting.iter().flat_map(|path| all(path).0).collect();
-        assert_eq!(found, [shown(&event(1)), shown(&event(2)), shown(&event(3))]);
+        let found: Vec<Vec<u8>> = waiting.iter().flat_map(|path| all(path).0).collect();
+        assert_eq!(found, [encoded(1), encoded(2), encoded(3)]);
         assert_eq!(fs::read_dir(spool.folder()).unwrap().count(), 2, "a draft that is given up is removed");
-        assert_eq!(spool.backlog_bytes(), waiting[1].metadata().unwrap().len());
         assert_eq!(spool.folder().metadata().unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(waiting[0].metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_does_not_fit_beside_what_waits_is_refused_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::new(folder.path());
+        let bytes = encoded(1).len() as u64 + 1;
+        let leave = |records: usize, bytes_max: u64| {
+            let mut draft = spool.draft(Some(bytes_max))?;
+            (0..records).try_for_each(|_| draft.add(&event(1)))?;
+            draft.publish()
+        };
+        leave(2, 2 * bytes).unwrap();
+        for (records, bytes_max) in [(1, 3 * bytes - 1), (3, 3 * bytes - 1)] {
+            let refused = leave(records, bytes_max);
+            assert!(matches!(refused, Err(SpoolError::Full { .. })), "{refused:?}");
+            assert_eq!(fs::read_dir(spool.folder()).unwrap().count(), 1);
+        }
+        leave(1, 3 * bytes).unwrap();
     }
 
     #[test]
@@ -733,7 +493,7 @@ mod tests {
     fn an_old_draft_is_removed_only_when_nobody_writes_it_any_more() {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::new(folder.path());
-        let draft = spool.draft().unwrap();
+        let draft = spool.draft(None).unwrap();
         let path = draft.path.clone();
         let old = SystemTime::now() - DRAFT_AGE_MAX - Duration::from_secs(60);
         draft.file.get_ref().set_modified(old).unwrap();
@@ -748,25 +508,22 @@ mod tests {
     }
 
     #[test]
-    fn whatever_byte_is_cut_or_changed_gives_whole_records_and_says_so() {
+    fn a_file_that_is_cut_anywhere_gives_only_complete_records() {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::new(folder.path());
-        let mut draft = spool.draft().unwrap();
+        let mut draft = spool.draft(None).unwrap();
         draft.add(&event(1)).unwrap();
         draft.add(&event(2)).unwrap();
-        draft.commit(Kind::Events).unwrap();
+        draft.publish().unwrap();
         let path = spool.waiting().unwrap().remove(0);
         let bytes = fs::read(&path).unwrap();
-        let whole = [shown(&event(1)), shown(&event(2))];
-        for at in 0..bytes.len() {
-            let mut changed = bytes.clone();
-            changed[at] ^= 1;
-            for damaged in [bytes[..at].to_vec(), changed] {
-                fs::write(&path, damaged).unwrap();
-                let (found, outcome) = all(&path);
-                assert!(outcome.is_err(), "{at}");
-                assert!(whole.starts_with(&found), "{at}: {found:?}");
-            }
+        let complete = [encoded(1), encoded(2)];
+        for cut in 0..bytes.len() {
+            fs::write(&path, &bytes[..cut]).unwrap();
+            let (found, outcome) = all(&path);
+            assert!(complete.starts_with(&found), "{cut}: {found:?}");
+            let is_between = cut == 0 || bytes[cut - 1] == b'\n';
+            assert_eq!(outcome.is_ok(), is_between, "{cut}");
         }
     }
 }

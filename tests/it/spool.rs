@@ -26,18 +26,18 @@ fn what_is_no_regular_file_in_the_spool_is_ignored_and_holds_nothing_up() {
     let stage = Stage::with(None);
     assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
     let spool = stage.folder().join("data/spool");
-    assert!(Command::new("mkfifo").arg(spool.join("0.hook")).status().unwrap().success());
+    assert!(Command::new("mkfifo").arg(spool.join("0.jsonl")).status().unwrap().success());
     assert!(Command::new("mkfifo").arg(spool.join(".attempt")).status().unwrap().success());
-    std::fs::create_dir(spool.join("1.hook")).unwrap();
-    std::os::unix::fs::symlink("/dev/zero", spool.join("2.hook")).unwrap();
-    std::os::unix::fs::symlink(stage.folder().join("config.yaml"), spool.join("3.events")).unwrap();
+    std::fs::create_dir(spool.join("1.jsonl")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", spool.join("2.jsonl")).unwrap();
+    std::os::unix::fs::symlink(stage.folder().join("config.yaml"), spool.join("3.jsonl")).unwrap();
     let watcher = stage.start();
     wait_until("the hook is taken in", SOON, || pending(&watcher) == 1);
     assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
     wait_until("the next one is too", SOON, || pending(&watcher) == 2);
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
     // A file goes after its event is in the queue.
-    wait_until("its file is gone", SOON, || names(&spool) == ["0.hook", "1.hook", "2.hook", "3.events"]);
+    wait_until("its file is gone", SOON, || names(&spool) == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"]);
     let log = watcher.log();
     assert!(watcher.stop().0.success());
     assert!(!log.contains("did not end in time"), "{log}");
