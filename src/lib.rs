@@ -36,12 +36,14 @@
 //! # Layers
 //!
 //! `main → cli → service → http → intake | sink → claude | queue → event`; [`config`], [`telemetry`], [`json`],
-//! [`private_folder`] and [`regular_file`] are leaves, open to all.
+//! [`private_folder`] and [`regular_file`] are leaves, open to all. `verify` sees intake, sink and queue and is seen by cli
+//! alone; `source` is the queue for those who only look.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
 
 pub mod claude;
 pub mod cli;
+mod client;
 pub mod config;
 pub mod event;
 pub mod faults;
@@ -56,4 +58,6 @@ pub mod queue;
 pub mod regular_file;
 pub mod service;
 pub mod sink;
+mod source;
 pub mod telemetry;
+mod verify;

@@ -1,4 +1,4 @@
-//! What waits in the queue and what was set aside, as lines of JSON: the one shape of `queue-dump`, `GET /queue` and
+//! What waits in the queue and the dead letters, as lines of JSON: the one shape of `queue-dump`, `GET /queue` and
 //! `GET /dead-letters`.
 
 use std::borrow::Cow;
@@ -8,7 +8,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::event::{Cursor, DeadContent, DeadLetter, Envelope, Event, Origin, Sequence};
+use crate::event::{
+    Cursor, DeadContent, DeadLetter, Envelope, Event, EventType, Origin, Rejection, Sequence, Timestamp,
+};
 use crate::queue::{Queue, QueueError};
 
 /// Records that are read from the queue at once.
@@ -20,49 +22,41 @@ pub enum Listing {
     DeadLetters,
 }
 
-/// Which records are listed.
-#[derive(Clone, Default, Debug)]
+/// Which records are listed: the parameters of `GET /queue` and `GET /dead-letters`.
+#[derive(Clone, Default, Debug, Deserialize)]
 pub struct Filter {
-    pub after: Option<Sequence>,
+    /// Only those behind this sequence number.
+    pub after: Option<u64>,
     pub limit: Option<u64>,
+    #[serde(rename = "type")]
     pub event_type: Option<String>,
     /// The payload's session_uuid or claude_session_id.
     pub session: Option<String>,
     /// Whole payloads; without it no text is shown.
+    #[serde(default)]
     pub payload: bool,
 }
 
-/// Gives the listing, oldest first, in pieces of whole lines of JSON. Takes the memory of one page.
+/// Writes the listing, oldest first, in pieces of whole lines of JSON. Takes the memory of one page.
 pub fn write_lines(
     queue: &Queue,
     listing: Listing,
     filter: &Filter,
     mut write: impl FnMut(Vec<u8>) -> io::Result<()>,
 ) -> Result<(), ListingError> {
-    let mut after = filter.after;
+    let mut after = filter.after.and_then(Sequence::new);
     let mut left = filter.limit.unwrap_or(u64::MAX);
     loop {
-        let mut lines = Vec::new();
-        let last = match listing {
+        let (lines, last) = match listing {
             Listing::Pending => {
                 let page = queue.page(after, PAGE_RECORDS)?;
-                for envelope in page.iter().filter(|envelope| matches(&envelope.event, filter)) {
-                    if left > 0 {
-                        left -= 1;
-                        push(&mut lines, &pending_line(envelope, filter));
-                    }
-                }
-                page.last().map(|envelope| envelope.sequence)
+                let lines = lines(page.iter().filter_map(|envelope| pending_line(envelope, filter)), &mut left);
+                (lines, page.last().map(|envelope| envelope.sequence))
             }
             Listing::DeadLetters => {
                 let page = queue.dead_letters(after, PAGE_RECORDS)?;
-                for letter in page.iter().filter(|letter| letter_matches(letter, filter)) {
-                    if left > 0 {
-                        left -= 1;
-                        push(&mut lines, &dead_line(letter, filter));
-                    }
-                }
-                page.last().map(|letter| letter.sequence)
+                let lines = lines(page.iter().filter_map(|letter| dead_line(letter, filter)), &mut left);
+                (lines, page.last().map(|letter| letter.sequence))
             }
         };
         if !lines.is_empty() {
@@ -75,12 +69,26 @@ pub fn write_lines(
     }
 }
 
+/// As many of them as are `left`.
+fn lines<'a>(page: impl Iterator<Item = Line<'a>>, left: &mut u64) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for line in page.take(usize::try_from(*left).unwrap_or(usize::MAX)) {
+        *left -= 1;
+        let start = lines.len();
+        match serde_json::to_writer(&mut lines, &line) {
+            Ok(()) => lines.push(b'\n'),
+            Err(_) => lines.truncate(start),
+        }
+    }
+    lines
+}
+
 /// How far a transcript has been read: one line of `GET /cursors`.
 #[derive(Serialize, Deserialize, Debug)]
 pub struct CursorLine<'a> {
     /// As events name it.
     pub path: Cow<'a, str>,
-    /// Every byte before it is queued or set aside.
+    /// Every byte before it is queued or dead-lettered.
     pub offset: u64,
     /// Hash over bytes before the offset, in hexadecimal: it holds for the file that was read, not for one that has
     /// replaced it.
@@ -115,7 +123,7 @@ pub enum ListingError {
 }
 
 /// One line of a listing.
-#[derive(Serialize)]
+#[derive(Serialize, Default)]
 struct Line<'a> {
     sequence: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -143,7 +151,7 @@ struct Line<'a> {
     input: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Default)]
 struct OriginLine<'a> {
     kind: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -163,88 +171,64 @@ impl<'a> From<&'a Origin> for OriginLine<'a> {
     }
 }
 
-fn pending_line<'a>(envelope: &'a Envelope, filter: &Filter) -> Line<'a> {
-    let event = &envelope.event;
-    Line {
-        sequence: envelope.sequence.get(),
-        event_id: Some(event.id().to_string()),
-        event_type: Some(event.event_type().as_str()),
-        timestamp: Some(event.timestamp().to_string()),
-        captured_at: Some(envelope.captured_at.to_string()),
-        bytes: event.payload().as_json().len(),
-        attempts: envelope.attempts,
-        origin: event.origin().into(),
-        reason: None,
-        message: None,
-        sqlstate: None,
-        failed_at: None,
-        payload: filter.payload.then(|| raw_payload(event)).flatten(),
-        input: None,
-    }
+fn pending_line<'a>(envelope: &'a Envelope, filter: &Filter) -> Option<Line<'a>> {
+    event_line(envelope.sequence, &envelope.event, envelope.captured_at, envelope.attempts, filter)
 }
 
-fn dead_line<'a>(letter: &'a DeadLetter, filter: &Filter) -> Line<'a> {
-    let failure = &letter.failure;
+fn dead_line<'a>(letter: &'a DeadLetter, filter: &Filter) -> Option<Line<'a>> {
     let line = match &letter.content {
-        DeadContent::Event { event, captured_at, attempts } => Line {
-            sequence: letter.sequence.get(),
-            event_id: Some(event.id().to_string()),
-            event_type: Some(event.event_type().as_str()),
-            timestamp: Some(event.timestamp().to_string()),
-            captured_at: Some(captured_at.to_string()),
-            bytes: event.payload().as_json().len(),
-            attempts: *attempts,
-            origin: event.origin().into(),
-            reason: None,
-            message: None,
-            sqlstate: None,
-            failed_at: None,
-            payload: filter.payload.then(|| raw_payload(event)).flatten(),
-            input: None,
-        },
-        DeadContent::Input(rejection) => Line {
-            sequence: letter.sequence.get(),
-            event_id: None,
-            event_type: rejection.event_type.as_ref().map(|event_type| event_type.as_str()),
-            timestamp: None,
-            captured_at: None,
-            bytes: rejection.bytes.len(),
-            attempts: 0,
-            origin: (&rejection.origin).into(),
-            reason: None,
-            message: None,
-            sqlstate: None,
-            failed_at: None,
-            payload: None,
-            input: filter.payload.then(|| String::from_utf8_lossy(&rejection.bytes).into_owned()),
-        },
+        DeadContent::Event { event, captured_at, attempts } => {
+            event_line(letter.sequence, event, *captured_at, *attempts, filter)?
+        }
+        DeadContent::Input(rejection) => input_line(letter.sequence, rejection, filter)?,
     };
-    Line {
-        reason: Some(failure.kind.as_str()),
-        message: Some(&failure.message),
-        sqlstate: failure.sqlstate.as_deref(),
+    Some(Line {
+        reason: Some(letter.failure.kind.as_str()),
+        message: Some(&letter.failure.message),
+        sqlstate: letter.failure.sqlstate.as_deref(),
         failed_at: Some(letter.failed_at.to_string()),
         ..line
-    }
+    })
 }
 
-fn raw_payload(event: &Event) -> Option<Box<RawValue>> {
-    RawValue::from_string(event.payload().as_json().to_owned()).ok()
+/// `None` for an event that the filter leaves out.
+fn event_line<'a>(
+    sequence: Sequence,
+    event: &'a Event,
+    captured_at: Timestamp,
+    attempts: u32,
+    filter: &Filter,
+) -> Option<Line<'a>> {
+    let event_type = event.event_type().as_str();
+    let is_wanted = filter.event_type.as_deref().is_none_or(|wanted| event_type == wanted)
+        && filter.session.as_deref().is_none_or(|wanted| is_of_session(event, wanted));
+    let payload = event.payload().as_json();
+    is_wanted.then(|| Line {
+        sequence: sequence.get(),
+        event_id: Some(event.id().to_string()),
+        event_type: Some(event_type),
+        timestamp: Some(event.timestamp().to_string()),
+        captured_at: Some(captured_at.to_string()),
+        bytes: payload.len(),
+        attempts,
+        origin: event.origin().into(),
+        payload: filter.payload.then(|| RawValue::from_string(payload.to_owned()).ok()).flatten(),
+        ..Line::default()
+    })
 }
 
-fn matches(event: &Event, filter: &Filter) -> bool {
-    filter.event_type.as_deref().is_none_or(|wanted| event.event_type().as_str() == wanted)
-        && filter.session.as_deref().is_none_or(|wanted| is_of_session(event, wanted))
-}
-
-fn letter_matches(letter: &DeadLetter, filter: &Filter) -> bool {
-    match &letter.content {
-        DeadContent::Event { event, .. } => matches(event, filter),
-        DeadContent::Input(rejection) => {
-            let event_type = rejection.event_type.as_ref().map(|event_type| event_type.as_str());
-            filter.event_type.as_deref().is_none_or(|wanted| event_type == Some(wanted)) && filter.session.is_none()
-        }
-    }
+/// `None` for input that the filter leaves out.
+fn input_line<'a>(sequence: Sequence, rejection: &'a Rejection, filter: &Filter) -> Option<Line<'a>> {
+    let event_type = rejection.event_type.as_ref().map(EventType::as_str);
+    let is_wanted = filter.event_type.as_deref().is_none_or(|wanted| event_type == Some(wanted));
+    (is_wanted && filter.session.is_none()).then(|| Line {
+        sequence: sequence.get(),
+        event_type,
+        bytes: rejection.bytes.len(),
+        origin: (&rejection.origin).into(),
+        input: filter.payload.then(|| String::from_utf8_lossy(&rejection.bytes).into_owned()),
+        ..Line::default()
+    })
 }
 
 fn is_of_session(event: &Event, wanted: &str) -> bool {
@@ -259,13 +243,4 @@ fn is_of_session(event: &Event, wanted: &str) -> bool {
     let Ok(fields) = serde_json::from_str::<SessionFields<'_>>(event.payload().as_json()) else { return false };
     let is_wanted = |raw: &RawValue| serde_json::from_str::<Cow<'_, str>>(raw.get()).is_ok_and(|name| name == wanted);
     fields.session_uuid.is_some_and(is_wanted) || fields.claude_session_id.is_some_and(is_wanted)
-}
-
-fn push(lines: &mut Vec<u8>, line: &Line<'_>) {
-    let start = lines.len();
-    if serde_json::to_writer(&mut *lines, line).is_err() {
-        lines.truncate(start);
-        return;
-    }
-    lines.push(b'\n');
 }

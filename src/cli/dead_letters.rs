@@ -1,18 +1,19 @@
-//! `dead-letters`: what was set aside, to look at, send again or forget. Asks the running watcher; without one it opens
-//! the queue itself.
+//! `dead-letters`: to look at, send again or forget. Asks the running watcher; without one it opens the queue itself.
+//!
+//! Sending again and forgetting change the queue, which only its writer may do. Without a watcher the command is the writer for
+//! as long as that takes, so that its answer and its exit code say what has become of each letter.
 
 use std::path::Path;
 
+use crate::client::{self, ClientError};
 use crate::event::Sequence;
-use crate::listing::{self, Filter, Listing, ListingError};
-use crate::queue::{Queue, QueueConfig, QueueError, RetryOutcome};
-use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use crate::listing::{Filter, Listing};
+use crate::queue::{Queue, QueueError, RetryOutcome};
+use crate::source::{self, Part, SourceError};
 use hyper::{Method, StatusCode};
 use serde_json::Value;
 
-use super::client::{self, ClientError};
-use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, inspect_queue, queue_dump};
+use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, queue_dump};
 
 pub fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<Exit, Failure> {
     match command {
@@ -26,212 +27,162 @@ pub fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<E
     }
 }
 
+/// The letters that the filter lets through.
+fn listed(context: &Context, filter: &Filter) -> Result<Vec<Value>, Failure> {
+    let mut letters = Vec::new();
+    let reading = source::read(context.config(), Part::Records(Listing::DeadLetters, filter), |line| {
+        letters.push(serde_json::from_slice(line)?);
+        Ok(())
+    });
+    block_on(reading)??;
+    Ok(letters)
+}
+
+fn sequence_of(letter: &Value) -> Option<u64> {
+    letter.get("sequence").and_then(Value::as_u64)
+}
+
 fn show(context: &Context, sequence: u64) -> Result<Exit, Failure> {
-    let filter = Filter {
-        after: sequence.checked_sub(1).and_then(Sequence::new),
-        limit: Some(1),
-        payload: true,
-        ..Filter::default()
-    };
-    let target = format!("/dead-letters?payload=true&limit=1&after={}", sequence.saturating_sub(1));
-    let socket = &context.config().http.socket;
-    let asked = block_on(async { client::body(client::get(socket, &target).await?).await })?;
-    let line = match asked {
-        Ok(body) => body.to_vec(),
-        Err(ClientError::NotRunning) => {
-            let queue = inspect_queue(context.config())?;
-            let mut line = Vec::new();
-            let listed = listing::write_lines(&queue, Listing::DeadLetters, &filter, |piece| {
-                line.extend(piece);
-                Ok(())
-            });
-            match listed {
-                Ok(()) => line,
-                Err(ListingError::Queue(error)) => return Err(error.into()),
-                Err(ListingError::Reader(error)) => return Err(Failure::new(Exit::Io, error)),
-            }
-        }
-        Err(ClientError::NoAnswer(problem)) => return Err(no_answer(socket, &problem)),
-    };
-    let letter: Option<Value> = serde_json::from_slice(&line).ok();
-    let letter = letter.filter(|letter| letter.get("sequence").and_then(Value::as_u64) == Some(sequence));
-    let letter = letter.ok_or_else(|| not_found(sequence))?;
-    println!("{}", serde_json::to_string_pretty(&letter).unwrap_or_default());
+    let letters = listed(
+        context,
+        &Filter { after: sequence.checked_sub(1), limit: Some(1), payload: true, ..Filter::default() },
+    )?;
+    let letter = letters.first().filter(|letter| sequence_of(letter) == Some(sequence));
+    let letter = letter.ok_or_else(|| Failure::new(Exit::Data, not_found(sequence)))?;
+    println!("{}", serde_json::to_string_pretty(letter).unwrap_or_default());
     Ok(Exit::Fine)
 }
 
-/// What became of one letter.
-enum Done {
-    Queued(u64),
-    Dropped,
-    NotFound,
-    NotAnEvent,
-}
-
 fn retry(context: &Context, sequences: &[u64], all: bool) -> Result<Exit, Failure> {
-    let place = Place::of(context)?;
-    let sequences = if all { place.events()? } else { sequences.to_vec() };
-    let mut outcome = Exit::Fine;
+    // As of now: one that is refused again gets another number.
+    let sequences = match all {
+        true => {
+            let letters = listed(context, &Filter::default())?;
+            letters.iter().filter(|letter| letter.get("event_id").is_some()).filter_map(sequence_of).collect()
+        }
+        false => sequences.to_vec(),
+    };
+    let writer = Writer::of(context)?;
+    let mut exit = Exit::Fine;
     for &sequence in &sequences {
-        match place.retry(sequence)? {
-            Done::Queued(new) => println!("{sequence} waits at the tail again, as {new}"),
+        match writer.retry(sequence)? {
+            Outcome::Done(new) => println!("{sequence} waits at the tail again, as {new}"),
             // With --all somebody else was faster.
-            Done::NotFound if all => {}
-            Done::NotAnEvent => {
-                eprintln!("headspace-watcher: dead letter {sequence} never was an event: it can only be dropped");
-                outcome = Exit::Data;
-            }
-            Done::NotFound | Done::Dropped => {
-                eprintln!("headspace-watcher: {}", not_found(sequence).message);
-                outcome = Exit::Data;
+            Outcome::NotFound if all => {}
+            Outcome::NotFound => exit = refused(&not_found(sequence)),
+            Outcome::NotAnEvent => {
+                exit = refused(&format!("dead letter {sequence} never was an event: it can only be dropped"));
             }
         }
     }
     if sequences.is_empty() {
         println!("no dead letters that can be sent again");
     }
-    place.close()?;
-    Ok(outcome)
+    writer.close()?;
+    Ok(exit)
 }
 
 fn forget(context: &Context, sequences: &[u64]) -> Result<Exit, Failure> {
-    let place = Place::of(context)?;
-    let mut outcome = Exit::Fine;
+    let writer = Writer::of(context)?;
+    let mut exit = Exit::Fine;
     for &sequence in sequences {
-        match place.forget(sequence)? {
-            Done::Dropped => println!("{sequence} dropped"),
-            _ => {
-                eprintln!("headspace-watcher: {}", not_found(sequence).message);
-                outcome = Exit::Data;
-            }
+        match writer.forget(sequence)? {
+            Outcome::Done(_) => println!("{sequence} dropped"),
+            Outcome::NotFound | Outcome::NotAnEvent => exit = refused(&not_found(sequence)),
         }
     }
-    place.close()?;
-    Ok(outcome)
+    writer.close()?;
+    Ok(exit)
 }
 
-/// Where the letters are: with the running watcher, or in the queue that nobody else holds.
-enum Place<'a> {
+/// What became of one letter.
+enum Outcome {
+    /// Its number now.
+    Done(u64),
+    NotFound,
+    NotAnEvent,
+}
+
+/// The process that changes the queue: the running watcher, or this one, which holds it.
+enum Writer<'a> {
     Watcher(&'a Path),
     Queue(Queue),
 }
 
-impl Place<'_> {
-    fn of(context: &Context) -> Result<Place<'_>, Failure> {
+impl Writer<'_> {
+    fn of(context: &Context) -> Result<Writer<'_>, Failure> {
         let socket = &context.config().http.socket;
         match block_on(client::get(socket, "/livez"))? {
-            Ok(_) => Ok(Place::Watcher(socket)),
+            Ok(_) => Ok(Writer::Watcher(socket)),
+            Err(ClientError::NoAnswer(problem)) => Err(no_answer(socket, problem)),
             Err(ClientError::NotRunning) => {
-                let config = queue_config(context);
+                let config = source::queue_config(context.config());
                 if !config.path.exists() {
                     return Err(QueueError::NotFound { path: config.path }.into());
                 }
-                Ok(Place::Queue(super::open_queue(&config)?))
+                let (queue, repairs) = Queue::open(&config)?;
+                for repair in &repairs {
+                    eprintln!("headspace-watcher: queue {}: {repair}", config.path.display());
+                }
+                Ok(Writer::Queue(queue))
             }
-            Err(ClientError::NoAnswer(problem)) => Err(no_answer(socket, &problem)),
         }
     }
 
-    /// Those that can be sent again, as of now: one that is refused anew gets another number.
-    fn events(&self) -> Result<Vec<u64>, Failure> {
-        let mut sequences = Vec::new();
-        match self {
-            Place::Watcher(socket) => {
-                let (_, body) = ask(socket, Method::GET, "/dead-letters")?;
-                for line in body.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-                    let letter: Value = serde_json::from_slice(line)
-                        .map_err(|error| Failure::new(Exit::Internal, format!("the answer is cut short: {error}")))?;
-                    if letter.get("event_id").is_some() {
-                        sequences.extend(letter.get("sequence").and_then(Value::as_u64));
-                    }
-                }
-            }
-            Place::Queue(queue) => {
-                let mut after = None;
-                loop {
-                    let page = queue.dead_letters(after, 128)?;
-                    let Some(last) = page.last() else { break };
-                    after = Some(last.sequence);
-                    let events =
-                        page.iter().filter(|letter| matches!(letter.content, crate::event::DeadContent::Event { .. }));
-                    sequences.extend(events.map(|letter| letter.sequence.get()));
-                }
-            }
-        }
-        Ok(sequences)
-    }
-
-    fn retry(&self, sequence: u64) -> Result<Done, Failure> {
-        let Some(number) = Sequence::new(sequence) else { return Ok(Done::NotFound) };
-        match self {
-            Place::Watcher(socket) => {
-                let (code, body) = ask(socket, Method::POST, &format!("/dead-letters/{sequence}/retry"))?;
-                match code {
-                    StatusCode::OK => {
-                        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-                        Ok(Done::Queued(answer.get("sequence").and_then(Value::as_u64).unwrap_or_default()))
-                    }
-                    StatusCode::NOT_FOUND => Ok(Done::NotFound),
-                    StatusCode::CONFLICT => Ok(Done::NotAnEvent),
-                    code => Err(refused(code, &body)),
-                }
-            }
-            Place::Queue(queue) => Ok(match queue.retry_dead_letter(number)? {
-                RetryOutcome::Queued(new) => Done::Queued(new.get()),
-                RetryOutcome::NotFound => Done::NotFound,
-                RetryOutcome::NotAnEvent => Done::NotAnEvent,
+    fn retry(&self, sequence: u64) -> Result<Outcome, Failure> {
+        match (self, Sequence::new(sequence)) {
+            (_, None) => Ok(Outcome::NotFound),
+            (Writer::Watcher(socket), Some(_)) => ask(socket, Method::POST, &format!("/dead-letters/{sequence}/retry")),
+            (Writer::Queue(queue), Some(sequence)) => Ok(match queue.retry_dead_letter(sequence)? {
+                RetryOutcome::Queued(new) => Outcome::Done(new.get()),
+                RetryOutcome::NotFound => Outcome::NotFound,
+                RetryOutcome::NotAnEvent => Outcome::NotAnEvent,
             }),
         }
     }
 
-    fn forget(&self, sequence: u64) -> Result<Done, Failure> {
-        let Some(number) = Sequence::new(sequence) else { return Ok(Done::NotFound) };
-        match self {
-            Place::Watcher(socket) => match ask(socket, Method::DELETE, &format!("/dead-letters/{sequence}"))? {
-                (StatusCode::OK, _) => Ok(Done::Dropped),
-                (StatusCode::NOT_FOUND, _) => Ok(Done::NotFound),
-                (code, body) => Err(refused(code, &body)),
-            },
-            Place::Queue(queue) => Ok(if queue.drop_dead_letter(number)? { Done::Dropped } else { Done::NotFound }),
+    fn forget(&self, sequence: u64) -> Result<Outcome, Failure> {
+        match (self, Sequence::new(sequence)) {
+            (_, None) => Ok(Outcome::NotFound),
+            (Writer::Watcher(socket), Some(_)) => ask(socket, Method::DELETE, &format!("/dead-letters/{sequence}")),
+            (Writer::Queue(queue), Some(number)) => {
+                Ok(if queue.drop_dead_letter(number)? { Outcome::Done(sequence) } else { Outcome::NotFound })
+            }
         }
     }
 
     fn close(self) -> Result<(), Failure> {
         match self {
-            Place::Watcher(_) => Ok(()),
-            Place::Queue(queue) => Ok(queue.close()?),
+            Writer::Watcher(_) => Ok(()),
+            Writer::Queue(queue) => Ok(queue.close()?),
         }
     }
 }
 
-fn queue_config(context: &Context) -> QueueConfig {
-    let config = &context.config().queue;
-    QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes }
+fn ask(socket: &Path, method: Method, target: &str) -> Result<Outcome, Failure> {
+    match block_on(client::ask(socket, method, target))? {
+        Ok((StatusCode::OK, body)) => {
+            let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
+            Ok(Outcome::Done(sequence_of(&answer).unwrap_or_default()))
+        }
+        Ok((StatusCode::NOT_FOUND, _)) => Ok(Outcome::NotFound),
+        Ok((StatusCode::CONFLICT, _)) => Ok(Outcome::NotAnEvent),
+        Ok((code, body)) => Err(Failure::new(Exit::Io, client::problem(code, &body))),
+        Err(ClientError::NotRunning) => Err(no_answer(socket, "it has just ended".to_owned())),
+        Err(ClientError::NoAnswer(problem)) => Err(no_answer(socket, problem)),
+    }
 }
 
-fn ask(socket: &Path, method: Method, target: &str) -> Result<(StatusCode, Bytes), Failure> {
-    let answer = block_on(async {
-        let request = client::request(method, target).body(Full::<Bytes>::default().boxed_unsync());
-        let request = request.map_err(|error| ClientError::NoAnswer(error.to_string()))?;
-        let response = client::send(socket, request).await?;
-        Ok((response.status(), client::body(response).await?))
-    })?;
-    answer.map_err(|error| match error {
-        ClientError::NotRunning => no_answer(socket, "it has just ended"),
-        ClientError::NoAnswer(problem) => no_answer(socket, &problem),
-    })
+/// Says why one letter could not be dealt with; the others are.
+fn refused(problem: &str) -> Exit {
+    eprintln!("headspace-watcher: {problem}");
+    Exit::Data
 }
 
-fn refused(code: StatusCode, body: &[u8]) -> Failure {
-    Failure::new(Exit::Io, client::problem(code, body))
+fn not_found(sequence: u64) -> String {
+    format!("there is no dead letter {sequence}; see \"headspace-watcher dead-letters list\"")
 }
 
-fn not_found(sequence: u64) -> Failure {
-    let message = format!("there is no dead letter {sequence}; see \"headspace-watcher dead-letters list\"");
-    Failure::new(Exit::Data, message)
-}
-
-fn no_answer(socket: &Path, problem: &str) -> Failure {
-    let socket = socket.display();
-    Failure::new(Exit::Unavailable, format!("the watcher on {socket} does not answer: {problem}; restart it"))
+fn no_answer(socket: &Path, problem: String) -> Failure {
+    SourceError::NoAnswer { socket: socket.to_owned(), problem }.into()
 }

@@ -1,7 +1,6 @@
 //! The commands. Errors go to stderr as one line each; exit codes follow sysexits (`Exit`).
 
 mod check;
-mod client;
 mod completions;
 mod config;
 mod dead_letters;
@@ -23,13 +22,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use crate::client;
 use crate::config::{Config, Environment, Loaded};
-use crate::event::{Sequence, Timestamp};
+use crate::event::Timestamp;
 use crate::listing::Filter;
-use crate::queue::{Queue, QueueConfig, QueueError};
+use crate::queue::QueueError;
 use crate::service::ServiceError;
 use crate::sink::postgres::TargetSource;
 use crate::sink::{DeliverError, Verdict};
+use crate::source::{SourceError, inspect_queue};
 use crate::telemetry::{self, LogFormat};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -129,7 +130,7 @@ enum Command {
     },
     /// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
     #[command(
-        after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked."
+        after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked; 74: the spool is full or can't be used."
     )]
     Verify(VerifyArguments),
     /// Say of each line of a transcript whether it is a turn and whose, or why not
@@ -257,7 +258,7 @@ struct QueueDumpArguments {
 impl QueueDumpArguments {
     fn filter(&self) -> Filter {
         Filter {
-            after: self.after.and_then(Sequence::new),
+            after: self.after,
             limit: self.limit,
             event_type: self.event_type.clone(),
             session: self.session.clone(),
@@ -368,7 +369,7 @@ struct VerifyArguments {
     /// One JSON object; it lists all that is missing
     #[arg(long)]
     json: bool,
-    /// Send again what is missing: through the running watcher, else into the queue itself
+    /// Send again what is missing, by the spool: the running watcher takes it in, or the next one when it starts
     #[arg(long)]
     repair: bool,
 
@@ -435,6 +436,16 @@ impl From<QueueError> for Failure {
             _ => Exit::Io,
         };
         Failure::new(exit, error)
+    }
+}
+
+impl From<SourceError> for Failure {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::Queue(error) => error.into(),
+            SourceError::NoAnswer { .. } => Failure::new(Exit::Unavailable, error),
+            SourceError::Reader(_) => Failure::new(Exit::Io, error),
+        }
     }
 }
 
@@ -568,21 +579,6 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Service(arguments) => service::service(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),
     }
-}
-
-/// Looks at the queue for a command while no watcher runs.
-fn inspect_queue(config: &Config) -> Result<Queue, QueueError> {
-    let config = &config.queue;
-    Queue::inspect(&QueueConfig { path: config.path.clone(), max_pending_bytes: config.max_pending_bytes })
-}
-
-/// Opens the queue for a command that changes it while no watcher runs.
-fn open_queue(config: &QueueConfig) -> Result<Queue, Failure> {
-    let (queue, repairs) = Queue::open(config)?;
-    for repair in &repairs {
-        eprintln!("headspace-watcher: queue {}: {repair}", config.path.display());
-    }
-    Ok(queue)
 }
 
 /// A small runtime for commands that ask something and end.

@@ -1,84 +1,25 @@
-//! `queue-dump`: what waits, from the running watcher or from the folder.
+//! `queue-dump`: what waits, as a table or as lines of JSON.
 
 use std::io::{self, IsTerminal, Write};
 
-use crate::listing::{self, Filter, Listing, ListingError};
-use http_body_util::BodyExt;
+use crate::listing::Listing;
+use crate::source::{self, Part, SourceError};
 use serde_json::Value;
 
-use super::client::{self, ClientError};
-use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, inspect_queue, written};
+use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, written};
 
 pub fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };
     let format =
         arguments.format.unwrap_or(if io::stdout().is_terminal() { DumpFormat::Table } else { DumpFormat::Jsonl });
-    let mut output = Output::new(format, listing);
+    let mut output = Output { format, listing, out: io::BufWriter::new(io::stdout()), rows: 0 };
     let filter = arguments.filter();
-    let shown = match block_on(from_watcher(context, listing, &filter, &mut output))? {
-        Err(ClientError::NotRunning) => from_folder(context, listing, &filter, &mut output),
-        Err(ClientError::NoAnswer(problem)) => {
-            let socket = context.config().http.socket.display();
-            return Err(Failure::new(
-                Exit::Unavailable,
-                format!("the watcher on {socket} does not answer: {problem}; stop it to read the queue itself"),
-            ));
-        }
-        Ok(shown) => shown.map_err(ListingError::Reader),
-    };
-    match shown.and_then(|()| output.finish().map_err(ListingError::Reader)) {
-        Ok(()) => Ok(Exit::Fine),
-        Err(ListingError::Reader(error)) => written(Err(error)),
-        Err(ListingError::Queue(error)) => Err(error.into()),
+    let part = Part::Records(listing, &filter);
+    match block_on(source::read(context.config(), part, |line| output.line(line)))? {
+        Ok(()) => written(output.finish()),
+        Err(SourceError::Reader(error)) => written(Err(error)),
+        Err(error) => Err(error.into()),
     }
-}
-
-async fn from_watcher(
-    context: &Context,
-    listing: Listing,
-    filter: &Filter,
-    output: &mut Output,
-) -> Result<io::Result<()>, ClientError> {
-    let mut response = client::get(&context.config().http.socket, &target(listing, filter)).await?;
-    if !response.status().is_success() {
-        return Err(ClientError::NoAnswer(response.status().to_string()));
-    }
-    while let Some(frame) = response.body_mut().frame().await {
-        let frame = frame.map_err(|error| ClientError::NoAnswer(error.to_string()))?;
-        if let Some(bytes) = frame.data_ref()
-            && let Err(error) = output.take(bytes)
-        {
-            return Ok(Err(error));
-        }
-    }
-    Ok(Ok(()))
-}
-
-/// The route and its query. Values are percent-encoded as a whole.
-fn target(listing: Listing, filter: &Filter) -> String {
-    let route = match listing {
-        Listing::Pending => "/queue",
-        Listing::DeadLetters => "/dead-letters",
-    };
-    let mut query = format!("payload={}", filter.payload);
-    if let Some(after) = filter.after {
-        query.push_str(&format!("&after={after}"));
-    }
-    if let Some(limit) = filter.limit {
-        query.push_str(&format!("&limit={limit}"));
-    }
-    for (name, value) in [("type", &filter.event_type), ("session", &filter.session)] {
-        if let Some(value) = value {
-            let encoded: String = value.bytes().map(|byte| format!("%{byte:02X}")).collect();
-            query.push_str(&format!("&{name}={encoded}"));
-        }
-    }
-    format!("{route}?{query}")
-}
-
-fn from_folder(context: &Context, listing: Listing, filter: &Filter, output: &mut Output) -> Result<(), ListingError> {
-    let queue = inspect_queue(context.config())?;
-    listing::write_lines(&queue, listing, filter, |page| output.take(&page))
 }
 
 /// Shows lines of JSON as they are or as a table.
@@ -86,30 +27,15 @@ struct Output {
     format: DumpFormat,
     listing: Listing,
     out: io::BufWriter<io::Stdout>,
-    /// The beginning of a line whose end has not come yet.
-    partial: Vec<u8>,
     rows: u64,
 }
 
 impl Output {
-    fn new(format: DumpFormat, listing: Listing) -> Self {
-        Output { format, listing, out: io::BufWriter::new(io::stdout()), partial: Vec::new(), rows: 0 }
-    }
-
-    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.format == DumpFormat::Jsonl {
-            return self.out.write_all(bytes);
+    fn line(&mut self, line: &[u8]) -> io::Result<()> {
+        match self.format {
+            DumpFormat::Jsonl => self.out.write_all(line).and_then(|()| self.out.write_all(b"\n")),
+            DumpFormat::Table => self.row(line),
         }
-        let mut rest = bytes;
-        while let Some(end) = memchr::memchr(b'\n', rest) {
-            let (line, after) = rest.split_at(end);
-            self.partial.extend_from_slice(line);
-            let line = std::mem::take(&mut self.partial);
-            self.row(&line)?;
-            rest = after.strip_prefix(b"\n").unwrap_or_default();
-        }
-        self.partial.extend_from_slice(rest);
-        Ok(())
     }
 
     fn row(&mut self, line: &[u8]) -> io::Result<()> {

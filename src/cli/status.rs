@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
+use crate::config::Config;
 use crate::event::Timestamp;
-use crate::health::{Health, HttpHealth, Status};
+use crate::health::{Health, HttpHealth, QueueHealth, Status};
 use crate::intake::spool::Spool;
 use crate::queue::{QueueError, QueueStats};
 use serde_json::json;
@@ -18,45 +18,40 @@ use super::{Context, Exit, Failure, StatusArguments, block_on, inspect_queue, wr
 /// How long the watcher may take; it needs milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How things stand.
-enum Standing {
-    /// The watcher has answered, and this is what it said.
-    Answered { health: Box<Health>, json: String },
-    /// There is a watcher, but it does not answer.
-    Silent { problem: String, pid: Option<u32> },
-    /// There is none. What waits in its queue, or why that can't be said, and files that wait in its spool.
-    Gone { queue: Result<QueueStats, QueueError>, spooled: Result<usize, String> },
+/// How things stand, as it is shown.
+struct Standing {
+    text: String,
+    json: String,
+    verdict: Result<Exit, Failure>,
 }
 
 pub fn status(context: &Context, arguments: &StatusArguments) -> Result<Exit, Failure> {
-    let socket = &context.config().http.socket;
     let Some(interval) = arguments.watch else {
-        let standing = look(context)?;
-        print!("{}", standing.shown(arguments.json, socket));
-        return standing.verdict(socket);
+        let Standing { text, json, verdict } = look(context)?;
+        print!("{}", if arguments.json { json } else { text });
+        return verdict;
     };
     watch(context, arguments.json, Duration::from_secs(interval.into()))
 }
 
 /// Shows it again and again until interrupted, or until nobody reads it any more.
-fn watch(context: &Context, json: bool, interval: Duration) -> Result<Exit, Failure> {
+fn watch(context: &Context, as_json: bool, interval: Duration) -> Result<Exit, Failure> {
     let mut out = io::stdout();
-    let clears = out.is_terminal() && !json;
+    let clears = out.is_terminal() && !as_json;
     loop {
-        let standing = look(context)?;
-        let socket = &context.config().http.socket;
-        let mut text = standing.shown(json, socket);
-        if let (false, Err(failure)) = (json, standing.verdict(socket)) {
+        let Standing { text, json, verdict } = look(context)?;
+        let mut shown = if as_json { json } else { text };
+        if let (false, Err(failure)) = (as_json, verdict) {
             // What else goes to stderr at the end: what is wrong and what to do.
-            let _ = writeln!(text, "\n{}", failure.message);
+            let _ = writeln!(shown, "\n{}", failure.message);
         }
         if clears {
-            // To the upper left, and away with what stands there.
-            text.insert_str(0, "\x1b[H\x1b[2J");
-        } else if !json {
-            text.push('\n');
+            // To the upper left, and clear the screen.
+            shown.insert_str(0, "\x1b[H\x1b[2J");
+        } else if !as_json {
+            shown.push('\n');
         }
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        match out.write_all(shown.as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => std::thread::sleep(interval),
             failed => return written(failed),
         }
@@ -64,122 +59,87 @@ fn watch(context: &Context, json: bool, interval: Duration) -> Result<Exit, Fail
 }
 
 fn look(context: &Context) -> Result<Standing, Failure> {
-    let asking = async { client::body(client::get(&context.config().http.socket, "/health").await?).await };
+    let config = context.config();
+    let asking = async { client::body(client::get(&config.http.socket, "/health").await?).await };
     let no_answer = || ClientError::NoAnswer(format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()));
     let answer =
         block_on(async { tokio::time::timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| Err(no_answer())) })?;
-    let body = match answer {
-        Ok(body) => body,
+    let queue = || inspect_queue(config).map(|queue| queue.stats());
+    Ok(match answer {
+        Ok(body) => answered(&body)?,
         Err(ClientError::NoAnswer(problem)) => {
-            let pid = match inspect(context) {
-                Err(QueueError::InUse { pid, .. }) => pid,
-                _ => None,
-            };
-            return Ok(Standing::Silent { problem, pid });
+            let pid = if let Err(QueueError::InUse { pid, .. }) = queue() { pid } else { None };
+            silent(config, &problem, pid)
         }
-        Err(ClientError::NotRunning) => {
-            return Ok(match inspect(context) {
-                Err(QueueError::InUse { pid, .. }) => {
-                    let problem =
-                        "it holds the queue but does not listen: it is starting, ending, or uses another http.socket";
-                    Standing::Silent { problem: problem.to_owned(), pid }
-                }
-                queue => Standing::Gone { queue, spooled: spooled(&context.config().queue.spool_path) },
-            });
-        }
-    };
-    let health = serde_json::from_slice(&body).map_err(|error| {
+        Err(ClientError::NotRunning) => match queue() {
+            Err(QueueError::InUse { pid, .. }) => {
+                let problem =
+                    "it holds the queue but does not listen: it is starting, ending, or uses another http.socket";
+                silent(config, problem, pid)
+            }
+            queue => gone(config, queue),
+        },
+    })
+}
+
+/// The watcher has answered.
+fn answered(body: &[u8]) -> Result<Standing, Failure> {
+    let health: Health = serde_json::from_slice(body).map_err(|error| {
         Failure::new(Exit::Internal, format!("the watcher's answer is not understood: {error}; is it another version?"))
     })?;
-    Ok(Standing::Answered { health, json: String::from_utf8_lossy(&body).into_owned() })
+    let exit = if health.status == Status::Fail { Exit::CheckFailed } else { Exit::Fine };
+    let json = format!("{}\n", String::from_utf8_lossy(body));
+    Ok(Standing { text: describe(&health), json, verdict: Ok(exit) })
 }
 
-/// Files that wait in the spool, or why that can't be said.
-fn spooled(folder: &Path) -> Result<usize, String> {
-    Spool::new(folder)
-        .waiting()
-        .map(|files| files.len())
-        .map_err(|error| format!("{} can't be read; correct its owner or mode: {error}", folder.display()))
-}
-
-/// The queue that nobody holds, in numbers.
-fn inspect(context: &Context) -> Result<QueueStats, QueueError> {
-    inspect_queue(context.config()).map(|queue| queue.stats())
-}
-
-impl Standing {
-    fn shown(&self, json: bool, socket: &Path) -> String {
-        match (self, json) {
-            (Standing::Answered { json, .. }, true) => format!("{json}\n"),
-            (Standing::Answered { health, .. }, false) => describe(health),
-            (Standing::Silent { pid, .. }, true) => {
-                let said = self.verdict(socket).err().map(|failure| failure.message);
-                format!(
-                    "{}\n",
-                    json!({"status": "fail", "running": true, "pid": pid, "ready": false, "reasons": [said]})
-                )
-            }
-            (Standing::Silent { .. }, false) => "status    NO ANSWER\n".to_owned(),
-            (Standing::Gone { queue, spooled }, true) => {
-                let queue = match queue {
-                    Ok(stats) => json!({
-                        "pending": stats.pending,
-                        "pending_bytes": stats.pending_bytes,
-                        "oldest_age_seconds": stats.oldest.map(|(_, since)| seconds_since(since)),
-                        "dead_letters": stats.dead_letters,
-                        "disk_bytes": stats.disk_bytes,
-                        "full": stats.full,
-                    }),
-                    Err(_) => json!(null),
-                };
-                format!(
-                    "{}\n",
-                    json!({"status": "fail", "running": false, "ready": false, "queue": queue,
-                    "spool": {"waiting_files": spooled.as_ref().ok(), "last_error": spooled.as_ref().err()}})
-                )
-            }
-            (Standing::Gone { queue, spooled }, false) => {
-                let queue = match queue {
-                    Ok(stats) => queue_line(
-                        stats.pending,
-                        stats.pending_bytes,
-                        stats.oldest.map(|(_, since)| seconds_since(since)),
-                        stats.dead_letters,
-                        stats.disk_bytes,
-                    ),
-                    Err(error) => error.to_string(),
-                };
-                let spool = match spooled {
-                    Ok(0) => String::new(),
-                    Ok(1) => "spool     1 file waits\n".to_owned(),
-                    Ok(files) => format!("spool     {files} files wait\n"),
-                    Err(problem) => format!("spool     {problem}\n"),
-                };
-                format!("status    not running\nqueue     {queue}\n{spool}")
-            }
-        }
+/// There is a watcher, but it does not answer.
+fn silent(config: &Config, problem: &str, pid: Option<u32>) -> Standing {
+    let process = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+    let socket = config.http.socket.display();
+    let message = format!("the watcher on {socket}{process} does not answer: {problem}; if it stays so, restart it");
+    let json = json!({"status": "fail", "running": true, "pid": pid, "ready": false, "reasons": [message]});
+    Standing {
+        text: "status    NO ANSWER\n".to_owned(),
+        json: format!("{json}\n"),
+        verdict: Err(Failure::new(Exit::CheckFailed, message)),
     }
+}
 
-    fn verdict(&self, socket: &Path) -> Result<Exit, Failure> {
-        let shown = socket.display();
-        match self {
-            Standing::Answered { health, .. } if health.status == Status::Fail => Ok(Exit::CheckFailed),
-            Standing::Answered { .. } => Ok(Exit::Fine),
-            Standing::Silent { problem, pid } => {
-                let who = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
-                let message =
-                    format!("the watcher on {shown}{who} does not answer: {problem}; if it stays so, restart it");
-                Err(Failure::new(Exit::CheckFailed, message))
-            }
-            Standing::Gone { queue, .. } => {
-                let waits = match queue {
-                    Ok(_) => String::new(),
-                    Err(error) => format!("; {error}"),
-                };
-                let message = format!("no watcher listens on {shown}{waits}; start it with scripts/run-watcher.sh");
-                Err(Failure::new(Exit::NotRunning, message))
-            }
-        }
+/// There is no watcher: what waits in its queue, or why that can't be said, and the files that wait in its spool.
+fn gone(config: &Config, queue: Result<QueueStats, QueueError>) -> Standing {
+    let queue = queue.map(|stats| QueueHealth {
+        pending: stats.pending,
+        pending_bytes: stats.pending_bytes,
+        oldest_age_seconds: stats.oldest.map(|(_, since)| seconds_since(since)),
+        dead_letters: stats.dead_letters,
+        missing: stats.missing,
+        disk_bytes: stats.disk_bytes,
+        full: stats.full,
+    });
+    let folder = &config.queue.spool_path;
+    let spooled = Spool::new(folder).waiting().map(|files| files.len());
+    let spooled =
+        spooled.map_err(|error| format!("{} can't be read; correct its owner or mode: {error}", folder.display()));
+    let json = json!({
+        "status": "fail", "running": false, "ready": false, "queue": queue.as_ref().ok(),
+        "spool": {"waiting_files": spooled.as_ref().ok(), "last_error": spooled.as_ref().err()},
+    });
+    let spool = match spooled {
+        Ok(0) => String::new(),
+        Ok(1) => "spool     1 file waits\n".to_owned(),
+        Ok(files) => format!("spool     {files} files wait\n"),
+        Err(problem) => format!("spool     {problem}\n"),
+    };
+    let problem = queue.as_ref().err().map_or_else(String::new, |error| format!("; {error}"));
+    let queue = queue.map_or_else(|error| error.to_string(), |queue| queue_line(&queue));
+    let message = format!(
+        "no watcher listens on {}{problem}; start it with scripts/run-watcher.sh",
+        config.http.socket.display()
+    );
+    Standing {
+        text: format!("status    not running\nqueue     {queue}\n{spool}"),
+        json: format!("{json}\n"),
+        verdict: Err(Failure::new(Exit::NotRunning, message)),
     }
 }
 
@@ -213,10 +173,7 @@ fn describe(health: &Health) -> String {
         "captured  {} files, {} sessions, {} lines read, {} bad",
         health.watcher.files, health.watcher.sessions, health.watcher.lines, health.watcher.bad_lines
     );
-    let queue = &health.queue;
-    let waits =
-        queue_line(queue.pending, queue.pending_bytes, queue.oldest_age_seconds, queue.dead_letters, queue.disk_bytes);
-    let _ = writeln!(text, "queue     {waits}");
+    let _ = writeln!(text, "queue     {}", queue_line(&health.queue));
     let _ = writeln!(text, "database  {} for {}", health.database.state, age(&health.database.since));
     if let Some(error) = &health.database.last_error {
         let _ = writeln!(text, "          {error}");
@@ -250,13 +207,14 @@ fn page_line(http: Option<&HttpHealth>) -> String {
     }
 }
 
-fn queue_line(pending: u64, pending_bytes: u64, oldest_age: Option<f64>, dead_letters: u64, disk_bytes: u64) -> String {
-    let oldest = oldest_age.map_or_else(String::new, |age| format!(", oldest {}", duration(age as u64)));
-    let letters = if dead_letters == 1 { "dead letter" } else { "dead letters" };
+fn queue_line(queue: &QueueHealth) -> String {
+    let QueueHealth { pending, dead_letters, oldest_age_seconds, .. } = queue;
+    let oldest = oldest_age_seconds.map_or_else(String::new, |age| format!(", oldest {}", duration(age as u64)));
+    let letters = if *dead_letters == 1 { "dead letter" } else { "dead letters" };
     format!(
         "{pending} pending ({}){oldest}; {dead_letters} {letters}; {} on disk",
-        bytes(pending_bytes),
-        bytes(disk_bytes)
+        bytes(queue.pending_bytes),
+        bytes(queue.disk_bytes)
     )
 }
 

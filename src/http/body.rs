@@ -9,10 +9,14 @@ use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Api, Pace, error};
+use super::{Api, error};
 
 /// What one body may take of memory without asking.
 const FREE_BYTES: usize = 64 << 10;
+
+/// How long a body may stop, and the bytes per second at which it must come in the long run.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(10);
+const BYTES_PER_SECOND_MIN: u64 = 16 << 10;
 
 /// What is still read of a body whose answer is already known, so that the caller gets to read that answer.
 const LEFTOVER_BYTES_MAX: u64 = 16 << 20;
@@ -25,12 +29,12 @@ pub(super) struct WholeBody {
 }
 
 /// Reads a body of at most `bytes_max`. The error is the answer.
-pub(super) async fn read(api: &Api, body: Body, pace: Pace, bytes_max: u64) -> Result<WholeBody, Response> {
+pub(super) async fn read(api: &Api, body: Body, bytes_max: u64) -> Result<WholeBody, Response> {
     let announced = body.size_hint().lower();
     // Memory is taken when it is written to.
     let capacity = if announced <= bytes_max { announced as usize } else { 0 };
     let mut whole = WholeBody { bytes: Vec::with_capacity(capacity), room: None };
-    let mut incoming = Incoming { body, pace, begun: Instant::now(), bytes: 0 };
+    let mut incoming = Incoming { body, begun: Instant::now(), bytes: 0 };
     let mut fits = announced <= bytes_max;
     while fits {
         let Some(piece) = incoming.next().await? else { return Ok(whole) };
@@ -64,7 +68,6 @@ impl WholeBody {
 /// A body as it comes in.
 struct Incoming {
     body: Body,
-    pace: Pace,
     begun: Instant,
     /// So many have come.
     bytes: u64,
@@ -74,13 +77,8 @@ impl Incoming {
     /// The next piece; `None` at the end. The error is the answer to a caller that was too slow or broke off.
     async fn next(&mut self) -> Result<Option<Bytes>, Response> {
         loop {
-            let patience = match self.pace.bytes_per_second_min {
-                0 => self.pace.idle,
-                minimum => {
-                    let allowed = self.pace.idle + Duration::from_secs(self.bytes / minimum);
-                    allowed.saturating_sub(self.begun.elapsed()).min(self.pace.idle)
-                }
-            };
+            let allowed = IDLE_TIME_MAX + Duration::from_secs(self.bytes / BYTES_PER_SECOND_MIN);
+            let patience = allowed.saturating_sub(self.begun.elapsed()).min(IDLE_TIME_MAX);
             match tokio::time::timeout(patience, self.body.frame()).await {
                 Err(_) => return Err(error(StatusCode::REQUEST_TIMEOUT, "the body comes too slowly")),
                 Ok(None) => return Ok(None),

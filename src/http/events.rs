@@ -1,6 +1,5 @@
 //! `POST /events`: events of other programs, all of a request or nothing of it. `intake::request` says how.
 
-use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
@@ -9,15 +8,10 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::dead_letters::unavailable;
-use super::{Api, Pace, answer, body, error};
+use super::{Api, answer, body, error};
 use crate::intake::request::{EventError, IdempotencyKey, REQUEST_BYTES_MAX, RequestError};
 
-pub async fn events(
-    State(api): State<Api>,
-    Extension(pace): Extension<Pace>,
-    headers: HeaderMap,
-    body: Body,
-) -> Response {
+pub async fn events(State(api): State<Api>, headers: HeaderMap, body: Body) -> Response {
     let key = match headers.get("idempotency-key").map(|key| key.to_str().ok().and_then(IdempotencyKey::new)) {
         Some(None) => {
             return error(StatusCode::BAD_REQUEST, "Idempotency-Key: expected 1 to 255 visible ASCII characters");
@@ -27,7 +21,7 @@ pub async fn events(
     };
     // More than the whole queue takes will never fit.
     let bytes_max = REQUEST_BYTES_MAX.min(api.intake.queue().max_pending_bytes());
-    let body = match body::read(&api, body, pace, bytes_max).await {
+    let body = match body::read(&api, body, bytes_max).await {
         Ok(body) => body,
         Err(answer) => return answer,
     };

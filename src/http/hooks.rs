@@ -3,7 +3,6 @@
 //! The answer has an empty body, always: Claude Code takes any text for a message. It goes by the spool like every
 //! hook, so it is durable before the answer, also while the queue is full.
 
-use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -12,7 +11,7 @@ use tracing::warn;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use super::dead_letters::unavailable;
-use super::{Api, Pace, body, error};
+use super::{Api, body, error};
 use crate::claude::hook::{self, Arrival};
 use crate::event::{EventId, Timestamp};
 use crate::intake::request::{IdempotencyKey, RequestError};
@@ -26,16 +25,10 @@ pub fn input_bytes_max(intake: &Intake) -> u64 {
     intake.checker().event_bytes_max() + OVERHEAD_BYTES
 }
 
-pub async fn hook(
-    State(api): State<Api>,
-    Extension(pace): Extension<Pace>,
-    Path(kind): Path<String>,
-    headers: HeaderMap,
-    body: Body,
-) -> Response {
+pub async fn hook(State(api): State<Api>, Path(kind): Path<String>, headers: HeaderMap, body: Body) -> Response {
     let received_at = Timestamp::now();
     let key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).and_then(IdempotencyKey::new);
-    let mut body = match body::read(&api, body, pace, input_bytes_max(&api.intake)).await {
+    let mut body = match body::read(&api, body, input_bytes_max(&api.intake)).await {
         Ok(body) => body,
         Err(answer) => return answer,
     };
@@ -83,8 +76,8 @@ fn keep(api: &Api, input: Vec<u8>, arrival: Arrival) -> Result<(), RequestError>
 }
 
 /// `POST /spool`: there is something in the spool; or, with a body, a record that could not be written there.
-pub async fn spool(State(api): State<Api>, Extension(pace): Extension<Pace>, body: Body) -> Response {
-    let body = match body::read(&api, body, pace, input_bytes_max(&api.intake)).await {
+pub async fn spool(State(api): State<Api>, body: Body) -> Response {
+    let body = match body::read(&api, body, input_bytes_max(&api.intake)).await {
         Ok(body) => body,
         Err(answer) => return answer,
     };

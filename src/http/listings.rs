@@ -1,52 +1,47 @@
-//! `GET /queue` and `GET /dead-letters`: streamed page by page, so that a million lines take the memory of a page.
+//! `GET /cursors`, how far each transcript has been read; `GET /queue` and `GET /dead-letters`, streamed page by page, so that
+//! a million lines take the memory of a page.
 
 use std::io;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
 use tokio::runtime::Handle;
 
+use super::dead_letters::unavailable;
 use super::{Api, error};
-use crate::event::Sequence;
-use crate::listing::{self, Filter, Listing};
+use crate::intake::sessions;
+use crate::listing::{self, CursorLine, Filter, Listing};
+
+/// Headers of an answer that is a line of JSON for each record.
+const NDJSON: [(HeaderName, &str); 2] = [(CONTENT_TYPE, "application/x-ndjson"), (CACHE_CONTROL, "no-store")];
 
 /// How long a reader may take for one page.
 const READER_TIMEOUT: Duration = Duration::from_secs(30);
 
-#[derive(Deserialize)]
-pub struct ListingParameters {
-    after: Option<u64>,
-    limit: Option<u64>,
-    #[serde(rename = "type")]
-    event_type: Option<String>,
-    session: Option<String>,
-    #[serde(default)]
-    payload: bool,
+pub async fn queue(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
+    ndjson(api, Listing::Pending, filter)
 }
 
-impl From<ListingParameters> for Filter {
-    fn from(parameters: ListingParameters) -> Self {
-        Filter {
-            after: parameters.after.and_then(Sequence::new),
-            limit: parameters.limit,
-            event_type: parameters.event_type,
-            session: parameters.session,
-            payload: parameters.payload,
+pub async fn dead_letters(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
+    ndjson(api, Listing::DeadLetters, filter)
+}
+
+pub async fn cursors(State(api): State<Api>) -> Response {
+    let cursors = match api.work(|| api.intake.queue().cursors()).await {
+        Ok(cursors) => cursors,
+        Err(problem) => return unavailable(&problem),
+    };
+    let mut lines = Vec::new();
+    for (path, cursor) in cursors.iter().filter(|(path, _)| sessions::closing_of(path).is_none()) {
+        if serde_json::to_writer(&mut lines, &CursorLine::of(path, cursor)).is_ok() {
+            lines.push(b'\n');
         }
     }
-}
-
-pub async fn queue(State(api): State<Api>, Query(parameters): Query<ListingParameters>) -> Response {
-    ndjson(api, Listing::Pending, parameters.into())
-}
-
-pub async fn dead_letters(State(api): State<Api>, Query(parameters): Query<ListingParameters>) -> Response {
-    ndjson(api, Listing::DeadLetters, parameters.into())
+    (NDJSON, lines).into_response()
 }
 
 fn ndjson(api: Api, listing: Listing, filter: Filter) -> Response {
@@ -59,12 +54,12 @@ fn ndjson(api: Api, listing: Listing, filter: Filter) -> Response {
         let _permit = permit;
         listing::write_lines(&queue, listing, &filter, write).map_err(io::Error::other)
     });
-    ([(CONTENT_TYPE, "application/x-ndjson"), (CACHE_CONTROL, "no-store")], stream).into_response()
+    (NDJSON, stream).into_response()
 }
 
 /// A body that `produce` writes on a thread of its own, as fast as the reader takes it. Where it fails the connection is
 /// broken off: what is not whole must not look as if it were.
-pub fn streamed(
+fn streamed(
     produce: impl FnOnce(&mut dyn FnMut(Vec<u8>) -> io::Result<()>) -> io::Result<()> + Send + 'static,
 ) -> Body {
     let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<Bytes>>(2);

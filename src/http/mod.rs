@@ -13,10 +13,8 @@ mod metrics;
 mod page;
 mod server;
 pub mod token;
-mod transcripts;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -96,25 +94,6 @@ pub enum Door {
     Tcp(Access),
 }
 
-/// How long a body may take.
-#[derive(Clone, Copy)]
-struct Pace {
-    /// Between two pieces.
-    idle: Duration,
-    /// In the long run; 0 asks nothing.
-    bytes_per_second_min: u64,
-}
-
-impl Pace {
-    fn of(door: &Door) -> Pace {
-        match door {
-            // A command may wait for the program whose output is piped into it.
-            Door::Socket => Pace { idle: Duration::from_secs(600), bytes_per_second_min: 0 },
-            Door::Tcp(_) => Pace { idle: Duration::from_secs(10), bytes_per_second_min: 16 << 10 },
-        }
-    }
-}
-
 /// All routes.
 pub fn router(api: Api, door: Door) -> Router {
     let routes = Router::new()
@@ -128,29 +107,18 @@ pub fn router(api: Api, door: Door) -> Router {
         .route("/dead-letters", get(listings::dead_letters))
         .route("/dead-letters/{sequence}", delete(dead_letters::forget))
         .route("/dead-letters/{sequence}/retry", post(dead_letters::retry))
-        .route("/cursors", get(transcripts::cursors))
-        .route("/transcripts", post(transcripts::resend))
+        .route("/cursors", get(listings::cursors))
         .route("/metrics", get(metrics::metrics))
         .route("/", get(page::page))
         .route("/overview", get(page::overview))
         .route("/live", get(page::live))
         .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
-        .layer(Extension(Pace::of(&door)))
-        .layer(Extension(origin_of(&door)))
         .with_state(api);
     match door {
         Door::Socket => routes.layer(Extension(Caller::Owner)),
         Door::Tcp(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller)),
     }
-}
-
-/// Who hands in events: over the socket it can be our own command, which says so.
-#[derive(Clone, Copy)]
-struct MayBeCommand(bool);
-
-fn origin_of(door: &Door) -> MayBeCommand {
-    MayBeCommand(matches!(door, Door::Socket))
 }
 
 async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {

@@ -9,7 +9,6 @@
 pub(crate) mod record;
 pub mod redact;
 pub mod request;
-pub mod resend;
 pub mod retention;
 pub mod schema;
 pub mod sessions;

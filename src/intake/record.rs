@@ -95,6 +95,14 @@ pub(crate) fn decode(line: &[u8]) -> Result<Record, &'static str> {
     }
 }
 
+/// The identity of the event on a line; `None` for a rejection and for what is no record.
+pub(crate) fn event_id(line: &[u8]) -> Option<Uuid> {
+    match parse(line) {
+        Ok(StoredRecord::Event(event)) => Some(event.event_id),
+        Ok(StoredRecord::Rejected(_)) | Err(_) => None,
+    }
+}
+
 fn parse(line: &[u8]) -> Result<StoredRecord<&RawValue>, &'static str> {
     serde_json::from_slice(line).map_err(|_| "a line is no record")
 }
@@ -143,6 +151,7 @@ mod tests {
             };
             let line = encode(&Record::Event(candidate)).unwrap();
             assert!(!line.contains(&b'\n'));
+            assert_eq!(event_id(&line), Some(EventId::derived(b"1").0));
             let Ok(Record::Event(read)) = decode(&line) else { panic!("{origin:?}") };
             assert_eq!(
                 (&read.origin, read.refs.agent_id, read.payload["number"].as_u64()),

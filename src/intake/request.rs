@@ -75,6 +75,20 @@ pub struct EventError {
     pub event_type: Option<EventType>,
 }
 
+impl EventError {
+    fn malformed(problem: impl fmt::Display) -> EventError {
+        EventError { line: None, field: None, problem: problem.to_string(), is_too_large: false, event_type: None }
+    }
+
+    fn of(field: &str, problem: impl fmt::Display) -> EventError {
+        EventError { field: Some(field.to_owned()), ..EventError::malformed(problem) }
+    }
+
+    fn missing(field: &str) -> EventError {
+        EventError::of(field, "required field is missing")
+    }
+}
+
 fn place(line: &Option<u64>, field: &Option<String>) -> String {
     let line = line.map(|line| format!("line {line}: ")).unwrap_or_default();
     let field = field.as_ref().map(|field| format!("{field}: ")).unwrap_or_default();
@@ -226,10 +240,8 @@ pub(crate) fn read_event(
         let problem = format!("an event has more than {bytes_max} bytes (max_event_bytes and some more)");
         return Err(EventError { line, field: None, problem, is_too_large: true, event_type: None });
     }
-    let candidate =
-        candidate(json::without_byte_order_mark(bytes), fallback, origin).map_err(|Problem { field, problem }| {
-            EventError { line, field, problem, is_too_large: false, event_type: None }
-        })?;
+    let candidate = candidate(json::without_byte_order_mark(bytes), fallback, origin)
+        .map_err(|error| EventError { line, ..error })?;
     checker.check(candidate).map_err(|refused| {
         let Refused { invalid, candidate } = *refused;
         let event_type = Some(EventType::new(&candidate.event_type));
@@ -243,18 +255,6 @@ pub(crate) fn read_event(
     })
 }
 
-/// What is wrong with the shape of an event.
-struct Problem {
-    field: Option<String>,
-    problem: String,
-}
-
-impl Problem {
-    fn of(field: &str, problem: impl fmt::Display) -> Problem {
-        Problem { field: Some(field.to_owned()), problem: problem.to_string() }
-    }
-}
-
 /// The members that an event may have.
 const MEMBERS: [&str; 8] =
     ["event_type", "payload", "timestamp", "event_id", "project_id", "agent_id", "command_id", "turn_id"];
@@ -263,16 +263,16 @@ const MEMBERS: [&str; 8] =
 struct Members<'a>(HashMap<&'static str, &'a str>);
 
 impl<'a> Members<'a> {
-    fn read(text: &'a str) -> Result<Members<'a>, Problem> {
+    fn read(text: &'a str) -> Result<Members<'a>, EventError> {
         let mut members = HashMap::new();
         let mut unknown = None;
         let read = json::members(text, |key, value| match MEMBERS.iter().find(|name| **name == key) {
             Some(name) => drop(members.insert(*name, value)),
             None => drop(unknown.get_or_insert_with(|| key.to_owned())),
         });
-        read.map_err(|error| Problem { field: None, problem: format!("not valid JSON: {error}") })?;
+        read.map_err(|error| EventError::malformed(format_args!("not valid JSON: {error}")))?;
         match unknown {
-            Some(field) => Err(Problem::of(&field, "unknown field; an event's own data goes into \"payload\"")),
+            Some(field) => Err(EventError::of(&field, "unknown field; an event's own data goes into \"payload\"")),
             None => Ok(Members(members)),
         }
     }
@@ -282,22 +282,22 @@ impl<'a> Members<'a> {
         self.0.get(name).copied().filter(|raw| *raw != "null")
     }
 
-    fn text(&self, name: &str) -> Result<Option<String>, Problem> {
+    fn text(&self, name: &str) -> Result<Option<String>, EventError> {
         let Some(raw) = self.get(name) else { return Ok(None) };
-        let text = json::string(raw).ok_or_else(|| Problem::of(name, "expected a text"))?;
+        let text = json::string(raw).ok_or_else(|| EventError::of(name, "expected a text"))?;
         Ok(Some(text.text.into_owned()))
     }
 
-    fn number(&self, name: &str) -> Result<Option<i32>, Problem> {
-        let parse = |raw: &str| raw.parse().map_err(|_| Problem::of(name, "expected a whole number of 32 bits"));
+    fn number(&self, name: &str) -> Result<Option<i32>, EventError> {
+        let parse = |raw: &str| raw.parse().map_err(|_| EventError::of(name, "expected a whole number of 32 bits"));
         self.get(name).map(parse).transpose()
     }
 
-    fn payload(&self) -> Result<Map<String, Value>, Problem> {
-        let raw = self.0.get("payload").ok_or_else(|| missing("payload"))?;
+    fn payload(&self) -> Result<Map<String, Value>, EventError> {
+        let raw = self.0.get("payload").ok_or_else(|| EventError::missing("payload"))?;
         let mut is_repaired = false;
-        let payload = json::value(raw, &mut is_repaired).map_err(|unfit| Problem::of("payload", unfit))?;
-        let Value::Object(mut payload) = payload else { return Err(Problem::of("payload", "expected an object")) };
+        let payload = json::value(raw, &mut is_repaired).map_err(|unfit| EventError::of("payload", unfit))?;
+        let Value::Object(mut payload) = payload else { return Err(EventError::of("payload", "expected an object")) };
         if is_repaired
             && let Value::Object(metadata) = payload.entry("metadata").or_insert_with(|| Value::Object(Map::new()))
         {
@@ -307,27 +307,24 @@ impl<'a> Members<'a> {
     }
 }
 
-fn missing(field: &str) -> Problem {
-    Problem::of(field, "required field is missing")
-}
-
 /// Reads one event.
-fn candidate(bytes: &[u8], fallback: EventId, origin: &Origin) -> Result<Candidate, Problem> {
-    let malformed = |problem: String| Problem { field: None, problem };
-    let text = std::str::from_utf8(bytes).map_err(|error| malformed(format!("not valid UTF-8: {error}")))?.trim_ascii();
+fn candidate(bytes: &[u8], fallback: EventId, origin: &Origin) -> Result<Candidate, EventError> {
+    let text = std::str::from_utf8(bytes)
+        .map_err(|error| EventError::malformed(format_args!("not valid UTF-8: {error}")))?
+        .trim_ascii();
     if !text.starts_with('{') {
-        return Err(malformed("expected a JSON object".to_owned()));
+        return Err(EventError::malformed("expected a JSON object"));
     }
     let members = Members::read(text)?;
-    let event_type = members.text("event_type")?.ok_or_else(|| missing("event_type"))?;
+    let event_type = members.text("event_type")?.ok_or_else(|| EventError::missing("event_type"))?;
     let timestamp = match members.text("timestamp")? {
-        Some(text) => text
-            .parse::<Timestamp>()
-            .map_err(|_| Problem::of("timestamp", "expected a time with its zone, such as 2026-01-02T03:04:05.678Z"))?,
+        Some(text) => text.parse::<Timestamp>().map_err(|_| {
+            EventError::of("timestamp", "expected a time with its zone, such as 2026-01-02T03:04:05.678Z")
+        })?,
         None => Timestamp::now(),
     };
     let id = match members.text("event_id")? {
-        Some(text) => EventId(Uuid::try_parse(&text).map_err(|_| Problem::of("event_id", "expected a UUID"))?),
+        Some(text) => EventId(Uuid::try_parse(&text).map_err(|_| EventError::of("event_id", "expected a UUID"))?),
         None => fallback,
     };
     let refs = ForeignKeys {

@@ -172,7 +172,6 @@ fn another_user_of_the_machine_reads_no_text_no_payload_and_no_path_and_changes_
     for (method, target, body) in [
         ("POST", "/events".to_owned(), EVENT),
         ("POST", "/hook/Stop".to_owned(), r#"{"session_id":"s","cwd":"/p"}"#),
-        ("POST", "/transcripts".to_owned(), "{}"),
         ("POST", "/spool".to_owned(), ""),
         ("POST", format!("/dead-letters/{letter}/retry"), ""),
         ("DELETE", format!("/dead-letters/{letter}"), ""),

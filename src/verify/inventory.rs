@@ -1,66 +1,66 @@
 //! Everything that stands on disk, and where else each of it was found.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use crate::claude::line::{event_id_of_turn, session_registered_event_id};
+use crate::config::Config;
 use crate::event::{Candidate, EventId, Timestamp};
 use crate::intake::retention::Retention;
 use crate::intake::transcripts::census::{Buffer, Census, Extent, MainTranscript, NoTurns, Sighting};
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::source::SourceError;
 use serde_json::Value;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::super::{Context, Failure};
+use super::progress;
 use super::waiting::{self, Files, Waiting};
 
 /// Everything that stands on disk.
-pub struct Inventory {
-    pub census: Census,
+pub(super) struct Inventory {
+    pub(super) census: Census,
     /// The transcripts, in the order in which they were read.
-    pub transcripts: Vec<Transcript>,
-    pub files: Files,
-    pub sub_agents: u64,
+    pub(super) transcripts: Vec<Transcript>,
+    pub(super) files: Files,
+    pub(super) sub_agents: u64,
     /// What can't be read, and why.
-    pub unreadable: Vec<(PathBuf, String)>,
+    pub(super) unreadable: Vec<(PathBuf, String)>,
     /// Projects folders that do not exist.
-    pub missing_folders: Vec<PathBuf>,
-    pub no_turns: NoTurns,
+    pub(super) missing_folders: Vec<PathBuf>,
+    pub(super) no_turns: NoTurns,
     /// Sorted by identity, then in the order of reading.
-    pub occurrences: Vec<Occurrence>,
+    pub(super) occurrences: Vec<Occurrence>,
     /// Postgres has told of all of them.
-    pub is_asked: bool,
-    pub retention: Retention,
+    pub(super) is_asked: bool,
+    pub(super) retention: Retention,
 }
 
-pub struct Transcript {
-    pub main: MainTranscript,
+pub(super) struct Transcript {
+    pub(super) main: MainTranscript,
     /// `None`: it could not be read, or was gone.
-    pub extent: Option<Extent>,
+    pub(super) extent: Option<Extent>,
 }
 
 /// A turn or a registration at one place on disk; in copies of a session the same stands at several.
-pub struct Occurrence {
-    pub id: Uuid,
-    pub offset: u64,
-    pub file: u32,
+pub(super) struct Occurrence {
+    pub(super) id: Uuid,
+    pub(super) offset: u64,
+    pub(super) file: u32,
     /// By which different texts under one identity are told apart.
     text_hash: u32,
     /// The same for all occurrences.
-    pub standing: Standing,
-    pub is_registration: bool,
+    pub(super) standing: Standing,
+    pub(super) is_registration: bool,
     /// The follower's cursor is past it.
-    pub is_read: bool,
+    pub(super) is_read: bool,
     /// It was looked at again, and still stands there.
-    pub is_confirmed: bool,
+    pub(super) is_confirmed: bool,
 }
 
 /// Where an event is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Standing {
+pub(super) enum Standing {
     /// In Postgres: the receipt, and the row that it leads to.
     Stored,
     /// In Postgres: the row, whose receipt is gone.
@@ -74,7 +74,7 @@ pub enum Standing {
     /// Postgres could not be asked, and it is nowhere else.
     Unproven,
     Missing(Absence),
-    /// It was missing, and waits in the queue now.
+    /// It was missing, and waits in the spool now.
     SentAgain(Absence),
     /// It was missing, and stands on disk no more.
     Vanished,
@@ -82,7 +82,7 @@ pub enum Standing {
 
 /// What Postgres has of an event that is missing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Absence {
+pub(super) enum Absence {
     Receipt,
     /// The receipt leads nowhere.
     Row,
@@ -92,7 +92,7 @@ pub enum Absence {
 
 impl Standing {
     /// What it lacks, or lacked.
-    pub fn absence(self) -> Option<Absence> {
+    pub(super) fn absence(self) -> Option<Absence> {
         match self {
             Standing::Missing(absence) | Standing::SentAgain(absence) => Some(absence),
             _ => None,
@@ -101,7 +101,7 @@ impl Standing {
 }
 
 impl Absence {
-    pub fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Absence::Receipt => "no_receipt",
             Absence::Row => "no_row",
@@ -109,7 +109,7 @@ impl Absence {
         }
     }
 
-    pub fn described(self) -> &'static str {
+    pub(super) fn described(self) -> &'static str {
         match self {
             Absence::Receipt => "neither receipt nor row",
             Absence::Row => "its row is gone",
@@ -120,13 +120,12 @@ impl Absence {
 
 impl Inventory {
     /// Reads every transcript.
-    pub async fn take(context: &Context, since: Option<Timestamp>) -> Result<Inventory, Failure> {
-        let config = context.config();
+    pub(super) async fn take(config: &Config, since: Option<Timestamp>) -> Result<Inventory, SourceError> {
         let projects = config.claude.projects_paths.clone();
         let retention = Retention::new(&projects);
         let watcher = &config.file_watcher;
         let mut census = Census::new(projects, watcher.max_line_bytes, watcher.inactivity_timeout);
-        let cursors = waiting::cursors(context).await?;
+        let cursors = waiting::cursors(config).await?;
         let found = census.find();
         let bar = progress("reading", found.bytes, "{bytes}/{total_bytes}");
         let mut inventory = Inventory {
@@ -167,17 +166,17 @@ impl Inventory {
         Ok(inventory)
     }
 
-    pub fn is_anything_missing(&self) -> bool {
+    pub(super) fn is_anything_missing(&self) -> bool {
         self.occurrences.iter().any(|one| one.is_missing())
     }
 
     /// Finds the place of each event.
-    pub async fn place_all(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
+    pub(super) async fn place_all(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
         self.place(auditor, waiting, |_| true).await
     }
 
     /// Looks again for what is missing.
-    pub async fn place_missing(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
+    pub(super) async fn place_missing(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
         self.place(auditor, waiting, Occurrence::is_missing).await
     }
 
@@ -213,7 +212,7 @@ impl Inventory {
     }
 
     /// What can be said while Postgres can't be asked.
-    pub fn place_without_postgres(&mut self, waiting: &Waiting) {
+    pub(super) fn place_without_postgres(&mut self, waiting: &Waiting) {
         for group in groups(&mut self.occurrences) {
             let standing = standing_elsewhere(group, waiting).unwrap_or(Standing::Unproven);
             set(group, standing);
@@ -222,7 +221,7 @@ impl Inventory {
 
     /// Looks for missing events among all rows: a ledger that was pruned or restored to another state knows nothing of
     /// rows that are there, and those must not be stored a second time.
-    pub async fn find_without_receipt(&mut self, auditor: &Auditor) -> Result<(), DeliverError> {
+    pub(super) async fn find_without_receipt(&mut self, auditor: &Auditor) -> Result<(), DeliverError> {
         let bar = progress("looking for rows without receipt", 0, "{pos} rows");
         let mut after = i64::MIN;
         while let Some((last, rows)) = auditor.rows_after(after).await? {
@@ -239,8 +238,20 @@ impl Inventory {
         Ok(())
     }
 
+    /// Notes that a missing event still stands in this file. False where it is not missing, or was seen already.
+    pub(super) fn confirm(&mut self, file: u32, sighting: &Sighting) -> bool {
+        let group = self.group(sighting.candidate.id.0);
+        if !group.iter().all(|one| one.is_missing() && !one.is_confirmed) {
+            return false;
+        }
+        let Some(one) = group.iter_mut().find(|one| one.file == file) else { return false };
+        one.is_confirmed = true;
+        one.offset = sighting.offset;
+        true
+    }
+
     /// All occurrences of an event.
-    pub fn group(&mut self, id: Uuid) -> &mut [Occurrence] {
+    pub(super) fn group(&mut self, id: Uuid) -> &mut [Occurrence] {
         let start = self.occurrences.partition_point(|one| one.id < id);
         let rest = self.occurrences.get_mut(start..).unwrap_or_default();
         let length = rest.iter().take_while(|one| one.id == id).count();
@@ -262,15 +273,15 @@ impl Occurrence {
         }
     }
 
-    pub fn is_missing(&self) -> bool {
+    pub(super) fn is_missing(&self) -> bool {
         matches!(self.standing, Standing::Missing(_))
     }
 
-    pub fn has_text_of(&self, other: &Occurrence) -> bool {
+    pub(super) fn has_text_of(&self, other: &Occurrence) -> bool {
         self.text_hash == other.text_hash
     }
 
-    pub fn event_type(&self) -> &'static str {
+    pub(super) fn event_type(&self) -> &'static str {
         if self.is_registration { "session_registered" } else { "turn_detected" }
     }
 
@@ -328,20 +339,10 @@ fn groups(occurrences: &mut [Occurrence]) -> impl Iterator<Item = &mut [Occurren
     occurrences.chunk_by_mut(|a, b| a.id == b.id)
 }
 
-pub fn set(group: &mut [Occurrence], standing: Standing) {
+pub(super) fn set(group: &mut [Occurrence], standing: Standing) {
     group.iter_mut().for_each(|one| one.standing = standing);
 }
 
 fn is_wanted(sighting: &Sighting, since: Option<Timestamp>) -> bool {
     since.is_none_or(|since| sighting.candidate.timestamp >= since)
-}
-
-/// A bar on a terminal, nothing elsewhere.
-pub fn progress(what: &'static str, length: u64, unit: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = if length == 0 { "{spinner}" } else { "{bar:32}" };
-    let style = ProgressStyle::with_template(&format!("{{elapsed_precise}} {bar} {unit} {{msg}}"));
-    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(what)
 }

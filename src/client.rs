@@ -4,10 +4,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::{Bytes, Incoming};
-use hyper::http::request::Builder;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -17,57 +15,59 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 /// How long the watcher may take to begin its answer.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What is sent along.
-pub type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What tells the watcher to look into the spool.
 const NOTICE: &[u8] = b"POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
 
 /// Why the watcher did not answer.
 #[derive(Debug)]
-pub enum ClientError {
+pub(crate) enum ClientError {
     /// Nobody listens on the socket.
     NotRunning,
     /// Somebody listens but does not answer, or not as HTTP.
     NoAnswer(String),
 }
 
-/// The beginning of a request.
-pub fn request(method: Method, target: &str) -> Builder {
-    Request::builder().method(method).uri(target).header("host", "localhost")
+impl From<hyper::Error> for ClientError {
+    fn from(error: hyper::Error) -> ClientError {
+        ClientError::NoAnswer(error.to_string())
+    }
 }
 
 /// The answer to `GET target`, its body still to be read.
-pub async fn get(socket: &Path, target: &str) -> Result<Response<Incoming>, ClientError> {
-    let request = request(Method::GET, target).body(Empty::new().boxed_unsync());
-    send(socket, request.map_err(|_| ClientError::NoAnswer(format!("{target} is no address")))?).await
+pub(crate) async fn get(socket: &Path, target: &str) -> Result<Response<Incoming>, ClientError> {
+    send(socket, Method::GET, target).await
 }
 
-/// The answer to a short request, its body still to be read.
-pub async fn send(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
-    match tokio::time::timeout(ANSWER_TIMEOUT, send_patiently(socket, request)).await {
+/// The answer to a request without a body, its own body still to be read.
+async fn send(socket: &Path, method: Method, target: &str) -> Result<Response<Incoming>, ClientError> {
+    let answering = async {
+        let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => ClientError::NotRunning,
+            _ => ClientError::NoAnswer(error.to_string()),
+        })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let request = Request::builder().method(method).uri(target).header("host", "localhost");
+        let request = request.body(Empty::<Bytes>::new());
+        Ok(sender.send_request(request.map_err(|error| ClientError::NoAnswer(error.to_string()))?).await?)
+    };
+    match tokio::time::timeout(ANSWER_TIMEOUT, answering).await {
         Ok(answered) => answered,
         Err(_) => Err(ClientError::NoAnswer(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
     }
 }
 
-async fn send_patiently(socket: &Path, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
-    let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => ClientError::NotRunning,
-        _ => ClientError::NoAnswer(error.to_string()),
-    })?;
-    let no_answer = |error: hyper::Error| ClientError::NoAnswer(error.to_string());
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(no_answer)?;
-    tokio::spawn(connection);
-    sender.send_request(request).await.map_err(no_answer)
+/// The whole answer to a request without a body.
+pub(crate) async fn ask(socket: &Path, method: Method, target: &str) -> Result<(StatusCode, Bytes), ClientError> {
+    let response = send(socket, method, target).await?;
+    Ok((response.status(), body(response).await?))
 }
 
 /// Tells the watcher to look into the spool. Needs no runtime and waits for nothing: a socket whose backlog is full says
 /// so at once.
-pub fn notify(socket: &Path) -> rustix::io::Result<()> {
+pub(crate) fn notify(socket: &Path) -> rustix::io::Result<()> {
     let connection = connect(socket)?;
     rustix::net::send(&connection, NOTICE, SendFlags::empty())?;
     Ok(())
@@ -75,7 +75,7 @@ pub fn notify(socket: &Path) -> rustix::io::Result<()> {
 
 /// Hands a record over that could not be written to the spool, as `record::encode` writes it. Waits until the watcher has
 /// read it, `patience` at most, and not for its answer.
-pub fn hand_over(socket: &Path, record: &[u8], patience: Duration) -> rustix::io::Result<()> {
+pub(crate) fn hand_over(socket: &Path, record: &[u8], patience: Duration) -> rustix::io::Result<()> {
     let connection = connect(socket)?;
     let deadline = Instant::now() + patience;
     let head = format!("POST /spool HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", record.len());
@@ -106,17 +106,16 @@ fn connect(socket: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 /// The whole body.
-pub async fn body(response: Response<Incoming>) -> Result<Bytes, ClientError> {
+pub(crate) async fn body(response: Response<Incoming>) -> Result<Bytes, ClientError> {
     let collecting = tokio::time::timeout(ANSWER_TIMEOUT, response.into_body().collect());
     match collecting.await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) => Err(ClientError::NoAnswer(error.to_string())),
+        Ok(body) => Ok(body?.to_bytes()),
         Err(_) => Err(ClientError::NoAnswer(format!("the answer did not end within {} s", ANSWER_TIMEOUT.as_secs()))),
     }
 }
 
 /// What the watcher says is wrong.
-pub fn problem(code: StatusCode, body: &[u8]) -> String {
+pub(crate) fn problem(code: StatusCode, body: &[u8]) -> String {
     let answer: Value = serde_json::from_slice(body).unwrap_or_default();
     answer.get("error").and_then(Value::as_str).map_or_else(|| format!("the watcher says {code}"), str::to_owned)
 }

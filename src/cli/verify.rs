@@ -1,0 +1,183 @@
+//! `verify`: what `crate::verify` found, as a table for people or one JSON object for programs.
+
+use std::io::{self, Write};
+
+use crate::event::Timestamp;
+use crate::service::connect_settings;
+use crate::sink::postgres::{ConnectSettings, inspect};
+use crate::verify::{self, ConflictingLines, Counts, IncompleteLine, Remedy, Report, VerifyError};
+use jiff::SignedDuration;
+
+use super::{Context, Exit, Failure, VerifyArguments, block_on, written};
+
+/// Missing events that are listed for people.
+const LISTED_MAX: usize = 20;
+
+/// The oldest that `--since` takes.
+const SINCE_DAYS_MAX: i64 = 365_000;
+
+pub fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Failure> {
+    let database = connect_settings(context.config(), context.target()?.0);
+    let remedy = match (arguments.repair, arguments.accept_missing) {
+        (true, _) => Remedy::Repair,
+        (false, true) => Remedy::Accept,
+        (false, false) => Remedy::None,
+    };
+    let mut found = block_on(verify::verify(context.config(), &database, arguments.since, remedy))??;
+    let report = found.report();
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let shown = if arguments.json {
+        serde_json::to_writer(&mut out, &report).map_err(io::Error::from).and_then(|()| writeln!(out))
+    } else {
+        write_table(&mut out, &report)
+    };
+    written(shown.and_then(|()| out.flush()))?;
+    if report.turns.sent_again.max(report.sessions.sent_again) > Some(0) {
+        block_on(note_triggers(&database))?;
+    }
+    let is_all_there = report.is_all_there();
+    match found.error {
+        Some(error) => Err(error.into()),
+        None if is_all_there => Ok(Exit::Fine),
+        None => Ok(Exit::CheckFailed),
+    }
+}
+
+/// Reads `--since`.
+pub fn since(text: &str) -> Result<Timestamp, String> {
+    let days = text.strip_suffix('d').and_then(|days| days.parse::<i64>().ok());
+    let since = match days {
+        Some(days) if (0..=SINCE_DAYS_MAX).contains(&days) => {
+            Some(Timestamp::now().checked_sub(SignedDuration::from_hours(days * 24)).unwrap_or(Timestamp::MIN))
+        }
+        Some(_) => None,
+        None => text.parse().ok(),
+    };
+    since.ok_or_else(|| "expected a time with its zone (2026-01-02T03:04:05Z) or days (90d)".to_owned())
+}
+
+/// What was sent again waits in the queue where a trigger drops its row.
+async fn note_triggers(database: &ConnectSettings) {
+    if let Ok(found) = inspect(database).await
+        && !found.triggers.is_empty()
+    {
+        let triggers = found.triggers.join(", ");
+        eprintln!("note: triggers run before a row is inserted: {triggers}; what one of them drops waits in the queue");
+    }
+}
+
+impl From<VerifyError> for Failure {
+    fn from(error: VerifyError) -> Self {
+        let message = error.to_string();
+        let exit = match error {
+            VerifyError::Source(error) => Failure::from(error).exit,
+            VerifyError::Database(_) | VerifyError::NotSent(_) | VerifyError::NotAccepted(_) => Exit::Unavailable,
+            VerifyError::Spool { .. } | VerifyError::NotSpooled(_) => Exit::Io,
+            VerifyError::Redact(_) | VerifyError::MayNotForget { .. } | VerifyError::MayNotAccept(_) => {
+                Exit::Configuration
+            }
+        };
+        Failure::new(exit, message)
+    }
+}
+
+fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
+    let (turns, sessions) = (&report.turns, &report.sessions);
+    write_counts(out, turns, sessions)?;
+    writeln!(
+        out,
+        "\n{} transcripts read, {} of sub-agents passed over",
+        report.transcripts_read, report.sub_agent_transcripts
+    )?;
+    let no_turns: u64 = report.user_lines_no_turns.values().sum();
+    if no_turns > 0 {
+        writeln!(out, "{no_turns} lines of the user's side are no turns (\"explain FILE\" says so of each):")?;
+        let mut reasons: Vec<_> = report.user_lines_no_turns.iter().collect();
+        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let reasons = reasons.iter().map(|(reason, count)| format!("{count} {reason}"));
+        writeln!(out, "  {}", reasons.collect::<Vec<_>>().join(", "))?;
+    }
+    let without_receipt = sum(turns.without_receipt, sessions.without_receipt);
+    if without_receipt > 0 {
+        writeln!(out, "{without_receipt} rows are there without a receipt")?;
+    }
+    for one in &report.unreadable {
+        writeln!(out, "can't be read, so nothing is proved of it: {}: {}", one.path, one.error)?;
+    }
+    for path in &report.missing_folders {
+        writeln!(out, "warning: {path} does not exist: transcripts that were in it are not verified")?;
+    }
+    for IncompleteLine { path, offset, bytes } in report.incomplete.iter().take(LISTED_MAX) {
+        writeln!(
+            out,
+            "warning: the last line of {path} is incomplete ({bytes} bytes from byte {offset} on): it is not stored"
+        )?;
+    }
+    for lines in report.conflicting.iter().take(LISTED_MAX) {
+        let ConflictingLines { event_id, path, offset, other_path, other_offset } = lines;
+        writeln!(
+            out,
+            "warning: {path}:{offset} and {other_path}:{other_offset} have one uuid and different texts: only one of \
+             them is stored (event {event_id})"
+        )?;
+    }
+    for one in &report.expiring {
+        writeln!(
+            out,
+            "warning: Claude Code keeps {} until {}, and {} events of it are not in Postgres yet; see that the watcher \
+             and the database run, or raise cleanupPeriodDays in Claude Code's settings.json",
+            one.path, one.kept_until, one.not_stored
+        )?;
+    }
+    if turns.not_yet_read + sessions.not_yet_read > 0 {
+        writeln!(out, "what is not yet read is read by the running watcher, or at its next start")?;
+    }
+    write_missing(out, report)
+}
+
+fn sum(turns: Option<u64>, sessions: Option<u64>) -> u64 {
+    turns.unwrap_or_default() + sessions.unwrap_or_default()
+}
+
+fn write_counts(out: &mut impl Write, turns: &Counts, sessions: &Counts) -> io::Result<()> {
+    writeln!(out, "{:<14}{:>12}{:>12}", "", "TURNS", "SESSIONS")?;
+    for (name, is_shown, turns, sessions) in [
+        ("on disk", true, Some(turns.on_disk), Some(sessions.on_disk)),
+        ("in Postgres", true, turns.in_postgres, sessions.in_postgres),
+        ("in the queue", true, Some(turns.in_queue), Some(sessions.in_queue)),
+        ("dead letters", true, Some(turns.dead_letters), Some(sessions.dead_letters)),
+        ("removed", false, turns.removed, sessions.removed),
+        ("not yet read", false, Some(turns.not_yet_read), Some(sessions.not_yet_read)),
+        ("unproven", false, Some(turns.unproven), Some(sessions.unproven)),
+        ("missing", true, turns.missing, sessions.missing),
+    ] {
+        if is_shown || sum(turns, sessions) > 0 {
+            let shown = |count: Option<u64>| count.map_or_else(|| "?".to_owned(), |count| count.to_string());
+            writeln!(out, "{name:<14}{:>12}{:>12}", shown(turns), shown(sessions))?;
+        }
+    }
+    Ok(())
+}
+
+fn write_missing(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
+    let missing = sum(report.turns.missing, report.sessions.missing);
+    if missing == 0 {
+        return Ok(());
+    }
+    writeln!(out, "\nmissing:")?;
+    for line in report.missing.lines().take(LISTED_MAX) {
+        let sent = if line.sent_again { "; sent again" } else { "" };
+        writeln!(
+            out,
+            "  {}:{}  {}  {}  {}{sent}",
+            line.path, line.offset, line.event_type, line.event_id, line.described
+        )?;
+    }
+    if let Some(more) = missing.checked_sub(LISTED_MAX as u64).filter(|more| *more > 0) {
+        writeln!(out, "  and {more} more; --json lists all")?;
+    }
+    match sum(report.turns.sent_again, report.sessions.sent_again) {
+        0 => writeln!(out, "\"headspace-watcher verify --repair\" sends them again"),
+        sent => writeln!(out, "{sent} of {missing} sent again: the watcher takes them in from the spool"),
+    }
+}
