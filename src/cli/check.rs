@@ -1,11 +1,11 @@
-//! `check`: what is wrong, and how to mend it.
+//! `check`: what is wrong, and how to fix it.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::claude::retention::WARN_DAYS;
 use crate::claude::settings;
 use crate::config::{Config, HttpConfig};
+use crate::finding::Finding;
 use crate::health::Health;
 use crate::http::token;
 use crate::intake::redact::Redactor;
@@ -19,28 +19,14 @@ use crate::regular_file;
 use crate::service::connect_settings;
 use crate::service::socket::{self, SocketState};
 use crate::sink::Verdict;
-use crate::sink::postgres::{Inspection, inspect};
+use crate::sink::postgres::inspect;
 
 use super::client;
 use super::hooks::own_command;
 use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};
 
-/// The oldest PostgreSQL that is tested.
-const POSTGRES_VERSION_MIN: i32 = 130_000;
-
-/// A clock further off than this confuses whoever compares timestamps.
-const CLOCK_SKEW_MAX: Duration = Duration::from_secs(2);
-
 /// Below this the queue can't be expected to work.
 const FREE_BYTES_MIN: u64 = 64 << 20;
-
-/// What became of one thing that was looked at.
-enum Finding {
-    Fine(String),
-    /// Works, but the reader should know.
-    Note(String),
-    Wrong(String),
-}
 
 pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
     let config = context.config();
@@ -64,19 +50,21 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
     if !arguments.no_database {
         findings.extend(database(context)?.into_iter().map(|finding| ("database", finding)));
     }
-    let mut wrong = false;
+    Ok(print(&findings))
+}
+
+/// One line for each finding. The exit code says whether anything is wrong.
+fn print(findings: &[(&str, Finding)]) -> Exit {
     for (subject, finding) in findings {
         let (mark, text) = match finding {
             Finding::Fine(text) => ("ok   ", text),
             Finding::Note(text) => ("note ", text),
-            Finding::Wrong(text) => {
-                wrong = true;
-                ("WRONG", text)
-            }
+            Finding::Wrong(text) => ("WRONG", text),
         };
         println!("{mark}  {subject:<13}  {text}");
     }
-    Ok(if wrong { Exit::Configuration } else { Exit::Fine })
+    let is_wrong = findings.iter().any(|(_, finding)| matches!(finding, Finding::Wrong(_)));
+    if is_wrong { Exit::Configuration } else { Exit::Fine }
 }
 
 /// It was read whole before any command began: what is wrong in it has been said and ended the program.
@@ -103,7 +91,7 @@ fn schemas(config: &Config) -> Finding {
         Err(error) => {
             // Each error names the schema, but for the folder, whose error has its own way out.
             let way_out = match &config.schemas.path {
-                Some(folder) if folder.is_dir() => format!("; mend the file in {} or take it out", folder.display()),
+                Some(folder) if folder.is_dir() => format!("; correct the file in {} or take it out", folder.display()),
                 _ => String::new(),
             };
             Finding::Wrong(format!("{error}{way_out}"))
@@ -124,7 +112,7 @@ fn redact(config: &Config) -> Finding {
             Finding::Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
         }
         Ok(_) => Finding::Fine("off".to_owned()),
-        Err(error) => Finding::Wrong(format!("{error}; mend or remove it: until then the watcher does not start")),
+        Err(error) => Finding::Wrong(format!("{error}; correct or remove it: until then the watcher does not start")),
     }
 }
 
@@ -267,75 +255,13 @@ fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
     let config = context.config();
     let inspected = block_on(inspect(&connect_settings(config, target)))?;
     Ok(match inspected {
-        Ok(inspection) => judge_database(&inspection, config.database.auto_migrate),
+        Ok(inspection) => inspection.findings(config.database.auto_migrate),
         // What the server says comes with its way out.
         Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Finding::Wrong(format!(
-            "{error}; see that the server runs and can be reached from here, or mend host and port in database.url. Until then events wait in the queue"
+            "{error}; see that the server runs and can be reached from here, or correct host and port in database.url. Until then events wait in the queue"
         ))],
         Err(error) => vec![Finding::Wrong(error.to_string())],
     })
-}
-
-fn judge_database(database: &Inspection, auto_migrate: bool) -> Vec<Finding> {
-    let version = &database.version;
-    let missing = database.missing.join(", ");
-    let mut findings = vec![match (database.missing.is_empty(), auto_migrate) {
-        (true, _) => match &database.unfit {
-            None => Finding::Fine(format!("PostgreSQL {version}, the tables are there")),
-            Some(problem) => Finding::Wrong(format!(
-                "PostgreSQL {version}; the tables are there, but no event can be stored in them: {}; mend the table, or set database.events_table to another name",
-                problem.trim_end_matches('.')
-            )),
-        },
-        (false, _) if database.schema_missing => Finding::Wrong(format!(
-            "PostgreSQL {version}; missing: {missing}, and so is the schema; CREATE SCHEMA, or mend database.events_table"
-        )),
-        (false, true) if !database.may_create => Finding::Wrong(format!(
-            "PostgreSQL {version}; missing: {missing}, and this user may not create it; have somebody who may run the SQL that \"headspace-watcher migrate --print\" shows"
-        )),
-        (false, true) => Finding::Fine(format!("PostgreSQL {version}; will be created at the start: {missing}")),
-        (false, false) => Finding::Wrong(format!(
-            "PostgreSQL {version}; missing: {missing}; run \"headspace-watcher migrate\" or set database.auto_migrate"
-        )),
-    }];
-    if database.version_number < POSTGRES_VERSION_MIN {
-        let oldest = POSTGRES_VERSION_MIN / 10_000;
-        findings.push(Finding::Wrong(format!("PostgreSQL {version} is too old; {oldest} or later is needed")));
-    }
-    if !database.lacks.is_empty() {
-        let lacks = database.lacks.join(", ");
-        findings.push(Finding::Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
-    }
-    if !database.triggers.is_empty() {
-        let triggers = database.triggers.join(", ");
-        findings.push(Finding::Note(format!(
-            "triggers run before a row is inserted: {triggers}; delivery stops at the first row that one of them drops"
-        )));
-    }
-    if database.encoding != "UTF8" {
-        findings.push(Finding::Wrong(format!(
-            "the database has the encoding {}; delivery stops at the first text with other letters. Use a database that has UTF8",
-            database.encoding
-        )));
-    }
-    if database.is_read_only {
-        let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
-        findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
-    }
-    if let Some(node) = &database.other_node {
-        findings.push(Finding::Note(format!(
-            "Citus keeps the events on {node}: connect to that node. Through this one delivery is slow, and commits are only as durable as that node's own synchronous_commit"
-        )));
-    }
-    let skew = database.clock_ahead.unsigned_abs();
-    if skew > CLOCK_SKEW_MAX {
-        let direction = if database.clock_ahead.is_negative() { "behind" } else { "ahead of" };
-        findings.push(Finding::Note(format!(
-            "its clock is {} s {direction} this machine's; delivered_at and the events' timestamps will not fit together. Set both by NTP",
-            skew.as_secs()
-        )));
-    }
-    findings
 }
 
 /// Notifications make new lines seen at once; where there are none, checks and rescans find them.
@@ -464,7 +390,7 @@ fn file_system(folder: &Path) -> Finding {
     }
 }
 
-/// The name of a network file system, or "FUSE"; `None` for a local one.
+/// The name of a network file system; `None` for a local one.
 #[cfg(target_os = "linux")]
 fn network_file_system(found: &rustix::fs::StatFs) -> Option<String> {
     name_of_magic(found.f_type as u64).map(str::to_owned)
@@ -476,10 +402,7 @@ fn network_file_system(found: &rustix::fs::StatFs) -> Option<String> {
     const MNT_LOCAL: u32 = 0x1000;
     let letters = found.f_fstypename.iter().map(|letter| *letter as u8).take_while(|letter| *letter != 0);
     let name: String = letters.map(char::from).collect();
-    match name.contains("fuse") {
-        true => Some("FUSE".to_owned()),
-        false => (found.f_flags & MNT_LOCAL == 0).then_some(name),
-    }
+    (found.f_flags & MNT_LOCAL == 0 && !name.contains("fuse")).then_some(name)
 }
 
 /// `magic`: the number of the kind of file system, of statfs(2).
@@ -491,20 +414,16 @@ fn name_of_magic(magic: u64) -> Option<&'static str> {
         0x0102_1997 => "9P",
         0x00c3_6400 => "Ceph",
         0x5346_414f | 0x6b41_4653 => "AFS",
-        0x6573_5546 => "FUSE",
         _ => return None,
     })
 }
 
 fn judge_file_system(kind: Option<String>, folder: &Path) -> Finding {
-    let shown = folder.display();
-    match kind.as_deref() {
+    match kind {
         None => Finding::Fine("on a local file system".to_owned()),
-        Some("FUSE") => {
-            Finding::Note(format!("{shown} is on FUSE: make sure it is a local disk; locks and syncs must be real"))
-        }
         Some(kind) => Finding::Wrong(format!(
-            "{shown} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk"
+            "{} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk",
+            folder.display()
         )),
     }
 }
@@ -540,60 +459,6 @@ fn existing(folder: &Path) -> &Path {
 mod tests {
     use super::*;
 
-    fn database() -> Inspection {
-        Inspection {
-            version: "15.4".to_owned(),
-            version_number: 150_004,
-            missing: Vec::new(),
-            unfit: None,
-            lacks: Vec::new(),
-            schema_missing: false,
-            may_create: true,
-            triggers: Vec::new(),
-            other_node: None,
-            is_read_only: false,
-            clock_ahead: jiff::SignedDuration::ZERO,
-            encoding: "UTF8".to_owned(),
-        }
-    }
-
-    /// What is not fine about it.
-    fn wrong(change: impl FnOnce(&mut Inspection)) -> Vec<String> {
-        let mut inspection = database();
-        change(&mut inspection);
-        let findings = judge_database(&inspection, true);
-        findings
-            .into_iter()
-            .filter_map(|finding| match finding {
-                Finding::Fine(_) => None,
-                Finding::Note(text) => Some(format!("note: {text}")),
-                Finding::Wrong(text) => Some(text),
-            })
-            .collect()
-    }
-
-    #[test]
-    fn a_database_is_judged_by_age_privileges_mode_and_clock() {
-        assert!(wrong(|_| {}).is_empty());
-        assert!(wrong(|found| found.version_number = 120_009)[0].contains("13 or later"));
-        assert!(wrong(|found| found.triggers = vec!["filter".to_owned()])[0].contains("inserted: filter"));
-        assert!(wrong(|found| found.lacks = vec!["INSERT on events".to_owned()])[0].contains("GRANT it"));
-        assert!(wrong(|found| found.is_read_only = true)[0].contains("takes no writes"));
-        assert!(wrong(|found| found.encoding = "LATIN1".to_owned())[0].contains("encoding LATIN1"));
-        let elsewhere = wrong(|found| found.other_node = Some("worker-2:5432".to_owned()));
-        assert!(elsewhere[0].starts_with("note: Citus keeps the events on worker-2:5432: connect"), "{elsewhere:?}");
-        let ahead = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(9));
-        assert!(ahead[0].starts_with("note: its clock is 9 s ahead of"), "{ahead:?}");
-        let behind = wrong(|found| found.clock_ahead = jiff::SignedDuration::from_secs(-9));
-        assert!(behind[0].contains("9 s behind this machine's"), "{behind:?}");
-        let unfit = wrong(|found| found.unfit = Some("column \"payload\" is of type text".to_owned()));
-        assert!(unfit[0].contains("is of type text; mend the table"), "{unfit:?}");
-        let no_schema = wrong(|found| (found.missing, found.schema_missing) = (vec!["a.events".to_owned()], true));
-        assert!(no_schema[0].contains("CREATE SCHEMA"), "{no_schema:?}");
-        let no_right = wrong(|found| (found.missing, found.may_create) = (vec!["events".to_owned()], false));
-        assert!(no_right[0].contains("migrate --print"), "{no_right:?}");
-    }
-
     #[test]
     fn little_room_few_watches_and_network_file_systems_are_found() {
         let here = Path::new("/here");
@@ -613,7 +478,6 @@ mod tests {
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
             assert!(matches!(judge(magic), Finding::Wrong(text) if text.contains(expected)));
         }
-        assert!(matches!(judge(0x6573_5546), Finding::Note(_)));
         assert!(matches!(judge(0xef53), Finding::Fine(_)), "ext4");
     }
 }

@@ -44,7 +44,7 @@ fn mentions(word: &str) -> Vec<String> {
 
 #[test]
 fn a_layer_imports_only_what_lies_below_it() {
-    let leaves = ["config", "telemetry", "event", "faults", "json", "private_folder", "regular_file"];
+    let leaves = ["config", "telemetry", "event", "faults", "finding", "json", "private_folder", "regular_file"];
     let allowed = |layer: &str| -> &[&str] {
         match layer {
             "event" => &[],
@@ -52,7 +52,7 @@ fn a_layer_imports_only_what_lies_below_it() {
             "telemetry" => &["event"],
             // A file is named by its configuration.
             "config" => &["regular_file"],
-            "faults" | "json" | "private_folder" | "regular_file" => &[],
+            "faults" | "finding" | "json" | "private_folder" | "regular_file" => &[],
             // Pure: it sees no file and no clock of its own.
             "claude" => &["event", "json", "config"],
             "queue" => &["queue"],

@@ -26,7 +26,6 @@ SELECT current_setting('server_version') AS version, current_setting('server_ver
                 CASE WHEN $2 IS NULL THEN to_regnamespace(current_schema()::text)::oid
                      ELSE to_regnamespace(quote_ident($2))::oid END, 'CREATE'), false)) AS may_create,
        current_setting('transaction_read_only') = 'on' AS is_read_only,
-       clock_timestamp() AS time,
        $2 IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NULL AS schema_missing,
        current_setting('server_encoding') AS encoding,
        to_regclass('pg_dist_placement') IS NOT NULL AS has_citus,
