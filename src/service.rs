@@ -42,7 +42,7 @@ use crate::event::{FailureKind, Timestamp};
 use crate::faults;
 use crate::health::{HealthSource, HttpHealth, Moment};
 use crate::history::History;
-use crate::http::{self, Access, Api, Door};
+use crate::http::{self, Access, Api, Transport};
 use crate::intake::Intake;
 use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
@@ -268,7 +268,7 @@ impl Service {
         let listener = socket.listener();
         parts.socket = Some(socket);
         let listener = listener.map_err(|error| self.socket_error(error.to_string()))?;
-        parts.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Door::Socket)));
+        parts.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Transport::Socket)));
         if let Some(address) = config.http.listen {
             parts.tasks.spawn_server("http", serve_tcp(address, api, &config.http, http_health));
         }
@@ -575,7 +575,7 @@ fn serve_tcp(
 ) -> impl Future<Output = ()> + Send + use<> {
     let (access, own_health) = http_access(address, config);
     health.send_replace(Some(own_health));
-    let router = http::router(api, Door::Tcp(access));
+    let router = http::router(api, Transport::Tcp(access));
     async move {
         let mut said = false;
         loop {

@@ -54,7 +54,7 @@ pub struct Access {
 
 /// Turns away who may not ask, and tells the routes who does.
 pub async fn admit_caller(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
-    let Some(LocalAddress(reached)) = request.extensions().get().copied() else {
+    let Some(LocalAddress(Some(reached))) = request.extensions().get().copied() else {
         return error(StatusCode::FORBIDDEN, "the connection has been closed");
     };
     if let Err(refusal) = check_origin(&request, reached) {

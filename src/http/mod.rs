@@ -25,9 +25,11 @@ use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
 use serde_json::json;
 use tokio::sync::Semaphore;
+use tower_http::timeout::TimeoutLayer;
 
 pub use self::access::{Access, Caller};
 pub use self::page::{Overview, RecentEvent, RecentSession};
+use self::server::REQUEST_TIMEOUT;
 pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
@@ -86,16 +88,16 @@ impl Api {
     }
 }
 
-/// Where callers come in.
+/// What a request arrives on.
 #[derive(Clone)]
-pub enum Door {
-    /// Its mode says who may ask.
+pub enum Transport {
+    /// The Unix socket: access is controlled by its file mode.
     Socket,
     Tcp(Access),
 }
 
 /// All routes.
-pub fn router(api: Api, door: Door) -> Router {
+pub fn router(api: Api, transport: Transport) -> Router {
     let routes = Router::new()
         .route("/health", get(health))
         .route("/livez", get(livez))
@@ -115,9 +117,12 @@ pub fn router(api: Api, door: Door) -> Router {
         .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
         .with_state(api);
-    match door {
-        Door::Socket => routes.layer(Extension(Caller::Owner)),
-        Door::Tcp(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller)),
+    match transport {
+        Transport::Socket => routes.layer(Extension(Caller::Owner)),
+        // Not on the socket: a command may wait for the program whose output is piped into it.
+        Transport::Tcp(access) => routes
+            .layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller))
+            .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIMEOUT)),
     }
 }
 
