@@ -54,7 +54,7 @@ use crate::queue::{Queue, QueueConfig, QueueError};
 use crate::sink::Verdict;
 use crate::sink::drain::{DrainConfig, Drainer};
 use crate::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
-use crate::telemetry::{self, Database, DatabaseState, Metrics, RescanCause};
+use crate::telemetry::{Database, DatabaseState, Metrics, RescanCause};
 
 /// How often the counters are summed up in the log while something happens.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
@@ -340,10 +340,7 @@ impl Service {
                         return input.outcome();
                     }
                 }
-                _ = summary.tick() => {
-                    telemetry::report_held_back();
-                    self.sum_up(&parts.queue, &mut summed_up);
-                }
+                _ = summary.tick() => self.sum_up(&parts.queue, &mut summed_up),
             }
         }
     }
@@ -504,7 +501,6 @@ impl Parts {
                 Ok(())
             }
         };
-        telemetry::report_held_back();
         let result = result.and(ended).and(closed);
         if result.is_ok() {
             info!(pending, stop_milliseconds = begun.elapsed().as_millis() as u64, "stopped");

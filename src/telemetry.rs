@@ -10,7 +10,7 @@ mod metrics;
 
 pub use activity::{Activity, BatchActivity, Noted, SessionActivity};
 pub use formats::{UnknownFormat, UnknownFormats, is_name, name_or_none};
-pub use logs::{LogFormat, report_held_back, start_logging};
+pub use logs::{LogFormat, start_logging};
 pub use metrics::{
     Beat, Counter, CounterFamily, Database, DatabaseState, Gauge, Histogram, HistogramSnapshot, Metrics, OTHER,
     RescanCause,

@@ -80,26 +80,6 @@ fn an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_in_between() {
 }
 
 #[test]
-fn a_warning_that_repeats_is_limited_and_the_rest_is_counted() {
-    let stage = Stage::with(None);
-    // One bad line a file: each file may warn of its own.
-    for number in 0..60 {
-        stage.transcript("-home-me-app", number).append("no JSON\n");
-    }
-    let watcher = stage.start();
-    wait_until("all are read", SOON, || watcher.health()["watcher"]["bad_lines"] == 60);
-    assert_eq!(watcher.logged("a line can't be read").len(), 30);
-    watcher.stop();
-    let mut files = std::fs::read_dir(stage.folder()).unwrap().map(|entry| entry.unwrap().path());
-    let log = files.find(|path| path.to_str().unwrap().contains("/log-")).unwrap();
-    let text = std::fs::read_to_string(log).unwrap();
-    let counted = text.lines().find(|line| line.contains("held back")).unwrap();
-    let counted: serde_json::Value = serde_json::from_str(counted).unwrap();
-    assert_eq!((&counted["count"], &counted["level"]), (&30.into(), &"WARN".into()), "{counted}");
-    assert!(counted["warning"].as_str().unwrap().contains("a line can't be read"), "{counted}");
-}
-
-#[test]
 fn lines_are_text_with_colour_on_a_terminal_and_json_elsewhere() {
     let stage = Stage::with(None);
     let elsewhere = stage.run(&["--log-level", "info", "run", "--until-idle"]);
