@@ -3,9 +3,13 @@
 //! ```text
 //! fail   events can't be taken in: the queue failed or is full, or the thread that reads transcripts hangs
 //!        or they don't leave: the database is up and nothing moves, or the drainer hangs
-//! warn   it works, but someone should look: database away, misconfigured or not configured, dead letters, queue filling
+//! warn   it works, but someone should look: database unavailable, misconfigured or not configured, dead letters,
+//!        queue filling
 //! pass   else
 //! ```
+//!
+//! It decides by what the parts of the program say of themselves ([`LiveState`](crate::telemetry::LiveState)) and by the
+//! state of the queue and the spool, never by a counter.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -51,11 +55,34 @@ pub struct Health {
     pub http: Option<HttpHealth>,
 }
 
+impl Health {
+    /// What callers without the token may see. What Postgres says can quote a payload, and the cause of an error can name a
+    /// path: they learn that there is an error, and where its text is.
+    pub fn without_details(mut self) -> Health {
+        for reason in &mut self.reasons {
+            *reason = without_cause(reason).to_owned();
+        }
+        for error in [&mut self.database.last_error, &mut self.spool.last_error] {
+            *error = error.take().map(|_| ERROR_WITHHELD.to_owned());
+        }
+        self.watcher.unknown_formats.clear();
+        self.http = None;
+        self
+    }
+}
+
+const ERROR_WITHHELD: &str = "shown with the token, and by \"headspace-watcher status\"";
+
+/// A message without its cause, which follows the first colon.
+fn without_cause(message: &str) -> &str {
+    message.split_once(": ").map_or(message, |(what, _)| what)
+}
+
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     Pass,
-    /// Works, but something is not as it should be: the database is away, dead letters wait.
+    /// Works, but someone should look: the database is unavailable, there are dead letters.
     Warn,
     /// Events can't be taken in, or wait although the database is up.
     Fail,
@@ -105,7 +132,7 @@ pub struct WatcherHealth {
     pub sessions: u64,
     pub lines: u64,
     pub bad_lines: u64,
-    /// Transcripts that Claude Code is about to delete and that are not wholly stored.
+    /// Transcripts that Claude Code is about to delete and that are not fully delivered.
     #[serde(default)]
     pub transcripts_expiring: u64,
     /// What transcripts had since the start that this version does not know.
@@ -168,17 +195,18 @@ pub struct HealthSource {
 impl HealthSource {
     pub fn health(&self, now: Moment) -> Health {
         let facts = self.facts(now);
-        let troubles = facts.troubles();
+        let issues = facts.issues();
         let Facts { stats, database, oldest_age, unread_spool, .. } = facts;
+        let (metrics, live) = (&self.metrics, &self.metrics.live);
         Health {
-            status: troubles.iter().map(Trouble::status).max().unwrap_or(Status::Pass),
+            status: issues.iter().map(HealthIssue::status).max().unwrap_or(Status::Pass),
             running: true,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started_at: self.started.time.to_string(),
-            uptime_seconds: now.clock.saturating_duration_since(self.started.clock).as_secs(),
+            uptime_seconds: self.uptime(now).as_secs(),
             ready: self.ready(),
-            reasons: troubles.iter().map(Trouble::to_string).collect(),
+            reasons: issues.iter().map(HealthIssue::to_string).collect(),
             queue: QueueHealth {
                 pending: stats.pending,
                 pending_bytes: stats.pending_bytes,
@@ -194,19 +222,19 @@ impl HealthSource {
                 last_error: database.last_error,
             },
             writes: WritesHealth {
-                succeeded: self.metrics.events_delivered.get(),
-                failed: self.metrics.write_failures.get(),
-                duplicates: self.metrics.events_duplicate.get(),
-                last_write_timestamp: self.metrics.last_write().map(|at| at.to_string()),
+                succeeded: metrics.events_delivered.get(),
+                failed: metrics.write_failures.get(),
+                duplicates: metrics.events_duplicate.get(),
+                last_write_timestamp: live.last_write.get().map(|at| at.to_string()),
             },
             watcher: WatcherHealth {
-                files: self.metrics.files_watched.get(),
-                sessions: self.metrics.sessions_known.get(),
-                lines: self.metrics.lines_read.get(),
-                bad_lines: self.metrics.bad_lines.get(),
-                transcripts_expiring: self.metrics.transcripts_expiring.get(),
-                unknown_formats: self.metrics.unknown_formats.list(),
-                last_rescan: self.metrics.last_rescan().map(|at| at.to_string()),
+                files: live.files_watched.get(),
+                sessions: live.sessions_known.get(),
+                lines: metrics.lines_read.get(),
+                bad_lines: metrics.bad_lines.get(),
+                transcripts_expiring: live.transcripts_expiring.get(),
+                unknown_formats: metrics.unknown_formats.list(),
+                last_rescan: live.last_rescan.get().map(|at| at.to_string()),
             },
             spool: SpoolHealth {
                 unread_files: unread_spool.files as u64,
@@ -217,6 +245,11 @@ impl HealthSource {
         }
     }
 
+    /// Time since the start.
+    pub fn uptime(&self, now: Moment) -> Duration {
+        now.clock.saturating_duration_since(self.started.clock)
+    }
+
     /// Whether events are taken in.
     pub fn ready(&self) -> bool {
         self.queue.failed().borrow().is_none() && !self.queue.stats().full
@@ -224,24 +257,25 @@ impl HealthSource {
 
     /// Whether every part of this program makes progress: what systemd's watchdog and `GET /livez` ask. A full queue, a
     /// database that is unavailable or one in which somebody else holds a lock is no hang: a restart would not help.
-    pub fn goes_on(&self, now: Moment) -> bool {
-        !self.facts(now).troubles().iter().any(Trouble::is_hang)
+    pub fn is_alive(&self, now: Moment) -> bool {
+        !self.facts(now).issues().iter().any(HealthIssue::is_hang)
     }
 
     fn facts(&self, now: Moment) -> Facts {
+        let live = &self.metrics.live;
         let stats = self.queue.stats();
-        let database = self.metrics.database();
+        let database = live.database.get();
         Facts {
             queue_error: self.queue.failed().borrow().as_ref().map(QueueError::to_string),
             pending_bytes_max: self.pending_bytes_max,
             oldest_age: stats.oldest.map(|(_, captured_at)| age(captured_at, now.time)),
             database_age: age(database.since, now.time),
-            reading_silence: self.metrics.reading.age(now.clock),
+            reading_silence: live.reading.age(now.clock),
             reading_silence_max: self.polling_interval + SILENCE_MAX,
-            draining_silence: self.metrics.draining.age(now.clock),
+            draining_silence: live.draining.age(now.clock),
             draining_silence_max: self.delivery_max + SILENCE_MAX,
-            settling_silence: self.metrics.settling.age(now.clock),
-            transcripts_expiring: self.metrics.transcripts_expiring.get(),
+            settling_silence: live.settling.age(now.clock),
+            transcripts_expiring: live.transcripts_expiring.get(),
             unread_spool: self.spool.unread(),
             stats,
             database,
@@ -267,58 +301,58 @@ struct Facts {
 }
 
 impl Facts {
-    fn troubles(&self) -> Vec<Trouble> {
-        let mut troubles = Vec::new();
+    fn issues(&self) -> Vec<HealthIssue> {
+        let mut issues = Vec::new();
         if let Some(error) = &self.queue_error {
-            troubles.push(Trouble::QueueFailed(error.clone()));
+            issues.push(HealthIssue::QueueFailed(error.clone()));
         }
         let filled_percent = self.stats.pending_bytes.saturating_mul(100) / self.pending_bytes_max.max(1);
         if self.stats.full {
-            troubles.push(Trouble::QueueFull);
+            issues.push(HealthIssue::QueueFull);
         } else if filled_percent >= FILLING_PERCENT {
-            troubles.push(Trouble::QueueFilling { percent: filled_percent });
+            issues.push(HealthIssue::QueueFilling { percent: filled_percent });
         }
         if self.reading_silence > self.reading_silence_max {
-            troubles.push(Trouble::ReadingHangs(self.reading_silence));
+            issues.push(HealthIssue::ReadingHangs(self.reading_silence));
         }
         let has_drainer = self.database.state != Database::Unconfigured;
         if has_drainer && self.draining_silence > self.draining_silence_max {
-            troubles.push(Trouble::DrainingHangs(self.draining_silence));
+            issues.push(HealthIssue::DrainingHangs(self.draining_silence));
         }
         match self.database.state {
             Database::Up => {
                 // All three: what has waited through an outage has been waiting long, but it is moving now.
                 let still = self.oldest_age.unwrap_or_default().min(self.database_age).min(self.settling_silence);
                 if still > STALLED_AFTER {
-                    troubles.push(Trouble::Stalled(still));
+                    issues.push(HealthIssue::Stalled(still));
                 }
             }
-            Database::Down => troubles.push(Trouble::DatabaseAway),
-            Database::Misconfigured => troubles.push(Trouble::DatabaseMisconfigured),
-            Database::Unconfigured => troubles.push(Trouble::DatabaseUnconfigured),
+            Database::Down => issues.push(HealthIssue::DatabaseUnavailable),
+            Database::Misconfigured => issues.push(HealthIssue::DatabaseMisconfigured),
+            Database::Unconfigured => issues.push(HealthIssue::DatabaseUnconfigured),
         }
         if self.stats.dead_letters > 0 {
-            troubles.push(Trouble::DeadLetters(self.stats.dead_letters));
+            issues.push(HealthIssue::DeadLetters(self.stats.dead_letters));
         }
         if self.stats.missing > 0 {
-            troubles.push(Trouble::EventsMissing(self.stats.missing));
+            issues.push(HealthIssue::EventsMissing(self.stats.missing));
         }
         let UnreadSpool { files, error, is_folder_unread } = &self.unread_spool;
         if *is_folder_unread || *files > 0 {
             let error = error.clone().unwrap_or_default();
             let files = if *is_folder_unread { None } else { Some(*files) };
-            troubles.push(Trouble::SpoolUnread { files, error });
+            issues.push(HealthIssue::SpoolUnread { files, error });
         }
         if self.transcripts_expiring > 0 {
-            troubles.push(Trouble::TranscriptsExpire(self.transcripts_expiring));
+            issues.push(HealthIssue::TranscriptsExpire(self.transcripts_expiring));
         }
-        troubles
+        issues
     }
 }
 
 /// What is not as it should be; displayed in words for people, with the way out.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
-enum Trouble {
+enum HealthIssue {
     #[error("the queue can't be written: {0}")]
     QueueFailed(String),
     #[error("the queue is full: nothing is taken in; bring the database back or raise queue.max_pending_bytes")]
@@ -331,11 +365,11 @@ enum Trouble {
     DrainingHangs(Duration),
     #[error("stalled: the database is up, but nothing has left the queue for {} s; see who blocks the events table", .0.as_secs())]
     Stalled(Duration),
-    #[error("the database is away; events wait in the queue")]
-    DatabaseAway,
-    #[error("the database can't be used until someone mends this; events wait in the queue")]
+    #[error("the database is unavailable; events are queued")]
+    DatabaseUnavailable,
+    #[error("the database is misconfigured; delivery is paused until someone fixes it, events are queued")]
     DatabaseMisconfigured,
-    #[error("no database is configured; events wait in the queue. Set database.url, DATABASE_URL or PGHOST")]
+    #[error("no database is configured; events are queued. Set database.url, DATABASE_URL or PGHOST")]
     DatabaseUnconfigured,
     #[error("{0} dead letter{plural}; see \"headspace-watcher queue-dump --dead-letters\"", plural = if *.0 == 1 { "" } else { "s" })]
     DeadLetters(u64),
@@ -348,8 +382,8 @@ enum Trouble {
     #[error("{} can't be read; correct its owner or mode: {error}", unread_spool(*.files))]
     SpoolUnread { files: Option<usize>, error: String },
     #[error(
-        "{0} transcripts are not wholly stored and Claude Code deletes them within {WARN_DAYS} days; bring the database \
-         back, or raise cleanupPeriodDays in Claude Code's settings.json"
+        "{0} transcripts will be deleted by Claude Code within {WARN_DAYS} days but are not fully delivered; bring the \
+         database back, or raise cleanupPeriodDays in Claude Code's settings.json"
     )]
     TranscriptsExpire(u64),
 }
@@ -362,34 +396,19 @@ fn unread_spool(files: Option<usize>) -> String {
     }
 }
 
-impl Trouble {
+impl HealthIssue {
     fn status(&self) -> Status {
         match self {
-            Trouble::QueueFailed(_) | Trouble::QueueFull | Trouble::Stalled(_) => Status::Fail,
-            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => Status::Fail,
-            Trouble::QueueFilling { .. } | Trouble::DeadLetters(_) | Trouble::TranscriptsExpire(_) => Status::Warn,
-            Trouble::EventsMissing(_) | Trouble::SpoolUnread { .. } => Status::Warn,
-            Trouble::DatabaseAway | Trouble::DatabaseMisconfigured | Trouble::DatabaseUnconfigured => Status::Warn,
+            HealthIssue::QueueFailed(_) | HealthIssue::QueueFull | HealthIssue::Stalled(_) => Status::Fail,
+            _ if self.is_hang() => Status::Fail,
+            _ => Status::Warn,
         }
     }
 
-    /// Whether a part of this program has come to a halt that only a restart ends.
+    /// Whether a part of this program has come to a halt that only a restart ends. A stall is none: the drainer moves, or it
+    /// would hang as well, so the database holds it up.
     fn is_hang(&self) -> bool {
-        match self {
-            Trouble::ReadingHangs(_) | Trouble::DrainingHangs(_) => true,
-            // The drainer moves, or it would hang as well: the database holds it up.
-            Trouble::Stalled(_)
-            | Trouble::QueueFailed(_)
-            | Trouble::QueueFull
-            | Trouble::QueueFilling { .. }
-            | Trouble::DatabaseAway
-            | Trouble::DatabaseMisconfigured
-            | Trouble::DatabaseUnconfigured
-            | Trouble::DeadLetters(_)
-            | Trouble::EventsMissing(_)
-            | Trouble::SpoolUnread { .. }
-            | Trouble::TranscriptsExpire(_) => false,
-        }
+        matches!(self, HealthIssue::ReadingHangs(_) | HealthIssue::DrainingHangs(_))
     }
 }
 
@@ -423,24 +442,24 @@ mod tests {
         }
     }
 
-    /// The one trouble that a change to a healthy watcher leads to.
+    /// The one issue that a change to a healthy watcher leads to.
     #[track_caller]
-    fn after(change: impl FnOnce(&mut Facts)) -> Option<Trouble> {
+    fn after(change: impl FnOnce(&mut Facts)) -> Option<HealthIssue> {
         let mut facts = well();
         change(&mut facts);
-        let mut troubles = facts.troubles();
-        assert!(troubles.len() <= 1, "{troubles:?}");
-        troubles.pop()
+        let mut issues = facts.issues();
+        assert!(issues.len() <= 1, "{issues:?}");
+        issues.pop()
     }
 
     #[test]
-    fn every_trouble_is_found_alone_and_has_its_status() {
+    fn every_issue_is_found_alone_and_has_its_status() {
         assert_eq!(after(|_| {}), None);
         let long = 40 * SECOND;
         for (change, expected, status, is_hang) in [
             (
                 (|facts| facts.queue_error = Some("gone".to_owned())) as fn(&mut Facts),
-                Trouble::QueueFailed("gone".to_owned()),
+                HealthIssue::QueueFailed("gone".to_owned()),
                 Status::Fail,
                 false,
             ),
@@ -449,26 +468,26 @@ mod tests {
                     facts.stats.full = true;
                     facts.stats.pending_bytes = 999;
                 },
-                Trouble::QueueFull,
+                HealthIssue::QueueFull,
                 Status::Fail,
                 false,
             ),
-            (|facts| facts.stats.pending_bytes = 800, Trouble::QueueFilling { percent: 80 }, Status::Warn, false),
-            (|facts| facts.reading_silence = 40 * SECOND, Trouble::ReadingHangs(long), Status::Fail, true),
-            (|facts| facts.draining_silence = 40 * SECOND, Trouble::DrainingHangs(long), Status::Fail, true),
+            (|facts| facts.stats.pending_bytes = 800, HealthIssue::QueueFilling { percent: 80 }, Status::Warn, false),
+            (|facts| facts.reading_silence = 40 * SECOND, HealthIssue::ReadingHangs(long), Status::Fail, true),
+            (|facts| facts.draining_silence = 40 * SECOND, HealthIssue::DrainingHangs(long), Status::Fail, true),
             (
                 |facts| {
                     facts.oldest_age = Some(50 * SECOND);
                     facts.settling_silence = 40 * SECOND;
                 },
-                Trouble::Stalled(long),
+                HealthIssue::Stalled(long),
                 Status::Fail,
                 false,
             ),
-            (|facts| facts.database.state = Database::Down, Trouble::DatabaseAway, Status::Warn, false),
+            (|facts| facts.database.state = Database::Down, HealthIssue::DatabaseUnavailable, Status::Warn, false),
             (
                 |facts| facts.database.state = Database::Misconfigured,
-                Trouble::DatabaseMisconfigured,
+                HealthIssue::DatabaseMisconfigured,
                 Status::Warn,
                 false,
             ),
@@ -477,22 +496,22 @@ mod tests {
                     facts.database.state = Database::Unconfigured;
                     facts.draining_silence = 40 * SECOND;
                 },
-                Trouble::DatabaseUnconfigured,
+                HealthIssue::DatabaseUnconfigured,
                 Status::Warn,
                 false,
             ),
-            (|facts| facts.stats.dead_letters = 3, Trouble::DeadLetters(3), Status::Warn, false),
-            (|facts| facts.stats.missing = 3, Trouble::EventsMissing(3), Status::Warn, false),
+            (|facts| facts.stats.dead_letters = 3, HealthIssue::DeadLetters(3), Status::Warn, false),
+            (|facts| facts.stats.missing = 3, HealthIssue::EventsMissing(3), Status::Warn, false),
             (
                 |facts| {
                     let error = Some("/spool/x.hook: denied".to_owned());
                     facts.unread_spool = UnreadSpool { files: 1, error, is_folder_unread: false };
                 },
-                Trouble::SpoolUnread { files: Some(1), error: "/spool/x.hook: denied".to_owned() },
+                HealthIssue::SpoolUnread { files: Some(1), error: "/spool/x.hook: denied".to_owned() },
                 Status::Warn,
                 false,
             ),
-            (|facts| facts.transcripts_expiring = 2, Trouble::TranscriptsExpire(2), Status::Warn, false),
+            (|facts| facts.transcripts_expiring = 2, HealthIssue::TranscriptsExpire(2), Status::Warn, false),
         ] {
             let found = after(change);
             assert_eq!(found, Some(expected.clone()));
@@ -516,7 +535,7 @@ mod tests {
             facts.database_age = 3600 * SECOND;
             facts.database.state = Database::Down;
         };
-        assert_eq!(after(away), Some(Trouble::DatabaseAway), "it waits for the database, and that is said");
+        assert_eq!(after(away), Some(HealthIssue::DatabaseUnavailable), "it waits for the database, and that is said");
     }
 
     #[test]
@@ -524,5 +543,56 @@ mod tests {
         let now = Timestamp::from_second(100).unwrap();
         assert_eq!(age(Timestamp::from_second(200).unwrap(), now), Duration::ZERO);
         assert_eq!(age(Timestamp::from_second(70).unwrap(), now), 30 * SECOND);
+    }
+    #[test]
+    fn callers_without_the_token_read_what_is_wrong_without_its_cause() {
+        let failed = "the queue can't be written: could not sync /home/me/data/queue: No space left on device";
+        assert_eq!(without_cause(failed), "the queue can't be written");
+        assert_eq!(without_cause("1 dead letter; see \"queue-dump\""), "1 dead letter; see \"queue-dump\"");
+    }
+
+    /// Every field is named here: whether a new one is for everybody is to be decided.
+    #[test]
+    fn callers_without_the_token_see_no_text_that_could_be_a_secret() {
+        let text = || "secret".to_owned();
+        let health = Health {
+            status: Status::Warn,
+            running: true,
+            pid: 1,
+            version: "1.0".to_owned(),
+            started_at: "then".to_owned(),
+            uptime_seconds: 1,
+            ready: true,
+            reasons: vec!["it is wrong: secret".to_owned()],
+            queue: QueueHealth {
+                pending: 1,
+                pending_bytes: 1,
+                oldest_age_seconds: None,
+                dead_letters: 1,
+                missing: 1,
+                disk_bytes: 1,
+                full: false,
+            },
+            database: DatabaseHealth { state: "up".to_owned(), since: "then".to_owned(), last_error: Some(text()) },
+            writes: WritesHealth { succeeded: 1, failed: 1, duplicates: 1, last_write_timestamp: None },
+            watcher: WatcherHealth {
+                files: 1,
+                sessions: 1,
+                lines: 1,
+                bad_lines: 1,
+                transcripts_expiring: 1,
+                unknown_formats: vec![UnknownFormat { field: text(), value: text(), version: text(), lines: 1 }],
+                last_rescan: None,
+            },
+            spool: SpoolHealth { unread_files: 1, folder_unread: false, last_error: Some(text()) },
+            http: Some(HttpHealth {
+                address: text(),
+                listening: true,
+                token_file: Some(text()),
+                token_error: Some(text()),
+            }),
+        };
+        let shown = serde_json::to_string(&health.without_details()).unwrap();
+        assert!(!shown.contains("secret") && shown.contains("it is wrong") && shown.contains("status"), "{shown}");
     }
 }

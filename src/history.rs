@@ -15,6 +15,9 @@ use crate::telemetry::{HistogramSnapshot, Metrics};
 /// Ten minutes.
 pub const SAMPLES_MAX: usize = 600;
 
+/// Samples of a minute.
+const MINUTE: usize = 60;
+
 /// What happened in one second, and what stood at its end.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub struct Sample {
@@ -54,17 +57,23 @@ impl From<HistogramSnapshot> for Lag {
     }
 }
 
-/// Samples of a minute.
-const MINUTE: usize = 60;
+/// Ring buffer of samples, with a channel that announces each new one.
+#[derive(Debug)]
+pub struct History {
+    ring: Mutex<Ring>,
+    updates: watch::Sender<()>,
+}
 
-/// Makes a sample of what has changed since the one before.
-pub struct Sampler {
+#[derive(Debug)]
+struct Ring {
+    samples: VecDeque<Sample>,
+    /// What was counted when the last sample was taken.
     before: Counts,
     /// The lag at the end of each of the last seconds, oldest first.
     minute: VecDeque<HistogramSnapshot>,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Debug)]
 struct Counts {
     at: Timestamp,
     captured: u64,
@@ -87,21 +96,21 @@ impl Counts {
     }
 }
 
-impl Sampler {
-    pub fn new(metrics: &Metrics, now: Timestamp) -> Sampler {
+impl History {
+    pub fn new(metrics: &Metrics, now: Timestamp) -> History {
         let before = Counts::of(metrics, now);
-        Sampler { before, minute: VecDeque::from([before.lag]) }
+        let minute = VecDeque::from([before.lag.clone()]);
+        let ring = Ring { samples: VecDeque::new(), before, minute };
+        History { ring: Mutex::new(ring), updates: watch::Sender::new(()) }
     }
 
-    pub fn sample(&mut self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) -> Sample {
+    /// Adds a sample of what has changed since the one before.
+    pub fn take_sample(&self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) {
         let counts = Counts::of(metrics, now);
-        let before = std::mem::replace(&mut self.before, counts);
+        let mut ring = self.lock();
+        let before = std::mem::replace(&mut ring.before, counts.clone());
         let lag = counts.lag.since(&before.lag);
-        if self.minute.len() > MINUTE {
-            self.minute.pop_front();
-        }
-        self.minute.push_back(counts.lag);
-        Sample {
+        let sample = Sample {
             at: now.as_millisecond(),
             seconds: now.duration_since(before.at).as_secs_f64().max(0.001),
             captured: counts.captured - before.captured,
@@ -112,63 +121,39 @@ impl Sampler {
             oldest_age_seconds: queue.oldest.map(|(_, since)| now.duration_since(since).as_secs_f64().max(0.0)),
             lag_p50_seconds: lag.quantile(0.5),
             lag_p99_seconds: lag.quantile(0.99),
+        };
+        if ring.samples.len() == SAMPLES_MAX {
+            ring.samples.pop_front();
         }
-    }
-}
-
-impl Sampler {
-    /// The lag over the minute before the last sample.
-    pub fn lag_of_last_minute(&self) -> Lag {
-        let first = self.minute.front().copied().unwrap_or_default();
-        self.before.lag.since(&first).into()
-    }
-}
-
-/// The ring, and a bell that rings with every new sample.
-#[derive(Debug)]
-pub struct History {
-    samples: Mutex<(VecDeque<Sample>, Lag)>,
-    newest: watch::Sender<Option<Sample>>,
-}
-
-impl Default for History {
-    fn default() -> Self {
-        History { samples: Mutex::default(), newest: watch::Sender::new(None) }
-    }
-}
-
-impl History {
-    /// Adds a sample, and what the lag is now.
-    pub fn push(&self, sample: Sample, lag: Lag) {
-        let mut held = self.lock();
-        if held.0.len() == SAMPLES_MAX {
-            held.0.pop_front();
+        ring.samples.push_back(sample);
+        if ring.minute.len() > MINUTE {
+            ring.minute.pop_front();
         }
-        held.0.push_back(sample.clone());
-        held.1 = lag;
-        drop(held);
-        self.newest.send_replace(Some(sample));
+        ring.minute.push_back(counts.lag);
+        drop(ring);
+        self.updates.send_replace(());
     }
 
     /// The last `count` samples, oldest first.
     pub fn last(&self, count: usize) -> Vec<Sample> {
-        let samples = &self.lock().0;
+        let samples = &self.lock().samples;
         samples.iter().skip(samples.len().saturating_sub(count)).cloned().collect()
     }
 
-    /// The lag over the last minute.
+    /// The lag over the minute before the last sample.
     pub fn lag(&self) -> Lag {
-        self.lock().1
+        let ring = self.lock();
+        ring.minute.front().map(|first| ring.before.lag.since(first)).unwrap_or_default().into()
     }
 
     /// Changes with every new sample.
-    pub fn subscribe(&self) -> watch::Receiver<Option<Sample>> {
-        self.newest.subscribe()
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.updates.subscribe()
     }
 
     /// A poisoned lock guards plain values here: what is inside is still whole.
-    fn lock(&self) -> MutexGuard<'_, (VecDeque<Sample>, Lag)> {
-        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -187,47 +172,50 @@ mod tests {
         let metrics = Metrics::default();
         metrics.events_captured.add("a", 5);
         metrics.end_to_end_seconds.observe(Duration::from_secs(20), 5);
-        let mut sampler = Sampler::new(&metrics, at(10));
+        let history = History::new(&metrics, at(10));
         metrics.events_captured.add("b", 3);
         metrics.events_delivered.add("b", 2);
         metrics.end_to_end_seconds.observe(Duration::from_millis(2), 2);
         let queue =
             QueueStats { pending: 1, oldest: Some((crate::event::Sequence::FIRST, at(8))), ..Default::default() };
-        let sample = sampler.sample(&metrics, &queue, at(12));
+        history.take_sample(&metrics, &queue, at(12));
+        history.take_sample(&metrics, &QueueStats::default(), at(13));
+        let samples = history.last(2);
+        let (sample, next) = (&samples[0], &samples[1]);
         assert_eq!((sample.captured, sample.delivered, sample.pending), (3, 2, 1));
         assert_eq!((sample.seconds, sample.oldest_age_seconds), (2.0, Some(4.0)));
         assert_eq!(sample.lag_p50_seconds, Some(0.002), "the slow ones of before are no longer in it");
-        let next = sampler.sample(&metrics, &QueueStats::default(), at(13));
         assert_eq!((next.captured, next.lag_p50_seconds, next.oldest_age_seconds), (0, None, None));
     }
 
     #[test]
     fn the_lag_of_the_last_minute_forgets_what_was_before() {
         let metrics = Metrics::default();
-        let mut sampler = Sampler::new(&metrics, at(0));
+        let history = History::new(&metrics, at(0));
         metrics.end_to_end_seconds.observe(Duration::from_secs(20), 1);
         for second in 1..=60 {
-            sampler.sample(&metrics, &QueueStats::default(), at(second));
+            history.take_sample(&metrics, &QueueStats::default(), at(second));
         }
-        assert_eq!(sampler.lag_of_last_minute().events, 1);
+        assert_eq!(history.lag().events, 1);
         metrics.end_to_end_seconds.observe(Duration::from_millis(2), 2);
-        sampler.sample(&metrics, &QueueStats::default(), at(61));
-        let lag = sampler.lag_of_last_minute();
+        history.take_sample(&metrics, &QueueStats::default(), at(61));
+        let lag = history.lag();
         assert_eq!((lag.events, lag.p50_seconds, lag.p99_seconds), (2, Some(0.002), Some(0.00249)));
     }
 
     #[test]
     fn the_ring_keeps_the_last_ten_minutes() {
         let metrics = Metrics::default();
-        let mut sampler = Sampler::new(&metrics, at(0));
-        let history = History::default();
-        let bell = history.subscribe();
+        let history = History::new(&metrics, at(0));
+        let mut updates = history.subscribe();
         for second in 1..=SAMPLES_MAX as i64 + 5 {
-            history.push(sampler.sample(&metrics, &QueueStats::default(), at(second)), sampler.lag_of_last_minute());
+            history.take_sample(&metrics, &QueueStats::default(), at(second));
         }
         let samples = history.last(usize::MAX);
         assert_eq!((samples.len(), samples[0].at), (SAMPLES_MAX, 6000));
         assert_eq!(history.last(2).iter().map(|sample| sample.at).collect::<Vec<_>>(), [604_000, 605_000]);
-        assert_eq!(bell.borrow().as_ref().unwrap().at, 605_000);
+        assert!(updates.has_changed().unwrap());
+        updates.mark_unchanged();
+        assert!(!updates.has_changed().unwrap());
     }
 }

@@ -31,7 +31,7 @@
 //! 9. Everything has a limit, and every wait ends on `stop`.
 //! 10. Nobody but the owner reads or changes anything without the token.
 //! 11. A start that fails removes and overwrites nothing of anybody ([`service::socket`]).
-//! 12. A hang of the program is told from whatever a restart would not change ([`health::HealthSource::goes_on`]).
+//! 12. A hang of the program is told from whatever a restart would not change ([`health::HealthSource::is_alive`]).
 //!
 //! # Layers
 //!

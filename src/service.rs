@@ -175,7 +175,7 @@ impl Service {
                 + config.event_system.write_retry_max_delay,
             http: http_health.subscribe(),
         });
-        let history = Arc::new(History::default());
+        let history = Arc::new(History::new(&self.metrics, started.time));
         let mut parts = Parts::new(queue.clone());
         let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
         parts.tasks.spawn_server("pulse", pulse.run());
@@ -275,7 +275,7 @@ impl Service {
         if self.has_database {
             parts.tasks.spawn_worker("drainer", self.drainer(intake.queue()).run(parts.stop.subscribe()));
         } else {
-            self.metrics.set_database(DatabaseState {
+            self.metrics.live.database.set(DatabaseState {
                 state: Database::Unconfigured,
                 since: Timestamp::now(),
                 last_error: None,
@@ -362,7 +362,7 @@ impl Service {
             bad_lines = metrics.bad_lines.get(),
             pending = stats.pending,
             dead_letters = stats.dead_letters,
-            database = metrics.database().state.as_str(),
+            database = metrics.live.database.get().state.as_str(),
             "since start"
         );
     }

@@ -1,20 +1,19 @@
-//! What the program says about itself: numbers that every layer adds to, what happened lately, and the log.
+//! What the program says about itself: what it counts, what its parts last did, what happened lately, and the log.
 //!
 //! A leaf: of ours it imports nothing but plain values. Log levels: ERROR someone must act; WARN unexpected, recovering;
 //! INFO start, stop, changes of state, summaries; DEBUG single writes. Neither payload text nor passwords are logged.
 
-mod activity;
 mod formats;
 mod logs;
 mod metrics;
+mod recent;
+mod state;
 
-pub use activity::{Activity, BatchActivity, Noted, SessionActivity};
 pub use formats::{UnknownFormat, UnknownFormats, is_name, name_or_none};
 pub use logs::{LogFormat, start_logging};
-pub use metrics::{
-    Beat, Counter, CounterFamily, Database, DatabaseState, Gauge, Histogram, HistogramSnapshot, Metrics, OTHER,
-    RescanCause,
-};
+pub use metrics::{Counter, CounterFamily, Histogram, HistogramSnapshot, Metrics, OTHER, RescanCause, TEXT_FORMAT};
+pub use recent::{RecentEvent, RecentEvents};
+pub use state::{Database, DatabaseState, Heartbeat, LiveState, Shared};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -115,8 +115,8 @@ enum Command {
     )]
     Status(StatusArguments),
     /// The running watcher live on this terminal: rates, queue, lag, sessions, last events
-    #[command(after_help = "Example:\n  headspace-watcher top          # q quits, t shows and hides texts")]
-    Top(TopArguments),
+    #[command(after_help = "Example:\n  headspace-watcher top          # q quits")]
+    Top,
     /// Check configuration, schemas, folders and database, and say how to mend what is wrong
     #[command(
         after_help = "Example:\n  headspace-watcher check --no-database\n\nExit code 0: nothing is wrong, notes or not; 78: something is."
@@ -151,13 +151,6 @@ enum Command {
         after_help = "Examples:\n  headspace-watcher completions bash > ~/.local/share/bash-completion/completions/headspace-watcher\n  headspace-watcher completions zsh > \"${fpath[1]}/_headspace-watcher\""
     )]
     Completions(CompletionsArguments),
-}
-
-#[derive(Args)]
-struct TopArguments {
-    /// Show the beginning of each event's text
-    #[arg(long)]
-    text: bool,
 }
 
 #[derive(Args)]
@@ -570,7 +563,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Hook => Ok(Exit::Fine),
         Command::Hooks(arguments) => hooks::hooks(&context, &arguments),
         Command::Status(arguments) => status::status(&context, &arguments),
-        Command::Top(arguments) => top::top(&context, &arguments),
+        Command::Top => top::top(&context),
         Command::Check(arguments) => check::check(&context, &arguments),
         Command::Config { command } => config::config(&context, &command),
         Command::Verify(arguments) => verify::verify(&context, &arguments),

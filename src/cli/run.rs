@@ -137,7 +137,7 @@ fn show_progress(metrics: Arc<Metrics>) -> tokio::task::JoinHandle<()> {
             bar.set_message(format!(
                 "{} lines read, database {}",
                 metrics.lines_read.get(),
-                metrics.database().state.as_str()
+                metrics.live.database.get().state.as_str()
             ));
         }
     })

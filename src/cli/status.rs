@@ -147,7 +147,8 @@ fn seconds_since(then: Timestamp) -> f64 {
     Timestamp::now().duration_since(then).as_secs_f64().max(0.0)
 }
 
-fn describe(health: &Health) -> String {
+/// The lines of `status` about a running watcher.
+pub fn describe(health: &Health) -> String {
     let status = match health.status {
         Status::Pass => "pass",
         Status::Warn => "warn",

@@ -7,19 +7,21 @@ use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use crate::health::Status;
-use crate::http::{Overview, RecentEvent, RecentSession};
+use crate::history::Sample;
+use crate::http::Overview;
+use crate::telemetry::RecentEvent;
 use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
-use ratatui::text::{Line, Span};
-use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table};
+use ratatui::text::{Line, Text};
+use ratatui::widgets::{Block, Paragraph, Row, Sparkline, Table, Wrap};
 use ratatui::{DefaultTerminal, Frame};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::client::{self, ClientError};
-use super::status::{bytes, duration};
-use super::{Context, Exit, Failure, TopArguments, block_on};
+use super::status::{describe, duration};
+use super::{Context, Exit, Failure, block_on};
 
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -29,10 +31,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Samples asked for: more than any terminal has columns.
 const SAMPLES: usize = 300;
 
-/// Lines for what is wrong: more would leave the last events no room on 24 rows.
-const NOTICE_LINES_MAX: usize = 5;
+/// Rows for what "status" shows: more would leave the last events no room on 24 rows.
+const STATUS_ROWS: u16 = 11;
 
-pub fn top(context: &Context, arguments: &TopArguments) -> Result<Exit, Failure> {
+pub fn top(context: &Context) -> Result<Exit, Failure> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         let message = "top needs a terminal; for a script use \"headspace-watcher status --json\"";
         return Err(Failure::new(Exit::Usage, message));
@@ -40,14 +42,14 @@ pub fn top(context: &Context, arguments: &TopArguments) -> Result<Exit, Failure>
     let no_terminal = |error: io::Error| Failure::new(Exit::Io, format!("could not use the terminal: {error}"));
     // Also gives the terminal back when the program panics.
     let terminal = ratatui::try_init().map_err(no_terminal)?;
-    let ended = block_on(run(context, arguments, terminal));
+    let ended = block_on(run(context, terminal));
     ratatui::restore();
     ended?.map_err(no_terminal)?;
     Ok(Exit::Fine)
 }
 
-async fn run(context: &Context, arguments: &TopArguments, mut terminal: DefaultTerminal) -> io::Result<()> {
-    let mut view = View { text: arguments.text, ..View::default() };
+async fn run(context: &Context, mut terminal: DefaultTerminal) -> io::Result<()> {
+    let mut view = View::default();
     let mut inputs = read_inputs();
     let mut signals = Vec::new();
     for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup(), SignalKind::quit()] {
@@ -63,14 +65,14 @@ async fn run(context: &Context, arguments: &TopArguments, mut terminal: DefaultT
         tokio::select! {
             () = &mut ended => return Ok(()),
             input = inputs.recv() => match input {
-                Some(input) if view.heed(&input) => {}
+                Some(input) if !quits(&input) => {}
                 // Nothing can be read from the terminal any more: it is gone.
                 Some(_) | None => return Ok(()),
             },
             _ = tick.tick() => {
                 tokio::select! {
                     () = &mut ended => return Ok(()),
-                    answer = ask(context, view.text) => view.take(answer),
+                    answer = ask(context) => view.take(answer),
                 }
             }
         }
@@ -95,9 +97,9 @@ fn read_inputs() -> mpsc::Receiver<Input> {
     receiver
 }
 
-async fn ask(context: &Context, text: bool) -> Result<Overview, Problem> {
+async fn ask(context: &Context) -> Result<Overview, Problem> {
     let socket = &context.config().http.socket;
-    let target = format!("/overview?samples={SAMPLES}&text={text}");
+    let target = format!("/overview?samples={SAMPLES}");
     let asking = async { client::body(client::get(socket, &target).await?).await };
     let shown = socket.display();
     let no_answer = |why: &str| Problem {
@@ -124,6 +126,14 @@ struct Problem {
     text: String,
 }
 
+/// Whether this key ends it.
+fn quits(input: &Input) -> bool {
+    let Input::Key(key) = input else { return false };
+    let is_control = key.modifiers.contains(KeyModifiers::CONTROL);
+    let is_quit = matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) || key.code == KeyCode::Char('c') && is_control;
+    key.kind == KeyEventKind::Press && is_quit
+}
+
 /// What is shown.
 #[derive(Default)]
 struct View {
@@ -132,31 +142,9 @@ struct View {
     seen: jiff::Timestamp,
     /// Why what is shown is not of now.
     problem: Option<Problem>,
-    /// Whether texts of events are shown.
-    text: bool,
 }
 
 impl View {
-    /// False when it is to end.
-    fn heed(&mut self, input: &Input) -> bool {
-        let Input::Key(key) = input else { return true };
-        if key.kind != KeyEventKind::Press {
-            return true;
-        }
-        match key.code {
-            KeyCode::Char('q') | KeyCode::Esc => return false,
-            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return false,
-            KeyCode::Char('t') => {
-                self.text = !self.text;
-                if let (false, Some(overview)) = (self.text, &mut self.overview) {
-                    overview.events.iter_mut().for_each(|event| event.text = None);
-                }
-            }
-            _ => {}
-        }
-        true
-    }
-
     fn take(&mut self, answer: Result<Overview, Problem>) {
         match answer {
             Ok(overview) => {
@@ -169,114 +157,69 @@ impl View {
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let notices = self.notices(frame.area().width);
-        let [head, notice, numbers, plots, events, sessions, keys] = Layout::vertical([
+        let [status, rates, plots, events, keys] = Layout::vertical([
+            Constraint::Length(STATUS_ROWS),
             Constraint::Length(1),
-            Constraint::Length(notices.len().max(1) as u16),
-            Constraint::Length(6),
             Constraint::Length(4),
             Constraint::Min(3),
-            Constraint::Length(4),
             Constraint::Length(1),
         ])
         .areas(frame.area());
-        frame.render_widget(self.head(), head);
-        let text = if self.text { "t hide texts" } else { "t show texts" };
-        let dim = Style::new().add_modifier(Modifier::DIM);
-        frame.render_widget(Paragraph::new(format!(" q quit   {text}")).style(dim), keys);
-        frame.render_widget(Paragraph::new(notices), notice);
-        let Some(overview) = &self.overview else { return };
-        draw_numbers(frame, numbers, overview);
-        draw_plots(frame, plots, overview);
-        draw_events(frame, events, &overview.events);
-        draw_sessions(frame, sessions, &overview.sessions);
+        frame.render_widget(Paragraph::new(self.status()).wrap(Wrap { trim: false }), status);
+        frame.render_widget(Paragraph::new("q quit").style(Style::new().add_modifier(Modifier::DIM)), keys);
+        if let Some(overview) = &self.overview {
+            frame.render_widget(Paragraph::new(rates_and_lag(overview)), rates);
+            draw_plots(frame, plots, overview);
+            draw_events(frame, events, &overview.events);
+        }
     }
 
-    /// What is wrong, whole: lines as wide as the terminal, the worst first.
-    fn notices(&self, width: u16) -> Vec<Line<'static>> {
-        let (yellow, red) = (Style::new().fg(Color::Yellow), Style::new().fg(Color::Red));
-        let mut notices = Vec::new();
-        match (&self.problem, &self.overview) {
-            (Some(problem), overview) => {
-                notices.push((problem.text.clone(), red));
-                if overview.is_some() {
-                    notices.push((format!("what stands below is of {}", clock(&self.seen.to_string())), yellow));
-                }
-            }
-            (None, Some(overview)) => {
-                notices.extend(overview.health.reasons.iter().map(|reason| (reason.clone(), yellow)));
-                let error = overview.health.database.last_error.iter();
-                notices.extend(error.map(|error| (format!("last error: {error}"), red)));
-            }
-            (None, None) => {}
+    /// What "status" shows, below what is wrong with asking.
+    fn status(&self) -> Text<'static> {
+        let mut text = Text::default();
+        if let Some(problem) = &self.problem {
+            let red = Style::new().fg(Color::Red);
+            text.push_line(Line::styled(problem.word, red.bold()));
+            text.push_line(Line::styled(problem.text.clone(), red));
         }
-        let width = usize::from(width.saturating_sub(2));
-        let lines = notices.into_iter().flat_map(|(text, style)| {
-            wrapped(&text, width).into_iter().map(move |line| Line::styled(format!(" {line}"), style))
-        });
-        lines.take(NOTICE_LINES_MAX).collect()
-    }
-
-    fn head(&self) -> Paragraph<'_> {
-        let mut spans = vec![Span::raw(" headspace-watcher  ")];
-        match (&self.problem, &self.overview) {
-            (Some(problem), _) => spans.push(Span::styled(problem.word, Style::new().fg(Color::Red).bold())),
-            (None, None) => spans.push(Span::raw("asking…")),
-            (None, Some(overview)) => {
-                let health = &overview.health;
-                let (word, colour) = match health.status {
-                    Status::Pass => ("● pass", Color::Green),
-                    Status::Warn => ("▲ warn", Color::Yellow),
-                    Status::Fail => ("■ FAIL", Color::Red),
-                };
-                spans.push(Span::styled(word, Style::new().fg(colour).bold()));
-                let up = duration(health.uptime_seconds);
-                spans.push(Span::raw(format!("  pid {}  up {up}  version {}", health.pid, health.version)));
-            }
+        let Some(overview) = &self.overview else {
+            return if self.problem.is_some() { text } else { Text::raw("asking…") };
+        };
+        let colour = match overview.health.status {
+            Status::Pass => Color::Green,
+            Status::Warn => Color::Yellow,
+            Status::Fail => Color::Red,
+        };
+        if self.problem.is_some() {
+            let seen = clock(&self.seen.to_string());
+            text.push_line(Line::styled(format!("what stands below is of {seen}"), Style::new().fg(Color::Yellow)));
         }
-        Paragraph::new(Line::from(spans))
+        for line in describe(&overview.health).lines() {
+            // Reasons and errors are indented.
+            let is_coloured = line.starts_with("status") || line.starts_with(' ');
+            let style = if is_coloured { Style::new().fg(colour) } else { Style::new() };
+            text.push_line(Line::styled(line.to_owned(), style));
+        }
+        text
     }
 }
 
-fn draw_numbers(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
-    let [left, right] = Layout::horizontal([Constraint::Percentage(50), Constraint::Percentage(50)]).areas(area);
-    let health = &overview.health;
-    let rate = |count: fn(&crate::history::Sample) -> u64| {
-        // Over the last five seconds: a rate that can be read.
+/// The last five seconds' rates and the last minute's lag.
+fn rates_and_lag(overview: &Overview) -> String {
+    let rate = |count: fn(&Sample) -> u64| {
         let last = overview.samples.iter().rev().take(5);
         let (events, seconds) = last.fold((0, 0.0), |(e, s), sample| (e + count(sample), s + sample.seconds));
         if seconds > 0.0 { events as f64 / seconds } else { 0.0 }
     };
-    let waits = health.queue.oldest_age_seconds.map_or_else(String::new, |age| format!(", oldest {}", lag(Some(age))));
-    let flow = vec![
-        Line::from(format!("captured   {:>9.1}/s  {:>10}", rate(|s| s.captured), overview.totals.captured)),
-        Line::from(format!("delivered  {:>9.1}/s  {:>10}", rate(|s| s.delivered), overview.totals.delivered)),
-        Line::from(format!("queue      {} ({}){waits}", health.queue.pending, bytes(health.queue.pending_bytes))),
-        Line::from(format!(
-            "failures {}  duplicates {}  dead {}",
-            health.writes.failed, health.writes.duplicates, health.queue.dead_letters
-        )),
-    ];
-    frame.render_widget(Paragraph::new(flow).block(Block::bordered().title(" flow ")), left);
     let minute = &overview.lag;
-    let percentiles =
-        format!("p50 {}  p90 {}  p99 {}", lag(minute.p50_seconds), lag(minute.p90_seconds), lag(minute.p99_seconds));
-    let up = health.database.state == "up";
-    let database = Style::new().fg(if up { Color::Green } else { Color::Yellow });
-    let lines = vec![
-        Line::from(percentiles),
-        Line::from(vec![
-            Span::raw("database "),
-            Span::styled(health.database.state.as_str(), database),
-            Span::raw(format!(" since {}", clock(&health.database.since))),
-        ]),
-        Line::from(format!("{} sessions, {} files", health.watcher.sessions, health.watcher.files)),
-        Line::from(match &health.writes.last_write_timestamp {
-            Some(then) => format!("last write at {}", clock(then)),
-            None => "nothing written since the start".to_owned(),
-        }),
-    ];
-    frame.render_widget(Paragraph::new(lines).block(Block::bordered().title(" lag, last minute ")), right);
+    format!(
+        "rates     captured {:.1}/s, delivered {:.1}/s; lag p50 {}, p90 {}, p99 {}",
+        rate(|sample| sample.captured),
+        rate(|sample| sample.delivered),
+        lag(minute.p50_seconds),
+        lag(minute.p90_seconds),
+        lag(minute.p99_seconds)
+    )
 }
 
 fn draw_plots(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
@@ -296,62 +239,13 @@ fn draw_plots(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
 
 fn draw_events(frame: &mut Frame<'_>, area: Rect, events: &[RecentEvent]) {
     let rows = events.iter().map(|event| {
-        let session: String = event.session.as_deref().unwrap_or("-").chars().take(8).collect();
+        let session = event.session.as_deref().unwrap_or("-");
         let detail = event.detail.as_deref().unwrap_or_default();
-        Row::new([
-            Cell::from(clock(&event.captured_at)),
-            Cell::from(event.event_type.as_str()),
-            Cell::from(session),
-            Cell::from(match &event.text {
-                Some(text) => format!("{detail}: {text}"),
-                None => detail.to_owned(),
-            }),
-        ])
+        Row::new([clock(&event.captured_at), event.event_type.clone(), detail.to_owned(), session.to_owned()])
     });
-    let widths = [Constraint::Length(8), Constraint::Length(18), Constraint::Length(8), Constraint::Min(10)];
+    let widths = [Constraint::Length(8), Constraint::Length(18), Constraint::Min(10), Constraint::Length(36)];
     let table = Table::new(rows, widths).block(Block::bordered().title(" last events "));
     frame.render_widget(table, area);
-}
-
-fn draw_sessions(frame: &mut Frame<'_>, area: Rect, sessions: &[RecentSession]) {
-    let rows = sessions.iter().map(|session| {
-        Row::new([
-            Cell::from(clock(&session.last_seen)),
-            Cell::from(session.session.as_str()),
-            Cell::from(format!("{}", session.events)),
-            Cell::from(session.project.as_str()),
-        ])
-    });
-    let widths = [Constraint::Length(8), Constraint::Length(36), Constraint::Length(7), Constraint::Min(10)];
-    let table = Table::new(rows, widths).block(Block::bordered().title(" sessions, events since the start "));
-    frame.render_widget(table, area);
-}
-
-/// `text` in lines of at most `width` characters, broken between words where they are not longer than that.
-fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let width = width.max(1);
-    let (mut lines, mut line, mut used) = (Vec::new(), String::new(), 0);
-    for word in text.split_whitespace() {
-        if used > 0 {
-            if used + 1 + word.chars().count() > width {
-                lines.push(std::mem::take(&mut line));
-                used = 0;
-            } else {
-                line.push(' ');
-                used += 1;
-            }
-        }
-        for character in word.chars() {
-            if used == width {
-                lines.push(std::mem::take(&mut line));
-                used = 0;
-            }
-            line.push(character);
-            used += 1;
-        }
-    }
-    lines.push(line);
-    lines
 }
 
 /// `0.00184` → `1.8 ms`.
@@ -376,13 +270,6 @@ fn clock(timestamp: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_text_is_broken_between_words_and_a_long_word_anywhere() {
-        assert_eq!(wrapped("the database is away", 12), ["the database", "is away"]);
-        assert_eq!(wrapped("see abcdefgh", 5), ["see", "abcde", "fgh"]);
-        assert_eq!(wrapped("", 5), [""]);
-    }
 
     #[test]
     fn a_lag_is_told_in_the_unit_that_fits() {

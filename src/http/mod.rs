@@ -28,18 +28,21 @@ use tokio::sync::Semaphore;
 use tower_http::timeout::TimeoutLayer;
 
 pub use self::access::{Access, Caller};
-pub use self::page::{Overview, RecentEvent, RecentSession};
+pub use self::page::Overview;
 use self::server::REQUEST_TIMEOUT;
 pub use self::server::{listen, serve};
 
 use crate::config::HookCapture;
-use crate::health::{DatabaseHealth, Health, HealthSource, Moment, SpoolHealth, Status, WatcherHealth};
+use crate::health::{Health, HealthSource, Moment, Status};
 use crate::history::History;
 use crate::intake::Intake;
 use crate::intake::spool::Spool;
 
 /// Listings at once. Each takes a thread and a page of the queue.
 const LISTINGS_MAX: usize = 16;
+
+/// Pages and terminals that look on at once.
+const VIEWERS_MAX: usize = 32;
 
 /// Requests that check, write or sync at once; each of them holds a thread.
 const WORKING_MAX: usize = 16;
@@ -55,6 +58,7 @@ pub struct Api {
     /// A permit is a kilobyte.
     body_room: Arc<Semaphore>,
     listings: Arc<Semaphore>,
+    viewers: Arc<Semaphore>,
     working: Arc<Semaphore>,
 }
 
@@ -76,6 +80,7 @@ impl Api {
             capture,
             body_room: Arc::new(Semaphore::new(body_bytes_max / 1024)),
             listings: Arc::new(Semaphore::new(LISTINGS_MAX)),
+            viewers: Arc::new(Semaphore::new(VIEWERS_MAX)),
             working: Arc::new(Semaphore::new(WORKING_MAX)),
         }
     }
@@ -127,7 +132,7 @@ pub fn router(api: Api, transport: Transport) -> Router {
 }
 
 async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {
-    let health = health_for(caller, api.health.health(Moment::now()));
+    let health = health_for(caller, &api);
     let code = match health.status {
         Status::Pass | Status::Warn => StatusCode::OK,
         Status::Fail => StatusCode::SERVICE_UNAVAILABLE,
@@ -135,60 +140,18 @@ async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) ->
     answer(code, &health)
 }
 
-/// What `caller` may see of the health. What Postgres says can quote a payload, and the cause of an error can name a path:
-/// a stranger learns that there is an error and where its text is.
-fn health_for(caller: Caller, mut health: Health) -> Health {
-    if caller == Caller::Owner {
-        return health;
+/// What `caller` may see of the health.
+fn health_for(caller: Caller, api: &Api) -> Health {
+    let health = api.health.health(Moment::now());
+    match caller {
+        Caller::Owner => health,
+        Caller::Stranger => health.without_details(),
     }
-    // Each field by name: whether a new one is for strangers is to be decided here.
-    let Health {
-        status: _,
-        running: _,
-        pid: _,
-        version: _,
-        started_at: _,
-        uptime_seconds: _,
-        ready: _,
-        reasons,
-        queue: _,
-        database: DatabaseHealth { state: _, since: _, last_error },
-        writes: _,
-        watcher:
-            WatcherHealth {
-                files: _,
-                sessions: _,
-                lines: _,
-                bad_lines: _,
-                transcripts_expiring: _,
-                unknown_formats,
-                last_rescan: _,
-            },
-        spool: SpoolHealth { unread_files: _, folder_unread: _, last_error: spool_error },
-        http,
-    } = &mut health;
-    for reason in reasons {
-        *reason = without_cause(reason).to_owned();
-    }
-    for error in [last_error, spool_error] {
-        *error = error.take().map(|_| ERROR_WITHHELD.to_owned());
-    }
-    *http = None;
-    unknown_formats.clear();
-    health
-}
-
-/// What a stranger reads where the owner reads an error's text.
-const ERROR_WITHHELD: &str = "shown with the token, and by \"headspace-watcher status\"";
-
-/// A message without its cause, which follows the first colon.
-fn without_cause(message: &str) -> &str {
-    message.split_once(": ").map_or(message, |(what, _)| what)
 }
 
 /// Whether the program makes progress; what systemd's watchdog asks, too.
 async fn livez(State(api): State<Api>) -> Response {
-    yes_or_no(api.health.goes_on(Moment::now()))
+    yes_or_no(api.health.is_alive(Moment::now()))
 }
 
 async fn readyz(State(api): State<Api>) -> Response {
@@ -207,16 +170,4 @@ fn answer(code: StatusCode, value: &impl serde::Serialize) -> Response {
 
 fn error(code: StatusCode, problem: impl std::fmt::Display) -> Response {
     answer(code, &json!({"error": problem.to_string()}))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stranger_reads_what_is_wrong_without_its_cause() {
-        let failed = "the queue can't be written: could not sync /home/me/data/queue: No space left on device";
-        assert_eq!(without_cause(failed), "the queue can't be written");
-        assert_eq!(without_cause("1 dead letter; see \"queue-dump\""), "1 dead letter; see \"queue-dump\"");
-    }
 }

@@ -32,7 +32,7 @@ use crate::claude::hook;
 use crate::event::{Candidate, Event, EventType, Failure, FailureKind, Origin, Record, Rejection, Timestamp};
 use crate::json::ValuesMemory;
 use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
-use crate::telemetry::{BatchActivity, Metrics};
+use crate::telemetry::{Metrics, RecentEvent};
 
 /// Makes events of candidates: strikes out secrets, then asks the schemas. Needs no queue.
 pub struct Checker {
@@ -214,7 +214,7 @@ pub struct Submission {
 struct BatchCounts {
     types: Vec<(EventType, u64)>,
     rejections: Vec<FailureKind>,
-    activity: BatchActivity,
+    recent: Vec<RecentEvent>,
 }
 
 impl BatchCounts {
@@ -229,7 +229,7 @@ impl BatchCounts {
         BatchCounts {
             types,
             rejections: batch.rejections.iter().map(|rejection| rejection.failure.kind).collect(),
-            activity: BatchActivity::of(&batch.events, Timestamp::now()),
+            recent: RecentEvent::last_of(&batch.events, Timestamp::now()),
         }
     }
 }
@@ -273,7 +273,7 @@ fn note_answer(metrics: &Metrics, answer: &Result<Accepted, QueueError>, counts:
     }
     if events > 0 {
         metrics.capture_seconds.observe(begun.elapsed(), events);
-        metrics.activity.note(counts.activity, Timestamp::now());
+        metrics.recent_events.extend(counts.recent);
     }
 }
 

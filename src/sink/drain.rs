@@ -236,7 +236,7 @@ impl<S: Sink> Drainer<S> {
     /// Waits for something to deliver; meanwhile looks after the connection, so that `health` tells the truth and the
     /// next event finds it ready.
     async fn idle(&mut self, arrivals: &mut watch::Receiver<Option<Sequence>>, stop: &mut watch::Receiver<bool>) {
-        if self.away.is_none() && self.metrics.database().state == Database::Up {
+        if self.away.is_none() && self.metrics.live.database.get().state == Database::Up {
             tokio::select! {
                 _ = arrivals.changed() => return,
                 () = tokio::time::sleep(PROBE_INTERVAL) => {}
@@ -248,7 +248,7 @@ impl<S: Sink> Drainer<S> {
             probed = beating(self.metrics.clone(), self.sink.probe()) => probed,
             () = stopped_for(stop.clone(), Duration::ZERO) => return,
         };
-        self.metrics.draining.beat();
+        self.metrics.live.draining.beat();
         match probed {
             Ok(()) => {
                 self.note_back();
@@ -333,7 +333,7 @@ impl<S: Sink> Drainer<S> {
     /// Settles what came of a window. After a failure gives the pause before the next, which may be none at all.
     async fn landed(&mut self, window: &[Envelope], delivery: Delivery) -> Result<Option<Duration>, QueueError> {
         let Delivery { done, durable, failure } = delivery;
-        self.metrics.draining.beat();
+        self.metrics.live.draining.beat();
         self.undurable.extend(window.iter().zip(&done).map(|(envelope, delivered)| Done {
             sequence: envelope.sequence,
             delivered: *delivered,
@@ -363,7 +363,7 @@ impl<S: Sink> Drainer<S> {
         };
         if let Some((sequence, _)) = outcomes.last() {
             self.settled = Some(*sequence);
-            self.metrics.settling.beat();
+            self.metrics.live.settling.beat();
         }
         self.await_settlement().await?;
         if !outcomes.is_empty() {
@@ -462,7 +462,7 @@ impl<S: Sink> Drainer<S> {
                 Delivered::AlreadyStored => self.metrics.events_duplicate.add(1),
             }
         }
-        self.metrics.wrote(now);
+        self.metrics.live.last_write.set(Some(now));
         // A copy says nothing of the table.
         if self.undurable.iter().any(|done| done.delivered == Delivered::Stored) {
             self.refusals = None;
@@ -476,10 +476,10 @@ impl<S: Sink> Drainer<S> {
             Verdict::Operator => Database::Misconfigured,
             Verdict::Again | Verdict::Event => Database::Down,
         };
-        let since = self.metrics.database().since;
+        let since = self.metrics.live.database.get().since;
         let begins = self.away.as_ref().is_none_or(|away| away.state != state);
         let since = if begins { Timestamp::now() } else { since };
-        self.metrics.set_database(DatabaseState { state, since, last_error: Some(error.to_string()) });
+        self.metrics.live.database.set(DatabaseState { state, since, last_error: Some(error.to_string()) });
         if !begins {
             return;
         }
@@ -496,10 +496,14 @@ impl<S: Sink> Drainer<S> {
 
     /// The database takes events again: said once, with how long it was away and how many waited.
     fn note_back(&mut self) {
-        if self.away.is_none() && self.metrics.database().state == Database::Up {
+        if self.away.is_none() && self.metrics.live.database.get().state == Database::Up {
             return;
         }
-        self.metrics.set_database(DatabaseState { state: Database::Up, since: Timestamp::now(), last_error: None });
+        self.metrics.live.database.set(DatabaseState {
+            state: Database::Up,
+            since: Timestamp::now(),
+            last_error: None,
+        });
         let pending = self.queue.stats().pending;
         match self.away.take() {
             Some(away) => info!(away_seconds = away.since.elapsed().as_secs_f64(), pending, "database back"),
@@ -517,12 +521,12 @@ fn end_before_repeat(window: &mut Vec<Envelope>) {
     }
 }
 
-/// `work`, with a beat of `metrics.draining` each time it is looked at: when an answer has come, or a limit was reached. Each
+/// `work`, with a beat of `metrics.live.draining` each time it is looked at: when an answer has come, or a limit was reached. Each
 /// single wait in it has a limit, so that what is slow, for locks that others hold or many events, is told from what hangs.
 async fn beating<T>(metrics: Arc<Metrics>, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     std::future::poll_fn(|context| {
-        metrics.draining.beat();
+        metrics.live.draining.beat();
         work.as_mut().poll(context)
     })
     .await
@@ -581,7 +585,7 @@ mod tests {
             answers.send(()).await.unwrap();
             let deadline = sent + Duration::from_secs(10);
             // Times of beats are whole milliseconds.
-            while metrics.draining.age(Instant::now()) > sent.elapsed() + Duration::from_millis(1) {
+            while metrics.live.draining.age(Instant::now()) > sent.elapsed() + Duration::from_millis(1) {
                 assert!(Instant::now() < deadline, "an answer came, and no beat");
                 tokio::task::yield_now().await;
             }

@@ -108,6 +108,7 @@ fn an_outside_crate_is_known_in_one_place() {
         ("axum::", "http"),
         ("granit_parser::", "config"),
         ("getrandom::", "http/token.rs"),
+        ("prometheus::", "telemetry/metrics.rs"),
     ] {
         let found = mentions(name);
         // `http.rs` serves, and the service starts the serving.

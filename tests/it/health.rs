@@ -23,7 +23,7 @@ fn health_warns_while_postgres_is_away_and_passes_again_when_it_is_back() {
     let away: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&away["database"]["state"], &away["ready"]), (&"down".into(), &true.into()));
     assert!(away["database"]["last_error"].as_str().is_some_and(|error| !error.is_empty()), "{away}");
-    assert!(away["reasons"][0].as_str().unwrap().contains("away"), "{away}");
+    assert!(away["reasons"][0].as_str().unwrap().contains("unavailable"), "{away}");
     assert_eq!(watcher.get("/readyz").unwrap().0, 200);
     let status = stage.run(&["status"]);
     assert_eq!(status.code(), 0);
@@ -58,7 +58,7 @@ fn health_fails_when_the_queue_is_full_and_the_exit_code_says_so() {
 }
 
 #[test]
-fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_mend() {
+fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_fix() {
     let mut stage = Stage::new();
     stage.transcript("-home-me-app", 1).append("no JSON at all\n");
     stage.set("database.auto_migrate", "false");
@@ -69,7 +69,7 @@ fn health_warns_of_dead_letters_and_of_a_database_that_someone_must_mend() {
     assert_eq!(health["status"], "warn");
     assert!(health["database"]["last_error"].as_str().unwrap().contains("headspace-watcher migrate"), "{health}");
     let reasons = health["reasons"].to_string();
-    assert!(reasons.contains("1 dead letter;") && reasons.contains("someone mends"), "{reasons}");
+    assert!(reasons.contains("1 dead letter;") && reasons.contains("someone fixes"), "{reasons}");
     assert_eq!(stage.run(&["migrate"]).code(), 0);
     wait_until("up", SOON, || watcher.health()["database"]["state"] == "up");
 }

@@ -92,21 +92,20 @@ fn without_the_token_the_page_gets_numbers_and_with_it_everything_and_no_page_of
     // It is counted a moment after it is queued.
     let counted = || next_event(&mut ask(port, "/live", ""))["totals"]["captured"] == 2;
     wait_until("it is counted", SOON, counted);
-    let open = next_event(&mut ask(port, "/live?text=true", ""));
+    let open = next_event(&mut ask(port, "/live", ""));
     let event = &open["events"][0];
     assert_eq!((&event["event_type"], &event["origin"]), (&"turn_detected".into(), &"transcript".into()));
-    for name in ["event_id", "session", "detail", "text"] {
+    for name in ["event_id", "session", "detail"] {
         assert_eq!(event[name], Value::Null, "{name}: {open}");
     }
-    assert_eq!((&open["sessions"], &open["totals"]["captured"]), (&json!([]), &2.into()));
+    assert_eq!(open["totals"]["captured"], 2);
     for private in ["secret", "-home-me-app", &transcript.session] {
         assert!(!open.to_string().contains(private), "{private}: {open}");
     }
-    let whole = next_event(&mut ask(port, "/live?text=true", token));
-    assert_eq!((&whole["events"][0]["detail"], &whole["events"][0]["text"]), (&"user".into(), &"a secret text".into()));
-    assert_eq!(whole["sessions"][0]["project"], "-home-me-app");
-    let untold = next_event(&mut ask(port, "/live", token));
-    assert_eq!(untold["events"][0]["text"], Value::Null, "texts are sent where they are asked for");
+    let whole = next_event(&mut ask(port, "/live", token));
+    assert_eq!(whole["events"][0]["detail"], "user");
+    assert_eq!(whole["events"][0]["session"], transcript.session.as_str());
+    assert!(!whole.to_string().contains("secret"), "texts are never shown: {whole}");
 }
 
 #[test]
@@ -129,10 +128,9 @@ fn whoever_looks_on_gets_the_last_ten_minutes_and_then_every_second() {
     assert_eq!(first["events"].as_array().unwrap().len(), 6);
     assert_eq!(first["events"][0]["session"], transcript.session.as_str());
     assert_eq!((&first["events"][0]["detail"], &first["events"][0]["origin"]), (&"user".into(), &"transcript".into()));
-    assert_eq!(first["sessions"][0]["events"], 6);
-    assert!(!first.to_string().contains("secret"), "text is shown only when asked for");
-    let with_text = watcher.get("/overview?text=true&samples=0").unwrap().1;
-    assert!(with_text.contains("a secret text 4"), "{with_text}");
+    assert!(!first.to_string().contains("secret"), "{first}");
+    let without_samples = serde_json::from_str::<Value>(&watcher.get("/overview?samples=0").unwrap().1).unwrap();
+    assert_eq!(without_samples["samples"], json!([]));
     let begun = Instant::now();
     let (second, third) = (next_event(&mut live), next_event(&mut live));
     assert!(begun.elapsed() < Duration::from_secs(10));
@@ -308,7 +306,8 @@ impl Drop for Browser {
 }
 
 #[test]
-fn with_the_token_the_page_shows_texts_and_who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place() {
+fn with_the_token_the_page_shows_sessions_and_who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place()
+{
     let (stage, port) = with_port(Stage::new());
     stage.refuse_curses();
     let mut transcript = stage.transcript("-home-me-app", 1);
@@ -321,16 +320,16 @@ fn with_the_token_the_page_shows_texts_and_who_presses_retry_sees_the_letter_com
     wait_until("it asks for the token", SOON, || {
         shows("headspace-watcher status") && text("letters-more") == "1, shown with the token."
     });
-    assert!(!shows("a curse") && !shows("-home-me-app"));
+    assert!(!shows("a curse") && !shows(&transcript.session[..8]));
     browser.enter("#token", "another-token\u{e007}");
     wait_until("it refuses another one", SOON, || text("ask-message") == "This is not the watcher's token.");
     assert_eq!(browser.value("sessionStorage.length"), 0);
     browser.enter("#token", &format!("{}\u{e007}", stage.token()));
-    wait_until("texts, sessions", SOON, || shows("user: a curse") && shows("-home-me-app"));
+    wait_until("sessions", SOON, || shows(&transcript.session[..8]));
     assert_eq!(browser.value("document.getElementById('ask').checkVisibility()"), false);
     assert!(!browser.value("location.href").as_str().unwrap().contains(&stage.token()));
     browser.tell("/refresh", &json!({}));
-    wait_until("it is kept in this tab", SOON, || shows("user: a curse"));
+    wait_until("it is kept in this tab", SOON, || shows(&transcript.session[..8]));
     let letter = || browser.value("document.querySelector('#letters button')?.id ?? ''");
     wait_until("its button", SOON, || letter() != "");
     let first = letter();

@@ -589,7 +589,7 @@ fn a_transcript_that_is_about_to_be_deleted_is_warned_of_until_it_is_stored() {
     wait_until("the metric says so", SOON, || watcher.get("/metrics").is_some_and(|(_, page)| page.contains(gauge)));
     let status = stage.run(&["status"]);
     assert_eq!(status.code(), 0, "a warning");
-    assert!(status.output().contains("Claude Code deletes them within 3 days"), "{}", status.output());
+    assert!(status.output().contains("deleted by Claude Code within 3 days"), "{}", status.output());
     let report = json(&stage.run(&["verify", "--json"]));
     assert_eq!(report["expiring"].as_array().unwrap().len(), 1, "{report}");
     assert_eq!(report["expiring"][0]["path"].as_str(), old.path.to_str());

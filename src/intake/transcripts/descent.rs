@@ -235,7 +235,7 @@ impl Follower {
 
     /// Notes that reading makes progress. False: it is to end.
     fn may_go_on(&self) -> bool {
-        self.intake.metrics().reading.beat();
+        self.intake.metrics().live.reading.beat();
         !self.doorbell.is_stopped()
     }
 

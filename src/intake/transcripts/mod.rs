@@ -243,7 +243,7 @@ impl Follower {
         let mut not_before = next_rescan;
         let mut more: BTreeSet<Arc<Path>> = BTreeSet::new();
         while !self.doorbell.is_stopped() {
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             if Instant::now() >= next_rescan {
                 let begun = Instant::now();
                 self.watch.renew(&self.config.projects, &self.doorbell);
@@ -487,7 +487,7 @@ impl Follower {
     fn walk_root(&mut self, projects: &Path, walk: &mut Walk, unreadable: &mut BTreeSet<PathBuf>) -> bool {
         for entry in walkdir::WalkDir::new(projects).follow_links(true).max_depth(DEPTH_MAX) {
             // Many entries on a slow file system are no hang.
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             if self.doorbell.is_stopped() {
                 return false;
             }
@@ -597,7 +597,7 @@ impl Follower {
             }
             let Some(gone) = gone.pop() else { continue };
             let Some(cursor) = self.take_cursor(&gone)? else { continue };
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             info!(from = %gone.display(), to = %path.display(), "a transcript was moved");
             batch.cursors.extend([(gone, None), (path.clone(), Some(cursor.clone()))]);
             self.adopted.insert(path.clone(), cursor);
@@ -667,7 +667,7 @@ impl Follower {
             if self.doorbell.is_stopped() {
                 break;
             }
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             let mut batch = Batch::default();
             for path in paths {
                 let was_followed = self.files.contains_key(path.as_path());
@@ -878,10 +878,10 @@ impl Follower {
     fn report(&mut self) {
         let metrics = self.intake.metrics();
         let resting = || self.resting.looked_at();
-        metrics.files_watched.set((self.files.len() + resting().count()) as u64);
+        metrics.live.files_watched.set((self.files.len() + resting().count()) as u64);
         let sessions = self.files.values().filter(|file| file.cursor.project_path.is_some()).count()
             + resting().filter(|rest| rest.is_registered).count();
-        metrics.sessions_known.set(sessions as u64);
+        metrics.live.sessions_known.set(sessions as u64);
         let now = Timestamp::now();
         let waiting = self.intake.queue().stats().oldest.map(|(sequence, _)| sequence);
         let is_delivered =
@@ -893,7 +893,7 @@ impl Follower {
             + resting()
                 .filter(|rest| expires(rest.seen.map(|seen| seen.modified)) && !is_delivered(rest.newest))
                 .count();
-        metrics.transcripts_expiring.set(expiring as u64);
+        metrics.live.transcripts_expiring.set(expiring as u64);
         // What does not exist has nothing to be read.
         let roots = self.config.projects.iter().zip(&self.roots);
         let hidden = roots.filter(|(projects, root)| root.is_missing && !is_gone(projects)).count();
@@ -972,7 +972,7 @@ impl Follower {
     /// Waits while the queue is full: the transcripts on disk are the buffer.
     fn wait_for_room(&self) {
         while !self.doorbell.is_stopped() && !self.intake.queue().wait_for_room(Instant::now() + ROOM_CHECK_INTERVAL) {
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
         }
     }
 }

@@ -107,7 +107,7 @@ impl Follower {
             if self.doorbell.is_stopped() {
                 break;
             }
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             if let Some(file) = self.files.get(path)
                 && has_changed(file)
             {

@@ -437,7 +437,7 @@ impl Follower {
 
     /// Reads up to one chunk of whole lines and hands them over. False at the end of the whole lines.
     fn read_chunk(&mut self, look: &mut Look, place: &mut Place, file: &mut Followed) -> Result<bool, ReadError> {
-        self.intake.metrics().reading.beat();
+        self.intake.metrics().live.reading.beat();
         let start = file.cursor.offset;
         // Bytes that hold no newline are not read again until one has come.
         let unscanned = file.unscanned(&look.handle);

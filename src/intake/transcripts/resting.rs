@@ -208,7 +208,7 @@ impl Follower {
             if self.doorbell.is_stopped() {
                 break;
             }
-            self.intake.metrics().reading.beat();
+            self.intake.metrics().live.reading.beat();
             if self.intake.queue().cursor(*id)?.is_none_or(|(path, _)| is_gone(&path)) {
                 awake.extend(self.wake(*group)?);
             }

@@ -1,0 +1,84 @@
+//! The last events that were taken in, for people who look on. Names only: no text of a payload is kept.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::lock;
+use crate::event::{Event, Origin, Timestamp};
+
+/// Events that are remembered.
+const EVENTS_MAX: usize = 20;
+
+/// A larger payload is not searched for names.
+const PAYLOAD_BYTES_MAX: usize = 16 * 1024;
+
+/// One event as it was taken in.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+pub struct RecentEvent {
+    /// This, `session` and `detail` are null for callers without the token.
+    pub event_id: Option<String>,
+    pub event_type: String,
+    pub timestamp: String,
+    pub captured_at: String,
+    pub origin: String,
+    pub session: Option<String>,
+    /// Who, what or how, in a word: a turn's actor, a hook's type, an end's reason.
+    pub detail: Option<String>,
+}
+
+impl RecentEvent {
+    /// The last of `events`, oldest first.
+    pub fn last_of(events: &[Event], now: Timestamp) -> Vec<RecentEvent> {
+        let skipped = events.len().saturating_sub(EVENTS_MAX);
+        events.iter().skip(skipped).map(|event| RecentEvent::new(event, now)).collect()
+    }
+
+    fn new(event: &Event, now: Timestamp) -> RecentEvent {
+        let payload = Some(event.payload().as_json()).filter(|payload| payload.len() <= PAYLOAD_BYTES_MAX);
+        let payload: Value = payload.and_then(|payload| serde_json::from_str(payload).ok()).unwrap_or_default();
+        let field =
+            |names: &[&str]| names.iter().find_map(|name| payload.get(name).and_then(Value::as_str)).map(str::to_owned);
+        RecentEvent {
+            event_id: Some(event.id().to_string()),
+            event_type: event.event_type().to_string(),
+            timestamp: event.timestamp().to_string(),
+            captured_at: now.to_string(),
+            origin: event.origin().kind().to_owned(),
+            session: field(&["session_uuid", "claude_session_id"]).or_else(|| session_of(event.origin())),
+            detail: field(&["actor", "hook_type", "to_state", "reason"]),
+        }
+    }
+
+    /// What callers without the token may see of it.
+    pub fn without_names(self) -> RecentEvent {
+        RecentEvent { event_id: None, session: None, detail: None, ..self }
+    }
+}
+
+/// A transcript is named after its session.
+fn session_of(origin: &Origin) -> Option<String> {
+    let Origin::Transcript { path, .. } = origin else { return None };
+    Path::new(&**path).file_stem().map(|stem| stem.to_string_lossy().into_owned())
+}
+
+#[derive(Default, Debug)]
+pub struct RecentEvents(Mutex<VecDeque<RecentEvent>>);
+
+impl RecentEvents {
+    /// Adds events, oldest first.
+    pub fn extend(&self, events: Vec<RecentEvent>) {
+        let mut recent = lock(&self.0);
+        recent.extend(events);
+        let surplus = recent.len().saturating_sub(EVENTS_MAX);
+        recent.drain(..surplus);
+    }
+
+    /// All of them, newest first.
+    pub fn list(&self) -> Vec<RecentEvent> {
+        lock(&self.0).iter().rev().cloned().collect()
+    }
+}
