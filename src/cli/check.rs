@@ -333,7 +333,7 @@ fn hooks(context: &Context) -> Finding {
     };
     let found = match settings::find(&text, &own) {
         Ok(found) => found,
-        Err(error) => return Finding::Wrong(format!("{shown}: {error}; Claude Code can't read it either")),
+        Err(error) => return Finding::Wrong(format!("{shown}: {error}; fix it")),
     };
     let Some(first) = found.iter().find(|found| found.is_own).or_else(|| found.first()) else {
         return Finding::Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
@@ -341,10 +341,8 @@ fn hooks(context: &Context) -> Finding {
     if settings::are_off(&text) {
         return Finding::Note(format!("{shown} has disableAllHooks: none of them runs; take it out to have hooks"));
     }
-    let missing: Vec<&str> = settings::EVENTS
-        .into_iter()
-        .filter(|event| !found.iter().any(|found| found.event == *event && found.is_seen))
-        .collect();
+    let missing: Vec<&str> =
+        settings::EVENTS.into_iter().filter(|event| !found.iter().any(|found| found.event == *event)).collect();
     let ours = std::env::current_exe().and_then(|program| program.canonicalize()).unwrap_or_default();
     let called = PathBuf::from(settings::called_program(&first.command));
     match called.canonicalize() {

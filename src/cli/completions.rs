@@ -2,9 +2,16 @@
 
 use std::io;
 
-use clap::CommandFactory;
+use clap::{Args, CommandFactory};
 
-use super::{Arguments, CompletionsArguments, Exit, Failure, written};
+use super::{Arguments, Exit, Failure, written};
+
+#[derive(Args)]
+pub struct CompletionsArguments {
+    /// Whose completions
+    #[arg(value_enum)]
+    shell: clap_complete::Shell,
+}
 
 pub fn completions(arguments: &CompletionsArguments) -> Result<Exit, Failure> {
     let mut script = Vec::new();

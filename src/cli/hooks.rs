@@ -6,19 +6,19 @@
 //! Left alone, with a message that says how to go on: a file that is no JSON, that somebody else is writing, that is
 //! read-only, or that has a second name (a hard link), which a replacement would cut off.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::claude::settings::{self, Found, Group, SettingsError};
+use clap::{Args, Subcommand};
+
+use crate::claude::settings::{self, Found, SettingsError};
 use crate::event::Timestamp;
 use crate::regular_file;
-use serde_json::json;
 
-use super::{Context, Exit, Failure, HooksAction, HooksArguments};
+use super::{Context, Exit, Failure, own_program, plain_path};
 
 /// Links on links that are followed.
 const LINKS_MAX: usize = 16;
@@ -32,18 +32,43 @@ const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 /// What a file that is not there yet begins as.
 const EMPTY: &str = "{}\n";
 
+#[derive(Args)]
+pub struct HooksArguments {
+    #[command(subcommand)]
+    action: HooksAction,
+    /// Claude Code's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude]
+    #[arg(long, global = true, value_name = "FILE")]
+    settings: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum HooksAction {
+    /// Add what is missing and fix what calls a program elsewhere; all else in the file stays, and a copy is kept
+    Install {
+        /// One more event, by Claude Code's name for it; an old version may refuse a file with an event that is new
+        #[arg(long = "event", value_name = "EVENT")]
+        events: Vec<String>,
+    },
+    /// Take the hooks out again
+    Uninstall,
+    /// What is installed, what is missing, and what would be added. Changes nothing
+    Show,
+}
+
 pub fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
     let path = match &arguments.settings {
         Some(named) => context.environment.folder().join(named),
         None => context.settings_file()?,
     };
-    match &arguments.action {
-        HooksAction::Install { events } => {
-            let events = events_of(events)?;
-            install(context, &SettingsFile::read(path)?, &events)
-        }
-        HooksAction::Uninstall => uninstall(context, &SettingsFile::read(path)?),
-        HooksAction::Show => show(context, &SettingsFile::read(path)?),
+    let events = match &arguments.action {
+        HooksAction::Install { events } => events_of(events)?,
+        _ => Vec::new(),
+    };
+    let file = SettingsFile::read(path)?;
+    match arguments.action {
+        HooksAction::Install { .. } => install(context, &file, &events),
+        HooksAction::Uninstall => uninstall(context, &file),
+        HooksAction::Show => show(context, &file),
     }
 }
 
@@ -127,23 +152,25 @@ fn show(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
     let found = find(file, text, &command)?;
     println!("{shown}{}", if file.text.is_some() { "" } else { " is not there yet" });
     let further = found.iter().map(|found| found.event.as_str()).filter(|event| !settings::EVENTS.contains(event));
-    let mut missing = BTreeMap::new();
+    let mut missing = Vec::new();
     let mut events: Vec<&str> = settings::EVENTS.into_iter().chain(further).collect();
     events.dedup();
     for event in events {
-        let mut calls: Vec<&Found> = found.iter().filter(|found| found.event == event && found.is_seen).collect();
-        calls.dedup_by(|a, b| a.command == b.command);
+        let mut calls: Vec<&str> =
+            found.iter().filter(|found| found.event == event).map(|found| found.command.as_str()).collect();
+        calls.dedup();
         if calls.is_empty() {
             println!("missing    {event}");
-            missing.insert(event, [Group::of(&command)]);
+            missing.push(event.to_owned());
         }
         for call in calls {
-            let mark = if call.command == command { "installed" } else { "other    " };
-            println!("{mark}  {event:<18}  {}", call.command);
+            let mark = if call == command { "installed" } else { "other    " };
+            println!("{mark}  {event:<18}  {call}");
         }
     }
     if !missing.is_empty() {
-        println!("\n\"headspace-watcher hooks install\" adds:\n{:#}", json!({"hooks": missing}));
+        let added = settings::install(EMPTY, &command, &missing).map_err(|error| file.refused(&error))?;
+        print!("\n\"headspace-watcher hooks install\" adds:\n{added}");
     }
     say_what_else(context, file, text);
     Ok(Exit::Fine)
@@ -164,32 +191,20 @@ fn say_what_else(context: &Context, file: &SettingsFile, text: &str) {
 /// What Claude Code runs. It does so in any folder, so everything is named by its whole path, the configuration too:
 /// what a project calls `config.yaml` is none of ours.
 fn command(context: &Context) -> Result<String, Failure> {
-    let program = program()?;
     let Some(config) = &context.loaded.file else {
         let message = "no configuration file: hooks run in any folder and would not find this watcher's queue; give it with --config FILE";
         return Err(Failure::new(Exit::Configuration, message));
     };
-    let [program, config] = [&program, config].map(|path| {
-        path.to_str().filter(|text| !text.contains(char::is_control)).map(settings::shell_word).ok_or_else(|| {
-            let message =
-                format!("{} can't stand in a settings file; move it to a path in plain UTF-8", path.display());
-            Failure::new(Exit::Configuration, message)
-        })
-    });
-    Ok(format!("{} --config {} hook", program?, config?))
+    let word = |path: &Path| plain_path(path, "a settings file").map(|path| settings::shell_word(&path));
+    Ok(format!("{} --config {} hook", word(&own_program()?)?, word(config)?))
 }
 
 /// The command that `install` would write, to recognize it; without a configuration file one that has this program's name.
 pub(super) fn own_command(context: &Context) -> Result<String, Failure> {
     match command(context) {
         Ok(command) => Ok(command),
-        Err(_) => Ok(format!("{} hook", settings::shell_word(&program()?.to_string_lossy()))),
+        Err(_) => Ok(format!("{} hook", settings::shell_word(&own_program()?.to_string_lossy()))),
     }
-}
-
-fn program() -> Result<PathBuf, Failure> {
-    std::env::current_exe()
-        .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))
 }
 
 fn find(file: &SettingsFile, text: &str, own: &str) -> Result<Vec<Found>, Failure> {
@@ -282,7 +297,7 @@ impl SettingsFile {
         };
         String::from_utf8(bytes).map(Some).map_err(|error| {
             let message =
-                format!("{} was left as it is: it is no UTF-8 ({error}); mend it by hand", self.path.display());
+                format!("{} was left as it is: it is not UTF-8 ({error}); fix it by hand", self.path.display());
             Failure::new(Exit::Data, message)
         })
     }
@@ -332,12 +347,8 @@ impl SettingsFile {
     /// Keeps a copy of what is there, then writes `text` in its place.
     fn replace(&self, text: &str) -> Result<(), Failure> {
         if let Some(before) = &self.text {
-            let second = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
-            let copy = (1..100)
-                .map(|number| if number == 1 { second.clone() } else { format!("{second}-{number}") })
-                .map(|time| self.path.with_file_name(format!("{}{COPY_INFIX}{time}", self.name())))
-                .find(|copy| !copy.exists())
-                .unwrap_or_else(|| self.path.with_extension("before"));
+            let time = Timestamp::now().strftime("%Y%m%dT%H%M%S.%6fZ");
+            let copy = self.path.with_file_name(format!("{}{COPY_INFIX}{time}", self.name()));
             self.create(&copy, before).map_err(|error| self.io("keep a copy of", &error))?;
             println!("what was there is kept in {}", copy.display());
         }
@@ -377,9 +388,7 @@ impl SettingsFile {
     }
 
     fn refused(&self, error: &SettingsError) -> Failure {
-        let message =
-            format!("{} was left as it is: {error}; mend it, Claude Code can't use it either", self.path.display());
-        Failure::new(Exit::Data, message)
+        Failure::new(Exit::Data, format!("{} was left as it is: {error}; fix it by hand", self.path.display()))
     }
 
     fn io(&self, what: &str, error: &io::Error) -> Failure {

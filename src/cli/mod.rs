@@ -18,7 +18,7 @@ mod verify;
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -80,7 +80,7 @@ impl From<LogFormatArgument> for LogFormat {
 enum Command {
     /// Capture events and drain them into Postgres until told to stop
     #[command(after_help = "Example:\n  headspace-watcher run --until-idle   # back-fill what is there, then end")]
-    Run(RunArguments),
+    Run(run::RunArguments),
     /// Show what waits in the local queue, oldest first
     #[command(
         after_help = "Examples:\n  headspace-watcher queue-dump --limit 20\n  headspace-watcher queue-dump --format jsonl --payload | jq .payload.text\n  headspace-watcher queue-dump --dead-letters"
@@ -108,7 +108,7 @@ enum Command {
     #[command(
         after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml hooks install\n  headspace-watcher hooks show\n  headspace-watcher hooks uninstall --settings ~/project/.claude/settings.local.json"
     )]
-    Hooks(HooksArguments),
+    Hooks(hooks::HooksArguments),
     /// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
     #[command(
         after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
@@ -145,82 +145,12 @@ enum Command {
     #[command(
         after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml service install\n  headspace-watcher service status"
     )]
-    Service(ServiceArguments),
+    Service(service::ServiceArguments),
     /// Print what a shell needs to complete commands and options
     #[command(
         after_help = "Examples:\n  headspace-watcher completions bash > ~/.local/share/bash-completion/completions/headspace-watcher\n  headspace-watcher completions zsh > \"${fpath[1]}/_headspace-watcher\""
     )]
-    Completions(CompletionsArguments),
-}
-
-#[derive(Args)]
-struct HooksArguments {
-    #[command(subcommand)]
-    action: HooksAction,
-    /// Claude Code's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude]
-    #[arg(long, global = true, value_name = "FILE")]
-    settings: Option<PathBuf>,
-}
-
-#[derive(Subcommand)]
-enum HooksAction {
-    /// Add what is missing and mend what calls a program elsewhere; all else in the file stays, and a copy is kept
-    Install {
-        /// One more event, by Claude Code's name for it; an old version may refuse a file with an event that is new
-        #[arg(long = "event", value_name = "EVENT")]
-        events: Vec<String>,
-    },
-    /// Take the hooks out again
-    Uninstall,
-    /// What is installed, what is missing, and what would be added. Changes nothing
-    Show,
-}
-
-#[derive(Args)]
-struct ServiceArguments {
-    #[command(subcommand)]
-    action: ServiceAction,
-    /// For whom; the system's own supervisor when not given
-    #[arg(long = "for", global = true, value_enum, value_name = "SUPERVISOR")]
-    kind: Option<ServiceKind>,
-}
-
-#[derive(Subcommand)]
-enum ServiceAction {
-    /// Write it, enable it and start it
-    Install {
-        /// Write the file only
-        #[arg(long)]
-        no_enable: bool,
-    },
-    /// Stop it, disable it and remove it
-    Uninstall {
-        /// Remove the file only
-        #[arg(long)]
-        no_enable: bool,
-    },
-    /// Whether it is installed and runs. Exit code 0 when it runs, else 3
-    Status,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum ServiceKind {
-    Systemd,
-    Launchd,
-}
-
-#[derive(Args)]
-struct CompletionsArguments {
-    /// Whose completions
-    #[arg(value_enum)]
-    shell: clap_complete::Shell,
-}
-
-#[derive(Args)]
-struct RunArguments {
-    /// Read all that is there, drain the queue empty, then end; exit code 1 when something could not be read
-    #[arg(long)]
-    until_idle: bool,
+    Completions(completions::CompletionsArguments),
 }
 
 #[derive(Args, Clone)]
@@ -572,6 +502,20 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Service(arguments) => service::service(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),
     }
+}
+
+/// Where this program's own file is.
+fn own_program() -> Result<PathBuf, Failure> {
+    std::env::current_exe()
+        .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))
+}
+
+/// `path` as text, for `file`, in which others read it: an error where it is not UTF-8 or holds control characters.
+fn plain_path(path: &Path, file: &str) -> Result<String, Failure> {
+    path.to_str().filter(|text| !text.contains(char::is_control)).map(str::to_owned).ok_or_else(|| {
+        let message = format!("{} can't stand in {file}; move it to a path in plain UTF-8", path.display());
+        Failure::new(Exit::Configuration, message)
+    })
 }
 
 /// A small runtime for commands that ask something and end.

@@ -6,18 +6,26 @@ use std::time::Duration;
 
 use crate::service::{Service, Until};
 use crate::telemetry::Metrics;
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Context, Exit, Failure, RunArguments};
+use super::{Context, Exit, Failure};
 
 /// How long threads that hang in a system call are waited for at the very end.
 const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Open files that are asked for: transcripts, connections and the queue, with room to spare.
 const FILES_WANTED: u64 = 8192;
+
+#[derive(Args)]
+pub struct RunArguments {
+    /// Read all that is there, drain the queue empty, then end; exit code 1 when something could not be read
+    #[arg(long)]
+    until_idle: bool,
+}
 
 pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
     tame_allocator();

@@ -1,19 +1,20 @@
 //! `service`: the systemd user unit or launchd agent, written and enabled.
 //!
-//! The unit and the agent stand in `scripts/` with places to fill in; they are compiled in, so that the program alone
-//! is enough to install itself.
+//! The templates of both are `scripts/headspace-watcher.service` and `scripts/com.headspace.watcher.plist`. They are
+//! compiled in, so that the program alone is enough to install itself.
 
-use std::fmt::Write as _;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+
+use clap::{Args, Subcommand, ValueEnum};
 
 use crate::config::Config;
 use crate::regular_file;
 use crate::service::limits;
 
-use super::{Context, Exit, Failure, ServiceAction, ServiceArguments, ServiceKind};
+use super::{Context, Exit, Failure, own_program, plain_path};
 
 const UNIT: &str = include_str!("../../scripts/headspace-watcher.service");
 const AGENT: &str = include_str!("../../scripts/com.headspace.watcher.plist");
@@ -24,10 +25,47 @@ const AGENT_LABEL: &str = "com.headspace.watcher";
 /// A larger file is none of ours.
 const UNIT_BYTES_MAX: u64 = 1 << 20;
 
+#[derive(Args)]
+pub struct ServiceArguments {
+    #[command(subcommand)]
+    action: ServiceAction,
+    /// For whom; the system's own supervisor when not given
+    #[arg(long = "for", global = true, value_enum, value_name = "SUPERVISOR")]
+    kind: Option<ServiceKind>,
+}
+
+#[derive(Subcommand)]
+enum ServiceAction {
+    /// Write it, enable it and start it
+    Install {
+        /// Write the file only
+        #[arg(long)]
+        no_enable: bool,
+    },
+    /// Stop it, disable it and remove it
+    Uninstall {
+        /// Remove the file only
+        #[arg(long)]
+        no_enable: bool,
+    },
+    /// Whether it is installed and runs. Exit code 0 when it runs, else 3
+    Status,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ServiceKind {
+    Systemd,
+    Launchd,
+}
+
 pub fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let kind =
         arguments.kind.unwrap_or(if cfg!(target_os = "macos") { ServiceKind::Launchd } else { ServiceKind::Systemd });
-    let service = Service::of(context, kind)?;
+    let values = Values::of(context)?;
+    let service = match kind {
+        ServiceKind::Systemd => Service::systemd(&values),
+        ServiceKind::Launchd => Service::launchd(&values),
+    };
     match arguments.action {
         ServiceAction::Install { no_enable } => service.install(context, !no_enable),
         ServiceAction::Uninstall { no_enable } => service.uninstall(!no_enable),
@@ -35,44 +73,85 @@ pub fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, 
     }
 }
 
+/// A command of the supervisor: program and arguments.
+type CommandLine = Vec<String>;
+
+/// The command that `text` stands for, whose words have no blanks in them.
+fn command_line(text: &str) -> CommandLine {
+    text.split(' ').map(str::to_owned).collect()
+}
+
+/// The watcher as a service of one supervisor.
 struct Service {
-    kind: ServiceKind,
     /// Where its file belongs.
     file: PathBuf,
     /// What belongs in it.
     text: String,
+    /// Succeeds where the supervisor can be reached.
+    probe: CommandLine,
+    /// Run before enabling; may fail.
+    unload: Option<CommandLine>,
+    enable: Vec<CommandLine>,
+    disable: CommandLine,
+    /// Run after the file was removed.
+    reload: Option<CommandLine>,
+    enable_by_hand: String,
+    /// Where to put the value of an environment variable.
+    environment_advice: &'static str,
+    /// Asks whether it is enabled and what state it is in.
+    state: fn() -> (String, String),
 }
 
 impl Service {
-    fn of(context: &Context, kind: ServiceKind) -> Result<Service, Failure> {
-        let home = context.environment.home().map(Path::to_owned).ok_or_else(|| {
-            let message = "could not find the folder of services: HOME is not set to an absolute path; set it";
-            Failure::new(Exit::Configuration, message)
-        })?;
-        let program = std::env::current_exe()
-            .map_err(|error| Failure::new(Exit::Io, format!("could not find out where this program is: {error}")))?;
-        let folder = match &context.loaded.file {
-            Some(file) => file.parent().map(Path::to_owned),
-            None => std::env::current_dir().ok(),
-        };
-        let start = Start {
-            program: text_of(&program)?,
-            config: context.loaded.file.as_deref().map(text_of).transpose()?,
-            folder: text_of(&folder.unwrap_or_else(|| PathBuf::from("/")))?,
-            home: text_of(&home)?,
-            limits: Limits::of(context.config()),
-        };
-        Ok(match kind {
-            ServiceKind::Systemd => {
-                let config_home = variable("XDG_CONFIG_HOME").filter(|path| path.is_absolute());
-                let folder = config_home.unwrap_or_else(|| home.join(".config")).join("systemd/user");
-                Service { kind, file: folder.join(UNIT_NAME), text: start.unit() }
-            }
-            ServiceKind::Launchd => {
-                let file = home.join("Library/LaunchAgents").join(format!("{AGENT_LABEL}.plist"));
-                Service { kind, file, text: start.agent() }
-            }
-        })
+    fn systemd(values: &Values) -> Service {
+        let config_home = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+        let config_home = config_home.unwrap_or_else(|| values.home.join(".config"));
+        Service {
+            file: config_home.join("systemd/user").join(UNIT_NAME),
+            text: values.unit(),
+            probe: command_line("systemctl --user show --property=Version"),
+            unload: None,
+            enable: vec![
+                command_line("systemctl --user daemon-reload"),
+                command_line(&format!("systemctl --user enable {UNIT_NAME}")),
+                // Also starts a unit that has changed again.
+                command_line(&format!("systemctl --user restart {UNIT_NAME}")),
+            ],
+            disable: command_line(&format!("systemctl --user disable --now {UNIT_NAME}")),
+            reload: Some(command_line("systemctl --user daemon-reload")),
+            enable_by_hand: format!("systemctl --user daemon-reload && systemctl --user enable --now {UNIT_NAME}"),
+            environment_advice: "put it into ~/.config/headspace-watcher/environment (mode 0600) or into config.yaml",
+            state: || {
+                let ask = |question: &str| answer(&command_line(&format!("systemctl --user {question} {UNIT_NAME}")));
+                (ask("is-enabled"), ask("is-active"))
+            },
+        }
+    }
+
+    fn launchd(values: &Values) -> Service {
+        let file = values.home.join("Library/LaunchAgents").join(format!("{AGENT_LABEL}.plist"));
+        let shown = file.display().to_string();
+        let unload = command_line(&format!("launchctl bootout {}", agent_target()));
+        let mut load = command_line(&format!("launchctl bootstrap {}", user_target()));
+        load.push(shown.clone());
+        Service {
+            file,
+            text: values.agent(),
+            probe: command_line("launchctl managername"),
+            // An agent that is loaded already is replaced.
+            unload: Some(unload.clone()),
+            enable: vec![load],
+            disable: unload,
+            reload: None,
+            enable_by_hand: format!("launchctl bootstrap gui/$(id -u) {shown}"),
+            environment_advice: "put it into config.yaml, passwords into ~/.pgpass",
+            state: || {
+                let loaded = answer(&command_line(&format!("launchctl print {}", agent_target())));
+                let state = loaded.lines().find_map(|line| line.trim().strip_prefix("state = "));
+                let enabled = if loaded.is_empty() { "not loaded" } else { "loaded" };
+                (enabled.to_owned(), state.unwrap_or("not loaded").to_owned())
+            },
+        }
     }
 
     fn install(&self, context: &Context, enable: bool) -> Result<Exit, Failure> {
@@ -82,14 +161,17 @@ impl Service {
         self.write()?;
         println!("wrote {}", self.file.display());
         for name in hidden_from_service(context) {
-            println!("note: {name} is set here, but the service will not see it; {}", self.environment_advice());
+            println!("note: {name} is set here, but the service will not see it; {}", self.environment_advice);
         }
         if !enable {
-            println!("not enabled; to do so: {}", self.enable_by_hand());
+            println!("not enabled; to do so: {}", self.enable_by_hand);
             return Ok(Exit::Fine);
         }
-        for command in self.enable_commands() {
-            run(&command)?;
+        if let Some(unload) = &self.unload {
+            answer(unload);
+        }
+        for command in &self.enable {
+            run(command)?;
         }
         println!("enabled and started; see \"headspace-watcher status\"");
         Ok(Exit::Fine)
@@ -102,14 +184,13 @@ impl Service {
         }
         if disable {
             self.reach_supervisor()?;
-            for command in self.disable_commands() {
-                run(&command)?;
-            }
+            run(&self.disable)?;
         }
         std::fs::remove_file(&self.file).map_err(|error| self.io("remove", &error))?;
         println!("removed {}", self.file.display());
-        if disable && self.kind == ServiceKind::Systemd {
-            run(&["systemctl", "--user", "daemon-reload"].map(str::to_owned))?;
+        match &self.reload {
+            Some(reload) if disable => run(reload)?,
+            _ => {}
         }
         Ok(Exit::Fine)
     }
@@ -129,30 +210,14 @@ impl Service {
             Err(error) => return Err(self.io("read", &error)),
         }
         self.reach_supervisor()?;
-        let (enabled, active) = match self.kind {
-            ServiceKind::Systemd => (
-                answer(&["systemctl", "--user", "is-enabled", UNIT_NAME]),
-                answer(&["systemctl", "--user", "is-active", UNIT_NAME]),
-            ),
-            ServiceKind::Launchd => {
-                let loaded = answer(&["launchctl", "print", &agent_target()]);
-                let state =
-                    loaded.lines().find_map(|line| line.trim().strip_prefix("state = ")).unwrap_or("not loaded");
-                (if loaded.is_empty() { "not loaded" } else { "loaded" }.to_owned(), state.to_owned())
-            }
-        };
-        println!("enabled   {enabled}\nstate     {active}");
-        Ok(if matches!(active.as_str(), "active" | "running") { Exit::Fine } else { Exit::NotRunning })
+        let (enabled, state) = (self.state)();
+        println!("enabled   {enabled}\nstate     {state}");
+        Ok(if matches!(state.as_str(), "active" | "running") { Exit::Fine } else { Exit::NotRunning })
     }
 
-    /// Whether there is somebody to enable it: looked at before anything is changed.
+    /// Whether there is a supervisor to enable it: asked before anything is changed.
     fn reach_supervisor(&self) -> Result<(), Failure> {
-        let probe: &[&str] = match self.kind {
-            ServiceKind::Systemd => &["systemctl", "--user", "show", "--property=Version"],
-            ServiceKind::Launchd => &["launchctl", "managername"],
-        };
-        let probe: Vec<String> = probe.iter().map(|&part| part.to_owned()).collect();
-        run(&probe).map_err(|failure| {
+        run(&self.probe).map_err(|failure| {
             let way_out =
                 "log in as the user it is for, or write the file alone with --no-enable, or use scripts/run-watcher.sh";
             Failure::new(Exit::Unavailable, format!("{}; {way_out}", failure.message))
@@ -171,120 +236,68 @@ impl Service {
     }
 
     fn io(&self, what: &str, error: &io::Error) -> Failure {
-        Failure::new(Exit::Io, format!("could not {what} {}: {error}; mend its owner or mode", self.file.display()))
-    }
-
-    fn enable_commands(&self) -> Vec<Vec<String>> {
-        let commands: Vec<Vec<&str>> = match self.kind {
-            ServiceKind::Systemd => vec![
-                vec!["systemctl", "--user", "daemon-reload"],
-                vec!["systemctl", "--user", "enable", UNIT_NAME],
-                // Also takes up a unit that has changed.
-                vec!["systemctl", "--user", "restart", UNIT_NAME],
-            ],
-            ServiceKind::Launchd => {
-                // One that is loaded already is replaced; that there is none is no error.
-                let _ = answer(&["launchctl", "bootout", &agent_target()]);
-                let user = user_target();
-                let file = self.file.display().to_string();
-                return vec![["launchctl", "bootstrap", &user, &file].map(str::to_owned).to_vec()];
-            }
-        };
-        commands.into_iter().map(|command| command.into_iter().map(str::to_owned).collect()).collect()
-    }
-
-    fn disable_commands(&self) -> Vec<Vec<String>> {
-        vec![match self.kind {
-            ServiceKind::Systemd => ["systemctl", "--user", "disable", "--now", UNIT_NAME].map(str::to_owned).to_vec(),
-            ServiceKind::Launchd => ["launchctl".to_owned(), "bootout".to_owned(), agent_target()].to_vec(),
-        }]
-    }
-
-    fn enable_by_hand(&self) -> String {
-        match self.kind {
-            ServiceKind::Systemd => {
-                format!("systemctl --user daemon-reload && systemctl --user enable --now {UNIT_NAME}")
-            }
-            ServiceKind::Launchd => format!("launchctl bootstrap gui/$(id -u) {}", self.file.display()),
-        }
-    }
-
-    fn environment_advice(&self) -> &'static str {
-        match self.kind {
-            ServiceKind::Systemd => {
-                "put it into ~/.config/headspace-watcher/environment (mode 0600) or into config.yaml"
-            }
-            ServiceKind::Launchd => "put it into config.yaml, passwords into ~/.pgpass",
-        }
+        Failure::new(Exit::Io, format!("could not {what} {}: {error}; fix its owner or mode", self.file.display()))
     }
 }
 
-/// What the places are filled in with.
-struct Start {
+/// The values that the templates are filled in with.
+struct Values {
     program: String,
     config: Option<String>,
     folder: String,
-    home: String,
-    limits: Limits,
-}
-
-/// What the supervisor holds the watcher to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Limits {
+    home: PathBuf,
     kill_after_seconds: u64,
     memory_mebibytes: u64,
 }
 
-impl Limits {
-    fn of(config: &Config) -> Limits {
-        let memory_bytes =
-            limits::memory_bytes_max(config.file_watcher.max_line_bytes, config.event_system.max_event_bytes);
-        Limits {
-            kill_after_seconds: limits::kill_after_seconds(config.event_system.shutdown_timeout),
-            memory_mebibytes: memory_bytes.div_ceil(1 << 20),
-        }
-    }
-}
-
-impl Start {
-    fn unit(&self) -> String {
-        let arguments = match &self.config {
-            Some(config) => format!("--config {}", unit_word(config)),
-            None => String::new(),
+impl Values {
+    fn of(context: &Context) -> Result<Values, Failure> {
+        let home = context.environment.home().map(Path::to_owned).ok_or_else(|| {
+            let message = "could not find the folder of services: HOME is not set to an absolute path; set it";
+            Failure::new(Exit::Configuration, message)
+        })?;
+        let plain = |path: &Path| plain_path(path, "a service file");
+        plain(&home)?;
+        let config = context.loaded.file.as_deref();
+        let folder = match config {
+            Some(config) => config.parent().map(Path::to_owned),
+            None => std::env::current_dir().ok(),
         };
-        // WorkingDirectory= takes its value as it is, spaces too, but for specifiers.
-        let unit = with_value(UNIT, "\nTimeoutStopSec=", &self.limits.kill_after_seconds.to_string(), '\n');
-        let unit = with_value(&unit, "\nMemoryMax=", &format!("{}M", self.limits.memory_mebibytes), '\n');
-        // systemd expands no variables in the first word.
-        unit.replace("@PROGRAM@", &unit_word(&self.program).replace("$$", "$"))
-            .replace("@ARGUMENTS@ ", &if arguments.is_empty() { arguments } else { arguments + " " })
+        let Config { file_watcher, event_system, .. } = context.config();
+        let memory_bytes = limits::memory_bytes_max(file_watcher.max_line_bytes, event_system.max_event_bytes);
+        Ok(Values {
+            program: plain(&own_program()?)?,
+            config: config.map(plain).transpose()?,
+            folder: plain(&folder.unwrap_or_else(|| PathBuf::from("/")))?,
+            home,
+            kill_after_seconds: limits::kill_after_seconds(event_system.shutdown_timeout),
+            memory_mebibytes: memory_bytes.div_ceil(1 << 20),
+        })
+    }
+
+    fn unit(&self) -> String {
+        let config = self.config.as_ref().map(|config| format!(" --config {}", unit_word(config)));
+        // systemd expands no variables in the first word. WorkingDirectory= takes its value as it is but for specifiers.
+        UNIT.replace("@PROGRAM@", &unit_word(&self.program).replace("$$", "$"))
+            .replace(" @ARGUMENTS@", &config.unwrap_or_default())
             .replace("@FOLDER@", &self.folder.replace('%', "%%"))
+            .replace("\nTimeoutStopSec=3\n", &format!("\nTimeoutStopSec={}\n", self.kill_after_seconds))
+            .replace("\nMemoryMax=352M\n", &format!("\nMemoryMax={}M\n", self.memory_mebibytes))
     }
 
     fn agent(&self) -> String {
-        let mut arguments = String::new();
-        if let Some(config) = &self.config {
-            // Writing to a String can't fail.
-            let _ = write!(arguments, "<string>--config</string>\n    <string>{}</string>", xml(config));
-        }
-        let text = AGENT.replace("@PROGRAM@", &xml(&self.program)).replace("@HOME@", &xml(&self.home));
-        let text = text.replace("@FOLDER@", &xml(&self.folder));
-        // launchd has no limit of memory that would be of use.
-        let entry = "<key>ExitTimeOut</key>\n  <integer>";
-        let text = with_value(&text, entry, &self.limits.kill_after_seconds.to_string(), '<');
-        match arguments.is_empty() {
-            true => text.replace("    @ARGUMENTS@\n", ""),
-            false => text.replace("@ARGUMENTS@", &arguments),
-        }
+        let config = self.config.as_ref();
+        let config =
+            config.map(|config| format!("\n    <string>--config</string>\n    <string>{}</string>", xml(config)));
+        let exit_timeout = |seconds: u64| format!("<key>ExitTimeOut</key>\n  <integer>{seconds}</integer>");
+        // launchd has no useful limit of memory.
+        AGENT
+            .replace("@PROGRAM@", &xml(&self.program))
+            .replace("\n    @ARGUMENTS@", &config.unwrap_or_default())
+            .replace("@FOLDER@", &xml(&self.folder))
+            .replace("@HOME@", &xml(&self.home.to_string_lossy()))
+            .replace(&exit_timeout(3), &exit_timeout(self.kill_after_seconds))
     }
-}
-
-/// `text` with `value` in the place of what stands between `before` and the next `end`. A text without `before` stays as it
-/// is, which the tests of the templates find.
-fn with_value(text: &str, before: &str, value: &str, end: char) -> String {
-    let Some((head, rest)) = text.split_once(before) else { return text.to_owned() };
-    let (_, tail) = rest.split_at(rest.find(end).unwrap_or(rest.len()));
-    format!("{head}{before}{value}{tail}")
 }
 
 /// A word of ExecStart=, whatever is in it.
@@ -295,17 +308,6 @@ fn unit_word(text: &str) -> String {
 
 fn xml(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
-}
-
-fn text_of(path: &Path) -> Result<String, Failure> {
-    path.to_str().filter(|text| !text.contains(char::is_control)).map(str::to_owned).ok_or_else(|| {
-        let message = format!("{} can't stand in a service file; move it to a path in plain UTF-8", path.display());
-        Failure::new(Exit::Configuration, message)
-    })
-}
-
-fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// Names of variables that this command sees and the service will not.
@@ -328,57 +330,55 @@ fn agent_target() -> String {
     format!("{}/{AGENT_LABEL}", user_target())
 }
 
-/// What a command says; empty when it can't be run.
-fn answer(command: &[&str]) -> String {
-    let Some((program, arguments)) = command.split_first() else { return String::new() };
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+fn output(command: &[String]) -> io::Result<Output> {
+    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    Command::new(program).args(arguments).stdin(Stdio::null()).output()
+}
+
+/// What a command prints; empty when it can't be run.
+fn answer(command: &[String]) -> String {
+    output(command).map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
 }
 
 fn run(command: &[String]) -> Result<(), Failure> {
-    let Some((program, arguments)) = command.split_first() else { return Ok(()) };
     let failed =
-        |cause: &str| Failure::new(Exit::Unavailable, format!("could not run \"{}\": {cause}", command.join(" ")));
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| failed(&error.to_string()))?;
+        |cause: String| Failure::new(Exit::Unavailable, format!("could not run \"{}\": {cause}", command.join(" ")));
+    let output = output(command).map_err(|error| failed(error.to_string()))?;
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim();
-    Err(failed(&format!("{said} ({})", output.status)))
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let first = errors.lines().find(|line| !line.trim().is_empty()).unwrap_or("no error message").trim();
+    Err(failed(format!("{first} ({})", output.status)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn start(config: Option<&str>) -> Start {
-        Start {
+    fn values(config: Option<&str>) -> Values {
+        Values {
             program: "/opt/my programs/hw".to_owned(),
             config: config.map(str::to_owned),
             folder: "/home/100%/a b".to_owned(),
-            home: "/home/me".to_owned(),
-            limits: Limits { kill_after_seconds: 3, memory_mebibytes: 352 },
+            home: PathBuf::from("/home/me"),
+            kill_after_seconds: 3,
+            memory_mebibytes: 352,
         }
     }
 
     #[test]
     fn other_limits_take_the_place_of_the_templates_own() {
-        let limits = Limits { kill_after_seconds: 61, memory_mebibytes: 4711 };
-        let start = Start { limits, ..start(None) };
-        let lines = start.unit();
+        let values = Values { kill_after_seconds: 61, memory_mebibytes: 4711, ..values(None) };
+        let lines = values.unit();
         let of = |name: &str| lines.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
         assert_eq!((of("TimeoutStopSec="), of("MemoryMax=")), (vec!["TimeoutStopSec=61"], vec!["MemoryMax=4711M"]));
-        assert!(start.agent().contains("<key>ExitTimeOut</key>\n  <integer>61</integer>"));
+        assert!(values.agent().contains("<key>ExitTimeOut</key>\n  <integer>61</integer>"));
     }
 
     #[test]
     fn a_unit_takes_any_path_as_it_is() {
-        let unit = start(Some("/home/$me/\"a\" & b.yaml")).unit();
+        let unit = values(Some("/home/$me/\"a\" & b.yaml")).unit();
         let lines: Vec<&str> = unit.lines().collect();
         assert!(
             lines.contains(&r#"ExecStart="/opt/my programs/hw" --config "/home/$$me/\"a\" & b.yaml" run"#),
@@ -386,14 +386,14 @@ mod tests {
         );
         assert!(lines.contains(&"WorkingDirectory=/home/100%%/a b"), "{unit}");
         assert!(!lines.iter().any(|line| !line.starts_with('#') && line.contains('@') && !line.contains("@system")));
-        assert!(start(None).unit().contains("ExecStart=\"/opt/my programs/hw\" run\n"));
+        assert!(values(None).unit().contains("ExecStart=\"/opt/my programs/hw\" run\n"));
     }
 
     #[test]
     fn an_agent_takes_any_path_as_it_is() {
-        let agent = start(Some("/a & b<c>.yaml")).agent();
+        let agent = values(Some("/a & b<c>.yaml")).agent();
         assert!(agent.contains("<string>/opt/my programs/hw</string>\n    <string>--config</string>\n    <string>/a &amp; b&lt;c&gt;.yaml</string>\n    <string>run</string>"), "{agent}");
-        let plain = start(None).agent();
+        let plain = values(None).agent();
         let body = plain.split("-->").nth(1).unwrap();
         assert!(body.contains("hw</string>\n    <string>run</string>") && !body.contains('@'), "{plain}");
     }

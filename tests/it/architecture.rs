@@ -109,6 +109,7 @@ fn an_outside_crate_is_known_in_one_place() {
         ("granit_parser::", "config"),
         ("getrandom::", "http/token.rs"),
         ("prometheus::", "telemetry/metrics.rs"),
+        ("jsonc_parser::", "claude/settings.rs"),
     ] {
         let found = mentions(name);
         // `http.rs` serves, and the service starts the serving.
