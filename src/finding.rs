@@ -1,7 +1,7 @@
 //! What became of one thing that `check` looked at.
 
 #[derive(Debug)]
-pub enum Finding {
+pub(crate) enum Finding {
     Fine(String),
     /// Works, but the reader should know.
     Note(String),

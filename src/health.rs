@@ -48,10 +48,8 @@ pub struct Health {
     pub database: DatabaseHealth,
     pub writes: WritesHealth,
     pub watcher: WatcherHealth,
-    #[serde(default)]
     pub spool: SpoolHealth,
     /// The listener on TCP; null where it is off, and for callers without the token.
-    #[serde(default)]
     pub http: Option<HttpHealth>,
 }
 
@@ -105,7 +103,6 @@ pub struct QueueHealth {
     pub oldest_age_seconds: Option<f64>,
     pub dead_letters: u64,
     /// Events that were missing when the queue was opened, because its files were damaged.
-    #[serde(default)]
     pub missing: u64,
     pub disk_bytes: u64,
     pub full: bool,
@@ -133,10 +130,8 @@ pub struct WatcherHealth {
     pub lines: u64,
     pub bad_lines: u64,
     /// Transcripts that Claude Code is about to delete and that are not fully delivered.
-    #[serde(default)]
     pub transcripts_expiring: u64,
     /// What transcripts had since the start that this version does not know.
-    #[serde(default)]
     pub unknown_formats: Vec<UnknownFormat>,
     pub last_rescan: Option<String>,
 }

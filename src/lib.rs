@@ -36,7 +36,7 @@
 //! # Layers
 //!
 //! `main → cli → service → http → intake | sink → claude | queue → event`; [`config`], [`telemetry`], [`json`],
-//! [`private_folder`], [`regular_file`] and [`finding`] are leaves, open to all. `verify` sees intake, sink and queue and is seen by cli
+//! [`private_folder`], [`regular_file`] and `finding` are leaves, open to all. `verify` sees intake, sink and queue and is seen by cli
 //! alone; `source` is the queue for those who only look.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
 //! the sources and checks it.
@@ -47,7 +47,7 @@ mod client;
 pub mod config;
 pub mod event;
 pub mod faults;
-pub mod finding;
+mod finding;
 pub mod health;
 pub mod history;
 pub mod http;

@@ -11,9 +11,10 @@ mod state;
 
 pub use formats::{UnknownFormat, UnknownFormats, is_name, name_or_none};
 pub use logs::{LogFormat, start_logging};
-pub use metrics::{Counter, CounterFamily, Histogram, HistogramSnapshot, Metrics, OTHER, RescanCause, TEXT_FORMAT};
-pub use recent::{RecentEvent, RecentEvents};
-pub use state::{Database, DatabaseState, Heartbeat, LiveState, Shared};
+pub(crate) use metrics::TEXT_FORMAT;
+pub use metrics::{Counter, CounterFamily, Histogram, HistogramSnapshot, Metrics, RescanCause};
+pub(crate) use recent::{RecentEvent, RecentEvents};
+pub(crate) use state::{Database, DatabaseState, LiveState, Shared};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

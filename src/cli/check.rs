@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::claude::retention::WARN_DAYS;
 use crate::claude::settings;
 use crate::config::{Config, HttpConfig};
-use crate::finding::Finding;
+use crate::finding::Finding::{self, Fine, Note, Wrong};
 use crate::health::Health;
 use crate::http::token;
 use crate::intake::redact::Redactor;
@@ -57,13 +57,13 @@ pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Fail
 fn print(findings: &[(&str, Finding)]) -> Exit {
     for (subject, finding) in findings {
         let (mark, text) = match finding {
-            Finding::Fine(text) => ("ok   ", text),
-            Finding::Note(text) => ("note ", text),
-            Finding::Wrong(text) => ("WRONG", text),
+            Fine(text) => ("ok   ", text),
+            Note(text) => ("note ", text),
+            Wrong(text) => ("WRONG", text),
         };
         println!("{mark}  {subject:<13}  {text}");
     }
-    let is_wrong = findings.iter().any(|(_, finding)| matches!(finding, Finding::Wrong(_)));
+    let is_wrong = findings.iter().any(|(_, finding)| matches!(finding, Wrong(_)));
     if is_wrong { Exit::Configuration } else { Exit::Fine }
 }
 
@@ -77,16 +77,16 @@ fn configuration(context: &Context) -> Finding {
         text.push_str(&format!("; set by the environment: {}", context.loaded.variables.join(", ")));
     }
     if context.loaded.unused.is_empty() {
-        return Finding::Fine(text);
+        return Fine(text);
     }
-    Finding::Note(format!("{text}; of another program, not used here: {}", context.loaded.unused.join(", ")))
+    Note(format!("{text}; of another program, not used here: {}", context.loaded.unused.join(", ")))
 }
 
 fn schemas(config: &Config) -> Finding {
     match Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes) {
         Ok(schemas) => {
             let types: Vec<&str> = schemas.types().map(|event_type| event_type.as_str()).collect();
-            Finding::Fine(types.join(", "))
+            Fine(types.join(", "))
         }
         Err(error) => {
             // Each error names the schema, but for the folder, whose error has its own way out.
@@ -94,7 +94,7 @@ fn schemas(config: &Config) -> Finding {
                 Some(folder) if folder.is_dir() => format!("; correct the file in {} or take it out", folder.display()),
                 _ => String::new(),
             };
-            Finding::Wrong(format!("{error}{way_out}"))
+            Wrong(format!("{error}{way_out}"))
         }
     }
 }
@@ -106,13 +106,13 @@ fn redact(config: &Config) -> Finding {
         {
             let text = "on, but a pattern of redact.patterns has \\b, which can make text that is not ASCII 300 times as slow; \
                         write (?-u:\\b) for it";
-            Finding::Note(text.to_owned())
+            Note(text.to_owned())
         }
         Ok(redactor) if redactor.is_on() => {
-            Finding::Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
+            Fine(format!("on, {} patterns beside the built-in ones", config.redact.patterns.len()))
         }
-        Ok(_) => Finding::Fine("off".to_owned()),
-        Err(error) => Finding::Wrong(format!("{error}; correct or remove it: until then the watcher does not start")),
+        Ok(_) => Fine("off".to_owned()),
+        Err(error) => Wrong(format!("{error}; correct or remove it: until then the watcher does not start")),
     }
 }
 
@@ -126,17 +126,17 @@ fn format(config: &Config) -> Finding {
     let asking = async { client::body(client::get(&config.http.socket, "/health").await?).await };
     let answer = block_on(asking).ok().and_then(Result::ok);
     let Some(health) = answer.and_then(|body| serde_json::from_slice::<Health>(&body).ok()) else {
-        return Finding::Fine("what is new in transcripts is named here while a watcher runs".to_owned());
+        return Fine("what is new in transcripts is named here while a watcher runs".to_owned());
     };
     let unknown = health.watcher.unknown_formats;
     if unknown.is_empty() {
-        return Finding::Fine(format!("{} lines read, nothing unknown in them", health.watcher.lines));
+        return Fine(format!("{} lines read, nothing unknown in them", health.watcher.lines));
     }
     let named = unknown.iter().map(|one| {
         let version = if one.version.is_empty() { String::new() } else { format!(" (version {:?})", one.version) };
         format!("{} {:?} in {} lines{version}", one.field, one.value, one.lines)
     });
-    Finding::Note(format!(
+    Note(format!(
         "not known to this version, and judged by what is: {}; see whether there is a newer version of headspace-watcher",
         named.collect::<Vec<_>>().join(", ")
     ))
@@ -145,11 +145,11 @@ fn format(config: &Config) -> Finding {
 fn transcripts(folder: &Path) -> Finding {
     let shown = folder.display();
     match std::fs::read_dir(folder) {
-        Ok(entries) => Finding::Fine(format!("{shown}: {} project folders", entries.count())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Finding::Note(format!(
+        Ok(entries) => Fine(format!("{shown}: {} project folders", entries.count())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Note(format!(
             "{shown} is not there (yet): it is watched for; set claude.projects_path or CLAUDE_CONFIG_DIR if it is elsewhere"
         )),
-        Err(error) => Finding::Wrong(format!(
+        Err(error) => Wrong(format!(
             "could not read {shown}: {error}; give this user the right to read it or set claude.projects_path"
         )),
     }
@@ -167,9 +167,9 @@ fn judge_retention(days: u64, settings: &Path) -> Finding {
         settings.display()
     );
     if days <= WARN_DAYS {
-        return Finding::Note(format!("{text}: what the watcher has not captured by then is lost; raise it"));
+        return Note(format!("{text}: what the watcher has not captured by then is lost; raise it"));
     }
-    Finding::Fine(text)
+    Fine(text)
 }
 
 /// Whether nobody else may use a private folder, and files can be made in it, or in the nearest parent that exists.
@@ -179,18 +179,18 @@ fn folder(path: &Path, key: &str) -> Finding {
         Ok(privacy) => privacy,
         // What follows has better words for it.
         Err(FolderError::Io { .. }) => None,
-        Err(error) => return Finding::Wrong(format!("{error} ({key})")),
+        Err(error) => return Wrong(format!("{error} ({key})")),
     };
     let existing = existing(path);
     if let Err(error) = may_write(existing) {
         let existing = existing.display();
-        return Finding::Wrong(format!("could not write in {existing}: {error}; fix its owner or mode, or set {key}"));
+        return Wrong(format!("could not write in {existing}: {error}; fix its owner or mode, or set {key}"));
     }
     match privacy {
-        Some(Privacy::Open { mode }) => Finding::Note(format!(
+        Some(Privacy::Open { mode }) => Note(format!(
             "others have rights to {shown} (mode {mode:04o}); the next start takes them away, or chmod 700 {shown}"
         )),
-        Some(Privacy::Private) | None => Finding::Fine(shown.to_string()),
+        Some(Privacy::Private) | None => Fine(shown.to_string()),
     }
 }
 
@@ -208,21 +208,21 @@ fn socket(path: &Path) -> Result<Finding, Failure> {
     match private_folder::look_unwritable(path.parent().unwrap_or(path)) {
         Ok(Some(mode)) => {
             let folder = path.parent().unwrap_or(path).display();
-            return Ok(Finding::Note(format!(
+            return Ok(Note(format!(
                 "everybody may write in {folder} (mode {mode:04o}); the next start changes that, or chmod go-w {folder}"
             )));
         }
         Err(error @ (FolderError::Owner { .. } | FolderError::Replaceable { .. })) => {
-            return Ok(Finding::Wrong(format!("{error} (http.socket)")));
+            return Ok(Wrong(format!("{error} (http.socket)")));
         }
         // Any other fault is found where it is listened at.
         Ok(None) | Err(_) => {}
     }
     let shown = path.display();
     Ok(match block_on(socket::inspect(path))? {
-        Ok(SocketState::Listening) => Finding::Fine(format!("{shown}: a watcher is running")),
-        Ok(SocketState::Free | SocketState::LeftOver) => Finding::Fine(format!("{shown}: no watcher is running")),
-        Err(problem) => Finding::Wrong(format!("could not listen on {shown}: {problem}")),
+        Ok(SocketState::Listening) => Fine(format!("{shown}: a watcher is running")),
+        Ok(SocketState::Free | SocketState::LeftOver) => Fine(format!("{shown}: no watcher is running")),
+        Err(problem) => Wrong(format!("could not listen on {shown}: {problem}")),
     })
 }
 
@@ -231,12 +231,12 @@ fn token(http: &HttpConfig) -> Finding {
     let file = http.token_file();
     let shown = file.display();
     match (http.listen, &http.token) {
-        (None, _) => Finding::Fine("none is needed: http.listen is null".to_owned()),
-        (Some(_), Some(_)) => Finding::Fine("http.token".to_owned()),
+        (None, _) => Fine("none is needed: http.listen is null".to_owned()),
+        (Some(_), Some(_)) => Fine("http.token".to_owned()),
         (Some(_), None) => match token::load(&file) {
-            Ok(Some(_)) => Finding::Fine(shown.to_string()),
-            Ok(None) => Finding::Fine(format!("{shown}: made at the first start")),
-            Err(error) => Finding::Wrong(error.to_string()),
+            Ok(Some(_)) => Fine(shown.to_string()),
+            Ok(None) => Fine(format!("{shown}: made at the first start")),
+            Err(error) => Wrong(error.to_string()),
         },
     }
 }
@@ -244,10 +244,10 @@ fn token(http: &HttpConfig) -> Finding {
 fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
     let (target, has_database) = match context.target() {
         Ok(target) => target,
-        Err(failure) => return Ok(vec![Finding::Wrong(failure.message)]),
+        Err(failure) => return Ok(vec![Wrong(failure.message)]),
     };
     if !has_database {
-        return Ok(vec![Finding::Note(
+        return Ok(vec![Note(
             "none is configured: events would stay in the queue; set database.url, DATABASE_URL or PGHOST, or use scripts/run-watcher.sh"
                 .to_owned(),
         )]);
@@ -257,10 +257,10 @@ fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
     Ok(match inspected {
         Ok(inspection) => inspection.findings(config.database.auto_migrate),
         // What the server says comes with its way out.
-        Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Finding::Wrong(format!(
+        Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Wrong(format!(
             "{error}; see that the server runs and can be reached from here, or correct host and port in database.url. Until then events wait in the queue"
         ))],
-        Err(error) => vec![Finding::Wrong(error.to_string())],
+        Err(error) => vec![Wrong(error.to_string())],
     })
 }
 
@@ -272,22 +272,22 @@ fn notifications(projects: &[PathBuf]) -> Finding {
     );
     match do_notifications_arrive() {
         Ok(true) => {}
-        Ok(false) => return Finding::Note(format!("no file notifications arrive on this system; {instead}")),
-        Err(error) => return Finding::Note(format!("file notifications fail: {error}; {instead}{RAISE_LIMITS}")),
+        Ok(false) => return Note(format!("no file notifications arrive on this system; {instead}")),
+        Err(error) => return Note(format!("file notifications fail: {error}; {instead}{RAISE_LIMITS}")),
     }
     for folder in projects {
         let found = rustix::fs::statfs(existing(folder)).ok();
         if let Some(kind) = found.and_then(|found| network_file_system(&found)) {
             let shown = folder.display();
-            return Finding::Note(format!("{shown} is on {kind}: file notifications may not arrive; {instead}"));
+            return Note(format!("{shown} is on {kind}: file notifications may not arrive; {instead}"));
         }
     }
     if cfg!(target_os = "macos") {
-        return Finding::Fine(format!("macOS reports a file when its writer closes it; {instead}"));
+        return Fine(format!("macOS reports a file when its writer closes it; {instead}"));
     }
     let limit = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_watches");
     let Some(limit) = limit.ok().and_then(|limit| limit.trim().parse::<u64>().ok()) else {
-        return Finding::Fine("this system needs no watch for each folder".to_owned());
+        return Fine("this system needs no watch for each folder".to_owned());
     };
     let walks = projects.iter().flat_map(|projects| walkdir::WalkDir::new(projects).max_depth(8));
     judge_watches(walks.flatten().filter(|entry| entry.file_type().is_dir()).count() as u64, limit)
@@ -304,79 +304,77 @@ fn judge_watches(folders: u64, limit: u64) -> Finding {
     // Editors and others of this user take from the same limit.
     if folders.saturating_mul(4) > limit.saturating_mul(3) {
         let way_out = format!("sudo sysctl fs.inotify.max_user_watches={}", (folders * 4).max(524_288));
-        return Finding::Note(format!("{text}: too low, some files would be checked instead of notified; {way_out}"));
+        return Note(format!("{text}: too low, some files would be checked instead of notified; {way_out}"));
     }
-    Finding::Fine(text)
+    Fine(text)
 }
 
 /// Whether Claude Code's settings call this program.
 fn hooks(context: &Context) -> Finding {
     let (file, own) = match (context.settings_file(), own_command(context)) {
         (Ok(file), Ok(own)) => (file, own),
-        (Err(failure), _) | (_, Err(failure)) => return Finding::Note(failure.message),
+        (Err(failure), _) | (_, Err(failure)) => return Note(failure.message),
     };
     let shown = file.display();
     let install = "run \"headspace-watcher hooks install\"";
     let text = match regular_file::read_to_string(&file, settings::FILE_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Finding::Note(format!(
+            return Note(format!(
                 "none: there is no {shown}; transcripts are followed all the same. To have hooks too, {install}"
             ));
         }
         Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
-            return Finding::Wrong(format!(
-                "could not read {shown}: {error}; Claude Code can't read it either, remove it"
-            ));
+            return Wrong(format!("could not read {shown}: {error}; Claude Code can't read it either, remove it"));
         }
-        Err(error) => return Finding::Wrong(format!("could not read {shown}: {error}; correct its owner or mode")),
+        Err(error) => return Wrong(format!("could not read {shown}: {error}; correct its owner or mode")),
     };
     let found = match settings::find(&text, &own) {
         Ok(found) => found,
-        Err(error) => return Finding::Wrong(format!("{shown}: {error}; fix it")),
+        Err(error) => return Wrong(format!("{shown}: {error}; fix it")),
     };
     let Some(first) = found.iter().find(|found| found.is_own).or_else(|| found.first()) else {
-        return Finding::Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
+        return Note(format!("none of {shown} calls headspace-watcher; to have hooks too, {install}"));
     };
     if settings::are_off(&text) {
-        return Finding::Note(format!("{shown} has disableAllHooks: none of them runs; take it out to have hooks"));
+        return Note(format!("{shown} has disableAllHooks: none of them runs; take it out to have hooks"));
     }
     let missing: Vec<&str> =
         settings::EVENTS.into_iter().filter(|event| !found.iter().any(|found| found.event == *event)).collect();
     let ours = std::env::current_exe().and_then(|program| program.canonicalize()).unwrap_or_default();
     let called = PathBuf::from(settings::called_program(&first.command));
     match called.canonicalize() {
-        Ok(program) if program == ours && !missing.is_empty() => Finding::Note(format!(
+        Ok(program) if program == ours && !missing.is_empty() => Note(format!(
             "{} hooks in {shown} call this program, none at {}; {install}",
             found.len(),
             missing.join(", ")
         )),
-        Ok(program) if program == ours => Finding::Fine(format!("{} hooks in {shown} call this program", found.len())),
-        Ok(_) => Finding::Note(format!("{shown} calls {}, which is not this program; {install}", called.display())),
+        Ok(program) if program == ours => Fine(format!("{} hooks in {shown} call this program", found.len())),
+        Ok(_) => Note(format!("{shown} calls {}, which is not this program; {install}", called.display())),
         // By its bare name it is looked for in Claude Code's own PATH, which is not known here.
-        Err(_) if called.components().count() == 1 => Finding::Fine(format!("{shown} calls {}", called.display())),
-        Err(error) => Finding::Wrong(format!("{shown} calls {}: {error}; {install}", called.display())),
+        Err(_) if called.components().count() == 1 => Fine(format!("{shown} calls {}", called.display())),
+        Err(error) => Wrong(format!("{shown} calls {}: {error}; {install}", called.display())),
     }
 }
 
 /// Whether somebody holds the queue.
 fn held(config: &Config) -> Finding {
     match inspect_queue(config) {
-        Ok(queue) => Finding::Fine(format!("nobody holds it; {} pending", queue.stats().pending)),
-        Err(QueueError::NotFound { .. }) => Finding::Fine("made when the watcher first runs".to_owned()),
+        Ok(queue) => Fine(format!("nobody holds it; {} pending", queue.stats().pending)),
+        Err(QueueError::NotFound { .. }) => Fine("made when the watcher first runs".to_owned()),
         // The watcher may have rights that this process has not.
-        Err(error @ QueueError::Look { .. }) => Finding::Note(error.to_string()),
+        Err(error @ QueueError::Look { .. }) => Note(error.to_string()),
         Err(QueueError::InUse { pid, .. }) => {
             let holder = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
             match std::os::unix::net::UnixStream::connect(&config.http.socket) {
-                Ok(_) => Finding::Fine(format!("held by the running watcher, {holder}")),
-                Err(_) => Finding::Wrong(format!(
+                Ok(_) => Fine(format!("held by the running watcher, {holder}")),
+                Err(_) => Wrong(format!(
                     "held by {holder}, which does not listen on {}; end it, or set queue.path or http.socket as it has them",
                     config.http.socket.display()
                 )),
             }
         }
-        Err(error) => Finding::Wrong(error.to_string()),
+        Err(error) => Wrong(error.to_string()),
     }
 }
 
@@ -384,7 +382,7 @@ fn file_system(folder: &Path) -> Finding {
     let existing = existing(folder);
     match rustix::fs::statfs(existing) {
         Ok(found) => judge_file_system(network_file_system(&found), existing),
-        Err(error) => Finding::Note(format!("the file system of {} is not known: {error}", existing.display())),
+        Err(error) => Note(format!("the file system of {} is not known: {error}", existing.display())),
     }
 }
 
@@ -418,8 +416,8 @@ fn name_of_magic(magic: u64) -> Option<&'static str> {
 
 fn judge_file_system(kind: Option<String>, folder: &Path) -> Finding {
     match kind {
-        None => Finding::Fine("on a local file system".to_owned()),
-        Some(kind) => Finding::Wrong(format!(
+        None => Fine("on a local file system".to_owned()),
+        Some(kind) => Wrong(format!(
             "{} is on {kind}, a network file system: its locks and syncs can't be relied on; set queue.path to a local disk",
             folder.display()
         )),
@@ -430,22 +428,22 @@ fn disk(folder: &Path, pending_bytes_max: u64) -> Finding {
     let existing = existing(folder);
     match rustix::fs::statvfs(existing) {
         Ok(found) => judge_disk(found.f_bavail.saturating_mul(found.f_frsize), pending_bytes_max, existing),
-        Err(error) => Finding::Note(format!("the room below {} is not known: {error}", existing.display())),
+        Err(error) => Note(format!("the room below {} is not known: {error}", existing.display())),
     }
 }
 
 fn judge_disk(free: u64, pending_bytes_max: u64, folder: &Path) -> Finding {
     let text = format!("{} free below {}", super::status::bytes(free), folder.display());
     if free < FREE_BYTES_MIN {
-        return Finding::Wrong(format!("{text}: too little; make room, or set queue.path to another disk"));
+        return Wrong(format!("{text}: too little; make room, or set queue.path to another disk"));
     }
     if free < pending_bytes_max {
         let max = super::status::bytes(pending_bytes_max);
-        return Finding::Note(format!(
+        return Note(format!(
             "{text}, less than queue.max_pending_bytes ({max}): the disk would be full before the queue is"
         ));
     }
-    Finding::Fine(text)
+    Fine(text)
 }
 
 /// The folder, or its nearest parent that exists.
@@ -460,13 +458,13 @@ mod tests {
     #[test]
     fn little_room_few_watches_and_network_file_systems_are_found() {
         let here = Path::new("/here");
-        assert!(matches!(judge_disk(10 << 30, 4 << 30, here), Finding::Fine(_)));
-        assert!(matches!(judge_disk(1 << 30, 4 << 30, here), Finding::Note(_)));
-        assert!(matches!(judge_disk(1 << 20, 4 << 30, here), Finding::Wrong(_)));
-        assert!(matches!(judge_retention(30, here), Finding::Fine(text) if text.contains("30 days")));
-        assert!(matches!(judge_retention(1, here), Finding::Note(text) if text.contains("in /here)")));
-        assert!(matches!(judge_watches(100, 8192), Finding::Fine(_)));
-        assert!(matches!(judge_watches(7000, 8192), Finding::Note(text) if text.contains("sysctl")));
+        assert!(matches!(judge_disk(10 << 30, 4 << 30, here), Fine(_)));
+        assert!(matches!(judge_disk(1 << 30, 4 << 30, here), Note(_)));
+        assert!(matches!(judge_disk(1 << 20, 4 << 30, here), Wrong(_)));
+        assert!(matches!(judge_retention(30, here), Fine(text) if text.contains("30 days")));
+        assert!(matches!(judge_retention(1, here), Note(text) if text.contains("in /here)")));
+        assert!(matches!(judge_watches(100, 8192), Fine(_)));
+        assert!(matches!(judge_watches(7000, 8192), Note(text) if text.contains("sysctl")));
     }
 
     #[cfg(target_os = "linux")]
@@ -474,8 +472,8 @@ mod tests {
     fn a_network_file_system_is_told_by_its_number() {
         let judge = |magic| judge_file_system(name_of_magic(magic).map(str::to_owned), Path::new("/here"));
         for (magic, expected) in [(0x6969, "NFS"), (0xff53_4d42, "SMB"), (0xffff_ffff_ff53_4d42, "SMB")] {
-            assert!(matches!(judge(magic), Finding::Wrong(text) if text.contains(expected)));
+            assert!(matches!(judge(magic), Wrong(text) if text.contains(expected)));
         }
-        assert!(matches!(judge(0xef53), Finding::Fine(_)), "ext4");
+        assert!(matches!(judge(0xef53), Fine(_)), "ext4");
     }
 }

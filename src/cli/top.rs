@@ -97,33 +97,22 @@ fn read_inputs() -> mpsc::Receiver<Input> {
     receiver
 }
 
-async fn ask(context: &Context) -> Result<Overview, Problem> {
+/// The watcher's answer, or why there is none.
+async fn ask(context: &Context) -> Result<Overview, String> {
     let socket = &context.config().http.socket;
     let target = format!("/overview?samples={SAMPLES}");
     let asking = async { client::body(client::get(socket, &target).await?).await };
     let shown = socket.display();
-    let no_answer = |why: &str| Problem {
-        word: "NO ANSWER",
-        text: format!("the watcher on {shown} does not answer: {why}; if it stays so, restart it"),
-    };
+    let no_answer = |why: &str| format!("the watcher on {shown} does not answer: {why}; if it stays so, restart it");
     match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
-        Ok(Ok(body)) => serde_json::from_slice(&body).map_err(|error| Problem {
-            word: "NOT UNDERSTOOD",
-            text: format!("the watcher's answer is not understood: {error}; is it another version?"),
-        }),
-        Ok(Err(ClientError::NotRunning)) => Err(Problem {
-            word: "NOT RUNNING",
-            text: format!("no watcher listens on {shown}; start it with scripts/run-watcher.sh"),
-        }),
+        Ok(Ok(body)) => serde_json::from_slice(&body)
+            .map_err(|error| format!("the watcher's answer is not understood: {error}; is it another version?")),
+        Ok(Err(ClientError::NotRunning)) => {
+            Err(format!("no watcher listens on {shown}; start it with scripts/run-watcher.sh"))
+        }
         Ok(Err(ClientError::NoAnswer(problem))) => Err(no_answer(&problem)),
         Err(_) => Err(no_answer(&format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()))),
     }
-}
-
-/// Why there is no answer.
-struct Problem {
-    word: &'static str,
-    text: String,
 }
 
 /// Whether this key ends it.
@@ -141,11 +130,11 @@ struct View {
     /// When that was.
     seen: jiff::Timestamp,
     /// Why what is shown is not of now.
-    problem: Option<Problem>,
+    problem: Option<String>,
 }
 
 impl View {
-    fn take(&mut self, answer: Result<Overview, Problem>) {
+    fn take(&mut self, answer: Result<Overview, String>) {
         match answer {
             Ok(overview) => {
                 self.problem = None;
@@ -178,9 +167,7 @@ impl View {
     fn status(&self) -> Text<'static> {
         let mut text = Text::default();
         if let Some(problem) = &self.problem {
-            let red = Style::new().fg(Color::Red);
-            text.push_line(Line::styled(problem.word, red.bold()));
-            text.push_line(Line::styled(problem.text.clone(), red));
+            text.push_line(Line::styled(problem.clone(), Style::new().fg(Color::Red)));
         }
         let Some(overview) = &self.overview else {
             return if self.problem.is_some() { text } else { Text::raw("asking…") };

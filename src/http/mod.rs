@@ -28,7 +28,7 @@ use tokio::sync::Semaphore;
 use tower_http::timeout::TimeoutLayer;
 
 pub use self::access::{Access, Caller};
-pub use self::page::Overview;
+pub(crate) use self::page::Overview;
 use self::server::REQUEST_TIMEOUT;
 pub use self::server::{listen, serve};
 

@@ -43,7 +43,7 @@ pub async fn page() -> Response {
 
 /// What people who look on want to see.
 #[derive(Serialize, Deserialize, Debug)]
-pub struct Overview {
+pub(crate) struct Overview {
     pub health: Health,
     /// One a second, oldest first.
     pub samples: Vec<Sample>,
@@ -56,14 +56,14 @@ pub struct Overview {
 }
 
 #[derive(Serialize, Deserialize, Debug)]
-pub struct Totals {
+pub(crate) struct Totals {
     pub captured: u64,
     pub delivered: u64,
     pub rejected: u64,
 }
 
 #[derive(Deserialize)]
-pub struct OverviewParameters {
+pub(crate) struct OverviewParameters {
     samples: Option<usize>,
 }
 

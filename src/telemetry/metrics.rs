@@ -4,7 +4,6 @@
 //! numbers. The only user of that crate.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use super::{LiveState, RecentEvents, UnknownFormats, is_name, lock};
 use crate::event::Timestamp;
 
 /// What [`Metrics::encode`] writes, for the header Content-Type.
-pub const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// A number that only grows.
 pub struct Counter(IntCounter);
@@ -37,7 +36,7 @@ const LABELS_MAX: usize = 64;
 const LABEL_BYTES_MAX: usize = 64;
 
 /// The label of everything without a label of its own.
-pub const OTHER: &str = "other";
+const OTHER: &str = "other";
 
 /// Counters told apart by one label.
 ///
@@ -189,7 +188,7 @@ pub struct Metrics {
     pub rescans: CounterFamily,
     /// From being handed to the queue to being durable in it.
     pub capture_seconds: Histogram,
-    pub recent_events: RecentEvents,
+    pub(crate) recent_events: RecentEvents,
     // sink
     /// By type.
     pub events_delivered: CounterFamily,
@@ -203,7 +202,7 @@ pub struct Metrics {
     /// From being captured to being durable in Postgres, outages included.
     pub end_to_end_seconds: Histogram,
     /// What health is judged by.
-    pub live: LiveState,
+    pub(crate) live: LiveState,
 }
 
 impl Default for Metrics {
@@ -225,39 +224,18 @@ impl Default for Metrics {
             events_captured: family("events_captured_total", "Events durable in the queue.", "type"),
             events_rejected: family("events_rejected_total", "Events that failed the check.", "type"),
             lines_skipped: family("lines_skipped_total", "Lines of the user's side that are no turns.", "reason"),
-            format_unknown: family(
-                "format_unknown_total",
-                "Lines with a value or of a type that this version does not know.",
-                "field",
-            ),
+            format_unknown: family("format_unknown_total", "Lines that this version does not know all of.", "field"),
             unknown_formats: UnknownFormats::default(),
-            unknown_line_types: family(
-                "unknown_line_types_total",
-                "Lines of types that this version does not know.",
-                "type",
-            ),
+            unknown_line_types: family("unknown_line_types_total", "Lines of types that are not known.", "type"),
             rescans: family("rescans_total", "Scans of all transcripts, by their cause.", "cause"),
-            capture_seconds: histogram(
-                "capture_seconds",
-                "From an event's being handed to the queue to its being durable there.",
-            ),
+            capture_seconds: histogram("capture_seconds", "From handed to the queue to durable there."),
             recent_events: RecentEvents::default(),
             events_delivered: family("events_delivered_total", "Events stored in Postgres.", "type"),
             events_duplicate: counter("events_duplicate_total", "Events that Postgres had already."),
-            events_dead_lettered: family(
-                "events_dead_lettered_total",
-                "Events and input moved to the dead letters.",
-                "reason",
-            ),
+            events_dead_lettered: family("events_dead_lettered_total", "Moved to the dead letters.", "reason"),
             write_failures: family("write_failures_total", "Deliveries that failed, by what follows.", "class"),
-            delivery_seconds: histogram(
-                "delivery_seconds",
-                "From an event's being given to Postgres to its being durable there.",
-            ),
-            end_to_end_seconds: histogram(
-                "end_to_end_seconds",
-                "From an event's being captured to its being durable in Postgres, outages included.",
-            ),
+            delivery_seconds: histogram("delivery_seconds", "From sent to Postgres to durable there."),
+            end_to_end_seconds: histogram("end_to_end_seconds", "From captured to durable in Postgres."),
             live: LiveState::default(),
             registry,
         }
@@ -271,19 +249,13 @@ impl Metrics {
     }
 
     /// Everything in Prometheus' text format, with gauges whose value is known only now: name, help and value.
-    pub fn encode(&self, gauges: &[(&str, &str, f64)]) -> String {
+    pub(crate) fn encode(&self, gauges: &[(&str, &str, f64)]) -> String {
         let current = registry();
         for (name, help, value) in gauges {
             registered(&current, Gauge::new(*name, *help)).set(*value);
         }
         let families = [self.registry.gather(), current.gather()].concat();
         TextEncoder::new().encode_to_string(&families).expect("every family has a sample")
-    }
-}
-
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics").finish_non_exhaustive()
     }
 }
 

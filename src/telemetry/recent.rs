@@ -18,21 +18,21 @@ const PAYLOAD_BYTES_MAX: usize = 16 * 1024;
 
 /// One event as it was taken in.
 #[derive(Serialize, Deserialize, Clone, Debug)]
-pub struct RecentEvent {
+pub(crate) struct RecentEvent {
     /// This, `session` and `detail` are null for callers without the token.
-    pub event_id: Option<String>,
-    pub event_type: String,
-    pub timestamp: String,
-    pub captured_at: String,
-    pub origin: String,
-    pub session: Option<String>,
+    pub(crate) event_id: Option<String>,
+    pub(crate) event_type: String,
+    pub(crate) timestamp: String,
+    pub(crate) captured_at: String,
+    pub(crate) origin: String,
+    pub(crate) session: Option<String>,
     /// Who, what or how, in a word: a turn's actor, a hook's type, an end's reason.
-    pub detail: Option<String>,
+    pub(crate) detail: Option<String>,
 }
 
 impl RecentEvent {
     /// The last of `events`, oldest first.
-    pub fn last_of(events: &[Event], now: Timestamp) -> Vec<RecentEvent> {
+    pub(crate) fn last_of(events: &[Event], now: Timestamp) -> Vec<RecentEvent> {
         let skipped = events.len().saturating_sub(EVENTS_MAX);
         events.iter().skip(skipped).map(|event| RecentEvent::new(event, now)).collect()
     }
@@ -54,7 +54,7 @@ impl RecentEvent {
     }
 
     /// What callers without the token may see of it.
-    pub fn without_names(self) -> RecentEvent {
+    pub(crate) fn without_names(self) -> RecentEvent {
         RecentEvent { event_id: None, session: None, detail: None, ..self }
     }
 }
@@ -66,11 +66,11 @@ fn session_of(origin: &Origin) -> Option<String> {
 }
 
 #[derive(Default, Debug)]
-pub struct RecentEvents(Mutex<VecDeque<RecentEvent>>);
+pub(crate) struct RecentEvents(Mutex<VecDeque<RecentEvent>>);
 
 impl RecentEvents {
     /// Adds events, oldest first.
-    pub fn extend(&self, events: Vec<RecentEvent>) {
+    pub(crate) fn extend(&self, events: Vec<RecentEvent>) {
         let mut recent = lock(&self.0);
         recent.extend(events);
         let surplus = recent.len().saturating_sub(EVENTS_MAX);
@@ -78,7 +78,7 @@ impl RecentEvents {
     }
 
     /// All of them, newest first.
-    pub fn list(&self) -> Vec<RecentEvent> {
+    pub(crate) fn list(&self) -> Vec<RecentEvent> {
         lock(&self.0).iter().rev().cloned().collect()
     }
 }

@@ -9,21 +9,21 @@ use crate::event::Timestamp;
 
 /// A value that is read and replaced as a whole.
 #[derive(Default, Debug)]
-pub struct Shared<T>(Mutex<T>);
+pub(crate) struct Shared<T>(Mutex<T>);
 
 impl<T: Clone> Shared<T> {
-    pub fn get(&self) -> T {
+    pub(crate) fn get(&self) -> T {
         lock(&self.0).clone()
     }
 
-    pub fn set(&self, value: T) {
+    pub(crate) fn set(&self, value: T) {
         *lock(&self.0) = value;
     }
 }
 
 /// When a part of the program last made progress.
 #[derive(Debug)]
-pub struct Heartbeat {
+pub(crate) struct Heartbeat {
     epoch: Instant,
     /// Milliseconds after `epoch`.
     last: AtomicU64,
@@ -36,13 +36,13 @@ impl Default for Heartbeat {
 }
 
 impl Heartbeat {
-    pub fn beat(&self) {
+    pub(crate) fn beat(&self) {
         let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.fetch_max(now, Ordering::Relaxed);
     }
 
     /// Time since the last beat, or since the start when there was none.
-    pub fn age(&self, now: Instant) -> Duration {
+    pub(crate) fn age(&self, now: Instant) -> Duration {
         let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
         now.saturating_duration_since(self.epoch).saturating_sub(last)
     }
@@ -50,11 +50,11 @@ impl Heartbeat {
 
 /// What is known of the database, and since when.
 #[derive(Clone, PartialEq, Debug)]
-pub struct DatabaseState {
-    pub state: Database,
-    pub since: Timestamp,
+pub(crate) struct DatabaseState {
+    pub(crate) state: Database,
+    pub(crate) since: Timestamp,
     /// In the server's words where it spoke.
-    pub last_error: Option<String>,
+    pub(crate) last_error: Option<String>,
 }
 
 impl Default for DatabaseState {
@@ -64,7 +64,7 @@ impl Default for DatabaseState {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Database {
+pub(crate) enum Database {
     Up,
     Down,
     /// It answers, but someone must fix something.
@@ -74,7 +74,7 @@ pub enum Database {
 }
 
 impl Database {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Database::Up => "up",
             Database::Down => "down",
@@ -85,22 +85,22 @@ impl Database {
 }
 
 #[derive(Default, Debug)]
-pub struct LiveState {
-    pub files_watched: Shared<u64>,
-    pub sessions_known: Shared<u64>,
+pub(crate) struct LiveState {
+    pub(crate) files_watched: Shared<u64>,
+    pub(crate) sessions_known: Shared<u64>,
     /// Transcripts that Claude Code is about to delete and that are not fully delivered.
-    pub transcripts_expiring: Shared<u64>,
+    pub(crate) transcripts_expiring: Shared<u64>,
     /// When all transcripts were last scanned.
-    pub last_rescan: Shared<Option<Timestamp>>,
+    pub(crate) last_rescan: Shared<Option<Timestamp>>,
     /// The thread that follows transcripts goes on, also when it waits for room.
-    pub reading: Heartbeat,
+    pub(crate) reading: Heartbeat,
     /// The drainer goes on, also when all it does is to try to reach the database.
-    pub draining: Heartbeat,
+    pub(crate) draining: Heartbeat,
     /// Something left the queue.
-    pub settling: Heartbeat,
+    pub(crate) settling: Heartbeat,
     /// When Postgres last stored something.
-    pub last_write: Shared<Option<Timestamp>>,
-    pub database: Shared<DatabaseState>,
+    pub(crate) last_write: Shared<Option<Timestamp>>,
+    pub(crate) database: Shared<DatabaseState>,
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ fn hooks_that_are_missing_or_point_elsewhere_are_found() {
     std::fs::write(&settings, all.replacen('{', "{\"disableAllHooks\": true,", 1)).unwrap();
     assert_says(&stage, 0, "note", "none of them runs");
     std::fs::write(&settings, "{").unwrap();
-    assert_says(&stage, 78, "WRONG", "is no JSON");
+    assert_says(&stage, 78, "WRONG", "could not be read as JSON");
 }
 
 #[test]

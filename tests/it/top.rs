@@ -113,7 +113,7 @@ fn top_shows_what_goes_on_at_80_by_24_and_no_texts() {
     let screen = terminal.screen();
     assert!(!screen.contains("secret"), "{screen}");
     watcher.stop();
-    let screen = terminal.wait_for("NOT RUNNING");
+    let screen = terminal.wait_for("no watcher listens on");
     assert!(screen.contains("start it with") && screen.contains("scripts/run-watcher.sh"), "{screen}");
     assert!(screen.contains("what stands below is of "), "{screen}");
     let again = stage.start();

@@ -4,7 +4,7 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::connect::{ConnectSettings, connect_and_look, limited};
 use super::verdict::{no_answer, step_error};
-use crate::finding::Finding;
+use crate::finding::Finding::{self, Fine, Note, Wrong};
 use crate::sink::DeliverError;
 
 /// The oldest PostgreSQL that is tested.
@@ -79,54 +79,54 @@ pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverEr
 
 impl Inspection {
     /// What is to be said of it. `auto_migrate`: whether a start creates what is missing.
-    pub fn findings(&self, auto_migrate: bool) -> Vec<Finding> {
+    pub(crate) fn findings(&self, auto_migrate: bool) -> Vec<Finding> {
         let version = &self.version;
         let missing = self.missing.join(", ");
         let mut findings = vec![match (self.missing.is_empty(), auto_migrate) {
             (true, _) => match &self.unfit {
-                None => Finding::Fine(format!("PostgreSQL {version}, the tables are there")),
-                Some(problem) => Finding::Wrong(format!(
+                None => Fine(format!("PostgreSQL {version}, the tables are there")),
+                Some(problem) => Wrong(format!(
                     "PostgreSQL {version}; the tables are there, but no event can be stored in them: {}; correct the table, or set database.events_table to another name",
                     problem.trim_end_matches('.')
                 )),
             },
-            (false, _) if self.schema_missing => Finding::Wrong(format!(
+            (false, _) if self.schema_missing => Wrong(format!(
                 "PostgreSQL {version}; missing: {missing}, and so is the schema; CREATE SCHEMA, or correct database.events_table"
             )),
-            (false, true) if !self.may_create => Finding::Wrong(format!(
+            (false, true) if !self.may_create => Wrong(format!(
                 "PostgreSQL {version}; missing: {missing}, and this user may not create it; have somebody who may run the SQL that \"headspace-watcher migrate --print\" shows"
             )),
-            (false, true) => Finding::Fine(format!("PostgreSQL {version}; will be created at the start: {missing}")),
-            (false, false) => Finding::Wrong(format!(
+            (false, true) => Fine(format!("PostgreSQL {version}; will be created at the start: {missing}")),
+            (false, false) => Wrong(format!(
                 "PostgreSQL {version}; missing: {missing}; run \"headspace-watcher migrate\" or set database.auto_migrate"
             )),
         }];
         if self.version_number < POSTGRES_VERSION_MIN {
             let oldest = POSTGRES_VERSION_MIN / 10_000;
-            findings.push(Finding::Wrong(format!("PostgreSQL {version} is too old; {oldest} or later is needed")));
+            findings.push(Wrong(format!("PostgreSQL {version} is too old; {oldest} or later is needed")));
         }
         if !self.lacks.is_empty() {
             let lacks = self.lacks.join(", ");
-            findings.push(Finding::Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
+            findings.push(Wrong(format!("this user lacks {lacks}; GRANT it, or connect as another user")));
         }
         if !self.triggers.is_empty() {
             let triggers = self.triggers.join(", ");
-            findings.push(Finding::Note(format!(
+            findings.push(Note(format!(
                 "triggers run before a row is inserted: {triggers}; delivery stops at the first row that one of them drops"
             )));
         }
         if self.encoding != "UTF8" {
-            findings.push(Finding::Wrong(format!(
+            findings.push(Wrong(format!(
                 "the database has the encoding {}; delivery stops at the first text with other letters. Use a database that has UTF8",
                 self.encoding
             )));
         }
         if self.is_read_only {
             let way_out = "connect to the primary (target_session_attrs=read-write), or end the read-only mode";
-            findings.push(Finding::Wrong(format!("this server takes no writes; {way_out}")));
+            findings.push(Wrong(format!("this server takes no writes; {way_out}")));
         }
         if let Some(node) = &self.other_node {
-            findings.push(Finding::Note(format!(
+            findings.push(Note(format!(
                 "Citus keeps the events on {node}: connect to that node. Through this one delivery is slow, and commits are only as durable as that node's own synchronous_commit"
             )));
         }
@@ -162,9 +162,9 @@ mod tests {
         findings
             .into_iter()
             .filter_map(|finding| match finding {
-                Finding::Fine(_) => None,
-                Finding::Note(text) => Some(format!("note: {text}")),
-                Finding::Wrong(text) => Some(text),
+                Fine(_) => None,
+                Note(text) => Some(format!("note: {text}")),
+                Wrong(text) => Some(text),
             })
             .collect()
     }
