@@ -1,7 +1,7 @@
 //! `explain`: for each line of a transcript, whether it is a turn, or why not. Reads one file and nothing else.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -104,29 +104,15 @@ fn kind_of(path: &Path) -> TranscriptKind {
     kind.unwrap_or(TranscriptKind::Main { session: Uuid::nil() })
 }
 
-/// Reads the next line with its newline; of a line above `bytes_max` only the beginning is kept. Gives its length in
-/// the file.
+/// Reads the next line with its newline; of a line above `bytes_max` only the beginning is kept. Returns its length in the
+/// file; `None` at the end.
 fn next_line(file: &mut impl BufRead, bytes_max: u64, bytes: &mut Vec<u8>) -> io::Result<Option<u64>> {
     bytes.clear();
-    let mut length = 0;
-    loop {
-        let piece = file.fill_buf()?;
-        if piece.is_empty() {
-            return Ok((length > 0).then_some(length));
-        }
-        let end = memchr::memchr(b'\n', piece);
-        let piece = piece.get(..end.map_or(piece.len(), |end| end + 1)).unwrap_or_default();
-        let taken = piece.len();
-        // One more for the newline.
-        if bytes.len() as u64 + taken as u64 <= bytes_max + 1 && bytes.len() as u64 == length {
-            bytes.extend_from_slice(piece);
-        }
-        length += taken as u64;
-        file.consume(taken);
-        if end.is_some() {
-            return Ok(Some(length));
-        }
-    }
+    // One more for the newline.
+    let kept = file.take(bytes_max + 1).read_until(b'\n', bytes)? as u64;
+    let is_cut = kept > bytes_max && bytes.last() != Some(&b'\n');
+    let length = if is_cut { kept + file.skip_until(b'\n')? as u64 } else { kept };
+    Ok((length > 0).then_some(length))
 }
 
 fn unreadable(line: u64, offset: u64, message: String) -> Record {

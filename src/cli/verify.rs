@@ -170,7 +170,11 @@ fn write_missing(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
         writeln!(
             out,
             "  {}:{}  {}  {}  {}{sent}",
-            line.path, line.offset, line.event_type, line.event_id, line.described
+            line.path,
+            line.offset,
+            line.event_type,
+            line.event_id,
+            line.reason.described()
         )?;
     }
     if let Some(more) = missing.checked_sub(LISTED_MAX as u64).filter(|more| *more > 0) {

@@ -13,7 +13,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -117,19 +117,13 @@ impl IdempotencyKey {
     }
 }
 
-/// The keys that were used last, each with a hash of its request's body. Kept in memory: after a restart, or when
-/// [`KEYS_MAX`] others have been used since, a key that is used again with another body is not noticed. Its events have
-/// the identities of the first ones then and count as duplicates.
+/// The keys that were used last, each by its first event and with a hash of its request's body. Kept in memory: after a
+/// restart, or when [`KEYS_MAX`] others have been used since, a key that is used again with another body is not noticed. Its
+/// events have the identities of the first ones then and count as duplicates.
 #[derive(Default)]
 pub struct IdempotencyKeys {
-    used: Mutex<UsedKeys>,
-}
-
-#[derive(Default)]
-struct UsedKeys {
-    bodies: HashMap<EventId, u128>,
     /// In the order of their first use.
-    order: VecDeque<EventId>,
+    used: Mutex<VecDeque<(EventId, u128)>>,
 }
 
 impl IdempotencyKeys {
@@ -144,29 +138,28 @@ impl IdempotencyKeys {
         let is_new = self.claim(id, body)?;
         let accepted = accept();
         if is_new && accepted.is_err() {
-            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-            used.bodies.remove(&id);
-            used.order.retain(|other| *other != id);
+            self.lock().retain(|(used, _)| *used != id);
         }
         accepted
     }
 
     /// Whether the key is used for the first time.
     fn claim(&self, id: EventId, body: u128) -> Result<bool, RequestError> {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        match used.bodies.get(&id) {
-            Some(known) if *known != body => return Err(RequestError::KeyReused),
+        let mut used = self.lock();
+        match used.iter().find(|(used, _)| *used == id) {
+            Some((_, known)) if *known != body => return Err(RequestError::KeyReused),
             Some(_) => return Ok(false),
             None => {}
         }
-        if used.order.len() >= KEYS_MAX
-            && let Some(oldest) = used.order.pop_front()
-        {
-            used.bodies.remove(&oldest);
+        if used.len() >= KEYS_MAX {
+            used.pop_front();
         }
-        used.bodies.insert(id, body);
-        used.order.push_back(id);
+        used.push_back((id, body));
         Ok(true)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(EventId, u128)>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

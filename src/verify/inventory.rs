@@ -10,6 +10,7 @@ use crate::intake::transcripts::census::{Buffer, Census, Extent, MainTranscript,
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use crate::source::SourceError;
+use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
@@ -81,12 +82,15 @@ pub(super) enum Standing {
 }
 
 /// What Postgres has of an event that is missing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Absence {
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub(crate) enum Absence {
+    #[serde(rename = "no_receipt")]
     Receipt,
     /// The receipt leads nowhere.
+    #[serde(rename = "no_row")]
     Row,
     /// The receipt leads to the row of another event.
+    #[serde(rename = "other_row")]
     OtherRow,
 }
 
@@ -101,15 +105,7 @@ impl Standing {
 }
 
 impl Absence {
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Absence::Receipt => "no_receipt",
-            Absence::Row => "no_row",
-            Absence::OtherRow => "other_row",
-        }
-    }
-
-    pub(super) fn described(self) -> &'static str {
+    pub(crate) fn described(self) -> &'static str {
         match self {
             Absence::Receipt => "neither receipt nor row",
             Absence::Row => "its row is gone",
@@ -170,24 +166,16 @@ impl Inventory {
         self.occurrences.iter().any(|one| one.is_missing())
     }
 
-    /// Finds the place of each event.
-    pub(super) async fn place_all(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
-        self.place(auditor, waiting, |_| true).await
-    }
-
-    /// Looks again for what is missing.
-    pub(super) async fn place_missing(&mut self, auditor: &Auditor, waiting: &Waiting) -> Result<(), DeliverError> {
-        self.place(auditor, waiting, Occurrence::is_missing).await
-    }
-
-    async fn place(
+    /// Finds the place of each event; or, where they have one, of those that are missing.
+    pub(super) async fn place(
         &mut self,
         auditor: &Auditor,
         waiting: &Waiting,
-        wants: impl Fn(&Occurrence) -> bool,
+        only_missing: bool,
     ) -> Result<(), DeliverError> {
         let bar = progress("asking Postgres", self.occurrences.len() as u64, "{pos}/{len}");
-        let mut groups = groups(&mut self.occurrences).filter(|group| group.first().is_some_and(&wants));
+        let is_wanted = |one: &Occurrence| !only_missing || one.is_missing();
+        let mut groups = groups(&mut self.occurrences).filter(|group| group.first().is_some_and(is_wanted));
         loop {
             let asked: Vec<&mut [Occurrence]> = groups.by_ref().take(ASKED_MAX).collect();
             if asked.is_empty() {

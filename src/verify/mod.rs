@@ -15,7 +15,7 @@
 //!
 //! # Memory
 //!
-//! 32 bytes for each turn on disk, 16 for each pending event, and one page of whatever is read.
+//! 32 bytes for each turn on disk, some 30 for each pending event, and one page of whatever is read.
 
 mod inventory;
 mod repair;
@@ -116,13 +116,13 @@ pub(crate) async fn verify(
 async fn look(config: &Config, database: &ConnectSettings, inventory: &mut Inventory) -> Result<Auditor, VerifyError> {
     let waiting = waiting::waiting(config, &inventory.files).await?;
     let auditor = Auditor::connect(database).await?;
-    inventory.place_all(&auditor, &waiting).await?;
+    inventory.place(&auditor, &waiting, false).await?;
     for _ in 0..CONFIRMATIONS {
         if !inventory.is_anything_missing() {
             break;
         }
         let waiting = waiting::waiting(config, &inventory.files).await?;
-        inventory.place_missing(&auditor, &waiting).await?;
+        inventory.place(&auditor, &waiting, true).await?;
     }
     if inventory.is_anything_missing() {
         inventory.find_without_receipt(&auditor).await?;

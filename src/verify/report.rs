@@ -3,7 +3,7 @@
 use jiff::SignedDuration;
 use serde::{Serialize, Serializer};
 
-use super::inventory::{Inventory, Occurrence, Standing};
+use super::inventory::{Absence, Inventory, Occurrence, Standing};
 use crate::event::Timestamp;
 use crate::intake::transcripts::census::NoTurns;
 
@@ -91,11 +91,7 @@ pub(crate) struct MissingLine {
     pub(crate) event_type: &'static str,
     pub(crate) event_id: String,
     session_uuid: Option<String>,
-    /// no_receipt, no_row or other_row.
-    reason: &'static str,
-    /// The reason in words.
-    #[serde(skip)]
-    pub(crate) described: &'static str,
+    pub(crate) reason: Absence,
     pub(crate) sent_again: bool,
 }
 
@@ -111,7 +107,6 @@ impl Serialize for Missing<'_> {
 impl Missing<'_> {
     pub(crate) fn lines(&self) -> impl Iterator<Item = MissingLine> {
         missing(self.0).filter_map(|one| {
-            let absence = one.standing.absence()?;
             let main = &self.0.transcripts.get(one.file as usize)?.main;
             Some(MissingLine {
                 path: main.path.to_string_lossy().into_owned(),
@@ -119,8 +114,7 @@ impl Missing<'_> {
                 event_type: one.event_type(),
                 event_id: one.id.to_string(),
                 session_uuid: main.path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned),
-                reason: absence.as_str(),
-                described: absence.described(),
+                reason: one.standing.absence()?,
                 sent_again: matches!(one.standing, Standing::SentAgain(_)),
             })
         })

@@ -32,21 +32,21 @@ pub(super) type Files = HashMap<String, u32>;
 /// What is in the spool, in the queue or among the dead letters.
 #[derive(Default)]
 pub(super) struct Waiting {
-    /// In the spool or in the queue; sorted.
-    pending: Vec<Uuid>,
-    /// Events among the dead letters; sorted.
-    dead: Vec<Uuid>,
+    /// In the spool or in the queue.
+    pending: HashSet<Uuid>,
+    /// Events among the dead letters.
+    dead: HashSet<Uuid>,
     /// What was rejected has no identity any more: transcript, offset, and whether it is a registration.
     rejected: HashSet<(u32, u64, bool)>,
 }
 
 impl Waiting {
     pub(super) fn is_pending(&self, id: &Uuid) -> bool {
-        self.pending.binary_search(id).is_ok()
+        self.pending.contains(id)
     }
 
     pub(super) fn is_dead(&self, id: &Uuid) -> bool {
-        self.dead.binary_search(id).is_ok()
+        self.dead.contains(id)
     }
 
     pub(super) fn is_rejected(&self, file: u32, offset: u64, is_registration: bool) -> bool {
@@ -73,14 +73,13 @@ pub(super) async fn cursors(config: &Config) -> Result<Cursors, SourceError> {
 /// is found, also when it is dead-lettered or put back in between. What has left them all is in Postgres by now.
 pub(super) async fn waiting(config: &Config, files: &Files) -> Result<Waiting, VerifyError> {
     let all = Filter::default();
-    let mut waiting = Waiting::default();
-    let mut pending = spooled(config)?;
+    let mut waiting = Waiting { pending: spooled(config)?, ..Waiting::default() };
     let pending_id = |line: &[u8]| serde_json::from_slice::<EventLine<'_>>(line).ok().and_then(|line| line.event_id);
-    read(config, Part::Records(Listing::Pending, &all), |line| pending.extend(pending_id(line))).await?;
+    read(config, Part::Records(Listing::Pending, &all), |line| waiting.pending.extend(pending_id(line))).await?;
     read(config, Part::Records(Listing::DeadLetters, &all), |line| {
         let Ok(line) = serde_json::from_slice::<EventLine<'_>>(line) else { return };
         if let Some(id) = line.event_id {
-            waiting.dead.push(id);
+            waiting.dead.insert(id);
         } else if let (Some(event_type), Some(path), Some(offset)) =
             (line.event_type, line.origin.path, line.origin.offset)
             && let Some(file) = files.get(&*path)
@@ -91,11 +90,8 @@ pub(super) async fn waiting(config: &Config, files: &Files) -> Result<Waiting, V
     })
     .await?;
     if !waiting.dead.is_empty() {
-        read(config, Part::Records(Listing::Pending, &all), |line| pending.extend(pending_id(line))).await?;
+        read(config, Part::Records(Listing::Pending, &all), |line| waiting.pending.extend(pending_id(line))).await?;
     }
-    waiting.pending = pending.into_iter().collect();
-    waiting.pending.sort_unstable();
-    waiting.dead.sort_unstable();
     Ok(waiting)
 }
 
