@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use tokio_postgres::config::TargetSessionAttrs;
 
 use super::DatabaseConfig;
 use super::environment::Environment;
@@ -261,39 +262,32 @@ impl Settings<'_> {
         };
         let ssl = self.ssl()?;
 
-        let mut words = String::new();
-        let mut add = |name: &str, value: &str| {
-            let value = value.replace('\\', "\\\\").replace('\'', "\\'");
-            words.push_str(&format!("{name}='{value}' "));
-        };
-        for name in ["options", "sslnegotiation", "channel_binding", "keepalives"] {
-            if let Some(value) = self.get(name) {
-                add(name, value);
-            }
-        }
-        // A dead peer must be noticed in seconds.
-        for (name, of_client, default) in [
-            ("keepalives_idle", "keepalives_idle", 10),
-            ("keepalives_interval", "keepalives_interval", 3),
-            ("keepalives_count", "keepalives_retries", 3),
-        ] {
-            add(of_client, &self.positive(name).unwrap_or(default).to_string());
-        }
-        if self.get("target_session_attrs").is_some_and(|wanted| wanted != "any") {
-            add("target_session_attrs", "read-write");
-        }
+        let words = ["sslnegotiation", "channel_binding", "keepalives"];
+        let words: String = words.iter().filter_map(|name| Some(format!("{name}={} ", self.get(name)?))).collect();
         let mut client: tokio_postgres::Config = words.parse().map_err(|error| format!("{error}"))?;
         let application_name = self.get("application_name").or(self.get("fallback_application_name"));
         client.user(user).dbname(dbname).application_name(application_name.unwrap_or(env!("CARGO_PKG_NAME")));
         if let Some(password) = password {
             client.password(password);
         }
+        if let Some(options) = self.get("options") {
+            client.options(options);
+        }
+        if self.get("target_session_attrs").is_some_and(|wanted| wanted != "any") {
+            client.target_session_attrs(TargetSessionAttrs::ReadWrite);
+        }
         let connect_timeout = match self.positive("connect_timeout") {
             Some(seconds) => Duration::from_secs(seconds).min(CONNECT_TIMEOUT_MAX),
             None => connect_timeout,
         };
-        client.connect_timeout(connect_timeout);
-        client.tcp_user_timeout(Duration::from_millis(self.positive("tcp_user_timeout").unwrap_or(10_000)));
+        // A dead peer must be noticed in seconds.
+        let positive = |name, default| self.positive(name).unwrap_or(default);
+        client
+            .connect_timeout(connect_timeout)
+            .keepalives_idle(Duration::from_secs(positive("keepalives_idle", 10)))
+            .keepalives_interval(Duration::from_secs(positive("keepalives_interval", 3)))
+            .keepalives_retries(u32::try_from(positive("keepalives_count", 3)).unwrap_or(3))
+            .tcp_user_timeout(Duration::from_millis(positive("tcp_user_timeout", 10_000)));
         let described = describe(&hosts, user, dbname);
         Ok(DatabaseTarget { client, hosts, user: user.to_owned(), ssl, connect_timeout, described, warnings })
     }
@@ -390,10 +384,10 @@ impl Settings<'_> {
                 let key = key.ok_or("sslkey: expected the key of sslcert, found none")?;
                 Some(ClientCertificate { cert, key })
             }
-            None => own("postgresql.crt")
-                .zip(key)
-                .filter(|(cert, key)| cert.is_file() && key.is_file())
-                .map(|(cert, key)| ClientCertificate { cert, key }),
+            None => {
+                let files = own("postgresql.crt").zip(key).filter(|(cert, key)| cert.is_file() && key.is_file());
+                files.map(|(cert, key)| ClientCertificate { cert, key })
+            }
         };
         let mode = if given == SslMode::Require && root_cert.is_some() { SslMode::VerifyCa } else { given };
         Ok(Ssl { mode, root_cert, client })
@@ -446,44 +440,37 @@ fn local_host<'f>(port: u16, folders: impl IntoIterator<Item = &'f Path> + Clone
 /// Lines of `host:port:database:user:password`, `*` for any, `\` before `:` and `\`. The first line that fits decides.
 fn password_for(file: &[u8], host: &DatabaseHost, dbname: &str, user: &str) -> Option<String> {
     let (names, port) = match host {
-        DatabaseHost::Tcp { name, port, .. } => ([name.clone(), name.clone()], port),
-        DatabaseHost::Unix { folder, port } => ([folder.display().to_string(), "localhost".to_owned()], port),
-    };
-    let port = port.to_string();
-    let lines = file.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
-    for line in lines.map(|line| line.trim_end_matches('\r')).filter(|line| !line.starts_with('#')) {
-        let Some(([line_host, line_port, line_dbname, line_user], password)) = fields(line) else { continue };
-        let fits = |field: &Option<String>, wanted: &str| field.as_ref().is_none_or(|field| field == wanted);
-        if names.iter().any(|name| fits(&line_host, name))
-            && fits(&line_port, &port)
-            && fits(&line_dbname, dbname)
-            && fits(&line_user, user)
-        {
-            return Some(password).filter(|password| !password.is_empty());
+        DatabaseHost::Tcp { name, port, .. } => (vec![name.clone()], port.to_string()),
+        DatabaseHost::Unix { folder, port } => {
+            (vec![folder.display().to_string(), "localhost".to_owned()], port.to_string())
         }
-    }
-    None
+    };
+    let password = |line: &str| {
+        let rest = names.iter().find_map(|name| after_field(line, name))?;
+        let rest = after_field(rest, &port).and_then(|rest| after_field(rest, dbname))?;
+        after_field(rest, user).map(unescape)
+    };
+    let lines = file.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
+    let mut lines = lines.map(|line| line.trim_end_matches('\r')).filter(|line| !line.starts_with('#'));
+    lines.find_map(password).filter(|password| !password.is_empty())
 }
 
-/// A field of a password file; `None` stands for `*`.
-type Field = Option<String>;
-
-/// The fields of a line of a password file.
-fn fields(line: &str) -> Option<([Field; 4], String)> {
-    let mut rest = line;
-    let mut field = || {
-        let mut escaped = false;
-        let end = rest.find(|c| {
-            let ends = c == ':' && !escaped;
-            escaped = c == '\\' && !escaped;
-            ends
-        })?;
-        let (field, after) = rest.split_at(end);
-        rest = after.strip_prefix(':')?;
-        Some(if field == "*" { None } else { Some(unescape(field)) })
-    };
-    let names = [field()?, field()?, field()?, field()?];
-    Some((names, unescape(rest)))
+/// What follows the first field of `line`, where that is `*` or `wanted`.
+fn after_field<'l>(line: &'l str, wanted: &str) -> Option<&'l str> {
+    if let Some(rest) = line.strip_prefix("*:") {
+        return Some(rest);
+    }
+    let (mut field, mut wanted) = (line.chars(), wanted.chars());
+    loop {
+        let c = match field.next()? {
+            ':' => return wanted.next().is_none().then_some(field.as_str()),
+            '\\' => field.next()?,
+            c => c,
+        };
+        if wanted.next() != Some(c) {
+            return None;
+        }
+    }
 }
 
 /// `text` with each `\` gone and what follows it kept.

@@ -23,7 +23,6 @@ const VARIABLE_PREFIX: &str = "HEADSPACE_";
 /// Values of these are never shown.
 const SECRETS: [&str; 2] = ["database.url", "http.token"];
 
-const PATHS: [&str; 5] = [PROJECTS, "queue.path", "queue.spool_path", "http.socket", "schemas.path"];
 const PROJECTS: &str = "claude.projects_path";
 
 /// Keys of Claude Headspace's own in sections that both programs have.
@@ -76,7 +75,7 @@ fn read_tree(path: &Path) -> Result<Option<Node>, String> {
         format!(":{line}: expected UTF-8 text, found other bytes; save the file as UTF-8")
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    yaml::parse(text).map_err(|error| format!(":{}:{}: {}", error.line, error.column, error.message))
+    yaml::parse(text).map_err(|error| format!(":{error}"))
 }
 
 /// A key with its value: a text, null, or a list.
@@ -225,8 +224,6 @@ impl Loader<'_> {
             let Some((section, name)) = rest.split_once("__") else { continue };
             let location = format!("environment {variable}");
             let Some(path) = self.keys.keys().find(|path| variable_of(path) == variable).cloned() else {
-                let names = (is_name(section) && is_name(name)).then_some((section, name));
-                let (section, name) = names.unwrap_or_default();
                 let hint = suggest_key(&self.keys, &section.to_lowercase(), name, variable_of);
                 self.issues.push(format!("{location}: no key has this variable; {hint}"));
                 continue;
@@ -257,16 +254,18 @@ impl Loader<'_> {
 
     /// Says why a key does not accept a value.
     fn accepts(&self, path: &str, value: &Value) -> Result<(), String> {
-        self.config(|other, key| if other == path { value.clone() } else { key.default.clone() })
-            .map_err(|expected| format!("expected {expected}, found {}", describe(value, SECRETS.contains(&path))))?;
-        match value {
-            Value::String(text) if path == "database.url" => database::parse(text).map(drop),
-            Value::String(text) if PATHS.contains(&path) => self.locate(Path::new(text)).map(drop),
-            Value::Array(items) if path == PROJECTS => {
-                items.iter().filter_map(Value::as_str).try_for_each(|text| self.locate(Path::new(text)).map(drop))
-            }
-            _ => Ok(()),
+        // Hooks load a copy of the documented file each time: defaults need no trial.
+        if self.keys.get(path).is_some_and(|key| key.default == *value) {
+            return Ok(());
         }
+        let mut config = self
+            .config(|other, key| if other == path { value.clone() } else { key.default.clone() })
+            .map_err(|expected| format!("expected {expected}, found {}", describe(value, SECRETS.contains(&path))))?;
+        if let Some(url) = &config.database.url {
+            database::parse(url.text.reveal())?;
+        }
+        let mut own = paths(&mut config).into_iter().filter(|(key, _)| *key == path);
+        own.try_for_each(|(_, located)| self.locate(located).map(drop))
     }
 
     /// The absolute path that a value means.
@@ -292,14 +291,7 @@ impl Loader<'_> {
         }
         let values = self.keys.iter().map(|(path, key)| (path.clone(), Secret::new(shown(&key.value))));
         let mut values: BTreeMap<String, Secret> = values.collect();
-        let mut paths = vec![
-            ("queue.path", &mut config.queue.path),
-            ("queue.spool_path", &mut config.queue.spool_path),
-            ("http.socket", &mut config.http.socket),
-        ];
-        paths.extend(config.schemas.path.iter_mut().map(|path| ("schemas.path", path)));
-        paths.extend(config.claude.projects_paths.iter_mut().map(|path| (PROJECTS, path)));
-        for (key, path) in paths {
+        for (key, path) in paths(&mut config) {
             match self.locate(path) {
                 Ok(located) => *path = located,
                 // Only a default can have no path: there is no home.
@@ -377,6 +369,18 @@ impl Loader<'_> {
         let location = location.cloned().unwrap_or_else(|| format!("built-in default: {first}"));
         self.issues.push(format!("{location}: {message}"));
     }
+}
+
+/// Every path of the configuration with its key.
+fn paths(config: &mut Config) -> Vec<(&'static str, &mut PathBuf)> {
+    let mut paths = vec![
+        ("queue.path", &mut config.queue.path),
+        ("queue.spool_path", &mut config.queue.spool_path),
+        ("http.socket", &mut config.http.socket),
+    ];
+    paths.extend(config.schemas.path.iter_mut().map(|path| ("schemas.path", path)));
+    paths.extend(config.claude.projects_paths.iter_mut().map(|path| (PROJECTS, path)));
+    paths
 }
 
 fn section_of(path: &str) -> &str {

@@ -56,58 +56,31 @@ fn refuses(text: &str, expected: &[&str]) {
 /// Asserts that a variable is refused with exactly this line.
 #[track_caller]
 fn refuses_variable(name: &str, value: &str, expected: &str) {
-    assert_eq!(Desk::new().set(name, value).errors(), [expected]);
+    assert_eq!(Desk::new().set(name, value).errors(), [format!("environment {name}: {expected}")]);
+}
+
+/// Asserts what is said of files. Each line of `cases` is a file, with `|` between its lines, and after `=>` the issues,
+/// with ` && ` between them and `config.yaml:` left out.
+#[track_caller]
+fn refuses_each(cases: &str) {
+    for case in cases.trim().lines() {
+        let (file, issues) = case.trim().split_once(" => ").expect(case);
+        let expected: Vec<String> = issues.split(" && ").map(|issue| format!("config.yaml:{issue}")).collect();
+        assert_eq!(Desk::with(format!("{}\n", file.replace('|', "\n"))).errors(), expected, "{case}");
+    }
 }
 
 #[test]
-fn without_a_file_the_defaults_of_the_contract_serve() {
+fn without_a_file_the_defaults_serve() {
     let desk = Desk::new();
     let loaded = desk.load().unwrap();
-    assert_eq!(loaded.file, None);
-    assert!(loaded.variables.is_empty());
-    let expected = Config {
-        claude: ClaudeConfig { projects_paths: vec!["/home/ada/.claude/projects".into()] },
-        file_watcher: FileWatcherConfig {
-            polling_interval: Duration::from_secs(2),
-            inactivity_timeout: Duration::from_secs(5400),
-            debounce_interval: Duration::ZERO,
-            max_line_bytes: 67_108_864,
-        },
-        event_system: EventSystemConfig {
-            write_retry_attempts: 3,
-            write_retry_delay: Duration::from_millis(100),
-            write_retry_max_delay: Duration::from_millis(2000),
-            max_restarts_per_minute: 5,
-            shutdown_timeout: Duration::from_secs(2),
-            max_event_bytes: 16_777_216,
-        },
-        database: DatabaseConfig {
-            url: None,
-            pool_size: 2,
-            connect_timeout: Duration::from_millis(1000),
-            statement_timeout: Duration::from_millis(5000),
-            events_table: TableName { schema: None, table: "events".to_owned() },
-            ledger_schema: "headspace_watcher".to_owned(),
-            auto_migrate: true,
-            notify_channel: None,
-            host_name: None,
-        },
-        queue: QueueConfig {
-            path: desk.path("data/queue"),
-            spool_path: desk.path("data/spool"),
-            max_pending_bytes: 4_294_967_296,
-            drain_window: 256,
-        },
-        http: HttpConfig {
-            listen: Some("127.0.0.1:5056".parse().unwrap()),
-            socket: desk.path("data/watcher.sock"),
-            token: None,
-        },
-        schemas: SchemasConfig { path: None },
-        hooks: HooksConfig { capture: HookCapture::Summary },
-        redact: RedactConfig { enabled: false, patterns: Vec::new() },
-    };
-    assert_eq!(loaded.config, expected);
+    assert!(loaded.file.is_none() && loaded.variables.is_empty() && loaded.unused.is_empty());
+    let Config { claude, event_system, database, queue, http, .. } = loaded.config;
+    assert_eq!(claude.projects_paths, [Path::new("/home/ada/.claude/projects")]);
+    assert_eq!((event_system.write_retry_attempts, event_system.shutdown_timeout), (3, Duration::from_secs(2)));
+    assert_eq!((database.url, database.events_table.quoted()), (None, r#""events""#.to_owned()));
+    assert_eq!((queue.path, queue.spool_path), (desk.path("data/queue"), desk.path("data/spool")));
+    assert_eq!((http.listen, http.socket), (Some("127.0.0.1:5056".parse().unwrap()), desk.path("data/watcher.sock")));
 }
 
 /// A key as config.yaml documents it: `section.key`, its default, and the line above it.
@@ -154,11 +127,10 @@ fn the_shipped_file_says_the_range_that_is_enforced_above_each_key() {
     }
 }
 
-/// Loads with nothing but the key `path` set, to `value`; what is said of that value.
-fn tried(path: &str, value: &str) -> Vec<String> {
+/// Loads with nothing but the key `path` set, to `value`, in the file and perhaps by its variable; what is said of it.
+fn tried(path: &str, value: &str, by_variable: bool) -> Vec<String> {
     let (section, name) = path.split_once('.').unwrap();
     let file = Desk::with(format!("{section}:\n  {name}: {value}\n")).load();
-    let by_variable = Desk::new().set(&variable(path), value).load();
     let own = |loaded: Result<Loaded, ConfigError>, prefix: &str| -> Vec<String> {
         let error = loaded.err().map(|error| error.to_string()).unwrap_or_default();
         // Other keys may have something to say about a value at the end of its range.
@@ -166,8 +138,10 @@ fn tried(path: &str, value: &str) -> Vec<String> {
         own.map(|line| line.strip_prefix(prefix).expect(line).to_owned()).collect()
     };
     let file = own(file, &format!("config.yaml:2: {path}: "));
-    let by_variable = own(by_variable, &format!("environment {}: ", variable(path)));
-    assert_eq!(file, by_variable, "{path} {value}: file and environment differ");
+    if by_variable {
+        let loaded = Desk::new().set(&variable(path), value).load();
+        assert_eq!(file, own(loaded, &format!("environment {}: ", variable(path))), "{path} {value}");
+    }
     file
 }
 
@@ -178,11 +152,11 @@ fn ranges_hold_at_both_ends_in_file_and_environment() {
         let Some((kind, range)) = line.split_once(" from ") else { continue };
         let (min, max) = range.split_once(". Default").unwrap().0.split_once(" to ").unwrap();
         tried_keys += 1;
-        assert_eq!((tried(&path, min), tried(&path, max)), (vec![], vec![]), "{path}");
+        assert_eq!((tried(&path, min, true), tried(&path, max, true)), (vec![], vec![]), "{path}");
         let step = if kind.contains("whole") { 1.0 } else { 0.01 };
         for wrong in [min.parse::<f64>().unwrap() - step, max.parse::<f64>().unwrap() + step] {
             let expected = line.trim_start_matches("  # A ").split_once(". Default").unwrap().0;
-            assert_eq!(tried(&path, &wrong.to_string()), [format!("expected a {expected}, found {wrong}")]);
+            assert_eq!(tried(&path, &wrong.to_string(), true), [format!("expected a {expected}, found {wrong}")]);
         }
     }
     assert_eq!(tried_keys, 15);
@@ -300,46 +274,33 @@ fn bytes_that_are_no_utf8_are_found_by_line() {
 #[test]
 fn syntax_errors_name_line_and_column() {
     refuses("queue:\n\tpath: x\n", &["config.yaml:2:1: a tab indents this line; YAML wants spaces"]);
-    refuses("a: 1\n---\nb: 1\n", &["config.yaml:2:1: a second document starts here; expected only one"]);
     let unclosed = Desk::with("queue:\n  path: \"x\n").errors();
     assert!(unclosed.len() == 1 && unclosed[0].starts_with("config.yaml:"), "{unclosed:?}");
 }
 
 #[test]
 fn an_unknown_key_names_the_nearest() {
-    refuses(
-        "\n\n\n\n\nfile_watcher:\n  polling_intervall: 2\n",
-        &["config.yaml:7: file_watcher.polling_intervall: unknown key; did you mean \"polling_interval\"?"],
-    );
-    refuses(
-        "event_system:\n  write_retry_delay: 1\n",
-        &["config.yaml:2: event_system.write_retry_delay: unknown key; did you mean \"write_retry_delay_ms\"?"],
-    );
-    refuses("queue:\n  Path: x\n", &["config.yaml:2: queue.Path: unknown key; did you mean \"path\"?"]);
-}
-
-#[test]
-fn an_unknown_key_of_another_section_names_that_section() {
-    refuses(
-        "queue:\n  pool_size: 2\n",
-        &["config.yaml:2: queue.pool_size: unknown key; did you mean \"database.pool_size\"?"],
+    refuses_each(
+        r#"
+        |||file_watcher:|  polling_intervall: 2 => 5: file_watcher.polling_intervall: unknown key; did you mean "polling_interval"?
+        event_system:|  write_retry_delay: 1 => 2: event_system.write_retry_delay: unknown key; did you mean "write_retry_delay_ms"?
+        queue:|  Path: x => 2: queue.Path: unknown key; did you mean "path"?
+        queue:|  pool_size: 2 => 2: queue.pool_size: unknown key; did you mean "database.pool_size"?
+        http:|  xyzzy: 2 => 2: http.xyzzy: unknown key; there are listen, socket, token
+        "#,
     );
 }
 
 #[test]
-fn an_unknown_key_like_no_other_is_told_which_there_are() {
-    refuses("http:\n  xyzzy: 2\n", &["config.yaml:2: http.xyzzy: unknown key; there are listen, socket, token"]);
-}
-
-#[test]
-fn an_unknown_section_names_the_nearest() {
-    refuses("que:\n  path: x\n", &["config.yaml:1: que: unknown section; did you mean \"queue\"?"]);
-    refuses("databse:\n  url: x\n", &["config.yaml:1: databse: unknown section; did you mean \"database\"?"]);
-    refuses(
-        "pool_size: 3\n",
-        &["config.yaml:1: pool_size: unknown section; did you mean pool_size below \"database:\"?"],
+fn a_misspelt_section_names_the_nearest() {
+    refuses_each(
+        r#"
+        que:|  path: x => 1: que: unknown section; did you mean "queue"?
+        databse:|  url: x => 1: databse: unknown section; did you mean "database"?
+        pool_size: 3 => 1: pool_size: unknown section; did you mean pool_size below "database:"?
+        queue.path: x => 1: queue.path: unknown section; did you mean path below "queue:"?
+        "#,
     );
-    refuses("queue.path: x\n", &["config.yaml:1: queue.path: unknown section; did you mean path below \"queue:\"?"]);
 }
 
 #[test]
@@ -362,120 +323,67 @@ fn sections_and_keys_of_claude_headspace_are_accepted_and_named() {
 
 #[test]
 fn keys_and_sections_stand_once() {
-    refuses(
-        "queue:\n  path: a\n  drain_window: 1\n  path: b\n",
-        &["config.yaml:4: queue.path: expected once, found it again: it is already on line 2"],
-    );
-    refuses(
-        "queue:\n  path: a\nhttp:\nqueue:\n  path: b\n",
-        &[
-            "config.yaml:4: queue: expected once, found it again: it is already on line 1",
-            "config.yaml:5: queue.path: expected once, found it again: it is already on line 2",
-        ],
+    refuses_each(
+        r#"
+        queue:|  path: a|  drain_window: 1|  path: b => 4: queue.path: expected once, found it again: it is already on line 2
+        queue:|  path: a|http:|queue:|  path: b => 4: queue: expected once, found it again: it is already on line 1 && 5: queue.path: expected once, found it again: it is already on line 2
+        "#,
     );
 }
 
 #[test]
 fn what_is_no_mapping_is_named() {
-    refuses("- a\n", &["config.yaml:1: expected sections such as \"queue:\", found a list"]);
-    let text = "a single text (is there a space after the colon?)";
-    refuses("queue\n", &[&format!("config.yaml:1: expected sections such as \"queue:\", found {text}")]);
-    refuses("queue: 3\n", &[&format!("config.yaml:1: queue: expected keys with values below it, found {text}")]);
-    refuses("queue:\n  - a\n", &["config.yaml:2: queue: expected keys with values below it, found a list"]);
-    refuses(
-        "[a]: 1\nqueue:\n  {b: 1}: 2\n",
-        &[
-            "config.yaml:1: expected a name made of letters, digits and _, then a colon and a space",
-            "config.yaml:3: queue: expected a name made of letters, digits and _, then a colon and a space",
-        ],
+    refuses_each(
+        r#"
+        - a => 1: expected sections such as "queue:", found a list
+        queue => 1: expected sections such as "queue:", found a single text (is there a space after the colon?)
+        queue: 3 => 1: queue: expected keys with values below it, found a single text (is there a space after the colon?)
+        queue:|  - a => 2: queue: expected keys with values below it, found a list
+        [a]: 1|queue:|  {b: 1}: 2 => 1: expected a name made of letters, digits and _, then a colon and a space && 3: queue: expected a name made of letters, digits and _, then a colon and a space
+        "#,
     );
 }
 
 #[test]
-fn wrong_types_say_what_was_expected_and_found() {
-    refuses(
-        "database:\n  pool_size: many\n",
-        &["config.yaml:2: database.pool_size: expected a whole number from 1 to 64, found \"many\""],
-    );
-    let size =
-        |found: &str| format!("config.yaml:2: database.pool_size: expected a whole number from 1 to 64, found {found}");
-    for (value, found) in [
-        ("", "nothing"),
-        ("null", "nothing"),
-        ("~", "nothing"),
-        ("0", "0"),
-        ("65", "65"),
-        ("-1", "-1"),
-        ("2.0", "2.0"),
-        ("0x10", "\"0x10\""),
-        ("1e1", "1e1"),
-        ("99999999999999999999", "99999999999999999999"),
-        ("true", "\"true\""),
-        ("[1]", "a list of length 1"),
-        ("\n    - 1", "a list of length 1"),
-        ("{a: 1}", "a section"),
-        ("\"a\\nb\"", "\"a\\nb\""),
-        ("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "a text of 70 characters"),
-    ] {
-        refuses(&format!("database:\n  pool_size: {value}\n"), &[&size(found)]);
-    }
-    let seconds = "config.yaml:2: file_watcher.polling_interval: expected a number of seconds from 0.05 to 3600, found";
-    for (value, found) in
-        [("2s", "\"2s\""), ("-2", "-2"), (".inf", "\".inf\""), ("inf", "\"inf\""), (".nan", "\".nan\""), ("1e2", "1e2")]
-    {
-        refuses(&format!("file_watcher:\n  polling_interval: {value}\n"), &[&format!("{seconds} {found}")]);
-    }
-    for value in ["yes", "1", "on"] {
-        let errors = Desk::with(format!("redact:\n  enabled: {value}\n")).errors();
-        assert!(errors[0].starts_with("config.yaml:2: redact.enabled: expected true or false, found "), "{errors:?}");
-    }
-    for (text, line) in [
-        ("queue:\n  path:\n", "config.yaml:2: queue.path: expected a path, found nothing"),
-        ("queue:\n  path: ''\n", "config.yaml:2: queue.path: expected a path, found \"\""),
-        ("queue:\n  path: [a]\n", "config.yaml:2: queue.path: expected a path, found a list of length 1"),
-        ("schemas:\n  path: [a]\n", "config.yaml:2: schemas.path: expected a path, or null, found a list of length 1"),
-        ("hooks:\n  capture: all\n", "config.yaml:2: hooks.capture: expected summary or full, found \"all\""),
+fn wrong_values_say_what_was_expected_and_found() {
+    for (key, expected, found) in [
         (
-            "http:\n  listen: 5056\n",
-            "config.yaml:2: http.listen: expected an address with a port, like 127.0.0.1:5056, or null, found 5056",
+            "database.pool_size",
+            "a whole number from 1 to 64",
+            r#" => nothing;null => nothing;~ => nothing;0 => 0;65 => 65;-1 => -1;2.0 => 2.0;0x10 => "0x10";1e1 => 1e1;
+            99999999999999999999 => 99999999999999999999;true => "true";[1] => a list of length 1;{a: 1} => a section;
+            "a\nb" => "a\nb";xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx => a text of 70 characters"#,
         ),
         (
-            "database:\n  events_table: a.b.c\n",
-            "config.yaml:2: database.events_table: expected a name of a table, or schema.table, each of 1 to 63 bytes, \
-             found \"a.b.c\"",
+            "file_watcher.polling_interval",
+            "a number of seconds from 0.05 to 3600",
+            r#"2s => "2s";-2 => -2;.inf => ".inf";inf => "inf";.nan => ".nan";1e2 => 1e2"#,
         ),
+        ("redact.enabled", "true or false", r#"yes => "yes";1 => 1;on => "on""#),
+        ("queue.path", "a path", r#" => nothing;'' => "";[a] => a list of length 1"#),
+        ("schemas.path", "a path, or null", "[a] => a list of length 1"),
+        ("hooks.capture", "summary or full", r#"all => "all""#),
+        ("http.listen", "an address with a port, like 127.0.0.1:5056, or null", "5056 => 5056"),
         (
-            "database:\n  events_table: null\n",
-            "config.yaml:2: database.events_table: expected a name of a table, or schema.table, each of 1 to 63 bytes, \
-             found nothing",
+            "database.events_table",
+            "a name of a table, or schema.table, each of 1 to 63 bytes",
+            r#"a.b.c => "a.b.c";null => nothing"#,
         ),
+        ("database.notify_channel", "a name of 1 to 63 bytes, or null", r#"'' => """#),
+        ("database.host_name", "a name of 1 to 253 bytes, or null", r#"'' => """#),
         (
-            "database:\n  notify_channel: ''\n",
-            "config.yaml:2: database.notify_channel: expected a name of 1 to 63 bytes, or null, found \
-             \"\"",
-        ),
-        (
-            "database:\n  host_name: ''\n",
-            "config.yaml:2: database.host_name: expected a name of 1 to 253 bytes, or null, found \"\"",
-        ),
-        (
-            "redact:\n  patterns: a\n",
-            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, found \"a\"",
-        ),
-        (
-            "redact:\n  patterns:\n    - a\n    - [b]\n",
-            "config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, \
-             found a list whose entry 2 is no text",
+            "redact.patterns",
+            "a list of at most 100 texts of 1 to 1000 characters",
+            r#"a => "a";[a, [b]] => a list whose entry 2 is no text"#,
         ),
     ] {
-        refuses(text, &[line]);
+        for case in found.split(';') {
+            let (value, found) = case.trim_start_matches(['\n', ' ']).split_once("=> ").unwrap();
+            assert_eq!(tried(key, value.trim_end(), false), [format!("expected {expected}, found {found}")], "{case}");
+        }
     }
-    let many = format!("redact:\n  patterns: [{}]\n", vec!["a"; 101].join(","));
-    refuses(
-        &many,
-        &["config.yaml:2: redact.patterns: expected a list of at most 100 texts of 1 to 1000 characters, \
-             found a list of length 101"],
-    );
+    let many = tried("redact.patterns", &format!("[{}]", vec!["a"; 101].join(",")), true);
+    assert!(many[0].ends_with("found a list of length 101"), "{many:?}");
 }
 
 #[test]
@@ -521,12 +429,8 @@ fn an_empty_variable_is_null_where_null_may_be() {
     let config = desk.config();
     assert_eq!((config.database.url, config.database.notify_channel), (None, None));
     assert_eq!((config.http.listen, config.http.token, config.schemas.path), (None, None, None));
-    refuses_variable(
-        "HEADSPACE_DATABASE__POOL_SIZE",
-        "",
-        "environment HEADSPACE_DATABASE__POOL_SIZE: expected a whole number from 1 to 64, found nothing",
-    );
-    refuses_variable("HEADSPACE_QUEUE__PATH", "", "environment HEADSPACE_QUEUE__PATH: expected a path, found nothing");
+    refuses_variable("HEADSPACE_DATABASE__POOL_SIZE", "", "expected a whole number from 1 to 64, found nothing");
+    refuses_variable("HEADSPACE_QUEUE__PATH", "", "expected a path, found nothing");
 }
 
 #[test]
@@ -543,7 +447,7 @@ fn lists_in_the_environment_stand_with_commas_or_as_in_yaml() {
     refuses_variable(
         "HEADSPACE_REDACT__PATTERNS",
         "[a",
-        "environment HEADSPACE_REDACT__PATTERNS: expected a list of at most 100 texts of 1 to 1000 characters, \
+        "expected a list of at most 100 texts of 1 to 1000 characters, \
          found \"[a\"",
     );
 }
@@ -556,13 +460,9 @@ fn an_unknown_variable_names_the_nearest() {
         ("HEADSPACE_QUEUE__POOL_SIZE", "HEADSPACE_DATABASE__POOL_SIZE"),
         ("HEADSPACE_queue__path", "HEADSPACE_QUEUE__PATH"),
     ] {
-        refuses_variable(name, "x", &format!("environment {name}: no key has this variable; did you mean \"{near}\"?"));
+        refuses_variable(name, "x", &format!("no key has this variable; did you mean \"{near}\"?"));
     }
-    refuses_variable(
-        "HEADSPACE_FOO__BAR",
-        "x",
-        "environment HEADSPACE_FOO__BAR: no key has this variable; see config.yaml for all keys",
-    );
+    refuses_variable("HEADSPACE_FOO__BAR", "x", "no key has this variable; see config.yaml for all keys");
 }
 
 #[test]
@@ -652,17 +552,15 @@ fn transcripts_may_lie_in_several_folders() {
 
 #[test]
 fn folders_of_transcripts_do_not_lie_in_each_other() {
-    let refused = |list: &str, message: &str| {
-        refuses(
-            &format!("claude:\n  projects_path: {list}\n"),
-            &[&format!("config.yaml:2: claude.projects_path: {message}")],
-        );
-    };
-    refused("[/p, /p/q]", "expected folders outside of each other, found /p/q inside another");
-    refused("[/p/q, /r, /q/../p]", "expected folders outside of each other, found /p/q inside another");
-    refused("[]", "expected a path or a list of 1 to 16 paths, found a list of length 0");
-    refused("[/p, {a: b}]", "expected a path or a list of 1 to 16 paths, found a list whose entry 2 is no text");
-    refused("{a: b}", "expected a path or a list of 1 to 16 paths, found a section");
+    for (list, message) in [
+        ("[/p, /p/q]", "expected folders outside of each other, found /p/q inside another"),
+        ("[/p/q, /r, /q/../p]", "expected folders outside of each other, found /p/q inside another"),
+        ("[]", "expected a path or a list of 1 to 16 paths, found a list of length 0"),
+        ("[/p, {a: b}]", "expected a path or a list of 1 to 16 paths, found a list whose entry 2 is no text"),
+        ("{a: b}", "expected a path or a list of 1 to 16 paths, found a section"),
+    ] {
+        assert_eq!(tried("claude.projects_path", list, false), [message]);
+    }
     let desk = Desk::new().set("HEADSPACE_CLAUDE__PROJECTS_PATH", "[\"/p\", ");
     assert!(desk.errors()[0].contains("expected a path or a list of 1 to 16 paths, found"), "{:?}", desk.errors());
 }
@@ -670,17 +568,15 @@ fn folders_of_transcripts_do_not_lie_in_each_other() {
 // Keys together.
 
 #[test]
-fn the_longest_pause_is_not_below_the_first() {
-    refuses(
-        "event_system:\n  write_retry_max_delay_ms: 50\n",
-        &["config.yaml:2: event_system.write_retry_max_delay_ms: expected \
-           event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 50 below 100"],
-    );
-    // The one that was given is the one to fix.
-    refuses(
-        "event_system:\n  write_retry_delay_ms: 2001\n",
-        &["config.yaml:2: event_system.write_retry_delay_ms: expected \
-           event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 2000 below 2001"],
+fn bounds_that_depend_on_another_key_hold() {
+    // The key that was given is the one to fix.
+    refuses_each(
+        r#"
+        event_system:|  write_retry_max_delay_ms: 50 => 2: event_system.write_retry_max_delay_ms: expected event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 50 below 100
+        event_system:|  write_retry_delay_ms: 2001 => 2: event_system.write_retry_delay_ms: expected event_system.write_retry_max_delay_ms not below event_system.write_retry_delay_ms, found 2000 below 2001
+        file_watcher:|  inactivity_timeout: 1.5 => 2: file_watcher.inactivity_timeout: expected file_watcher.inactivity_timeout not below file_watcher.polling_interval, found 1.5 below 2
+        queue:|  max_pending_bytes: 1048576 => 2: queue.max_pending_bytes: expected queue.max_pending_bytes not below event_system.max_event_bytes, found 1048576 below 16777216
+        "#,
     );
 }
 
@@ -696,38 +592,17 @@ fn a_wrong_override_is_the_only_complaint_about_its_key() {
 }
 
 #[test]
-fn sessions_do_not_end_between_two_rescans() {
-    refuses(
-        "file_watcher:\n  inactivity_timeout: 1.5\n",
-        &["config.yaml:2: file_watcher.inactivity_timeout: expected file_watcher.inactivity_timeout not below \
-           file_watcher.polling_interval, found 1.5 below 2"],
-    );
-}
-
-#[test]
-fn the_largest_event_fits_into_the_queue() {
-    refuses(
-        "queue:\n  max_pending_bytes: 1048576\n",
-        &["config.yaml:2: queue.max_pending_bytes: expected queue.max_pending_bytes not below \
-           event_system.max_event_bytes, found 1048576 below 16777216"],
-    );
-}
-
-#[test]
 fn queue_spool_and_socket_do_not_lie_in_each_other() {
-    let refused = |text: &str, keys: &str| {
+    for (text, expected) in [
+        ("queue: {path: a, spool_path: a}", "expected queue.spool_path outside of queue.path, found "),
+        ("queue: {path: a, spool_path: a/b/../../a/b}", "expected queue.spool_path outside of queue.path, found "),
+        ("queue: {path: a/q, spool_path: a}", "expected queue.path outside of queue.spool_path, found "),
+        ("queue: {path: a}\nhttp: {socket: a/s}", "expected http.socket outside of queue.path, found "),
+        ("queue: {spool_path: a}\nhttp: {socket: a/s}", "expected http.socket outside of queue.spool_path, found "),
+    ] {
         let errors = Desk::with(text).errors();
-        assert_eq!(errors.len(), 1, "{errors:?}");
-        assert!(errors[0].contains(keys), "{errors:?}");
-    };
-    refused("queue: {path: a, spool_path: a}\n", "expected queue.spool_path outside of queue.path, found ");
-    refused("queue: {path: a, spool_path: a/b/../../a/b}\n", "expected queue.spool_path outside of queue.path, found ");
-    refused("queue: {path: a/q, spool_path: a}\n", "expected queue.path outside of queue.spool_path, found ");
-    refused("queue: {path: a}\nhttp: {socket: a/s}\n", "expected http.socket outside of queue.path, found ");
-    refused(
-        "queue: {spool_path: a}\nhttp: {socket: a/s}\n",
-        "expected http.socket outside of queue.spool_path, found ",
-    );
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{errors:?}");
+    }
 }
 
 #[test]

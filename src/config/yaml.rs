@@ -41,18 +41,13 @@ impl Node {
     }
 }
 
-/// Why a text is no YAML that a configuration may use. Line and column count from 1.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct SyntaxError {
-    pub line: usize,
-    pub column: usize,
-    pub message: String,
-}
-
-type Events<'a, 't> = &'a mut dyn Iterator<Item = Result<(Event<'t>, Span), SyntaxError>>;
+type Events<'a, 't> = &'a mut dyn Iterator<Item = Result<(Event<'t>, Span), String>>;
 
 /// Reads `text` as one YAML document; `None` when it holds nothing but comments.
-pub(super) fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
+///
+/// # Errors
+/// `line:column: why` it is no YAML that a configuration may use; line and column count from 1.
+pub(super) fn parse(text: &str) -> Result<Option<Node>, String> {
     // An alias without its anchor then arrives as an event, and its name, which may be a secret, stays out of messages.
     let options = granit_parser::options! { emit_unresolved_aliases: true, emit_comments: false };
     let parser = Parser::new_from_str_with_options(text, options);
@@ -75,22 +70,19 @@ pub(super) fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
 }
 
 /// The node that starts with `event`.
-fn node<'t>(event: Event<'t>, span: &Span, events: Events<'_, 't>, depth: usize) -> Result<Node, SyntaxError> {
+fn node<'t>(event: Event<'t>, span: &Span, events: Events<'_, 't>, depth: usize) -> Result<Node, String> {
     let unsupported = match &event {
-        event if event.tag().is_some() => {
-            Some("tags (!) are not supported here; put the text in quotes if it starts with !")
+        event if event.tag().is_some() => Some(("tags", '!')),
+        event if event.anchor_id().is_some() => Some(("anchors", '&')),
+        Event::Alias(_) | Event::UnresolvedAlias(_) => Some(("aliases", '*')),
+        Event::SequenceStart(..) | Event::MappingStart(..) if depth == 0 => {
+            return Err(refuse(span, "nested too deeply"));
         }
-        event if event.anchor_id().is_some() => {
-            Some("anchors (&) are not supported here; put the text in quotes if it starts with &")
-        }
-        Event::Alias(_) | Event::UnresolvedAlias(_) => {
-            Some("aliases (*) are not supported here; put the text in quotes if it starts with *")
-        }
-        Event::SequenceStart(..) | Event::MappingStart(..) if depth == 0 => Some("nested too deeply"),
         _ => None,
     };
-    if let Some(message) = unsupported {
-        return Err(refuse(span, message));
+    if let Some((what, sign)) = unsupported {
+        let way_out = format!("put the text in quotes if it starts with {sign}");
+        return Err(refuse(span, &format!("{what} ({sign}) are not supported here; {way_out}")));
     }
     let content = match event {
         Event::Scalar(text, style, ..) => {
@@ -108,7 +100,7 @@ fn node<'t>(event: Event<'t>, span: &Span, events: Events<'_, 't>, depth: usize)
 }
 
 /// The nodes up to the end of a list or mapping.
-fn children<'t>(events: Events<'_, 't>, depth: usize) -> Result<Vec<Node>, SyntaxError> {
+fn children<'t>(events: Events<'_, 't>, depth: usize) -> Result<Vec<Node>, String> {
     let mut children = Vec::new();
     while let Some(next) = events.next() {
         let (event, span) = next?;
@@ -120,23 +112,21 @@ fn children<'t>(events: Events<'_, 't>, depth: usize) -> Result<Vec<Node>, Synta
     Ok(children)
 }
 
-fn refuse(span: &Span, message: &str) -> SyntaxError {
-    SyntaxError { line: span.start.line().max(1), column: span.start.col() + 1, message: message.to_owned() }
+fn refuse(span: &Span, message: &str) -> String {
+    format!("{}:{}: {message}", span.start.line().max(1), span.start.col() + 1)
 }
 
 /// The parser's own words, or plainer ones for the commonest mistake: a tab that indents. The parser may notice it a
 /// line early, where the value before it starts.
-fn explain(text: &str, line: usize, column: usize, message: &str) -> SyntaxError {
-    let tab = (line..=line + 1).find_map(|line| {
-        let content = text.lines().nth(line - 1)?;
-        let column = content.chars().take_while(|c| c.is_whitespace()).position(|c| c == '\t')? + 1;
-        Some((line, column))
-    });
-    if let Some((line, column)) = tab {
-        return SyntaxError { line, column, message: "a tab indents this line; YAML wants spaces".to_owned() };
+fn explain(text: &str, line: usize, column: usize, message: &str) -> String {
+    for line in line..=line + 1 {
+        let indent = text.lines().nth(line - 1).unwrap_or_default().chars().take_while(|c| c.is_whitespace());
+        if let Some(column) = indent.into_iter().position(|c| c == '\t') {
+            return format!("{line}:{}: a tab indents this line; YAML wants spaces", column + 1);
+        }
     }
     let message = if message.is_empty() { "this is no YAML".to_owned() } else { message.replace('\n', " ") };
-    SyntaxError { line, column, message }
+    format!("{line}:{column}: {message}")
 }
 
 #[cfg(test)]
@@ -145,7 +135,8 @@ mod tests {
 
     fn fails(text: &str) -> (usize, String) {
         let error = parse(text).unwrap_err();
-        (error.line, error.message)
+        let parts: Vec<&str> = error.splitn(3, ':').collect();
+        (parts[0].parse().unwrap(), parts[2].trim().to_owned())
     }
 
     #[test]

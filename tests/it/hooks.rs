@@ -457,7 +457,7 @@ fn a_hook_on_a_terminal_on_which_nobody_types_ends_and_leaves_nothing() {
 fn a_configuration_that_is_wrong_somewhere_makes_a_hook_careful_and_keeps_its_spool() {
     let mut stage = Stage::new();
     let config = "claude:\n  projects_path: projects\nqueue:\n  spool_path: elsewhere\nhooks:\n  capture: full\n";
-    std::fs::write(stage.folder().join("config.yaml"), format!("{config}  nonsense: 1\n")).unwrap();
+    std::fs::write(stage.folder().join("config.yaml"), format!("{config}redcat: {{enabled: true}}\n")).unwrap();
     hook(&stage, input("Notification", json!({"prompt": "secret", "message": "token=abcdefgh12345"})));
     std::fs::write(stage.folder().join("config.yaml"), config).unwrap();
     stage.set("http.listen", "null");
