@@ -72,21 +72,19 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
     let lossy = String::from_utf8_lossy(input);
     let text = lossy.trim_ascii();
     let mut is_mended = matches!(lossy, std::borrow::Cow::Owned(_));
-    let Some(fields) = fields(text, &mut is_mended) else {
+    let Some(mut payload) = kept_fields(text, &mut is_mended) else {
         return unreadable(input, format!("a hook's input of {} bytes is no JSON object", input.len()), capture);
     };
-    let mut payload = Map::new();
-    payload.insert("hook_id".to_owned(), arrival.id.to_string().into());
     for (name, value) in [
+        ("hook_id", Some(arrival.id.to_string())),
         ("hook_type", arrival.hook_type),
-        ("working_directory", fields.working_directory.or(arrival.working_directory)),
+        ("working_directory", arrival.working_directory),
         ("project_path", arrival.project_path),
     ] {
         if let Some(value) = value {
-            payload.insert(name.to_owned(), value.into());
+            payload.entry(name).or_insert_with(|| value.into());
         }
     }
-    payload.extend(fields.kept);
     let mut metadata = Map::new();
     if capture == HookCapture::Full {
         let data = if text.len() as u64 + OVERHEAD_BYTES_MAX > data_bytes_max {
@@ -119,7 +117,7 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
 pub fn incomplete(input: &[u8], seconds: u64, capture: HookCapture) -> Record {
     if input.is_empty() {
         let message = format!("a hook got no input within {seconds} s");
-        return Record::Rejected(rejection(FailureKind::Unreadable, message, Vec::new()));
+        return rejection(FailureKind::Unreadable, message, Vec::new());
     }
     let bytes = input.len();
     unreadable(input, format!("a hook got no complete JSON object within {seconds} s, only {bytes} bytes"), capture)
@@ -134,55 +132,47 @@ fn unreadable(input: &[u8], message: String, capture: HookCapture) -> Record {
         }
         HookCapture::Summary => (&[][..], "; it is kept only where hooks.capture is full".to_owned()),
     };
-    Record::Rejected(rejection(FailureKind::Unreadable, message + &note, kept.to_vec()))
+    rejection(FailureKind::Unreadable, message + &note, kept.to_vec())
 }
 
 /// The record of a hook whose input is larger than anybody reads.
 pub fn too_large(bytes_max: usize) -> Record {
     let message = format!("a hook's input has more than {bytes_max} bytes; it was not kept");
-    Record::Rejected(rejection(FailureKind::TooLarge, message, Vec::new()))
+    rejection(FailureKind::TooLarge, message, Vec::new())
 }
 
 /// The record of what follows as many objects as one hook may have.
 pub fn too_many(objects_max: usize) -> Record {
     let message = format!("a hook's input has more than {objects_max} objects; the others were not kept");
-    Record::Rejected(rejection(FailureKind::TooLarge, message, Vec::new()))
+    rejection(FailureKind::TooLarge, message, Vec::new())
 }
 
-fn rejection(kind: FailureKind, message: String, bytes: Vec<u8>) -> Rejection {
-    Rejection {
+fn rejection(kind: FailureKind, message: String, bytes: Vec<u8>) -> Record {
+    Record::Rejected(Rejection {
         failure: Failure { kind, message, sqlstate: None },
         event_type: Some(EventType::new(EVENT_TYPE)),
         origin: Origin::Hook,
         bytes,
-    }
+    })
 }
 
-/// The strings of an input that are kept.
-#[derive(Default)]
-struct Fields {
-    kept: Map<String, Value>,
-    /// `working_directory`, as Claude Headspace's own hook script calls `cwd`.
-    working_directory: Option<String>,
-}
-
-/// `None` where `text` is not exactly one object. Takes any nesting.
-fn fields(text: &str, is_mended: &mut bool) -> Option<Fields> {
-    let mut fields = Fields::default();
+/// The strings of an input that are kept, by their names in the payload; `None` where `text` is not exactly one object.
+/// Takes any nesting.
+fn kept_fields(text: &str, is_mended: &mut bool) -> Option<Map<String, Value>> {
+    let mut kept = Map::new();
     json::members(text, |key, value| {
-        let kept = KEPT.iter().find(|(name, _)| *name == key).map(|(_, kept)| *kept);
-        if kept.is_none() && key != "working_directory" {
-            return;
-        }
+        // As Claude Headspace's own hook script calls `cwd`, which goes before it.
+        let is_fallback = key == "working_directory";
+        let name = KEPT.iter().find(|(name, _)| *name == key).map(|(_, kept)| *kept);
+        let Some(name) = name.or(is_fallback.then_some("working_directory")) else { return };
         let Some(found) = json::string(value).filter(|found| !found.text.is_empty()) else { return };
         *is_mended |= found.is_mended;
-        match kept {
-            Some(kept) => drop(fields.kept.insert(kept.to_owned(), found.text.into_owned().into())),
-            None => fields.working_directory = Some(found.text.into_owned()),
+        if !(is_fallback && kept.contains_key(name)) {
+            kept.insert(name.to_owned(), found.text.into_owned().into());
         }
     })
     .ok()?;
-    Some(fields)
+    Some(kept)
 }
 
 /// The registration that a SessionStart hook stands for. It has the identity that the session's first line would give it,

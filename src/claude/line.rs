@@ -70,7 +70,7 @@ fn session_of_stem(stem: &str) -> Option<Uuid> {
 }
 
 /// What one line says.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Default, Debug)]
 pub struct LineMeaning {
     pub line_type: LineType,
     /// Whether it belongs to the conversation. Other lines are state that Claude Code writes again whenever a session is
@@ -91,8 +91,6 @@ pub struct LineMeaning {
     pub no_turn: Option<NoTurn>,
     /// What it has that the format did not have when this was written.
     pub unknowns: Vec<Unknown>,
-    /// Whether bytes of the line were mended: NULs taken out, or invalid UTF-8 replaced.
-    pub repaired: bool,
 }
 
 impl LineMeaning {
@@ -117,7 +115,7 @@ pub const UNKNOWN_TYPE: &str = "type";
 pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
 
 /// The families of lines.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 pub enum LineType {
     User,
     Assistant,
@@ -128,6 +126,7 @@ pub enum LineType {
     Metadata,
     Unknown,
     /// Nothing but blanks.
+    #[default]
     Blank,
 }
 
@@ -192,9 +191,11 @@ impl LineType {
 }
 
 /// Something that was said, by the human or by the agent.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Default, Debug)]
 pub struct Turn {
-    pub identity: TurnIdentity,
+    /// The line's `uuid`, or that of the line it was copied from: the same in every copy of a session. `None`: only its
+    /// place identifies it, see [`turn_event_id`].
+    pub uuid: Option<String>,
     /// The session in which it was first said, by the line itself: the one it was copied from, else the one it names.
     pub said_in: Option<Uuid>,
     pub actor: Actor,
@@ -218,17 +219,9 @@ pub struct Turn {
     pub is_repaired: bool,
 }
 
-/// By what a turn is known again.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum TurnIdentity {
-    /// The line's `uuid`, or that of the line it was copied from. The same in every copy of a session.
-    Uuid(String),
-    /// Only its place tells it: see [`turn_event_id`].
-    None,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 pub enum Actor {
+    #[default]
     User,
     Agent,
 }
@@ -271,33 +264,25 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
     let said_in = forked_from(&fields, &mut mender).or(session);
 
     let mut unknowns = Vec::new();
-    let said = match (kind, line_type) {
+    let turn = match (kind, line_type) {
         (TranscriptKind::Main { .. }, LineType::User | LineType::Attachment) => {
-            Some(human_said(&fields, line_type == LineType::Attachment, &mut mender, &mut unknowns))
+            Some(user_turn(&fields, line_type == LineType::Attachment, &mut mender, &mut unknowns))
         }
-        (TranscriptKind::Main { .. }, LineType::Assistant) => Some(agent_said(&fields, &mut mender)),
+        (TranscriptKind::Main { .. }, LineType::Assistant) => Some(agent_turn(&fields, &mut mender)),
         _ => None,
     };
-    let (said, no_turn) = match said {
-        Some(Ok(said)) => (Some(said), None),
-        Some(Err(no_turn)) => (None, Some(no_turn)),
-        None => (None, None),
+    let (turn, no_turn) = match turn.transpose() {
+        Ok(turn) => (turn, None),
+        Err(no_turn) => (None, Some(no_turn)),
     };
-    let turn = said.map(|said| Turn {
-        identity: identity(&fields, &mut mender),
+    let turn = turn.map(|turn| Turn {
+        uuid: turn_uuid(&fields, &mut mender),
         said_in,
-        actor: said.actor,
-        kind: said.kind,
-        provenance: said.provenance,
-        text: said.text,
         timestamp,
-        message_id: said.message_id,
         cwd: cwd.clone(),
         git_branch: git_branch.clone(),
-        is_final: said.is_final,
-        model: said.model,
-        has_attachment: said.has_attachment,
         is_repaired: mender.is_mended,
+        ..turn
     });
     if line_type == LineType::Unknown {
         let value = type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect();
@@ -314,7 +299,6 @@ pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadL
         turn,
         no_turn,
         unknowns,
-        repaired: mended.is_mended,
     })
 }
 
@@ -360,19 +344,7 @@ fn not_an_object(line: &MendedLine<'_>) -> Result<LineMeaning, BadLine> {
     if line.is_mended {
         return Err(BadLine { message: "no JSON object: nothing but NUL bytes, at column 1".into() });
     }
-    Ok(LineMeaning {
-        line_type: LineType::Blank,
-        is_envelope: false,
-        said_in: None,
-        timestamp: None,
-        cwd: None,
-        git_branch: None,
-        is_forked: false,
-        turn: None,
-        no_turn: None,
-        unknowns: Vec::new(),
-        repaired: false,
-    })
+    Ok(LineMeaning::default())
 }
 
 /// Syntax errors of serde_json name what was expected and where, nothing of the text.
@@ -393,41 +365,29 @@ pub(super) fn is_envelope(fields: &Fields<'_>, line_type: LineType) -> bool {
     }
 }
 
-/// The part of a turn that depends on the type of its line.
-struct Said {
-    actor: Actor,
-    kind: Option<TurnKind>,
-    provenance: Option<Provenance>,
-    text: String,
-    message_id: Option<String>,
-    is_final: Option<bool>,
-    model: Option<String>,
-    has_attachment: bool,
-}
-
-fn human_said(
+/// The part of a turn that depends on the type of its line, as [`agent_turn`].
+fn user_turn(
     fields: &Fields<'_>,
     is_attachment: bool,
     mender: &mut Mender,
     unknowns: &mut Vec<Unknown>,
-) -> Result<Said, NoTurn> {
+) -> Result<Turn, NoTurn> {
     let human = judge(fields, is_attachment, mender, unknowns)?;
-    Ok(Said {
+    Ok(Turn {
         actor: Actor::User,
         kind: Some(human.kind),
         provenance: Some(human.provenance),
         text: human.text,
         message_id: mender.filled_string(fields.prompt_id),
-        is_final: None,
-        model: None,
         has_attachment: human.has_attachment,
+        ..Turn::default()
     })
 }
 
 /// The model's name on lines that the program made: API errors and the like.
 const SYNTHETIC_MODEL: &str = "<synthetic>";
 
-fn agent_said(fields: &Fields<'_>, mender: &mut Mender) -> Result<Said, NoTurn> {
+fn agent_turn(fields: &Fields<'_>, mender: &mut Mender) -> Result<Turn, NoTurn> {
     if is_something(fields.is_sidechain) {
         return Err(NoTurn::Structure("isSidechain"));
     }
@@ -445,19 +405,18 @@ fn agent_said(fields: &Fields<'_>, mender: &mut Mender) -> Result<Said, NoTurn> 
     let is_final = mender
         .string(stop_reason)
         .map(|reason| matches!(reason.as_ref(), "end_turn" | "stop_sequence" | "max_tokens" | "refusal"));
-    Ok(Said {
+    Ok(Turn {
         actor: Actor::Agent,
-        kind: None,
-        provenance: None,
         text,
         message_id: mender.filled_string(id),
         is_final,
         model,
         has_attachment,
+        ..Turn::default()
     })
 }
 
-fn identity(fields: &Fields<'_>, mender: &mut Mender) -> TurnIdentity {
+fn turn_uuid(fields: &Fields<'_>, mender: &mut Mender) -> Option<String> {
     let [copied_from] = pick(fields.forked_from, ["messageUuid"]);
     // A queued prompt may come again as a `user` line with the uuid that it names.
     let [queued_as] = pick(fields.attachment, ["source_uuid"]);
@@ -465,7 +424,6 @@ fn identity(fields: &Fields<'_>, mender: &mut Mender) -> TurnIdentity {
         .filled_string(copied_from)
         .or_else(|| mender.filled_string(queued_as))
         .or_else(|| mender.filled_string(fields.uuid))
-        .map_or(TurnIdentity::None, TurnIdentity::Uuid)
 }
 
 fn forked_from(fields: &Fields<'_>, mender: &mut Mender) -> Option<Uuid> {
@@ -493,48 +451,31 @@ impl Turn {
     /// `session` is the file's, told where the line names none, `project_path` its project's;
     /// `otherwise` is the time to be told where the line has none.
     pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
-        let mut payload = Map::new();
-        let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
-        put("session_uuid", self.said_in.unwrap_or(session).to_string().into());
-        put("actor", self.actor.as_str().into());
-        put("text", self.text.into());
-        put("source", "polling".into());
-        put("turn_timestamp", iso_8601(self.timestamp.unwrap_or(otherwise)).into());
-        if let TurnIdentity::Uuid(uuid) = self.identity {
-            put("turn_uuid", uuid.into());
-        }
-        if let Some(message_id) = self.message_id {
-            put("message_id", message_id.into());
-        }
-        if let Some(kind) = self.kind {
-            put("kind", kind.as_str().into());
-        }
-        if let Some(provenance) = self.provenance {
-            put("provenance", provenance.as_str().into());
-        }
-        if let Some(project_path) = project_path {
-            put("project_path", project_path.into());
-        }
-        if let Some(cwd) = self.cwd {
-            put("working_directory", cwd.into());
-        }
-        if let Some(git_branch) = self.git_branch {
-            put("git_branch", git_branch.into());
-        }
-        if self.actor == Actor::Agent {
-            put("is_final", self.is_final.into());
-        }
-        if let Some(model) = self.model {
-            put("model", model.into());
-        }
-        if self.has_attachment {
-            put("has_attachment", true.into());
-        }
-        if self.is_repaired {
-            put("metadata", json!({"repaired": true}));
-        }
-        payload
+        let text = |text: Option<String>| text.map(Value::from);
+        known([
+            ("session_uuid", Some(self.said_in.unwrap_or(session).to_string().into())),
+            ("actor", Some(self.actor.as_str().into())),
+            ("text", Some(self.text.into())),
+            ("source", Some("polling".into())),
+            ("turn_timestamp", Some(iso_8601(self.timestamp.unwrap_or(otherwise)).into())),
+            ("turn_uuid", text(self.uuid)),
+            ("message_id", text(self.message_id)),
+            ("kind", self.kind.map(|kind| kind.as_str().into())),
+            ("provenance", self.provenance.map(|provenance| provenance.as_str().into())),
+            ("project_path", project_path.map(Value::from)),
+            ("working_directory", text(self.cwd)),
+            ("git_branch", text(self.git_branch)),
+            ("is_final", (self.actor == Actor::Agent).then(|| self.is_final.into())),
+            ("model", text(self.model)),
+            ("has_attachment", self.has_attachment.then(|| true.into())),
+            ("metadata", self.is_repaired.then(|| json!({"repaired": true}))),
+        ])
     }
+}
+
+/// The fields of a payload that have a value.
+fn known<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
 }
 
 /// Milliseconds as Claude Code writes them; finer where the line was.
@@ -545,9 +486,9 @@ pub(super) fn iso_8601(timestamp: Timestamp) -> String {
 /// The identity of a turn, the same wherever and whenever the turn is read: by the line's own uuid, which copies of a
 /// session share; without one by session, place and content. `line` begins at byte `offset` of the session's file.
 pub fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
-    match &turn.identity {
-        TurnIdentity::Uuid(uuid) => event_id_of_turn(uuid),
-        TurnIdentity::None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
+    match &turn.uuid {
+        Some(uuid) => event_id_of_turn(uuid),
+        None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
     }
 }
 
@@ -575,21 +516,14 @@ pub struct SessionFacts<'a> {
 impl SessionFacts<'_> {
     /// The payload of `session_registered`.
     pub fn payload(&self) -> Map<String, Value> {
-        let mut payload = Map::new();
-        let mut put = |name: &str, value: String| payload.insert(name.to_owned(), value.into());
-        put("session_uuid", self.session.to_string());
-        put("project_path", self.cwd.to_owned());
-        put("working_directory", self.cwd.to_owned());
-        if let Some(git_branch) = self.git_branch {
-            put("git_branch", git_branch.to_owned());
-        }
-        if let Some(transcript_path) = self.transcript_path {
-            put("transcript_path", transcript_path.to_owned());
-        }
-        if let Some(started_at) = self.started_at {
-            put("started_at", iso_8601(started_at));
-        }
-        payload
+        known([
+            ("session_uuid", Some(self.session.to_string().into())),
+            ("project_path", Some(self.cwd.into())),
+            ("working_directory", Some(self.cwd.into())),
+            ("git_branch", self.git_branch.map(Value::from)),
+            ("transcript_path", self.transcript_path.map(Value::from)),
+            ("started_at", self.started_at.map(|at| iso_8601(at).into())),
+        ])
     }
 }
 

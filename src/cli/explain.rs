@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, TurnIdentity, Unknown};
+use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, Unknown};
 use crate::claude::repair;
 use crate::telemetry::{UnknownFormat, UnknownFormats};
 
@@ -237,11 +237,7 @@ impl Record {
             put("kind", kind.as_str().into());
             put("provenance", provenance.as_str().into());
         }
-        let uuid = match &turn.identity {
-            TurnIdentity::Uuid(uuid) => Some(uuid.as_str()),
-            TurnIdentity::None => None,
-        };
-        put("turn_uuid", uuid.into());
+        put("turn_uuid", turn.uuid.as_deref().into());
         put("text_bytes", turn.text.len().into());
         if with_text {
             put("text", turn.text.as_str().into());
