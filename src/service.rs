@@ -176,30 +176,39 @@ impl Service {
             http: http_health.subscribe(),
         });
         let history = Arc::new(History::new(&self.metrics, started.time));
-        let mut parts = Parts::new(queue.clone());
+        let mut handles = TaskHandles::new(queue);
         let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
-        parts.tasks.spawn_server("pulse", pulse.run());
+        handles.tasks.spawn_server("pulse", pulse.run());
         let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
-        let mut stop = self.stop.clone();
         let started = tokio::select! {
-            started = self.start(&mut parts, api, http_health, intake, spool) => started.map(Some),
-            // An error means that the sender is gone, and nobody could stop us any more.
-            _ = stop.wait_for(|stopped| *stopped) => Ok(None),
+            started = self.start(&mut handles, api, http_health, intake, spool) => started.map(Some),
+            () = self.stopped() => Ok(None),
         };
         let result = match started {
             Ok(None) => Ok(()),
             Ok(Some(input)) => {
-                let projects = config.claude.projects_paths.iter().map(|projects| projects.display().to_string());
-                info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
-                      projects = projects.collect::<Vec<_>>().join(", "), queue = %config.queue.path.display(),
-                      pending = queue.stats().pending, "ready");
+                self.log_ready(&handles.queue);
                 systemd.tell(Notice::Ready);
-                self.wait(&input, &mut parts).await
+                self.wait(&input, &mut handles).await
             }
             Err(error) => Err(error),
         };
         systemd.tell(Notice::Stopping);
-        parts.end(config.event_system.shutdown_timeout, result).await
+        handles.end(config.event_system.shutdown_timeout, result).await
+    }
+
+    /// Waits until the caller tells the service to stop.
+    async fn stopped(&self) {
+        // An error means that the sender is gone, and nobody could stop us any more.
+        let _ = self.stop.clone().wait_for(|stopped| *stopped).await;
+    }
+
+    fn log_ready(&self, queue: &Queue) {
+        let config = &self.config;
+        let projects = config.claude.projects_paths.iter().map(|projects| projects.display().to_string());
+        info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"),
+              projects = projects.collect::<Vec<_>>().join(", "), queue = %config.queue.path.display(),
+              pending = queue.stats().pending, "ready");
     }
 
     fn socket_error(&self, problem: String) -> ServiceError {
@@ -214,7 +223,6 @@ impl Service {
     async fn open_queue(&self, systemd: &Systemd) -> Result<Option<Queue>, ServiceError> {
         let config = &self.config;
         debug!(queue = %config.queue.path.display(), "opening the queue");
-        let mut stop = self.stop.clone();
         let mut is_logged = false;
         let deadline = Instant::now() + HELD_QUEUE_PATIENCE;
         loop {
@@ -225,8 +233,7 @@ impl Service {
             let opened = loop {
                 tokio::select! {
                     biased;
-                    // An error means that the sender is gone, and nobody could stop us any more.
-                    _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
+                    () = self.stopped() => return Ok(None),
                     opened = &mut opening => break opened.map_err(|_| ServiceError::Ended("opening the queue"))?,
                     _ = notice.tick() => {
                         if !std::mem::replace(&mut is_logged, true) {
@@ -240,7 +247,7 @@ impl Service {
             match opened {
                 Err(QueueError::InUse { .. }) if Instant::now() < deadline && !self.is_watched().await => {
                     tokio::select! {
-                        _ = stop.wait_for(|stopped| *stopped) => return Ok(None),
+                        () = self.stopped() => return Ok(None),
                         () = tokio::time::sleep(HELD_QUEUE_INTERVAL) => {}
                     }
                 }
@@ -254,10 +261,10 @@ impl Service {
         socket::inspect(&self.config.http.socket).await == Ok(SocketState::Listening)
     }
 
-    /// Starts the parts.
+    /// Starts all tasks and threads.
     async fn start(
         &self,
-        parts: &mut Parts,
+        handles: &mut TaskHandles,
         api: Api,
         http_health: watch::Sender<Option<HttpHealth>>,
         intake: Arc<Intake>,
@@ -265,15 +272,14 @@ impl Service {
     ) -> Result<Input, ServiceError> {
         let config = &self.config;
         let socket = BoundSocket::bind(&config.http.socket).await.map_err(|problem| self.socket_error(problem))?;
-        let listener = socket.listener();
-        parts.socket = Some(socket);
-        let listener = listener.map_err(|error| self.socket_error(error.to_string()))?;
-        parts.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Transport::Socket)));
+        let listener = socket.listener().map_err(|error| self.socket_error(error.to_string()))?;
+        handles.socket = Some(socket);
+        handles.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Transport::Socket)));
         if let Some(address) = config.http.listen {
-            parts.tasks.spawn_server("http", serve_tcp(address, api, &config.http, http_health));
+            handles.tasks.spawn_server("http", serve_tcp(address, api, &config.http, http_health));
         }
         if self.has_database {
-            parts.tasks.spawn_worker("drainer", self.drainer(intake.queue()).run(parts.stop.subscribe()));
+            handles.tasks.spawn_worker("drainer", self.drainer(intake.queue()).run(handles.stop.subscribe()));
         } else {
             self.metrics.live.database.set(DatabaseState {
                 state: Database::Unconfigured,
@@ -293,13 +299,13 @@ impl Service {
             },
             intake.clone(),
         )?;
-        let bell = follower.doorbell();
-        parts.bell = Some(bell.clone());
-        parts.start_thread("transcripts", move || follower.run())?;
-        let (spool_reader, handle) = SpoolReader::new(spool, intake.clone(), config.file_watcher.polling_interval);
-        parts.spool = Some(handle.clone());
-        parts.start_thread("spool", move || spool_reader.run())?;
-        Ok(Input { intake, transcripts: bell, spool: handle })
+        let transcripts = follower.doorbell();
+        handles.transcripts = Some(transcripts.clone());
+        handles.start_thread("transcripts", move || follower.run())?;
+        let (spool_reader, spool) = SpoolReader::new(spool, intake.clone(), config.file_watcher.polling_interval);
+        handles.spool = Some(spool.clone());
+        handles.start_thread("spool", move || spool_reader.run())?;
+        Ok(Input { intake, transcripts, spool })
     }
 
     fn drainer(&self, queue: &Queue) -> Drainer<PostgresSink> {
@@ -315,9 +321,8 @@ impl Service {
     }
 
     /// Waits for whatever ends the run.
-    async fn wait(&self, input: &Input, parts: &mut Parts) -> Result<(), ServiceError> {
-        let mut stop = self.stop.clone();
-        let mut failed = parts.queue.failed();
+    async fn wait(&self, input: &Input, handles: &mut TaskHandles) -> Result<(), ServiceError> {
+        let mut failed = handles.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
         let mut summary = tokio::time::interval(SUMMARY_INTERVAL);
         summary.reset();
@@ -326,21 +331,22 @@ impl Service {
             tokio::select! {
                 // A queue that has failed also ends the tasks that use it.
                 biased;
-                // An error means that the sender is gone, and nobody could stop us any more.
-                _ = stop.wait_for(|stopped| *stopped) => {
-                    info!(pending = parts.queue.stats().pending, "stopping");
+                () = self.stopped() => {
+                    info!(pending = handles.queue.stats().pending, "stopping");
                     return Ok(());
                 }
                 Ok(failure) = failed.wait_for(Option::is_some) => {
-                    return Err(failed_queue(failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue)));
+                    let error = failure.clone().map_or(ServiceError::Ended("the queue"), ServiceError::Queue);
+                    error!(error = %error, "the queue has failed; ending, so that the supervisor starts it again");
+                    return Err(error);
                 }
-                error = parts.tasks.first_end() => return Err(error),
+                error = handles.tasks.first_end() => return Err(error),
                 _ = idle_check.tick(), if self.until == Until::Idle => {
-                    if input.is_read() && parts.queue.stats().pending == 0 {
+                    if input.is_read() && handles.queue.stats().pending == 0 {
                         return input.outcome();
                     }
                 }
-                _ = summary.tick() => self.sum_up(&parts.queue, &mut summed_up),
+                _ = summary.tick() => self.sum_up(&handles.queue, &mut summed_up),
             }
         }
     }
@@ -366,12 +372,6 @@ impl Service {
             "since start"
         );
     }
-}
-
-/// Says that the queue has failed, which ends the process.
-fn failed_queue(failure: ServiceError) -> ServiceError {
-    error!(error = %failure, "the queue has failed; ending, so that the supervisor starts it again");
-    failure
 }
 
 /// Sees to it that nobody else gets into the spool, or can replace what is in the folder of the socket. The queue sees to
@@ -449,20 +449,20 @@ impl Input {
     }
 }
 
-/// What must be ended.
-struct Parts {
+/// What runs, and how each of it is told to end.
+struct TaskHandles {
     queue: Queue,
     stop: watch::Sender<bool>,
     tasks: Tasks,
     socket: Option<BoundSocket>,
-    bell: Option<Doorbell>,
+    transcripts: Option<Doorbell>,
     spool: Option<SpoolHandle>,
 }
 
-impl Parts {
-    fn new(queue: Queue) -> Parts {
+impl TaskHandles {
+    fn new(queue: Queue) -> TaskHandles {
         let (stop, _) = watch::channel(false);
-        Parts { queue, stop, tasks: Tasks::default(), socket: None, bell: None, spool: None }
+        TaskHandles { queue, stop, tasks: Tasks::default(), socket: None, transcripts: None, spool: None }
     }
 
     fn start_thread(
@@ -479,15 +479,18 @@ impl Parts {
         // Before the listener goes: while it is there nobody else takes the path over.
         drop(self.socket);
         self.stop.send_replace(true);
-        if let Some(bell) = &self.bell {
-            bell.stop();
+        if let Some(transcripts) = &self.transcripts {
+            transcripts.stop();
         }
         if let Some(spool) = &self.spool {
             spool.stop();
         }
         let (late, ended) = self.tasks.end((begun + timeout * 3 / 5).into()).await;
         if !late.is_empty() {
-            warn!(parts = late.join(", "), "did not end in time and are left behind; nothing is lost by that");
+            warn!(
+                tasks = late.join(", "),
+                "tasks did not end in time and are left behind; delivery is idempotent, nothing is lost"
+            );
         }
         let pending = self.queue.stats().pending;
         let queue = self.queue;
