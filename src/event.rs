@@ -305,13 +305,13 @@ pub struct Cursor {
     /// Hash over bytes before `offset`; tells a file that was replaced in place.
     pub fingerprint: u64,
     /// The first `cwd` of the file; with it the session is registered.
-    pub project_path: Option<String>,
+    pub project_path: Option<Arc<str>>,
     /// How the session of a main transcript stands, as far as these bytes tell. Stored beside the cursor.
     #[serde(skip)]
     pub session: SessionState,
 }
 
-/// What is remembered of a session from one line to the next; see `intake::sessions`.
+/// What is remembered of a session from one line to the next; see `claude::session`.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SessionState {
     /// When it began. Before its first line of its own was read: the first time that any line of the file names.

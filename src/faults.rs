@@ -88,11 +88,6 @@ pub(crate) fn segment_bytes(bytes: u64) -> u64 {
     threshold("HEADSPACE_SEGMENT_BYTES", bytes)
 }
 
-/// Transcripts that are kept awake: `files`, or what `HEADSPACE_AWAKE_MAX` says.
-pub fn awake_max(files: usize) -> usize {
-    usize::try_from(threshold("HEADSPACE_AWAKE_MAX", files as u64)).unwrap_or(files)
-}
-
 fn threshold(name: &'static str, usual: u64) -> u64 {
     let asked = if cfg!(debug_assertions) { std::env::var(name).ok() } else { None };
     asked.and_then(|text| text.parse().ok()).unwrap_or(usual)

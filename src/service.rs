@@ -39,7 +39,6 @@ use self::systemd::{Notice, Systemd};
 use self::tasks::Tasks;
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
-use crate::faults;
 use crate::health::{HealthSource, HttpHealth, Moment};
 use crate::history::History;
 use crate::http::{self, Access, Api, Transport};
@@ -48,7 +47,7 @@ use crate::intake::redact::{PatternError, Redactor};
 use crate::intake::schema::{SchemaError, Schemas};
 use crate::intake::spool::{Spool, UnreadSpool};
 use crate::intake::spool_reader::{SpoolHandle, SpoolReader};
-use crate::intake::transcripts::{AWAKE_MAX, Doorbell, FollowConfig, Follower, Unread};
+use crate::intake::transcripts::{Doorbell, FollowConfig, Follower, Unread};
 use crate::private_folder::{self, Ensured, FolderError};
 use crate::queue::{Queue, QueueConfig, QueueError};
 use crate::sink::Verdict;
@@ -295,7 +294,6 @@ impl Service {
                 debounce: config.file_watcher.debounce_interval,
                 line_bytes_max: config.file_watcher.max_line_bytes,
                 inactivity_timeout: config.file_watcher.inactivity_timeout,
-                awake_max: faults::awake_max(AWAKE_MAX),
             },
             intake.clone(),
         )?;

@@ -133,11 +133,6 @@ impl SessionState {
         }
     }
 
-    /// When it ends if nothing more happens.
-    pub fn times_out_at(&self, timeout: Duration) -> Option<Timestamp> {
-        self.timed_out(timeout).map(|end| end.at)
-    }
-
     /// Its end if nothing more happens.
     fn timed_out(&self, timeout: Duration) -> Option<End> {
         let last = self.last_activity?;

@@ -58,7 +58,7 @@ fn line_time(meaning: &LineMeaning, is_inherited: bool, active_max: Timestamp) -
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct OtherSession {
     pub session: Uuid,
-    project_path: Option<String>,
+    project_path: Option<Arc<str>>,
     state: SessionState,
 }
 
@@ -67,11 +67,6 @@ impl OtherSession {
     pub fn ended_through(mut self, ended_through: Option<Timestamp>) -> OtherSession {
         self.state.ended_through = ended_through;
         self
-    }
-
-    /// Whether it was registered and its end was not told.
-    pub fn is_live(&self) -> bool {
-        self.project_path.is_some() && self.state.is_live()
     }
 
     /// Its end, if that is to be told now.
@@ -220,7 +215,7 @@ impl Source {
             let timestamp = turn.timestamp.unwrap_or(self.active_max);
             let of_other = other.as_ref().filter(|other| turn.said_in == Some(other.session));
             let project_path = of_other.map_or(&cursor.project_path, |other| &other.project_path);
-            let project_path = project_path.clone().or_else(|| turn.cwd.clone());
+            let project_path = project_path.clone().or_else(|| turn.cwd.as_deref().map(Arc::from));
             found(Found::Event(Candidate {
                 id: line::turn_event_id(&turn, session, offset, line),
                 event_type: "turn_detected".to_owned(),
@@ -238,7 +233,7 @@ impl Source {
         session: Uuid,
         meaning: &LineMeaning,
         time: Option<LineTime>,
-        project_path: &mut Option<String>,
+        project_path: &mut Option<Arc<str>>,
         state: &mut SessionState,
         origin: &impl Fn() -> Origin,
     ) -> [Option<Candidate>; 2] {
@@ -263,7 +258,7 @@ impl Source {
             refs: ForeignKeys::default(),
             origin: origin(),
         };
-        *project_path = Some(cwd.clone());
+        *project_path = Some(cwd.as_str().into());
         [end, Some(registered)]
     }
 
@@ -283,14 +278,6 @@ impl Source {
         }
         // It was the other's.
         cursor.session.ended_through = None;
-    }
-
-    /// The session of a main transcript.
-    pub fn session(&self) -> Option<Uuid> {
-        match self.kind {
-            TranscriptKind::Main { session } => Some(session),
-            TranscriptKind::SubAgent => None,
-        }
     }
 
     fn unreadable(&self, bytes: &[u8], offset: u64, bad: &BadLine) -> Rejection {

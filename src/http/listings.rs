@@ -13,7 +13,6 @@ use tokio::runtime::Handle;
 
 use super::dead_letters::unavailable;
 use super::{Api, error};
-use crate::intake::sessions;
 use crate::listing::{self, CursorLine, Filter, Listing};
 
 /// Headers of an answer that is a line of JSON for each record.
@@ -36,7 +35,7 @@ pub async fn cursors(State(api): State<Api>) -> Response {
         Err(problem) => return unavailable(&problem),
     };
     let mut lines = Vec::new();
-    for (path, cursor) in cursors.iter().filter(|(path, _)| sessions::closing_of(path).is_none()) {
+    for (path, cursor) in &cursors {
         if serde_json::to_writer(&mut lines, &CursorLine::of(path, cursor)).is_ok() {
             lines.push(b'\n');
         }

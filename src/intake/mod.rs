@@ -173,12 +173,12 @@ impl Intake {
     /// event. Once the batch is taken in, [`Intake::session_closed`] says so to the follower, which tells the session's
     /// end when it has read the transcript to its end; after a restart it finds the note.
     pub fn note_session_end(&self, session: Uuid, at: Timestamp, batch: &mut Batch) {
-        batch.cursors.push((sessions::closing_path(session), Some(sessions::closing_note(at))));
+        batch.session_ends.push((session, Some(at)));
     }
 
     /// Says that the SessionEnd hook of `session`, which ran at `at`, has arrived: its end is emitted at the next rescan.
     pub fn session_closed(&self, session: Uuid, at: Timestamp) {
-        self.note_closing(session, sessions::Closing::arriving(at));
+        self.note_closing(session, sessions::Closing::arriving(at, sessions::Now::read()));
     }
 
     fn note_closing(&self, session: Uuid, closing: sessions::Closing) {

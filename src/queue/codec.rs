@@ -253,6 +253,15 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
     Ok((OsString::from_vec(path).into(), Cursor { session, ..cursor }))
 }
 
+pub fn encode_session_end(session: Uuid, at: Timestamp) -> Result<Vec<u8>, CodecError> {
+    encode((session.into_bytes(), at.as_nanosecond()))
+}
+
+pub fn decode_session_end(record: &[u8]) -> Result<(Uuid, Timestamp), CodecError> {
+    let (session, at) = decode(record)?;
+    Ok((Uuid::from_bytes(session), timestamp(at)?))
+}
+
 fn encode(body: impl Encode) -> Result<Vec<u8>, CodecError> {
     let record = bincode::encode_to_vec((VERSION, [0_u8; 4], body), RECORD);
     let mut record = record.map_err(|error| CodecError::Body(error.to_string()))?;

@@ -13,7 +13,7 @@ use super::segment::{Changes, Segment, StoreError};
 use crate::event::Envelope;
 
 /// Kinds that are carried over to a new segment.
-pub const CARRIED: &[u8] = &[piece::CURSOR, piece::LETTER];
+pub const CARRIED: &[u8] = &[piece::CURSOR, piece::SESSION_END, piece::LETTER];
 
 /// Bytes that are carried over at once.
 const SLICE_BYTES: usize = 512 << 10;

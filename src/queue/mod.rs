@@ -8,7 +8,7 @@
 //!
 //! # Promises
 //!
-//! 1. A batch is taken whole or not at all: its events, its rejections and its cursors are one commit. So a cursor never
+//! 1. A batch is taken whole or not at all: its events, its rejections, its cursors and its notes of sessions' ends are one commit. So a cursor never
 //!    runs ahead of its events, where the next batch of the same file is handed over when this one is durable.
 //! 2. What is acknowledged is durable against power loss, and nothing can be read through [`Queue::window`] before it is.
 //! 3. Nothing leaves but by [`Queue::submit_settle`] and [`Queue::drop_dead_letter`]. Losing a settlement only repeats a delivery.
@@ -28,7 +28,7 @@
 //! into segments, each a sled database of some 64 MB that one process writes, and only adds to. The folders are the list: a file in
 //! each says with which number it begins. What has left is a number, and so is what has been acknowledged: both are in the mark `m`, in the
 //! batch of the events themselves, so what is beyond it was never committed. A segment all of whose events have left goes as a
-//! whole. The newest one also has what changes, cursors and dead letters; what is removed of them is an empty value. When it is large
+//! whole. The newest one also has what changes: cursors, sessions' ends and dead letters; what is removed of them is an empty value. When it is large
 //! the next one is begun between two batches: these are carried over, and its file FIRST, written last, makes it the newest.
 //!
 //! One thread owns all changes. It takes everything that has arrived, makes one batch of it, syncs once and answers everybody
@@ -70,8 +70,8 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use tokio::sync::watch;
+use uuid::Uuid;
 
-pub use self::piece::CursorId;
 pub use self::submission::Ticket;
 pub use self::values::{Accepted, Batch, Outcome, QueueConfig, QueueError, QueueStats, Repair, RetryOutcome};
 
@@ -206,16 +206,13 @@ impl Queue {
     /// As [`Queue::cursors`], one after the other.
     pub fn for_each_cursor(&self, seen: impl FnMut(PathBuf, Cursor)) -> Result<(), QueueError> {
         let shared = &self.handle.shared;
-        shared.reading(reader::cursors(&shared.log()?.newest, CursorId::MIN..=CursorId::MAX, seen))
+        shared.reading(reader::cursors(&shared.log()?.newest, seen))
     }
 
-    /// How far one file has been read, and its path.
-    pub fn cursor(&self, id: CursorId) -> Result<Option<(PathBuf, Cursor)>, QueueError> {
+    /// When the SessionEnd hooks ran of sessions whose end is not an event yet.
+    pub fn session_ends(&self) -> Result<Vec<(Uuid, Timestamp)>, QueueError> {
         let shared = &self.handle.shared;
-        let mut found = None;
-        let seen = |path, cursor| found = Some((path, cursor));
-        shared.reading(reader::cursors(&shared.log()?.newest, id..=id, seen))?;
-        Ok(found)
+        shared.reading(reader::session_ends(&shared.log()?.newest))
     }
 
     /// The queue in numbers; reads nothing from disk.

@@ -120,7 +120,7 @@ fn recover(path: &Path, mut highest: Mark) -> Result<Opened, StoreError> {
             marks.letters = letters;
         }
         let last = Source::Raw(Arc::new(last));
-        let mut left = Left::all_of(if repairs.is_empty() { CARRIED } else { &[piece::LETTER] });
+        let mut left = Left::all_of(if repairs.is_empty() { CARRIED } else { &[piece::SESSION_END, piece::LETTER] });
         while last.carry_over(&mut left, &newest)? {}
     }
     let (older, spent): (Vec<_>, Vec<_>) = older.into_iter().partition(|one| one.is_needed(marks.settled.sequence));

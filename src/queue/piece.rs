@@ -6,6 +6,7 @@
 //! x S I        further chunk I of the record of event S (from 1 on)
 //! d S I        chunk I of the record of dead letter S (from 0 on)
 //! c H I        chunk I of the record of the cursor of the file whose path has the hash H
+//! s H I        chunk I of the record of the SessionEnd hook of the session whose id has the hash H
 //! m 0 0        mark: the last number that was acknowledged and the last one that is settled, with the totals up to them
 //! ```
 //!
@@ -23,13 +24,14 @@
 //! ```
 //!
 //! Numbers have no gaps: a rejection takes one too, and leaves an entry without a record in the block. So what is missing is
-//! noticed when it is read. A dead letter or a cursor goes by an empty chunk 0: where a piece is found twice, the one of the later
+//! noticed when it is read. A dead letter, a cursor or a session's end goes by an empty chunk 0: where a piece is found twice, the one of the later
 //! batch counts. A mark is the last piece of its batch and says how many there are, so a batch that was torn is told.
 
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::codec::{self, Entry, Marks, NUMBER_MAX, Totals, decode_block, encode_block};
@@ -48,6 +50,7 @@ pub const BLOCK: u8 = b'e';
 pub const CHUNK: u8 = b'x';
 pub const LETTER: u8 = b'd';
 pub const CURSOR: u8 = b'c';
+pub const SESSION_END: u8 = b's';
 pub const MARK: u8 = b'm';
 
 /// A value, taken apart.
@@ -125,18 +128,15 @@ pub fn keys(kind: u8, numbers: RangeInclusive<u64>) -> RangeInclusive<Vec<u8>> {
     key(kind, *numbers.start(), 0)..=key(kind, *numbers.end(), u32::MAX)
 }
 
-/// By what a cursor is found: a hash of the path of its file. Two files with the same one take the cursor from one another, and are
+/// The number of a file's cursor: a hash of its path. Two files with the same one take the cursor from one another, and are
 /// read again: nothing else.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct CursorId(pub(super) u64);
+pub fn number_of_path(path: &Path) -> u64 {
+    xxh3_64(path.as_os_str().as_bytes()) & NUMBER_MAX
+}
 
-impl CursorId {
-    pub const MIN: CursorId = CursorId(0);
-    pub const MAX: CursorId = CursorId(NUMBER_MAX);
-
-    pub fn of(path: &Path) -> CursorId {
-        CursorId(xxh3_64(path.as_os_str().as_bytes()) & NUMBER_MAX)
-    }
+/// The number of the record of a session's end.
+pub fn number_of_session(session: Uuid) -> u64 {
+    xxh3_64(session.as_bytes()) & NUMBER_MAX
 }
 
 /// The chunks of a record, from the index `first` on. An empty record, which stands for none, is one empty chunk.

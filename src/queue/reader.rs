@@ -1,11 +1,12 @@
 //! Reading the queue: on the caller's thread, beside the writer, without changing anything.
 
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use super::codec;
+use uuid::Uuid;
+
+use super::codec::{self, NUMBER_MAX};
 use super::log::{Log, Source};
-use super::piece::{self, CursorId};
+use super::piece;
 use super::segment::StoreError;
 use crate::event::{
     Cursor, DeadContent, DeadLetter, Envelope, Failure, FailureKind, Origin, Rejection, Sequence, Timestamp,
@@ -61,16 +62,21 @@ fn dead_letter(source: &Source, sequence: Sequence, record: &[u8]) -> DeadLetter
     })
 }
 
-/// The cursors with these ids; one that can't be read is left out, which only reads its file again.
-pub fn cursors(
-    source: &Source,
-    ids: RangeInclusive<CursorId>,
-    mut seen: impl FnMut(PathBuf, Cursor),
-) -> Result<(), StoreError> {
-    for record in piece::records(source.pieces(piece::CURSOR, ids.start().0..=ids.end().0)) {
+/// All cursors; one that can't be read is left out, which only reads its file again.
+pub fn cursors(source: &Source, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
+    for record in piece::records(source.pieces(piece::CURSOR, 0..=NUMBER_MAX)) {
         if let Ok((path, cursor)) = codec::decode_cursor(&record?.content) {
             seen(path, cursor);
         }
     }
     Ok(())
+}
+
+/// The sessions' ends that are noted; one that can't be read is left out.
+pub fn session_ends(source: &Source) -> Result<Vec<(Uuid, Timestamp)>, StoreError> {
+    let mut ends = Vec::new();
+    for record in piece::records(source.pieces(piece::SESSION_END, 0..=NUMBER_MAX)) {
+        ends.extend(codec::decode_session_end(&record?.content).ok());
+    }
+    Ok(ends)
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::codec::{self, CodecError, Marks};
 use super::files;
 use super::log::{Log, Source};
-use super::piece::CursorId;
+use super::piece;
 use super::reader;
 use super::segment::StoreError;
 use super::submission::{EncodedBatch, Inbox};
@@ -146,8 +147,9 @@ impl Shared {
             rejections.push(codec::encode_rejection(&rejection, captured_at).map_err(too_large)?);
         }
         let cursors = batch.cursors.iter().map(|(path, cursor)| encode_cursor(path, cursor.as_ref()));
-        let cursors = cursors.collect::<Result<Vec<_>, _>>().map_err(too_large)?;
-        Ok(EncodedBatch { events, rejections, cursors })
+        let session_ends = batch.session_ends.iter().map(|(session, at)| encode_session_end(*session, *at));
+        let keyed = cursors.chain(session_ends).collect::<Result<Vec<_>, _>>().map_err(too_large)?;
+        Ok(EncodedBatch { events, rejections, keyed })
     }
 }
 
@@ -181,12 +183,18 @@ fn without_bytes(rejection: &Rejection) -> Rejection {
     rejection
 }
 
-/// Its record; empty where the cursor is to be removed.
-fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<(CursorId, Vec<u8>), CodecError> {
+/// Its kind, number and record; that is empty where the cursor is to be removed.
+fn encode_cursor(path: &Path, cursor: Option<&Cursor>) -> Result<(u8, u64, Vec<u8>), CodecError> {
     let cursor = cursor.cloned().map(|mut cursor| {
         // No folder has such a name: better to forget it than to be unable to store the cursor.
         cursor.project_path.take_if(|path| path.len() > PATH_BYTES_MAX);
         codec::encode_cursor(path, &cursor)
     });
-    Ok((CursorId::of(path), cursor.transpose()?.unwrap_or_default()))
+    Ok((piece::CURSOR, piece::number_of_path(path), cursor.transpose()?.unwrap_or_default()))
+}
+
+/// As for a cursor.
+fn encode_session_end(session: Uuid, at: Option<Timestamp>) -> Result<(u8, u64, Vec<u8>), CodecError> {
+    let record = at.map(|at| codec::encode_session_end(session, at)).transpose()?.unwrap_or_default();
+    Ok((piece::SESSION_END, piece::number_of_session(session), record))
 }

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::piece::CursorId;
 use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
 use crate::event::Sequence;
 
@@ -58,15 +57,15 @@ pub struct EncodedBatch {
     pub events: Vec<Vec<u8>>,
     /// Records of dead letters.
     pub rejections: Vec<Vec<u8>>,
-    /// Records of cursors; an empty one removes the cursor.
-    pub cursors: Vec<(CursorId, Vec<u8>)>,
+    /// Records of cursors and of sessions' ends, by kind and number; an empty one removes what is there.
+    pub keyed: Vec<(u8, u64, Vec<u8>)>,
 }
 
 impl EncodedBatch {
     /// About what it takes, in memory and in sled.
     pub fn bytes(&self) -> usize {
-        let cursors = self.cursors.iter().map(|(_, record)| record);
-        let records = self.events.iter().chain(&self.rejections).chain(cursors);
+        let keyed = self.keyed.iter().map(|(.., record)| record);
+        let records = self.events.iter().chain(&self.rejections).chain(keyed);
         256 + records.map(|record| record.len() + record.len() / 64 + 128).sum::<usize>()
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use thiserror::Error;
+use uuid::Uuid;
 
 use crate::event::{Cursor, Event, Failure, Rejection, Sequence, Timestamp};
 use crate::private_folder::FolderError;
@@ -25,6 +26,8 @@ pub struct Batch {
     pub rejections: Vec<Rejection>,
     /// How far files have been read with this batch. `None` forgets the file.
     pub cursors: Vec<(PathBuf, Option<Cursor>)>,
+    /// SessionEnd hooks, and when they ran, of sessions whose end is not an event yet. `None` forgets the note.
+    pub session_ends: Vec<(Uuid, Option<Timestamp>)>,
 }
 
 /// A batch was taken in.

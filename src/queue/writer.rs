@@ -214,8 +214,8 @@ impl Writer {
             self.add_entry(0, &[]);
             self.put_letter(self.marks.acknowledged.sequence, &record);
         }
-        for (id, record) in batch.cursors {
-            self.put_chunks(piece::CURSOR, id.0, 0, &record);
+        for (kind, number, record) in batch.keyed {
+            self.put_chunks(kind, number, 0, &record);
         }
         faults::reach("append-staged");
         Ok(Ok(accepted))

@@ -6,7 +6,7 @@ use crate::claude::line::{event_id_of_turn, session_registered_event_id};
 use crate::config::Config;
 use crate::event::{Candidate, EventId, Timestamp};
 use crate::intake::retention::Retention;
-use crate::intake::transcripts::census::{Buffer, Census, Extent, MainTranscript, NoTurns, Sighting};
+use crate::intake::transcripts::census::{Census, Extent, MainTranscript, NoTurns, Sighting};
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use crate::source::SourceError;
@@ -136,12 +136,11 @@ impl Inventory {
             is_asked: false,
             retention,
         };
-        let mut buffer = Buffer::default();
         for (file, main) in (0..).zip(found.main) {
             let name = main.path.to_string_lossy().into_owned();
             let occurrences = &mut inventory.occurrences;
             let no_turns = &mut inventory.no_turns;
-            let read = inventory.census.read(&main, cursors.get(&name), &mut buffer, no_turns, |sighting| {
+            let read = inventory.census.read(&main, cursors.get(&name), no_turns, |sighting| {
                 if is_wanted(&sighting, since) {
                     occurrences.push(Occurrence::of(&sighting, file));
                 }

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::event::{Candidate, Record};
 use crate::intake::redact::Redactor;
 use crate::intake::spool::{Draft, Spool, SpoolError};
-use crate::intake::transcripts::census::{Buffer, NoTurns};
+use crate::intake::transcripts::census::NoTurns;
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, Auditor, StaleReceipt};
 
@@ -33,12 +33,11 @@ pub(super) async fn revisit(inventory: &mut Inventory, sender: Option<&Sender<'_
         inventory.occurrences.iter().filter(|one| one.is_missing()).map(|one| one.file).collect();
     let bar = progress("looking at what is missing", files.len() as u64, "{pos}/{len} files");
     let census = inventory.census.clone();
-    let mut buffer = Buffer::default();
     let mut sending = sender.map(|sender| Sending { sender, batch: None, outcome: Ok(()) });
     for file in files {
         let Some(transcript) = inventory.transcripts.get(file as usize) else { continue };
         let main = transcript.main.clone();
-        let read = census.read(&main, None, &mut buffer, &mut NoTurns::new(), |sighting| {
+        let read = census.read(&main, None, &mut NoTurns::new(), |sighting| {
             if inventory.confirm(file, &sighting)
                 && let Some(sending) = &mut sending
             {

@@ -60,7 +60,7 @@ pub(super) async fn cursors(config: &Config) -> Result<Cursors, SourceError> {
     read(config, Part::Cursors, |line| {
         if let Ok(line) = serde_json::from_slice::<CursorLine<'_>>(line) {
             let fingerprint = u64::from_str_radix(&line.fingerprint, 16).unwrap_or_default();
-            let project_path = line.registered.then(String::new);
+            let project_path = line.registered.then(|| "".into());
             let cursor = Cursor { offset: line.offset, fingerprint, project_path, ..transcript::START };
             cursors.insert(line.path.into_owned(), cursor);
         }

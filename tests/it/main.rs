@@ -49,7 +49,6 @@ mod privacy;
 mod private_folders;
 mod proxy;
 mod queue_dump;
-mod resting;
 mod scaling;
 mod services;
 mod sessions;

@@ -454,7 +454,7 @@ impl Stage {
             None => Command::new(program),
         };
         command.args(arguments).current_dir(self.folder()).env_clear().stdin(Stdio::null());
-        for name in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE", "HEADSPACE_AWAKE_MAX"] {
+        for name in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
             }

@@ -4,18 +4,18 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::super::sessions;
-use super::DEPTH_MAX;
 use super::descent::{Compared, look_at, with_ancestors};
-use super::reading::{CHUNK_BYTES, open, read_full_at, stands_where_it_stood};
+use super::reader::open;
+use super::scanner::{self, DEPTH_MAX};
+use super::tail::Tail;
 use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{self, Found, LastLine, OtherSession, Source};
+use crate::claude::transcript::{self, Found, LastLine, Source};
 use crate::event::{Candidate, Cursor, Origin, Timestamp};
 
 /// How transcripts are found and read: as the follower does.
@@ -75,10 +75,6 @@ pub struct Extent {
 /// How many lines of the user's side are no turns, by the reason.
 pub type NoTurns = BTreeMap<&'static str, u64>;
 
-/// Room for one look at a file; to be used again for the next.
-#[derive(Default)]
-pub struct Buffer(Vec<u8>);
-
 impl Census {
     pub fn new(projects: Vec<PathBuf>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
         Census { projects, line_bytes_max, inactivity_timeout, sessions: HashSet::new() }
@@ -127,7 +123,7 @@ impl Census {
     }
 
     fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
-        super::kind_of(&self.projects, path)
+        scanner::kind_of(&self.projects, path)
     }
 
     /// Reads one transcript up to the size it has now. `cursor`: the follower's, as it stood before. `Ok(None)`: it is
@@ -136,7 +132,6 @@ impl Census {
         &self,
         transcript: &MainTranscript,
         cursor: Option<&Cursor>,
-        buffer: &mut Buffer,
         no_turns: &mut NoTurns,
         mut sighted: impl FnMut(Sighting),
     ) -> io::Result<Option<Extent>> {
@@ -149,145 +144,67 @@ impl Census {
         };
         let bytes = metadata.len();
         let read_bytes = match cursor {
-            Some(cursor) if stands_where_it_stood(&handle, bytes, cursor).or_else(cut_short)? => cursor.offset,
+            Some(cursor) if self.is_as_read(&handle, bytes, cursor)? => cursor.offset,
             _ => 0,
         };
         let may_register = read_bytes == 0 || cursor.is_some_and(|cursor| cursor.project_path.is_some());
-        let line_bytes_max = self.line_bytes_max;
         let compared = Compared { path, session, bytes, may_go_on: &|| true };
-        let mut look = Look {
-            handle,
-            bytes,
-            line_bytes_max,
-            source: Source {
-                kind,
-                path: path.to_string_lossy().into(),
-                inactivity_timeout: self.inactivity_timeout,
-                active_max: sessions::active_max(&metadata),
-                inherited_to: compared.inherited_to(ancestors)?,
-            },
-            cursor: transcript::START,
-            other: None,
-            incomplete_at: None,
+        let source = Source {
+            kind,
+            path: path.to_string_lossy().into(),
+            inactivity_timeout: self.inactivity_timeout,
+            active_max: sessions::active_max(&metadata, Timestamp::now()),
+            inherited_to: compared.inherited_to(ancestors)?,
         };
-        look.read(&mut buffer.0, &mut |found| {
-            let candidate = match found {
-                // The follower registers no session of which it has found nothing but what it inherited.
-                Found::Event(candidate) if candidate.event_type == "session_registered" && !may_register => return,
-                Found::Event(candidate) => candidate,
-                Found::OfOther(session, _) if self.sessions.contains(&session) => return,
-                Found::OfOther(_, candidate) => candidate,
-                Found::NoTurn(reason) => return *no_turns.entry(reason.label()).or_default() += 1,
-                Found::Unreadable(_) => return,
-            };
-            let Origin::Transcript { offset, .. } = candidate.origin else { return };
-            if matches!(candidate.event_type.as_str(), "turn_detected" | "session_registered") {
-                sighted(Sighting { is_read: offset < read_bytes, offset, candidate });
-            }
-        })?;
+        let (mut scratch, mut other) = (transcript::START, None);
+        let mut take = |offset: u64, line: &[u8]| {
+            source.read(line, offset, &mut scratch, &mut other, |found| {
+                let candidate = match found {
+                    // The follower registers no session of which it has found nothing but what it inherited.
+                    Found::Event(candidate) if candidate.event_type == "session_registered" && !may_register => return,
+                    Found::Event(candidate) => candidate,
+                    Found::OfOther(session, _) if self.sessions.contains(&session) => return,
+                    Found::OfOther(_, candidate) => candidate,
+                    Found::NoTurn(reason) => return *no_turns.entry(reason.label()).or_default() += 1,
+                    Found::Unreadable(_) => return,
+                };
+                let Origin::Transcript { offset, .. } = candidate.origin else { return };
+                if matches!(candidate.event_type.as_str(), "turn_detected" | "session_registered") {
+                    sighted(Sighting { is_read: offset < read_bytes, offset, candidate });
+                }
+            });
+            true
+        };
+        let mut tail = Tail::new(bytes, self.line_bytes_max);
+        tail.for_each_line(&handle, &mut take)?;
+        // A last line without newline counts when it is complete: then the follower reads it, too, once its file is quiet.
+        let (judged, line) = tail.last_line(&handle, &kind)?;
+        if judged == LastLine::Complete {
+            take(tail.offset(), &line);
+        }
+        let incomplete_at = (judged == LastLine::Incomplete).then_some(tail.offset());
         let modified = metadata.modified().ok().and_then(|modified| Timestamp::try_from(modified).ok());
         let modified = modified.unwrap_or(Timestamp::MAX);
-        Ok(Some(Extent { bytes, read_bytes, modified, incomplete_at: look.incomplete_at }))
+        Ok(Some(Extent { bytes, read_bytes, modified, incomplete_at }))
     }
-}
 
-/// A file that was cut short under our hands does not stand where it stood.
-fn cut_short(error: io::Error) -> io::Result<bool> {
-    if error.kind() == io::ErrorKind::UnexpectedEof { Ok(false) } else { Err(error) }
+    /// Whether the bytes before the cursor are those that were read.
+    fn is_as_read(&self, handle: &File, bytes: u64, cursor: &Cursor) -> io::Result<bool> {
+        match Tail::resume(handle, bytes, self.line_bytes_max, cursor, None) {
+            Ok(tail) => Ok(tail.is_some()),
+            // It was truncated meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// Cursors by path, as events name it.
 pub type Cursors = HashMap<String, Cursor>;
 
-struct Look {
-    handle: File,
-    /// What is read; what comes after it is another time's.
-    bytes: u64,
-    line_bytes_max: u64,
-    source: Source,
-    cursor: Cursor,
-    other: Option<OtherSession>,
-    incomplete_at: Option<u64>,
-}
-
-impl Look {
-    fn read(&mut self, buffer: &mut Vec<u8>, seen: &mut impl FnMut(Found)) -> io::Result<()> {
-        let mut offset = 0;
-        let mut wanted = CHUNK_BYTES;
-        while offset < self.bytes {
-            let length = (self.bytes - offset).min(wanted as u64) as usize;
-            buffer.resize(length, 0);
-            let length = read_full_at(&self.handle, buffer, offset)?;
-            let bytes = buffer.get(..length).unwrap_or_default();
-            let Some(end) = memchr::memrchr(b'\n', bytes) else {
-                let is_all = length < wanted || offset + length as u64 >= self.bytes;
-                if is_all {
-                    self.unterminated(bytes, offset, seen);
-                    break;
-                }
-                if length as u64 > self.line_bytes_max {
-                    // The follower skips it, too.
-                    let next = self.next_line(offset + length as u64)?;
-                    self.incomplete_at = next.is_none().then_some(offset);
-                    offset = next.unwrap_or(self.bytes);
-                    wanted = CHUNK_BYTES;
-                } else {
-                    wanted = wanted
-                        .saturating_mul(2)
-                        .min(usize::try_from(self.line_bytes_max).unwrap_or(usize::MAX).saturating_add(CHUNK_BYTES));
-                }
-                continue;
-            };
-            let mut start = 0;
-            for newline in memchr::memchr_iter(b'\n', bytes.get(..=end).unwrap_or_default()) {
-                let line = bytes.get(start..newline).unwrap_or_default();
-                if line.len() as u64 <= self.line_bytes_max {
-                    self.line(line, offset + start as u64, seen);
-                }
-                start = newline + 1;
-            }
-            offset += start as u64;
-            wanted = CHUNK_BYTES;
-        }
-        // A long line must not hold its memory on.
-        buffer.truncate(CHUNK_BYTES);
-        buffer.shrink_to(CHUNK_BYTES);
-        Ok(())
-    }
-
-    fn line(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Found)) {
-        self.source.read(line, offset, &mut self.cursor, &mut self.other, seen);
-    }
-
-    /// A last line without newline counts when it is whole: then the follower takes it, too, once its file is quiet.
-    fn unterminated(&mut self, line: &[u8], offset: u64, seen: &mut impl FnMut(Found)) {
-        match transcript::last_line(line, &self.source.kind) {
-            LastLine::Blank => {}
-            LastLine::Complete if line.len() as u64 <= self.line_bytes_max => self.line(line, offset, seen),
-            LastLine::Complete | LastLine::Incomplete => self.incomplete_at = Some(offset),
-        }
-    }
-
-    /// Where the next line begins after the first newline at or after `offset`.
-    fn next_line(&self, offset: u64) -> io::Result<Option<u64>> {
-        let mut piece = vec![0; CHUNK_BYTES];
-        let mut offset = offset;
-        while offset < self.bytes {
-            let length = self.handle.read_at(&mut piece, offset)?;
-            if length == 0 {
-                break;
-            }
-            if let Some(newline) = memchr::memchr(b'\n', piece.get(..length).unwrap_or_default()) {
-                return Ok(Some(offset + newline as u64 + 1));
-            }
-            offset += length as u64;
-        }
-        Ok(None)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::tail::CHUNK_BYTES;
     use super::*;
 
     /// A projects folder with one transcript of these bytes, and the prompts in it: the text, where it begins, whether
@@ -303,7 +220,7 @@ mod tests {
         assert_eq!(census.find().main, std::slice::from_ref(&transcript));
         let mut found = Vec::new();
         census
-            .read(&transcript, cursor, &mut Buffer::default(), &mut NoTurns::new(), |sighting| {
+            .read(&transcript, cursor, &mut NoTurns::new(), |sighting| {
                 if let Some(text) = sighting.candidate.payload.get("text") {
                     found.push((text.as_str().unwrap().to_owned(), sighting.offset, sighting.is_read));
                 }
@@ -351,11 +268,9 @@ mod tests {
     fn a_cursor_counts_only_for_the_bytes_that_were_read() {
         let (first, second) = (prompt("a"), prompt("b"));
         let text = format!("{first}\n{second}\n");
-        let folder = tempfile::tempdir().unwrap();
-        let copy = folder.path().join("copy");
-        std::fs::write(&copy, &text).unwrap();
-        let offset = first.len() as u64 + 1;
-        let fingerprint = super::super::reading::Place::at(&File::open(&copy).unwrap(), offset).unwrap().fingerprint();
+        let mut tail = Tail::new(text.len() as u64, 1 << 20);
+        tail.for_each_line(text.as_bytes(), |_, _| false).unwrap();
+        let (offset, fingerprint) = (tail.offset(), tail.fingerprint());
         let cursor = Cursor { offset, fingerprint, ..transcript::START };
         let read = |text: &str| -> Vec<bool> {
             prompts(text.as_bytes(), 1 << 20, Some(&cursor)).into_iter().map(|(_, _, is_read)| is_read).collect()

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,12 +15,13 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Follower;
-use super::reading::{Followed, ReadError, open, read_full_at};
+use super::followed::Followed;
+use super::reader::open;
+use super::tail::{Tail, read_full_at};
 use crate::claude::copies::{self, Look, Place, Said};
 use crate::claude::line::TranscriptKind;
 use crate::claude::transcript::{OtherSession, START, Source};
 use crate::event::{Cursor, Timestamp};
-use crate::queue::QueueError;
 
 /// Bytes at the end of a file that are looked at.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -38,37 +39,36 @@ const COMPARED_LINES_MAX: usize = 1 << 20;
 
 /// A new file, and how it is to be read.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub struct Fresh {
-    /// `None`: it was read in part already.
-    pub place: Option<Place>,
-    pub path: PathBuf,
+pub(crate) struct Fresh {
+    pub(crate) place: Place,
+    pub(crate) path: PathBuf,
     /// Those it may have been copied from. `None`: it does not tell yet.
-    pub ancestors: Option<Vec<PathBuf>>,
+    pub(crate) ancestors: Option<Vec<PathBuf>>,
 }
 
 /// What is known of the beginning of a file.
 #[derive(Default)]
-pub struct Beginning {
+pub(crate) struct Beginning {
     /// The files it may have been copied from. `None`: not looked up, or the file does not tell yet.
-    pub ancestors: Option<Vec<PathBuf>>,
+    pub(crate) ancestors: Option<Vec<PathBuf>>,
     /// Lines that begin before here were inherited.
-    pub inherited_to: u64,
+    pub(crate) inherited_to: u64,
     /// The file was compared with its ancestors as far as this.
     compared_to: u64,
     /// The other session whose lines were read last.
-    pub other: Option<OtherSession>,
+    pub(crate) other: Option<OtherSession>,
     /// `other` is what the lines before the cursor say.
     knows_other: bool,
 }
 
 impl Beginning {
-    pub fn of_copy_of(ancestors: Vec<PathBuf>) -> Beginning {
+    pub(crate) fn of_copy_of(ancestors: Vec<PathBuf>) -> Beginning {
         Beginning { ancestors: Some(ancestors), ..Beginning::default() }
     }
 }
 
 /// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.
-pub fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
+pub(crate) fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
     let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };
     let read = || -> io::Result<Look> {
         let (file, metadata) = open(path)?;
@@ -104,7 +104,7 @@ fn root_of(path: &Path) -> Option<String> {
 }
 
 /// The place of each file in the order of reading, and its ancestors, where it tells them.
-pub fn with_ancestors<'a>(
+pub(crate) fn with_ancestors<'a>(
     looks: &'a [Look],
     paths: &'a [PathBuf],
 ) -> impl Iterator<Item = (Place, &'a PathBuf, Option<Vec<PathBuf>>)> {
@@ -115,49 +115,51 @@ pub fn with_ancestors<'a>(
 }
 
 /// A transcript that is compared with others.
-pub struct Compared<'a> {
-    pub path: &'a Path,
-    pub session: Uuid,
+pub(crate) struct Compared<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) session: Uuid,
     /// What of it is looked at.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Asked at each line: false ends the comparison.
-    pub may_go_on: &'a dyn Fn() -> bool,
+    pub(crate) may_go_on: &'a dyn Fn() -> bool,
 }
 
 impl Compared<'_> {
     /// Where its first line begins that none of these has; at its end, as far as it is looked at, where there is none: all it
     /// has may be inherited so far.
-    pub fn inherited_to(&self, ancestors: &[PathBuf]) -> io::Result<u64> {
+    pub(crate) fn inherited_to(&self, ancestors: &[PathBuf]) -> io::Result<u64> {
         let mut known = HashSet::new();
         for ancestor in ancestors {
-            // One that is gone, or can't be read, has nothing in common.
-            let Ok(mut lines) = Lines::open(ancestor, u64::MAX, COMPARED_BYTES_MAX) else { continue };
-            while let Ok(Some((_, line))) = lines.next()
-                && known.len() < COMPARED_LINES_MAX
-                && (self.may_go_on)()
-            {
-                known.extend(uuid_hash(line));
-            }
-            // Its last line may not be finished for its own reader.
-            known.extend(uuid_hash(&lines.line));
+            // One that is gone, or can't be read, has nothing in common; one that ends in the middle has what was read.
+            let _ = self.note_uuids(ancestor, &mut known);
         }
-        let mut lines = Lines::open(self.path, self.bytes, COMPARED_BYTES_MAX)?;
+        let (file, _) = open(self.path)?;
         let mut end = 0;
-        while let Some((_, line)) = lines.next()?
-            && (self.may_go_on)()
-        {
+        Tail::new(self.bytes, COMPARED_BYTES_MAX).for_each_line(&file, |offset, line| {
             let said = Said::read(line);
             let is_own = said.as_ref().is_some_and(|said| {
                 !said.is_of_another(self.session) && said.uuid.as_ref().is_some_and(|uuid| !known.contains(&hash(uuid)))
             });
-            if is_own {
-                break;
+            if said.is_some() && !is_own {
+                end = offset + line.len() as u64 + 1;
             }
-            if said.is_some() {
-                end = lines.offset;
-            }
-        }
+            !is_own && (self.may_go_on)()
+        })?;
         Ok(end)
+    }
+
+    /// Adds the uuids of an ancestor's lines, as hashes.
+    fn note_uuids(&self, ancestor: &Path, known: &mut HashSet<u64>) -> io::Result<()> {
+        let (file, metadata) = open(ancestor)?;
+        let mut tail = Tail::new(metadata.len(), COMPARED_BYTES_MAX);
+        tail.for_each_line(&file, |_, line| {
+            known.extend(uuid_hash(line));
+            known.len() < COMPARED_LINES_MAX && (self.may_go_on)()
+        })?;
+        // Its last line may not be finished for its own reader.
+        let (_, line) = tail.last_line(&file, &TranscriptKind::Main { session: self.session })?;
+        known.extend(uuid_hash(&line));
+        Ok(())
     }
 }
 
@@ -169,63 +171,23 @@ fn hash(uuid: &str) -> u64 {
     xxh3_64(uuid.as_bytes())
 }
 
-/// The whole lines of a file, without their newlines; those that are too long are passed over.
-struct Lines {
-    file: io::Take<BufReader<File>>,
-    /// Behind the last line.
-    offset: u64,
-    line: Vec<u8>,
-    line_bytes_max: u64,
-}
-
-impl Lines {
-    fn open(path: &Path, size: u64, line_bytes_max: u64) -> io::Result<Lines> {
-        let (mut file, _) = open(path)?;
-        file.rewind()?;
-        Ok(Lines { file: BufReader::new(file).take(size), offset: 0, line: Vec::new(), line_bytes_max })
-    }
-
-    /// Where the next line begins, and the line.
-    fn next(&mut self) -> io::Result<Option<(u64, &[u8])>> {
-        loop {
-            self.line.clear();
-            let start = self.offset;
-            let limit = self.line_bytes_max.saturating_add(1);
-            let length = self.file.by_ref().take(limit).read_until(b'\n', &mut self.line)?;
-            self.offset += length as u64;
-            if self.line.last() == Some(&b'\n') {
-                self.line.pop();
-                return Ok(Some((start, &self.line)));
-            }
-            if (length as u64) < limit {
-                return Ok(None);
-            }
-            self.offset += self.file.skip_until(b'\n')? as u64;
-        }
-    }
-}
-
 /// The transcripts that are known, by the first uuid of their conversation: they are looked up once in a rescan.
 #[derive(Default)]
-pub struct Roots(HashMap<u64, Vec<PathBuf>>);
+pub(crate) struct Families(HashMap<u64, Vec<PathBuf>>);
 
 impl Follower {
-    /// New files in the order in which they are to be read: those that were read in part, then the others, copies after what
-    /// they were copied from.
-    pub(super) fn in_order_of_reading(&mut self, fresh: Vec<PathBuf>) -> Result<Vec<Fresh>, QueueError> {
-        let (adopted, mut paths): (Vec<_>, Vec<_>) =
-            fresh.into_iter().partition(|path| self.adopted.contains_key(path));
+    /// New files in the order in which they are to be read: copies after what they were copied from.
+    pub(super) fn in_order_of_reading(&mut self, mut paths: Vec<PathBuf>) -> Vec<Fresh> {
         let new = paths.len();
         let mut looks: Vec<Look> = paths.iter().map(|path| self.look_at_head(path)).collect();
-        self.add_known_families(&mut looks, &mut paths)?;
+        self.add_known_families(&mut looks, &mut paths);
         let mut ordered = Vec::with_capacity(new);
         for (place, path, ancestors) in with_ancestors(&looks, &paths).take(new) {
             self.in_order |= place.is_copy;
-            ordered.push(Fresh { place: Some(place), path: path.clone(), ancestors });
+            ordered.push(Fresh { place, path: path.clone(), ancestors });
         }
-        ordered.extend(adopted.into_iter().map(|path| Fresh { place: None, path, ancestors: None }));
         ordered.sort_unstable();
-        Ok(ordered)
+        ordered
     }
 
     fn look_at_head(&self, path: &Path) -> Look {
@@ -233,63 +195,38 @@ impl Follower {
         look_at(path, self.kind_of(path).filter(|_| self.may_go_on()))
     }
 
-    /// Notes that reading makes progress. False: it is to end.
-    fn may_go_on(&self) -> bool {
-        self.intake.metrics().live.reading.beat();
-        !self.doorbell.is_stopped()
-    }
-
     /// Adds the known transcripts of the same families to looks at new ones: these may have been copied from them.
-    fn add_known_families(&mut self, looks: &mut Vec<Look>, paths: &mut Vec<PathBuf>) -> Result<(), QueueError> {
+    fn add_known_families(&mut self, looks: &mut Vec<Look>, paths: &mut Vec<PathBuf>) {
         let roots: HashSet<u64> = looks.iter().filter_map(|look| look.root.as_deref().map(hash)).collect();
         if roots.is_empty() {
-            return Ok(());
+            return;
         }
-        let known = match self.known_roots.take() {
-            Some(known) => known,
-            None => self.look_up_roots()?,
-        };
+        let known = self.known_families.take().unwrap_or_else(|| self.look_up_families());
         let new: HashSet<PathBuf> = paths.iter().cloned().collect();
         for path in roots.iter().filter_map(|root| known.0.get(root)).flatten().filter(|path| !new.contains(*path)) {
             looks.push(Look { is_known: true, ..self.look_at_head(path) });
             paths.push(path.clone());
         }
-        self.known_roots = Some(known);
-        Ok(())
+        self.known_families = Some(known);
     }
 
     /// The transcripts that were read before.
-    fn look_up_roots(&self) -> Result<Roots, QueueError> {
-        let mut known: HashSet<PathBuf> = HashSet::new();
-        self.intake.queue().for_each_cursor(|path, cursor| {
-            if cursor.offset > 0 {
-                known.insert(path);
-            }
-        })?;
-        let read = self.files.iter().filter(|(_, file)| file.cursor.offset > 0);
-        known.extend(read.map(|(path, _)| path.to_path_buf()));
-        let mut roots = Roots::default();
-        for path in known {
+    fn look_up_families(&self) -> Families {
+        let mut families = Families::default();
+        for file in self.files.values().filter(|file| file.cursor.offset > 0 && file.session().is_some()) {
             if !self.may_go_on() {
                 break;
             }
-            if self.session_of(&path).is_some()
-                && let Some(root) = root_of(&path)
-            {
-                roots.0.entry(hash(&root)).or_default().push(path);
+            if let Some(root) = root_of(&file.path) {
+                families.0.entry(hash(&root)).or_default().push(file.path.to_path_buf());
             }
         }
-        Ok(roots)
+        families
     }
 
     /// Finds out what a file has inherited, before anything of its own was read.
-    pub(super) fn note_beginning(
-        &mut self,
-        file: &mut Followed,
-        size: u64,
-        source: &mut Source,
-    ) -> Result<(), ReadError> {
-        let TranscriptKind::Main { session } = file.kind else { return Ok(()) };
+    pub(super) fn note_beginning(&mut self, file: &mut Followed, size: u64, source: &mut Source) -> io::Result<()> {
+        let Some(session) = file.session() else { return Ok(()) };
         if file.cursor.session.last_activity.is_some() {
             file.beginning = None;
             return Ok(());
@@ -297,7 +234,7 @@ impl Follower {
         let path = Arc::clone(&file.path);
         let beginning = file.beginning.get_or_insert_default();
         if beginning.ancestors.is_none() {
-            beginning.ancestors = self.ancestors_of(&path)?;
+            beginning.ancestors = self.ancestors_of(&path);
         }
         let ancestors = beginning.ancestors.as_deref().unwrap_or_default();
         if !ancestors.is_empty() && beginning.compared_to < size {
@@ -313,27 +250,28 @@ impl Follower {
     }
 
     /// The files from which this one may have been copied. `None`: it does not tell yet.
-    fn ancestors_of(&mut self, path: &Path) -> Result<Option<Vec<PathBuf>>, QueueError> {
+    fn ancestors_of(&mut self, path: &Path) -> Option<Vec<PathBuf>> {
         let mut looks = vec![self.look_at_head(path)];
         let mut paths = vec![path.to_owned()];
-        self.add_known_families(&mut looks, &mut paths)?;
-        Ok(with_ancestors(&looks, &paths).next().and_then(|(_, _, ancestors)| ancestors))
+        self.add_known_families(&mut looks, &mut paths);
+        with_ancestors(&looks, &paths).next().and_then(|(_, _, ancestors)| ancestors)
     }
 
     /// The other session of which the lines before the cursor told last.
     fn read_again(&self, path: &Path, cursor: &Cursor, source: &Source) -> io::Result<Option<OtherSession>> {
-        let (mut scratch, mut other) = (START, None);
         if cursor.offset == 0 {
             return Ok(None);
         }
-        let mut lines = Lines::open(path, cursor.offset, self.config.line_bytes_max)?;
-        while let Some((start, line)) = lines.next()?
-            && self.may_go_on()
-        {
-            source.read(line, start, &mut scratch, &mut other, |_| {});
-        }
-        // A last line that was read without its newline.
-        source.read(&lines.line, lines.offset - lines.line.len() as u64, &mut scratch, &mut other, |_| {});
+        let (mut scratch, mut other) = (START, None);
+        let (file, _) = open(path)?;
+        let mut tail = Tail::new(cursor.offset, self.config.line_bytes_max);
+        tail.for_each_line(&file, |offset, line| {
+            source.read(line, offset, &mut scratch, &mut other, |_| {});
+            self.may_go_on()
+        })?;
+        // It may have been read without its newline.
+        let (_, line) = tail.last_line(&file, &source.kind)?;
+        source.read(&line, tail.offset(), &mut scratch, &mut other, |_| {});
         Ok(other.map(|other| other.ended_through(cursor.session.ended_through)))
     }
 }

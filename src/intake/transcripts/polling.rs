@@ -12,11 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Follower;
-use super::reading::{Followed, Stamp};
-use super::resting::Group;
-use crate::claude::line::TranscriptKind;
+use super::followed::{Access, Followed, Stamp};
 use crate::event::Timestamp;
-use crate::queue::QueueError;
 
 /// How long after its last change a transcript is checked.
 const ACTIVE_FOR: Duration = Duration::from_secs(600);
@@ -32,7 +29,7 @@ const FILES_PER_INTERVAL: u32 = 100;
 
 /// The transcripts that are checked.
 #[derive(Default)]
-pub struct Active {
+pub(crate) struct Active {
     /// Until when.
     until: BTreeMap<Arc<Path>, Instant>,
     /// `None`: nothing was checked yet.
@@ -43,12 +40,8 @@ pub struct Active {
 
 impl Active {
     /// When the next check is due; `None`: nothing is active.
-    pub fn next_check(&self) -> Option<Instant> {
+    pub(crate) fn next_check(&self) -> Option<Instant> {
         (!self.until.is_empty()).then(|| self.next_check.unwrap_or_else(Instant::now))
-    }
-
-    pub fn contains(&self, path: &Path) -> bool {
-        self.until.contains_key(path)
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -60,7 +53,7 @@ impl Active {
     }
 
     /// Notes that a look at this file found it to be as `stamp` says, and not as before.
-    pub fn note_change(&mut self, file: &Followed, stamp: &Stamp) {
+    pub(crate) fn note_change(&mut self, file: &Followed, stamp: &Stamp) {
         let now = Instant::now();
         let until = if file.seen.is_some() {
             Some(now + ACTIVE_FOR)
@@ -77,20 +70,13 @@ impl Active {
 
 impl Follower {
     /// Keeps those active whose session a process has open.
-    pub(super) fn note_open_sessions(&mut self) -> Result<(), QueueError> {
-        let parked: Vec<_> = self.resting.named(&self.open_sessions).collect();
-        for session in parked {
-            self.wake(Group::of_session(session))?;
-        }
+    pub(super) fn note_open_sessions(&mut self) {
         let until = Instant::now() + ACTIVE_FOR;
         for file in self.files.values() {
-            if let TranscriptKind::Main { session } = file.kind
-                && self.open_sessions.named(session).is_some()
-            {
+            if file.session().is_some_and(|session| self.ends.is_open(session)) {
                 self.active.insert(&file.path, until);
             }
         }
-        Ok(())
     }
 
     /// Checks the active transcripts if that is due. Returns those that have changed.
@@ -100,7 +86,6 @@ impl Follower {
         if !self.active.is_due(begun) {
             return changed;
         }
-        // A parked one is left to the rescan, which makes it active again when it has changed.
         self.active.until.retain(|path, until| *until > begun && self.files.contains_key(path));
         let first = self.active.checked_to.take().map_or(Bound::Unbounded, Bound::Excluded);
         for path in self.active.until.range::<Arc<Path>, _>((first, Bound::Unbounded)).map(|(path, _)| path) {
@@ -132,7 +117,7 @@ fn has_changed(file: &Followed) -> bool {
     match file.seen {
         Some(seen) => metadata().is_some_and(|metadata| Stamp::of(&metadata) != seen),
         // It was not there; any other that was not read to its end is looked at by the rescan.
-        None => file.is_gone && metadata().is_some(),
+        None => file.access == Access::Gone && metadata().is_some(),
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
-use crate::event::{DeadContent, Envelope, EventId, Sequence};
+use crate::event::{DeadContent, Envelope, EventId, Origin, Sequence, SessionState};
 use crate::intake::redact::Redactor;
 use crate::intake::schema::Schemas;
 use crate::queue::tests::rounds;
@@ -43,7 +43,6 @@ enum Op {
 struct Scene {
     folder: TempDir,
     chunk_bytes: usize,
-    awake_max: usize,
     queue: Queue,
     /// `None` only while it is being started anew.
     follower: Option<Follower>,
@@ -56,15 +55,15 @@ struct Outcome {
     events: Vec<(EventId, String, String, u64)>,
     /// Offset and bytes of what is no record.
     lost: BTreeSet<(u64, Vec<u8>)>,
-    cursors: Vec<(u64, u64, Option<String>, SessionState)>,
+    cursors: Vec<(u64, u64, Option<Arc<str>>, SessionState)>,
 }
 
 impl Scene {
-    fn new(chunk_bytes: usize, awake_max: usize) -> Scene {
+    fn new(chunk_bytes: usize) -> Scene {
         let folder = TempDir::new().unwrap();
         std::fs::create_dir_all(folder.path().join("projects/-p")).unwrap();
         let queue = open(folder.path());
-        let mut scene = Scene { folder, chunk_bytes, awake_max, queue, follower: None };
+        let mut scene = Scene { folder, chunk_bytes, queue, follower: None };
         scene.start();
         scene
     }
@@ -83,7 +82,6 @@ impl Scene {
             debounce: Duration::ZERO,
             line_bytes_max: LINE_BYTES_MAX,
             inactivity_timeout: Duration::from_secs(100 * 365 * 86_400),
-            awake_max: self.awake_max,
         };
         let mut follower = Follower::new(config, Arc::new(intake)).unwrap();
         follower.chunk_bytes = self.chunk_bytes;
@@ -98,12 +96,13 @@ impl Scene {
     fn rescan(&mut self) {
         let follower = self.follower.as_mut().unwrap();
         // As the loop of [`Follower::run`].
-        let mut unfinished = follower.rescan().unwrap();
+        let mut unfinished = follower.rescan(Now::read()).unwrap();
         while let Some(path) = unfinished.pop() {
             if follower.look_at(&path).unwrap() == Progress::More {
                 unfinished.push(path);
             }
         }
+        follower.outbox.flush().unwrap();
     }
 
     fn append(&self, bytes: &[u8]) {
@@ -114,8 +113,7 @@ impl Scene {
     /// As the end of [`Follower::run`].
     fn stop(&mut self) {
         let mut follower = self.follower.take().unwrap();
-        follower.flush_moved().unwrap();
-        follower.await_batch().unwrap();
+        follower.outbox.flush().unwrap();
     }
 
     fn apply(&mut self, op: Op) {
@@ -276,17 +274,15 @@ proptest! {
     #[test]
     fn any_split_into_appends_with_any_stops_and_kills_gives_the_same_events_and_cursors(
         file in file(),
-        chunk_bytes in prop_oneof![1usize..200, Just(reading::CHUNK_BYTES)],
-        // With none its file is put to rest whenever it may be.
-        awake_max in prop_oneof![Just(0), Just(AWAKE_MAX)],
+        chunk_bytes in prop_oneof![1usize..200, Just(tail::CHUNK_BYTES)],
         ops in prop::collection::vec(op(), 1..24),
     ) {
-        let at_once = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+        let at_once = Scene::new(tail::CHUNK_BYTES);
         at_once.append(&file);
         let expected = at_once.outcome();
         prop_assert!(expected.cursors.iter().all(|(offset, ..)| *offset <= file.len() as u64));
 
-        let mut scene = Scene::new(chunk_bytes, awake_max);
+        let mut scene = Scene::new(chunk_bytes);
         let mut rest = file.as_slice();
         for op in ops {
             let length = match op {
@@ -318,13 +314,13 @@ fn every_single_cut_gives_the_same_events_and_cursors() {
         file.extend(line(number, kind, 8));
         file.push(b'\n');
     }
-    let at_once = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let at_once = Scene::new(tail::CHUNK_BYTES);
     at_once.append(&file);
     let expected = at_once.outcome();
     assert_eq!((expected.events.len(), expected.lost.len()), (7, 2), "{expected:?}");
     // One scene for many cuts: each line is looked at with the cut moving through it.
-    for (step, awake_max) in [(1, 0), (2, AWAKE_MAX), (3, 0), (5, AWAKE_MAX), (64, 0)] {
-        let mut scene = Scene::new(32, awake_max);
+    for step in [1, 2, 3, 5, 64] {
+        let mut scene = Scene::new(32);
         for piece in file.chunks(step) {
             scene.append(piece);
             scene.rescan();
@@ -352,12 +348,11 @@ fn waiting(scene: &Scene, event_type: &str) -> usize {
 
 #[test]
 fn of_two_transcripts_of_a_session_one_is_read_at_once_though_the_other_is_gone() {
-    let mut scene = Scene::new(reading::CHUNK_BYTES, 0);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     say(&scene, "-p", SESSION, 1);
     let gone = say(&scene, "-q", SESSION, 2);
     scene.rescan();
     assert_eq!(waiting(&scene, "turn_detected"), 2);
-    assert!(scene.follower.as_ref().unwrap().files.is_empty(), "they rest");
     say(&scene, "-p", SESSION, 3);
     std::fs::remove_file(gone).unwrap();
     scene.rescan();
@@ -365,25 +360,21 @@ fn of_two_transcripts_of_a_session_one_is_read_at_once_though_the_other_is_gone(
 }
 
 #[test]
-fn a_session_of_which_one_transcript_is_gone_while_others_are_put_to_rest_has_not_ended() {
-    let others = ["00000002-0000-4000-8000-000000000000", "00000003-0000-4000-8000-000000000000"];
-    let mut scene = Scene::new(reading::CHUNK_BYTES, 2);
+fn a_session_of_which_one_transcript_is_gone_has_not_ended() {
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     say(&scene, "-p", SESSION, 1);
     let gone = say(&scene, "-q", SESSION, 2);
     scene.rescan();
-    assert_eq!(scene.follower.as_ref().unwrap().files.len(), 2, "they are awake");
     std::fs::remove_file(gone).unwrap();
-    others.iter().for_each(|other| drop(say(&scene, "-p", other, 10)));
     scene.rescan();
-    let follower = scene.follower.as_ref().unwrap();
-    assert_eq!(follower.files.len() + follower.resting.looked_at().count(), 3);
-    assert_eq!((waiting(&scene, "turn_detected"), waiting(&scene, "session_ended")), (4, 0));
-    assert_eq!(scene.queue.cursors().unwrap().len(), 3);
+    assert_eq!(scene.follower.as_ref().unwrap().files.len(), 1);
+    assert_eq!((waiting(&scene, "turn_detected"), waiting(&scene, "session_ended")), (2, 0));
+    assert_eq!(scene.queue.cursors().unwrap().len(), 1);
 }
 
 /// A transcript of `lines` lines that was read to its end, with its size and its path.
 fn read_scene(lines: usize) -> (Scene, PathBuf, u64) {
-    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     for number in 0..lines {
         scene.append(&[line(number, 9, 40), b"\n".to_vec()].concat());
     }
@@ -400,17 +391,17 @@ fn a_file_that_is_cut_between_stat_and_read_is_looked_at_again_and_is_no_error()
     scene.append(&[line(10, 9, 40), b"\n".to_vec()].concat());
     let mut looks = 0;
     let cut = path.clone();
-    reading::cut::ON_OPENED.set(Some(Box::new(move |opened| {
+    reader::cut::ON_OPENED.set(Some(Box::new(move |opened| {
         looks += 1;
         if opened == cut && looks == 1 {
             std::fs::OpenOptions::new().write(true).open(opened).unwrap().set_len(size / 2).unwrap();
         }
     })));
     let progress = scene.follower.as_mut().unwrap().look_at(&path).unwrap();
-    reading::cut::ON_OPENED.set(None);
+    reader::cut::ON_OPENED.set(None);
     assert!(matches!(progress, Progress::End));
     let file = &scene.follower.as_ref().unwrap().files[path.as_path()];
-    assert!(!file.unreadable && file.seen.is_some(), "it was cut, and not unreadable");
+    assert!(file.access == Access::Readable && file.seen.is_some(), "it was cut, and not unreadable");
     assert!((1..=size / 2).contains(&file.cursor.offset), "{} of {size}: what is left was read", file.cursor.offset);
 }
 
@@ -420,7 +411,7 @@ fn a_file_that_ends_early_at_every_look_can_not_be_read() {
     let looks = std::rc::Rc::new(std::cell::Cell::new(0));
     let counted = looks.clone();
     let (whole, fresh) = (std::fs::read(&path).unwrap(), scene.folder.path().join("fresh"));
-    reading::cut::ON_OPENED.set(Some(Box::new(move |opened| {
+    reader::cut::ON_OPENED.set(Some(Box::new(move |opened| {
         counted.set(counted.get() + 1);
         // What was opened is empty when it is read, and the next look finds a whole file again.
         std::fs::OpenOptions::new().write(true).open(opened).unwrap().set_len(0).unwrap();
@@ -431,12 +422,12 @@ fn a_file_that_ends_early_at_every_look_can_not_be_read() {
     follower.files.get_mut(path.as_path()).unwrap().seen = None;
     let progress = follower.look_at(&path).unwrap();
     assert!(matches!(progress, Progress::End));
-    assert_eq!(looks.get(), reading::CUT_SHORT_LOOKS_MAX, "bounded");
-    assert!(follower.files[path.as_path()].unreadable, "it is said");
-    reading::cut::ON_OPENED.set(None);
+    assert_eq!(looks.get(), reader::CUT_SHORT_PASSES_MAX, "bounded");
+    assert_eq!(follower.files[path.as_path()].access, Access::Unreadable, "it is said");
+    reader::cut::ON_OPENED.set(None);
     follower.look_at(&path).unwrap();
     let file = &follower.files[path.as_path()];
-    assert!(!file.unreadable && file.cursor.offset == size);
+    assert!(file.access == Access::Readable && file.cursor.offset == size);
 }
 
 /// A session's transcript of another project folder; `number` makes its name.
@@ -448,13 +439,13 @@ fn other_path(scene: &Scene, project: &str, number: u32) -> PathBuf {
 
 #[test]
 fn a_file_without_newline_is_read_in_turns_and_others_are_read_meanwhile_also_at_the_first_pass() {
-    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     // Before the other in the order of paths.
     let sparse = other_path(&scene, "-a", 7);
     std::fs::File::create(&sparse).unwrap().set_len(1 << 40).unwrap();
     scene.append(&[line(1, 9, 40), b"\n".to_vec()].concat());
     scene.follower.as_mut().unwrap().in_order = true;
-    let unfinished = scene.follower.as_mut().unwrap().rescan().unwrap();
+    let unfinished = scene.follower.as_mut().unwrap().rescan(Now::read()).unwrap();
     assert_eq!(unfinished.iter().map(AsRef::as_ref).collect::<Vec<&Path>>(), [sparse.as_path()]);
     assert_eq!(waiting(&scene, "turn_detected"), 1);
     let mut scanned_to = 0;
@@ -462,7 +453,7 @@ fn a_file_without_newline_is_read_in_turns_and_others_are_read_meanwhile_also_at
         let follower = scene.follower.as_mut().unwrap();
         assert_eq!(follower.look_at(&sparse).unwrap(), Progress::More);
         let before = scanned_to;
-        scanned_to = follower.files[sparse.as_path()].scanned_to;
+        scanned_to = follower.files[sparse.as_path()].scanned.unwrap().to;
         assert!((1..=9 << 20).contains(&(scanned_to - before)) || before == 0, "{before} to {scanned_to}");
     }
     assert!(scanned_to < 64 << 20);
@@ -470,7 +461,7 @@ fn a_file_without_newline_is_read_in_turns_and_others_are_read_meanwhile_also_at
 
 #[test]
 fn lines_that_make_large_events_are_read_in_turns_too() {
-    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     let path = other_path(&scene, "-a", 7);
     let cwd = format!("/{}", "x".repeat(1000));
     let session = path.file_stem().unwrap().to_str().unwrap();
@@ -486,7 +477,7 @@ fn lines_that_make_large_events_are_read_in_turns_too() {
     assert!(text.len() < 3 << 20);
     std::fs::write(&path, &text).unwrap();
     scene.follower.as_mut().unwrap().in_order = false;
-    let unfinished = scene.follower.as_mut().unwrap().rescan().unwrap();
+    let unfinished = scene.follower.as_mut().unwrap().rescan(Now::read()).unwrap();
     assert_eq!(unfinished.len(), 1, "20 MB of events are more than one turn");
     let bytes = scene.queue.stats().pending_bytes;
     assert!(bytes < 14 << 20, "{bytes}: one turn, and what was begun");
@@ -495,7 +486,7 @@ fn lines_that_make_large_events_are_read_in_turns_too() {
 #[test]
 fn many_renamed_transcripts_go_on_where_they_were_and_a_stop_is_heeded() {
     const FILES: u32 = 600;
-    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     for number in 1..=FILES {
         let session = format!("{number:08x}-0000-4000-8000-000000000000");
         say(&scene, "-a", &session, number as usize);
@@ -504,28 +495,30 @@ fn many_renamed_transcripts_go_on_where_they_were_and_a_stop_is_heeded() {
     let projects = scene.folder.path().join("projects");
     std::fs::rename(projects.join("-a"), projects.join("-z")).unwrap();
     let follower = scene.follower.as_mut().unwrap();
-    let Walk { met, fresh, .. } = follower.walk();
-    let vanished = follower.vanished(&met);
+    let read = |follower: &Follower| follower.files.values().map(|file| file.cursor.offset).sum::<u64>();
+    let before = read(follower);
+    let Scan { met, fresh, .. } = follower.scan();
+    let vanished = follower.scanner.vanished(&follower.files, &met);
     assert_eq!((fresh.len(), vanished.len()), (FILES as usize, FILES as usize));
-    assert!(follower.adopt_moved(&fresh, vanished).unwrap().is_empty());
-    follower.await_batch().unwrap();
-    assert_eq!(follower.adopted.len(), FILES as usize);
+    let Moves { moved, gone } = scanner::moves(&fresh, vanished);
+    assert_eq!((follower.adopt(moved).unwrap().len(), gone.len()), (FILES as usize, 0));
+    follower.outbox.flush().unwrap();
+    assert_eq!(read(follower), before);
     scene.rescan();
     assert_eq!(scene.queue.cursors().unwrap().len(), FILES as usize);
     // Back again, while it is being stopped.
     std::fs::rename(projects.join("-z"), projects.join("-a")).unwrap();
     let follower = scene.follower.as_mut().unwrap();
-    let Walk { met, fresh, .. } = follower.walk();
-    let vanished = follower.vanished(&met);
+    let Scan { met, fresh, .. } = follower.scan();
+    let vanished = follower.scanner.vanished(&follower.files, &met);
     follower.doorbell.stop();
-    follower.adopt_moved(&fresh, vanished).unwrap();
-    assert!(follower.adopted.is_empty());
+    assert!(follower.adopt(scanner::moves(&fresh, vanished).moved).unwrap().is_empty());
 }
 
 /// A session that has a turn `ahead` of the time at which its SessionEnd hook ran: how many ends there are.
 fn ends_after_hook(ahead: SignedDuration, is_read_before_the_hook: bool) -> usize {
     let at = Timestamp::now();
-    let mut scene = Scene::new(reading::CHUNK_BYTES, AWAKE_MAX);
+    let mut scene = Scene::new(tail::CHUNK_BYTES);
     let session = Uuid::parse_str(SESSION).unwrap();
     let read = |scene: &mut Scene| {
         let path = scene.path();
@@ -544,7 +537,7 @@ fn ends_after_hook(ahead: SignedDuration, is_read_before_the_hook: bool) -> usiz
         read(&mut scene);
     }
     scene.rescan();
-    scene.follower.as_mut().unwrap().await_batch().unwrap();
+    scene.follower.as_mut().unwrap().outbox.flush().unwrap();
     waiting(&scene, "session_ended")
 }
 
@@ -584,7 +577,7 @@ fn drain(queue: &Queue, starts: &[u64], until: usize, seen: &mut Vec<u64>) {
 #[test]
 fn a_batch_that_finds_no_room_is_handed_over_again_and_no_cursor_runs_ahead_of_it() {
     for stops in [0, 3] {
-        let mut scene = Scene::new(1000, AWAKE_MAX);
+        let mut scene = Scene::new(1000);
         scene.queue.close().unwrap();
         scene.queue = open_with_room(scene.folder.path(), 3000);
         scene.follower = Some(scene.follower());

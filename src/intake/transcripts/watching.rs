@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use notify::{RecursiveMode, Watcher};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-use super::identity;
+use super::followed::identity;
 use super::polling::CHECK_INTERVAL;
 use crate::event::FileIdentity;
 
@@ -22,17 +21,23 @@ use crate::event::FileIdentity;
 const PATHS_MAX: usize = 4096;
 
 /// Wakes and stops the follower. Cheap to clone.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Doorbell {
     bell: Arc<Bell>,
 }
 
+#[derive(Default)]
 struct Bell {
-    rung: Mutex<Rung>,
-    rang: Condvar,
-    stop: AtomicBool,
-    idle: AtomicBool,
-    unread: Mutex<Unread>,
+    state: Mutex<BellState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct BellState {
+    rung: Rung,
+    is_stopped: bool,
+    is_idle: bool,
+    unread: Unread,
 }
 
 /// What a whole pass over the files could not read.
@@ -46,10 +51,10 @@ pub struct Unread {
 
 /// What rang since the last time somebody asked.
 #[derive(Default, Debug)]
-pub struct Rung {
-    pub paths: BTreeSet<PathBuf>,
+pub(crate) struct Rung {
+    pub(crate) paths: BTreeSet<PathBuf>,
     /// Something may have changed anywhere.
-    pub rescan: bool,
+    pub(crate) rescan: bool,
     /// The system's limit was reached when a new folder was to be watched.
     limit_reached: bool,
 }
@@ -61,64 +66,50 @@ impl Rung {
 }
 
 impl Doorbell {
-    pub(super) fn new() -> Doorbell {
-        let bell = Bell {
-            rung: Mutex::default(),
-            rang: Condvar::new(),
-            stop: AtomicBool::new(false),
-            idle: AtomicBool::new(false),
-            unread: Mutex::default(),
-        };
-        Doorbell { bell: Arc::new(bell) }
-    }
-
     /// Ends the follower after the chunk it is at.
     pub fn stop(&self) {
-        self.bell.stop.store(true, Ordering::Release);
-        // With the lock: a follower that has just found nothing is asleep by now or sees it.
-        drop(self.rung());
-        self.bell.rang.notify_all();
+        self.state().is_stopped = true;
+        self.bell.changed.notify_all();
     }
 
     /// Whether a whole pass over the files has found nothing more that can be read.
     pub fn is_idle(&self) -> bool {
-        self.bell.idle.load(Ordering::Acquire)
+        self.state().is_idle
     }
 
     /// What the last whole pass over the files could not read.
     pub fn unread(&self) -> Unread {
-        *self.bell.unread.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state().unread
     }
 
     pub(super) fn is_stopped(&self) -> bool {
-        self.bell.stop.load(Ordering::Acquire)
+        self.state().is_stopped
     }
 
     pub(super) fn set_idle(&self, idle: bool) {
-        self.bell.idle.store(idle, Ordering::Release);
+        self.state().is_idle = idle;
     }
 
     pub(super) fn set_unread(&self, unread: Unread) {
-        *self.bell.unread.lock().unwrap_or_else(PoisonError::into_inner) = unread;
+        self.state().unread = unread;
     }
 
     /// What rang, after waiting at most `patience` for it and then `debounce` for more; at once when stopped.
     pub(super) fn wait(&self, patience: Duration, debounce: Duration) -> Rung {
-        let quiet = |rung: &mut Rung| rung.is_nothing() && !self.is_stopped();
-        let (mut rung, _) =
-            self.bell.rang.wait_timeout_while(self.rung(), patience, quiet).unwrap_or_else(PoisonError::into_inner);
-        if !rung.is_nothing() && !debounce.is_zero() {
-            (rung, _) = self
-                .bell
-                .rang
-                .wait_timeout_while(rung, debounce, |_| !self.is_stopped())
-                .unwrap_or_else(PoisonError::into_inner);
+        let wait = |state, timeout, is_waiting: fn(&mut BellState) -> bool| {
+            let waited = self.bell.changed.wait_timeout_while(state, timeout, is_waiting);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        };
+        let mut state = wait(self.state(), patience, |state| state.rung.is_nothing() && !state.is_stopped);
+        if !state.rung.is_nothing() && !debounce.is_zero() {
+            state = wait(state, debounce, |state| !state.is_stopped);
         }
-        std::mem::take(&mut rung)
+        std::mem::take(&mut state.rung)
     }
 
     fn ring(&self, event: notify::Result<notify::Event>) {
-        let mut rung = self.rung();
+        let mut state = self.state();
+        let rung = &mut state.rung;
         match event {
             Ok(event) if event.need_rescan() => rung.rescan = true,
             // Also our own reading.
@@ -133,18 +124,18 @@ impl Doorbell {
             rung.paths.clear();
             rung.rescan = true;
         }
-        drop(rung);
-        self.bell.rang.notify_all();
+        drop(state);
+        self.bell.changed.notify_all();
     }
 
-    fn rung(&self) -> MutexGuard<'_, Rung> {
-        self.bell.rung.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, BellState> {
+        self.bell.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The watch on the projects folders.
 #[derive(Default)]
-pub struct Watch {
+pub(crate) struct Watch {
     watcher: Option<notify::RecommendedWatcher>,
     /// Which folders are watched: each may be removed and made again.
     watched: Vec<Option<FileIdentity>>,
@@ -162,7 +153,7 @@ const AGAIN_AFTER: Duration = Duration::from_secs(300);
 
 impl Watch {
     /// Sets the watch where it is missing: at the start, after a folder was replaced, and now and then where it failed.
-    pub fn renew(&mut self, folders: &[PathBuf], doorbell: &Doorbell) {
+    pub(crate) fn renew(&mut self, folders: &[PathBuf], doorbell: &Doorbell) {
         // One that can't be read can't be watched either; the walk says so.
         let identity_of = |folder: &PathBuf| {
             let metadata = std::fs::read_dir(folder).and_then(|_| std::fs::metadata(folder));
@@ -206,7 +197,7 @@ impl Watch {
     }
 
     /// Takes note of what rang about the watch itself.
-    pub fn heed(&mut self, rung: &Rung) {
+    pub(crate) fn heed(&mut self, rung: &Rung) {
         if rung.limit_reached {
             self.again_at.get_or_insert_with(|| Instant::now() + AGAIN_AFTER);
             self.log_failure("the limit of watches is reached");
@@ -228,7 +219,7 @@ impl Watch {
 
     /// Notes that no notifications arrive for the files below `folder`, though nothing has failed. It may have been mounted
     /// again, with the same identity: the watch is set again, and only then it is logged, once.
-    pub fn note_silence(&mut self, folder: &Path) {
+    pub(crate) fn note_silence(&mut self, folder: &Path) {
         if self.is_failure_logged || self.is_silence_logged {
             return;
         }
@@ -291,14 +282,14 @@ pub fn do_notifications_arrive() -> Result<bool, String> {
 /// Changes of files that no notification came for. While notifications work a check may be the first to find a change,
 /// but the notification follows.
 #[derive(Clone, Default)]
-pub struct Silence {
+pub(crate) struct Silence {
     changes: u32,
     since: Option<Instant>,
 }
 
 impl Silence {
     /// Notes a change that was found. Whether it is certain now that no notifications arrive.
-    pub fn is_certain(&mut self) -> bool {
+    pub(crate) fn is_certain(&mut self) -> bool {
         const CHANGES_MIN: u32 = 3;
         const TIME_MIN: Duration = Duration::from_secs(2);
         self.changes += 1;
@@ -317,7 +308,7 @@ mod tests {
 
     #[test]
     fn what_rings_while_nobody_looks_is_bounded_and_forgets_nothing() {
-        let doorbell = Doorbell::new();
+        let doorbell = Doorbell::default();
         for number in 0..=PATHS_MAX {
             doorbell.ring(changed(&format!("/{number}")));
         }
@@ -328,14 +319,14 @@ mod tests {
 
     #[test]
     fn an_overflow_of_the_system_means_a_rescan() {
-        let doorbell = Doorbell::new();
+        let doorbell = Doorbell::default();
         doorbell.ring(Ok(notify::Event::new(notify::EventKind::Other).set_flag(notify::event::Flag::Rescan)));
         assert!(doorbell.wait(Duration::ZERO, Duration::ZERO).rescan);
     }
 
     #[test]
     fn stopping_wakes_at_once() {
-        let doorbell = Doorbell::new();
+        let doorbell = Doorbell::default();
         let waiting = doorbell.clone();
         let thread = std::thread::spawn(move || waiting.wait(Duration::from_secs(60), Duration::ZERO));
         doorbell.stop();

@@ -135,7 +135,7 @@ fn cursors_are_stored_replaced_and_removed_with_their_batch() {
     let fixture = Fixture::new();
     let queue = fixture.open();
     let (a, b) = (PathBuf::from("/t/a.jsonl"), PathBuf::from("/t/b.jsonl"));
-    let long = Cursor { project_path: Some("p".repeat(6000)), ..cursor(3) };
+    let long = Cursor { project_path: Some("p".repeat(6000).into()), ..cursor(3) };
     let cursors = vec![(a.clone(), Some(cursor(1))), (b.clone(), Some(long.clone()))];
     queue.append(Batch { cursors, ..batch(0..1) }).unwrap();
     let mut found = queue.cursors().unwrap();
@@ -144,11 +144,32 @@ fn cursors_are_stored_replaced_and_removed_with_their_batch() {
     let cursors = vec![(a.clone(), None), (b.clone(), Some(cursor(9)))];
     queue.append(Batch { cursors, ..Batch::default() }).unwrap();
     assert_eq!(queue.cursors().unwrap(), [(b.clone(), cursor(9))]);
-    let endless = Cursor { project_path: Some("p".repeat(60_000)), ..cursor(10) };
+    let endless = Cursor { project_path: Some("p".repeat(60_000).into()), ..cursor(10) };
     queue.append(Batch { cursors: vec![(b.clone(), Some(endless))], ..Batch::default() }).unwrap();
     assert_eq!(queue.cursors().unwrap(), [(b.clone(), Cursor { project_path: None, ..cursor(10) })]);
     queue.close().unwrap();
     assert_eq!(fixture.open().cursors().unwrap().len(), 1);
+}
+
+#[test]
+fn notes_of_sessions_ends_are_stored_replaced_and_removed_with_their_batch() {
+    let fixture = Fixture::new();
+    let queue = fixture.open();
+    let [a, b] = [1, 2].map(Uuid::from_u128);
+    let at = |second| Some(Timestamp::from_second(second).unwrap());
+    let note = |session_ends| Batch { session_ends, ..Batch::default() };
+    queue.append(note(vec![(a, at(1)), (b, at(2))])).unwrap();
+    queue.append(note(vec![(a, at(3))])).unwrap();
+    assert_eq!(queue.cursors().unwrap(), [], "they are no cursors");
+    queue.roll().unwrap();
+    queue.close().unwrap();
+    let queue = fixture.open();
+    let mut found = queue.session_ends().unwrap();
+    found.sort();
+    assert_eq!(found, [(a, at(3).unwrap()), (b, at(2).unwrap())], "carried over to the next segment");
+    queue.append(note(vec![(a, None)])).unwrap();
+    queue.close().unwrap();
+    assert_eq!(fixture.open().session_ends().unwrap(), [(b, at(2).unwrap())]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ const CURSOR: &str = "01890e7efc05000000000000002f742fc3a90100000000000000020000
 /// A block of an event, whose record goes on elsewhere, and a rejection.
 const BLOCK: &str = "68777132650000000000000005000000000000000000000007000eee4fb8ad03fb2c0102fb2823036162630000";
 const CHUNK: &str = "6877713278000000000000000500000001000000000000000700035a8f8d6f646566";
+const SESSION_END: &str = "010a38ee02000000000000000000000000000000420100b49376e2fa180000000000000000";
 const MARK: &str = "687771326d0000000000000000000000000000000000000007000d7e3815240604fb54240503fb2c01024603";
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -65,6 +66,10 @@ fn records_are_written_and_read_as_they_always_were() {
     let path = Path::new("/t/é");
     assert_eq!(hex(&codec::encode_cursor(path, &full_cursor()).unwrap()), CURSOR);
     assert_eq!(codec::decode_cursor(&bytes(CURSOR)).unwrap(), (path.to_owned(), full_cursor()));
+
+    let session = Uuid::from_u128(0x42);
+    assert_eq!(hex(&codec::encode_session_end(session, captured_at()).unwrap()), SESSION_END);
+    assert_eq!(codec::decode_session_end(&bytes(SESSION_END)).unwrap(), (session, captured_at()));
 }
 
 #[test]

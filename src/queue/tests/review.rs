@@ -463,7 +463,9 @@ fn a_look_and_a_salvage_are_what_opening_gives() {
                     next += 4;
                     let events = (first..next).map(|number| event(number, 300_000)).collect();
                     let cursors = vec![(PathBuf::from("/t/b"), Some(cursor(next)))];
-                    queue.append(Batch { events, cursors, rejections: vec![rejection(b"?"); 2] }).unwrap();
+                    queue
+                        .append(Batch { events, cursors, rejections: vec![rejection(b"?"); 2], ..Batch::default() })
+                        .unwrap();
                 }
                 _ => {
                     let first = next;
