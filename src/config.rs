@@ -24,6 +24,7 @@ use serde::Deserialize;
 mod database;
 mod environment;
 mod load;
+mod nearest;
 mod values;
 mod yaml;
 

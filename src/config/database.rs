@@ -23,7 +23,7 @@ use tokio_postgres::config::TargetSessionAttrs;
 
 use super::DatabaseConfig;
 use super::environment::Environment;
-use super::load::nearest;
+use super::nearest::nearest;
 use crate::regular_file;
 
 /// Port of a server that says nothing else.

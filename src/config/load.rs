@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::environment::{Environment, absolute};
+use super::nearest::nearest;
 use super::yaml::{self, Node};
 use super::{CONFIG_FILE, Config, Loaded, Secret, database};
 use crate::regular_file;
@@ -423,21 +424,6 @@ fn lies_in(inner: &Path, outer: &Path) -> bool {
         })
     }
     straight(inner).starts_with(straight(outer))
-}
-
-/// The one of `known` whose `compared` text is most like `name`, when it is like it at all.
-pub(super) fn nearest<'k>(
-    name: &str,
-    known: impl Iterator<Item = &'k str>,
-    compared: impl Fn(&'k str) -> &'k str,
-) -> Option<&'k str> {
-    /// Similarity from which a name is taken for a typing error.
-    const NEAR: f64 = 0.6;
-    known
-        .map(|candidate| (strsim::normalized_damerau_levenshtein(name, compared(candidate)), candidate))
-        .filter(|(similarity, _)| *similarity >= NEAR)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, candidate)| candidate)
 }
 
 /// What to try instead of an unknown section that looks like a mistake; `None` for one of another program.

@@ -1,5 +1,6 @@
 //! The layers, read off the sources: who may import whom, and which outside crate is known where.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::stage::project;
@@ -147,44 +148,114 @@ fn no_module_is_named_after_nothing() {
     }
 }
 
-/// The files of a folder that a file of it names by `super::` or by the folder's own path.
-fn siblings(folder: &str, text: &str, names: &[String]) -> Vec<String> {
-    let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
-    let named = |name: &String| {
-        let after = |path: &str| {
-            code.match_indices(path).any(|(at, _)| {
-                let rest = &code[at + path.len()..];
-                let list = rest.strip_prefix('{').and_then(|list| list.split('}').next());
-                let words: Vec<&str> = list.map_or_else(|| vec![rest], |list| list.split(',').collect());
-                words.iter().any(|word| {
-                    let word = word.trim_start();
-                    word.starts_with(name.as_str())
-                        && !word[name.len()..].starts_with(|next: char| next.is_alphanumeric() || next == '_')
-                })
-            })
-        };
-        after("super::") || after(&format!("crate::{folder}::"))
+/// The paths in code that begin with `crate`, `self` or `super`, one for each leaf of a list in braces.
+fn paths(code: &str) -> Vec<Vec<&str>> {
+    let mut paths = Vec::new();
+    for root in ["crate::", "self::", "super::"] {
+        for (at, _) in code.match_indices(root) {
+            let before = code[..at].chars().next_back();
+            if !before.is_some_and(|before| before.is_alphanumeric() || before == '_' || before == ':') {
+                read_path(&code[at..], &[], &mut paths);
+            }
+        }
+    }
+    paths
+}
+
+/// Reads one path, or a list of them, that goes on from `start`. Returns what stands behind it.
+fn read_path<'a>(code: &'a str, start: &[&'a str], paths: &mut Vec<Vec<&'a str>>) -> &'a str {
+    if let Some(mut list) = code.strip_prefix('{') {
+        loop {
+            list = list.trim_start_matches(|next: char| next.is_whitespace() || next == ',');
+            if list.is_empty() || list.starts_with('}') {
+                return list.strip_prefix('}').unwrap_or_default();
+            }
+            list = read_path(list, start, paths);
+        }
+    }
+    let end = code.find(|next: char| !next.is_alphanumeric() && next != '_').unwrap_or(code.len());
+    let (name, rest) = code.split_at(end);
+    let path = [start, &[name]].concat();
+    if let Some(rest) = rest.strip_prefix("::") {
+        return read_path(rest, &path, paths);
+    }
+    paths.push(path);
+    match rest.strip_prefix(" as ") {
+        Some(renamed) => renamed.trim_start_matches(|next: char| next.is_alphanumeric() || next == '_'),
+        // A star, or the start of generic arguments.
+        None if name.is_empty() => rest.get(1..).unwrap_or_default(),
+        None => rest,
+    }
+}
+
+/// For each file, as a module's path, the other files that it names. The head of a folder stands apart: it names the files of
+/// the folder, and they may use what it defines.
+fn imports() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let modules: BTreeMap<Vec<String>, String> = sources()
+        .into_iter()
+        .map(|(file, text)| {
+            let module = file.strip_suffix(".rs").unwrap();
+            let module = module.strip_suffix("/mod").unwrap_or(module);
+            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let module = module.split('/').filter(|name| *name != "lib").map(str::to_owned);
+            (module.collect(), code.collect::<Vec<_>>().join("\n"))
+        })
+        .collect();
+    let file_of = |mut path: Vec<String>| {
+        while !modules.contains_key(&path) {
+            path.pop();
+        }
+        path
     };
-    names.iter().filter(|name| named(name)).cloned().collect()
+    let named = |module: &Vec<String>, code: &str| {
+        let files = paths(code).into_iter().map(|path| {
+            let mut full = module.clone();
+            for name in path {
+                match name {
+                    "crate" => full.clear(),
+                    "self" => {}
+                    "super" => drop(full.pop()),
+                    name => full.push(name.to_owned()),
+                }
+            }
+            file_of(full)
+        });
+        files.filter(|file| !module.starts_with(file)).collect()
+    };
+    modules.iter().map(|(module, code)| (module.clone(), named(module, code))).collect()
 }
 
 #[test]
-fn the_files_of_the_queue_do_not_import_one_another_in_a_circle() {
-    let files: Vec<(String, String)> = sources()
-        .into_iter()
-        .filter_map(|(file, text)| Some((file.strip_prefix("queue/")?.strip_suffix(".rs")?.to_owned(), text)))
-        .filter(|(name, _)| name != "mod")
-        .collect();
-    let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
-    assert!(names.len() > 10, "{names:?}");
-    let mut left: Vec<(String, Vec<String>)> =
-        files.iter().map(|(name, text)| (name.clone(), siblings("queue", text, &names))).collect();
-    assert!(left.iter().any(|(name, uses)| name == "writer" && uses.contains(&"segment".to_owned())), "{left:?}");
-    // Who uses none of those that are left goes, until nobody is left.
+fn no_files_import_one_another_in_a_cycle() {
+    let mut left = imports();
+    let name = |module: &[String]| module.join("::");
+    let used = |user: &str, used: &str| {
+        left.iter().any(|(file, uses)| name(file) == user && uses.iter().any(|file| name(file) == used))
+    };
+    assert!(used("queue::writer", "queue::segment") && used("sink::postgres", "sink::postgres::session"), "{left:?}");
+    assert!(used("intake::spool_reader", "queue"), "{left:?}");
+    // A file goes when it uses none of those that are left, or none of them uses it: what stays is in a cycle, or between two.
     while !left.is_empty() {
         let before = left.len();
-        let waiting: Vec<String> = left.iter().map(|(name, _)| name.clone()).collect();
-        left.retain(|(name, uses)| uses.iter().any(|used| used != name && waiting.contains(used)));
-        assert!(left.len() < before, "these import one another in a circle, or are imported by such: {left:?}");
+        let files: BTreeSet<Vec<String>> = left.keys().cloned().collect();
+        let in_use: BTreeSet<Vec<String>> = left.values().flatten().cloned().collect();
+        left.retain(|file, uses| in_use.contains(file) && uses.iter().any(|used| files.contains(used)));
+        let files: BTreeSet<Vec<String>> = left.keys().cloned().collect();
+        left.values_mut().for_each(|uses| uses.retain(|used| files.contains(used)));
+        let cycle: Vec<String> = left
+            .iter()
+            .map(|(file, uses)| {
+                format!("{} uses {}", name(file), uses.iter().map(|used| name(used)).collect::<Vec<_>>().join(", "))
+            })
+            .collect();
+        assert!(left.len() < before, "these files import one another in a cycle:\n{}", cycle.join("\n"));
     }
+}
+
+#[test]
+fn a_path_is_read_as_the_compiler_reads_it() {
+    let found =
+        paths("use crate::a::{B, c::{self, D as E}, f::*};\nsuper::super::g::<u8>(); other::crate_::h; xcrate::i");
+    let found: Vec<String> = found.iter().map(|path| path.join("::")).collect();
+    assert_eq!(found, ["crate::a::B", "crate::a::c::self", "crate::a::c::D", "crate::a::f::", "super::super::g::"]);
 }

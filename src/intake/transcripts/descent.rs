@@ -46,27 +46,6 @@ pub(crate) struct Fresh {
     pub(crate) ancestors: Option<Vec<PathBuf>>,
 }
 
-/// What is known of the beginning of a file.
-#[derive(Default)]
-pub(crate) struct Beginning {
-    /// The files it may have been copied from. `None`: not looked up, or the file does not tell yet.
-    pub(crate) ancestors: Option<Vec<PathBuf>>,
-    /// Lines that begin before here were inherited.
-    pub(crate) inherited_to: u64,
-    /// The file was compared with its ancestors as far as this.
-    compared_to: u64,
-    /// The other session whose lines were read last.
-    pub(crate) other: Option<OtherSession>,
-    /// `other` is what the lines before the cursor say.
-    knows_other: bool,
-}
-
-impl Beginning {
-    pub(crate) fn of_copy_of(ancestors: Vec<PathBuf>) -> Beginning {
-        Beginning { ancestors: Some(ancestors), ..Beginning::default() }
-    }
-}
-
 /// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.
 pub(crate) fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
     let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };

@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use uuid::Uuid;
 
-use super::descent::Beginning;
 use super::tail::Scanned;
 use crate::claude::line::TranscriptKind;
 use crate::claude::session::End;
@@ -147,4 +146,25 @@ impl Stamp {
 
 pub(crate) fn identity(metadata: &Metadata) -> FileIdentity {
     FileIdentity { device: metadata.dev(), inode: metadata.ino() }
+}
+
+/// What is known of the beginning of a file.
+#[derive(Default)]
+pub(crate) struct Beginning {
+    /// The files it may have been copied from. `None`: not looked up, or the file does not tell yet.
+    pub(crate) ancestors: Option<Vec<PathBuf>>,
+    /// Lines that begin before here were inherited.
+    pub(crate) inherited_to: u64,
+    /// The file was compared with its ancestors as far as this.
+    pub(crate) compared_to: u64,
+    /// The other session whose lines were read last.
+    pub(crate) other: Option<OtherSession>,
+    /// `other` is what the lines before the cursor say.
+    pub(crate) knows_other: bool,
+}
+
+impl Beginning {
+    pub(crate) fn of_copy_of(ancestors: Vec<PathBuf>) -> Beginning {
+        Beginning { ancestors: Some(ancestors), ..Beginning::default() }
+    }
 }

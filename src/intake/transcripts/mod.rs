@@ -360,7 +360,7 @@ impl Follower {
         for fresh in self.in_order_of_reading(fresh) {
             let Some(kind) = self.kind_of(&fresh.path) else { continue };
             let file = self.insert(fresh.path, kind, crate::claude::transcript::START);
-            file.beginning = fresh.ancestors.map(|ancestors| Box::new(descent::Beginning::of_copy_of(ancestors)));
+            file.beginning = fresh.ancestors.map(|ancestors| Box::new(followed::Beginning::of_copy_of(ancestors)));
             paths.push(Arc::clone(&file.path));
         }
         paths
