@@ -8,13 +8,13 @@
 //! Pure: time and the bytes of files are arguments. Of ours it knows events, JSON and plain configuration, nothing else;
 //! another agent would get a module beside this one.
 
-pub mod copies;
+pub(crate) mod copies;
 mod fields;
-pub mod hook;
-pub mod line;
-pub mod provenance;
-pub mod repair;
-pub mod retention;
-pub mod session;
-pub mod settings;
-pub mod transcript;
+pub(crate) mod hook;
+pub(crate) mod line;
+pub(crate) mod provenance;
+pub(crate) mod repair;
+pub(crate) mod retention;
+pub(crate) mod session;
+pub(crate) mod settings;
+pub(crate) mod transcript;

@@ -28,13 +28,13 @@ mod nearest;
 mod values;
 mod yaml;
 
-pub use database::{ClientCertificate, DatabaseHost, DatabaseTarget, Ssl, SslMode};
+pub(crate) use database::{DatabaseHost, DatabaseTarget, SslMode};
 pub use environment::Environment;
 
 use values::*;
 
 /// File that is read from the current folder when none is named.
-pub const CONFIG_FILE: &str = "config.yaml";
+pub(crate) const CONFIG_FILE: &str = "config.yaml";
 
 /// Everything that can be configured, checked. Paths are absolute.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -372,7 +372,7 @@ impl fmt::Display for TableName {
 }
 
 /// A name as it is safe to stand in SQL.
-pub fn quote_identifier(name: &str) -> String {
+pub(crate) fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

@@ -141,7 +141,7 @@ pub struct Event {
 
 /// The fields of an [`Event`] before they are checked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct EventParts {
+pub(crate) struct EventParts {
     pub id: EventId,
     /// When it happened, not when it was seen or written.
     #[serde(with = "nanoseconds")]
@@ -335,7 +335,7 @@ pub struct Candidate {
 }
 
 /// Input: an event that is not checked yet, or what never can be one.
-pub enum Record {
+pub(crate) enum Record {
     Event(Candidate),
     Rejected(Rejection),
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Every point there is, for tests that go through them all.
-pub const POINTS: &[&str] = &[
+pub(crate) const POINTS: &[&str] = &[
     "append-staged",
     "append-between-parts",
     "commit-before-apply",
@@ -74,7 +74,7 @@ fn trigger(point: &str) {
 }
 
 /// Panics in a debug build where `HEADSPACE_FAULT_POINT` is `task-<name>`: a task of the service calls it as it begins.
-pub fn reach_task(name: &str) {
+pub(crate) fn reach_task(name: &str) {
     if cfg!(debug_assertions)
         && std::env::var("HEADSPACE_FAULT_POINT").is_ok_and(|point| point.strip_prefix("task-") == Some(name))
     {

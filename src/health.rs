@@ -24,7 +24,7 @@ use crate::queue::{Queue, QueueError, QueueStats};
 use crate::telemetry::{Database, DatabaseState, Metrics, UnknownFormat};
 
 /// With the database up and something waiting, so much time without anything leaving the queue is a stall.
-pub const STALLED_AFTER: Duration = Duration::from_secs(30);
+pub(crate) const STALLED_AFTER: Duration = Duration::from_secs(30);
 
 /// Silence of a part, on top of the longest wait that it is allowed, after which it is taken to hang.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -34,7 +34,7 @@ const FILLING_PERCENT: u64 = 80;
 
 /// `GET /health` and `status --json`. Readers ignore fields that they do not know.
 #[derive(Serialize, Deserialize, Debug)]
-pub struct Health {
+pub(crate) struct Health {
     pub status: Status,
     pub running: bool,
     pub pid: u32,
@@ -56,7 +56,7 @@ pub struct Health {
 impl Health {
     /// What callers without the token may see. What Postgres says can quote a payload, and the cause of an error can name a
     /// path: they learn that there is an error, and where its text is.
-    pub fn without_details(mut self) -> Health {
+    pub(crate) fn without_details(mut self) -> Health {
         for reason in &mut self.reasons {
             *reason = without_cause(reason).to_owned();
         }
@@ -78,7 +78,7 @@ fn without_cause(message: &str) -> &str {
 
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[serde(rename_all = "lowercase")]
-pub enum Status {
+pub(crate) enum Status {
     Pass,
     /// Works, but someone should look: the database is unavailable, there are dead letters.
     Warn,
@@ -87,7 +87,7 @@ pub enum Status {
 }
 
 impl Status {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Status::Pass => "pass",
             Status::Warn => "warn",
@@ -97,7 +97,7 @@ impl Status {
 }
 
 #[derive(Serialize, Deserialize, Debug)]
-pub struct QueueHealth {
+pub(crate) struct QueueHealth {
     pub pending: u64,
     pub pending_bytes: u64,
     pub oldest_age_seconds: Option<f64>,
@@ -109,14 +109,14 @@ pub struct QueueHealth {
 }
 
 #[derive(Serialize, Deserialize, Debug)]
-pub struct DatabaseHealth {
+pub(crate) struct DatabaseHealth {
     pub state: String,
     pub since: String,
     pub last_error: Option<String>,
 }
 
 #[derive(Serialize, Deserialize, Debug)]
-pub struct WritesHealth {
+pub(crate) struct WritesHealth {
     pub succeeded: u64,
     pub failed: u64,
     pub duplicates: u64,
@@ -124,7 +124,7 @@ pub struct WritesHealth {
 }
 
 #[derive(Serialize, Deserialize, Debug)]
-pub struct WatcherHealth {
+pub(crate) struct WatcherHealth {
     pub files: u64,
     pub sessions: u64,
     pub lines: u64,
@@ -138,7 +138,7 @@ pub struct WatcherHealth {
 
 /// What hooks and other commands have left and the watcher could not read at its last look.
 #[derive(Serialize, Deserialize, Clone, Default, Debug)]
-pub struct SpoolHealth {
+pub(crate) struct SpoolHealth {
     pub unread_files: u64,
     /// Whether the folder itself can't be read.
     pub folder_unread: bool,
@@ -147,7 +147,7 @@ pub struct SpoolHealth {
 }
 
 #[derive(Serialize, Deserialize, Clone, Debug)]
-pub struct HttpHealth {
+pub(crate) struct HttpHealth {
     /// Address and port: the configured ones until it listens, then those it listens on.
     pub address: String,
     /// False while another process holds the port.
@@ -160,19 +160,19 @@ pub struct HttpHealth {
 
 /// A moment on both clocks: the one of the world, and the one that never jumps.
 #[derive(Clone, Copy, Debug)]
-pub struct Moment {
+pub(crate) struct Moment {
     pub time: Timestamp,
     pub clock: Instant,
 }
 
 impl Moment {
-    pub fn now() -> Moment {
+    pub(crate) fn now() -> Moment {
         Moment { time: Timestamp::now(), clock: Instant::now() }
     }
 }
 
 /// What health is made of.
-pub struct HealthSource {
+pub(crate) struct HealthSource {
     pub queue: Queue,
     pub spool: Spool,
     pub metrics: Arc<Metrics>,
@@ -188,7 +188,7 @@ pub struct HealthSource {
 }
 
 impl HealthSource {
-    pub fn health(&self, now: Moment) -> Health {
+    pub(crate) fn health(&self, now: Moment) -> Health {
         let facts = self.facts(now);
         let issues = facts.issues();
         let Facts { stats, database, oldest_age, unread_spool, .. } = facts;
@@ -241,18 +241,18 @@ impl HealthSource {
     }
 
     /// Time since the start.
-    pub fn uptime(&self, now: Moment) -> Duration {
+    pub(crate) fn uptime(&self, now: Moment) -> Duration {
         now.clock.saturating_duration_since(self.started.clock)
     }
 
     /// Whether events are taken in.
-    pub fn ready(&self) -> bool {
+    pub(crate) fn ready(&self) -> bool {
         self.queue.failed().borrow().is_none() && !self.queue.stats().full
     }
 
     /// Whether every part of this program makes progress: what systemd's watchdog and `GET /livez` ask. A full queue, a
     /// database that is unavailable or one in which somebody else holds a lock is no hang: a restart would not help.
-    pub fn is_alive(&self, now: Moment) -> bool {
+    pub(crate) fn is_alive(&self, now: Moment) -> bool {
         !self.facts(now).issues().iter().any(HealthIssue::is_hang)
     }
 

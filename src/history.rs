@@ -13,14 +13,14 @@ use crate::queue::QueueStats;
 use crate::telemetry::{HistogramSnapshot, Metrics};
 
 /// Ten minutes.
-pub const SAMPLES_MAX: usize = 600;
+pub(crate) const SAMPLES_MAX: usize = 600;
 
 /// Samples of a minute.
 const MINUTE: usize = 60;
 
 /// What happened in one second, and what stood at its end.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// Milliseconds since 1970.
     pub at: i64,
     /// Seconds that the sample covers: about 1.
@@ -39,7 +39,7 @@ pub struct Sample {
 
 /// How long events took from captured to durable in Postgres, over the last minute. `None` when none got there.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Default, Debug)]
-pub struct Lag {
+pub(crate) struct Lag {
     pub events: u64,
     pub p50_seconds: Option<f64>,
     pub p90_seconds: Option<f64>,
@@ -59,7 +59,7 @@ impl From<HistogramSnapshot> for Lag {
 
 /// Ring buffer of samples, with a channel that announces each new one.
 #[derive(Debug)]
-pub struct History {
+pub(crate) struct History {
     ring: Mutex<Ring>,
     updates: watch::Sender<()>,
 }
@@ -97,7 +97,7 @@ impl Counts {
 }
 
 impl History {
-    pub fn new(metrics: &Metrics, now: Timestamp) -> History {
+    pub(crate) fn new(metrics: &Metrics, now: Timestamp) -> History {
         let before = Counts::of(metrics, now);
         let minute = VecDeque::from([before.lag.clone()]);
         let ring = Ring { samples: VecDeque::new(), before, minute };
@@ -105,7 +105,7 @@ impl History {
     }
 
     /// Adds a sample of what has changed since the one before.
-    pub fn take_sample(&self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) {
+    pub(crate) fn take_sample(&self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) {
         let counts = Counts::of(metrics, now);
         let mut ring = self.lock();
         let before = std::mem::replace(&mut ring.before, counts.clone());
@@ -135,19 +135,19 @@ impl History {
     }
 
     /// The last `count` samples, oldest first.
-    pub fn last(&self, count: usize) -> Vec<Sample> {
+    pub(crate) fn last(&self, count: usize) -> Vec<Sample> {
         let samples = &self.lock().samples;
         samples.iter().skip(samples.len().saturating_sub(count)).cloned().collect()
     }
 
     /// The lag over the minute before the last sample.
-    pub fn lag(&self) -> Lag {
+    pub(crate) fn lag(&self) -> Lag {
         let ring = self.lock();
         ring.minute.front().map(|first| ring.before.lag.since(first)).unwrap_or_default().into()
     }
 
     /// Changes with every new sample.
-    pub fn subscribe(&self) -> watch::Receiver<()> {
+    pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
         self.updates.subscribe()
     }
 

@@ -22,13 +22,13 @@ use serde_json::{Map, Value};
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
 /// `bytes` without a byte order mark at their beginning: input that others write may have one, serde_json refuses it.
-pub fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
+pub(crate) fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(bytes)
 }
 
 /// Memory for parsed payloads, shared by all threads that parse one. A large payload waits until the others are done.
 #[derive(Default, Debug)]
-pub struct ValuesMemory {
+pub(crate) struct ValuesMemory {
     taken: Mutex<usize>,
     freed: Condvar,
 }
@@ -36,7 +36,7 @@ pub struct ValuesMemory {
 impl ValuesMemory {
     /// Reserves what the values of `json_bytes` of JSON can take at most. Blocks while others hold too much of it; they
     /// hold it only while they parse and check.
-    pub fn reserve(&self, json_bytes: usize) -> ValuesReservation<'_> {
+    pub(crate) fn reserve(&self, json_bytes: usize) -> ValuesReservation<'_> {
         let bytes = json_bytes.saturating_mul(VALUES_BYTES_PER_BYTE_MAX).min(VALUES_BYTES_MAX);
         let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let is_full = |taken: &mut usize| *taken + bytes > VALUES_BYTES_MAX;
@@ -48,7 +48,7 @@ impl ValuesMemory {
 
 /// A share of [`ValuesMemory`], returned when dropped.
 #[must_use = "dropped at once it reserves nothing"]
-pub struct ValuesReservation<'a> {
+pub(crate) struct ValuesReservation<'a> {
     memory: &'a ValuesMemory,
     bytes: usize,
 }
@@ -66,7 +66,7 @@ const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 /// Calls `visit` with key (decoded) and raw value of each member of the object `json`.
 ///
 /// Errors where `json` is not exactly one object; members before the fault were visited.
-pub fn members<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+pub(crate) fn members<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
 where
     F: FnMut(&str, &'a str),
 {
@@ -76,7 +76,7 @@ where
 }
 
 /// Calls `visit` with the raw text of each item of the array `json`; errors where it is no array.
-pub fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
+pub(crate) fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
 where
     F: FnMut(&'a str),
 {
@@ -87,7 +87,7 @@ where
 
 /// A decoded string and whether it had to be mended.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Text<'a> {
+pub(crate) struct Text<'a> {
     pub text: Cow<'a, str>,
     pub is_mended: bool,
 }
@@ -95,7 +95,7 @@ pub struct Text<'a> {
 /// Decodes the string literal `raw`; `None` where it is none. Borrows where nothing is escaped.
 ///
 /// `raw` has been skimmed: its escapes are well-formed and it holds no raw control characters.
-pub fn string(raw: &str) -> Option<Text<'_>> {
+pub(crate) fn string(raw: &str) -> Option<Text<'_>> {
     let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
         return Some(Text { text: Cow::Borrowed(inner), is_mended: false });
@@ -155,18 +155,18 @@ fn low_surrogate(text: &str) -> Option<(u16, &str)> {
 }
 
 /// Levels of arrays and objects that a payload may have: every reader of JSON on its way takes them.
-pub const DEPTH_MAX: usize = 100;
+pub(crate) const DEPTH_MAX: usize = 100;
 
 /// Memory that the values of a payload may take, beside the bytes of its strings: 520,000 numbers, or 40,000 small
 /// objects. Without a limit 16 MB of `[1,1,…]` become 500 MB of values.
-pub const VALUES_BYTES_MAX: usize = 32 << 20;
+pub(crate) const VALUES_BYTES_MAX: usize = 32 << 20;
 
 /// Upper bound of the memory that one byte of JSON can turn into ([`Scan::values_bytes`] of `{"":0},`).
 const VALUES_BYTES_PER_BYTE_MAX: usize = 100;
 
 /// Why raw JSON is not taken as a value. Says nothing of the text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Unfit {
+pub(crate) enum Unfit {
     TooDeep,
     /// Its values would take more memory than [`VALUES_BYTES_MAX`].
     TooManyValues,
@@ -191,13 +191,13 @@ impl fmt::Display for Unfit {
 /// The value `raw` with every string and key of it repaired; sets `is_mended` where one had to be.
 ///
 /// What is nested too deep or would take too much memory is refused before anything is parsed.
-pub fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+pub(crate) fn value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     check_size(raw.as_bytes())?;
     parse(raw, is_mended)
 }
 
 /// [`value`] for what becomes a field of a payload: one level and a megabyte less, so that the payload is not refused for it.
-pub fn field_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
+pub(crate) fn field_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
     check_size_within(raw.as_bytes(), DEPTH_MAX - 1, VALUES_BYTES_MAX - (1 << 20))?;
     parse(raw, is_mended)
 }
@@ -214,7 +214,7 @@ fn parse(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
 }
 
 /// Whether `raw` may be parsed: how deep it is nested, and the memory that its values would take.
-pub fn check_size(raw: &[u8]) -> Result<(), Unfit> {
+pub(crate) fn check_size(raw: &[u8]) -> Result<(), Unfit> {
     check_size_within(raw, DEPTH_MAX, VALUES_BYTES_MAX)
 }
 
@@ -271,7 +271,7 @@ fn mended_value(raw: &str, is_mended: &mut bool) -> Result<Value, Unfit> {
 ///
 /// Looks at punctuation and strings only; whether the text between them is JSON is for a parser to say.
 #[derive(Default, Debug)]
-pub struct Scan {
+pub(crate) struct Scan {
     depth: usize,
     deepest: usize,
     in_string: bool,
@@ -286,7 +286,7 @@ pub struct Scan {
 
 impl Scan {
     /// Takes the next bytes; gives the number of them up to the end of the object, once it has come.
-    pub fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
+    pub(crate) fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut index = 0;
         while let Some(&byte) = bytes.get(index) {
             index += 1;

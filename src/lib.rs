@@ -39,26 +39,32 @@
 //! [`private_folder`], [`regular_file`] and `finding` are leaves, open to all. `verify` sees intake, sink and queue and is seen by cli
 //! alone; `source` is the queue for those who only look.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
-//! the sources and checks it.
+//! the sources and checks it. Only [`cli`] is for the outside; `internals` is for benchmarks and tests.
 
-pub mod claude;
+#![warn(unreachable_pub)]
+// The documentation is for who works on the program.
+#![allow(rustdoc::private_intra_doc_links)]
+
+mod claude;
 pub mod cli;
 mod client;
-pub mod config;
-pub mod event;
-pub mod faults;
+mod config;
+mod event;
+mod faults;
 mod finding;
-pub mod health;
-pub mod history;
-pub mod http;
-pub mod intake;
-pub mod json;
-pub mod listing;
-pub mod private_folder;
-pub mod queue;
-pub mod regular_file;
-pub mod service;
-pub mod sink;
+mod health;
+mod history;
+mod http;
+mod intake;
+#[doc(hidden)]
+pub mod internals;
+mod json;
+mod listing;
+mod private_folder;
+mod queue;
+mod regular_file;
+mod service;
+mod sink;
 mod source;
-pub mod telemetry;
+mod telemetry;
 mod verify;

@@ -17,14 +17,14 @@ use crate::queue::{Queue, QueueError};
 const PAGE_RECORDS: usize = 128;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Listing {
+pub(crate) enum Listing {
     Pending,
     DeadLetters,
 }
 
 /// Which records are listed: the parameters of `GET /queue` and `GET /dead-letters`.
 #[derive(Clone, Default, Debug, Deserialize)]
-pub struct Filter {
+pub(crate) struct Filter {
     /// Only those behind this sequence number.
     pub after: Option<u64>,
     pub limit: Option<u64>,
@@ -38,7 +38,7 @@ pub struct Filter {
 }
 
 /// Writes the listing, oldest first, in pieces of whole lines of JSON. Takes the memory of one page.
-pub fn write_lines(
+pub(crate) fn write_lines(
     queue: &Queue,
     listing: Listing,
     filter: &Filter,
@@ -85,7 +85,7 @@ fn lines<'a>(page: impl Iterator<Item = Line<'a>>, left: &mut u64) -> Vec<u8> {
 
 /// How far a transcript has been read: one line of `GET /cursors`.
 #[derive(Serialize, Deserialize, Debug)]
-pub struct CursorLine<'a> {
+pub(crate) struct CursorLine<'a> {
     /// As events name it.
     pub path: Cow<'a, str>,
     /// Every byte before it is queued or dead-lettered.
@@ -103,7 +103,7 @@ fn is_registered() -> bool {
 }
 
 impl<'a> CursorLine<'a> {
-    pub fn of(path: &'a Path, cursor: &Cursor) -> CursorLine<'a> {
+    pub(crate) fn of(path: &'a Path, cursor: &Cursor) -> CursorLine<'a> {
         CursorLine {
             path: path.to_string_lossy(),
             offset: cursor.offset,
@@ -115,7 +115,7 @@ impl<'a> CursorLine<'a> {
 
 /// Why a listing ended early.
 #[derive(Debug, thiserror::Error)]
-pub enum ListingError {
+pub(crate) enum ListingError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error("could not write the listing: {0}")]

@@ -35,7 +35,7 @@ const MODE_BITS: u32 = 0o7777;
 
 /// What [`ensure`] has done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Ensured {
+pub(crate) enum Ensured {
     /// It was not there.
     Created,
     /// It was there, and nobody else had a right to it.
@@ -46,7 +46,7 @@ pub enum Ensured {
 
 /// Who may use a folder that is there, as [`look`] finds it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Privacy {
+pub(crate) enum Privacy {
     Private,
     /// Others have rights to it, by this mode.
     Open {
@@ -89,7 +89,7 @@ pub enum FolderError {
 ///
 /// # Errors
 /// Any [`FolderError`]. One in which others have put something is left as it is, so that every later caller refuses it, too.
-pub fn ensure(path: &Path) -> Result<Ensured, FolderError> {
+pub(crate) fn ensure(path: &Path) -> Result<Ensured, FolderError> {
     let created = create(path).map_err(|error| io_error(path, &error))?;
     let folder = Folder::open(path)?;
     folder.refuse_owner()?;
@@ -110,7 +110,7 @@ pub fn ensure(path: &Path) -> Result<Ensured, FolderError> {
 ///
 /// # Errors
 /// As [`ensure`], but for what that would put right.
-pub fn look(path: &Path) -> Result<Option<Privacy>, FolderError> {
+pub(crate) fn look(path: &Path) -> Result<Option<Privacy>, FolderError> {
     let Some(folder) = Folder::open_existing(path)? else { return Ok(None) };
     folder.refuse_owner()?;
     let mode = folder.mode;
@@ -127,7 +127,7 @@ pub fn look(path: &Path) -> Result<Option<Privacy>, FolderError> {
 /// # Errors
 /// [`FolderError::Mode`] where it is somebody else's and writable for all without the sticky bit;
 /// [`FolderError::Replaceable`], [`FolderError::NotAFolder`] and [`FolderError::Io`] as for [`ensure`].
-pub fn ensure_unwritable(path: &Path) -> Result<Option<u32>, FolderError> {
+pub(crate) fn ensure_unwritable(path: &Path) -> Result<Option<u32>, FolderError> {
     let Some(folder) = Folder::open_existing(path)? else { return Ok(None) };
     if !folder.is_writable_by_all() { Ok(None) } else { folder.tighten(EVERYBODY_WRITES, OTHERS_WRITE, "go-w") }
 }
@@ -136,7 +136,7 @@ pub fn ensure_unwritable(path: &Path) -> Result<Option<u32>, FolderError> {
 ///
 /// # Errors
 /// As [`ensure_unwritable`], but for what that would put right.
-pub fn look_unwritable(path: &Path) -> Result<Option<u32>, FolderError> {
+pub(crate) fn look_unwritable(path: &Path) -> Result<Option<u32>, FolderError> {
     let Some(folder) = Folder::open_existing(path)? else { return Ok(None) };
     if !folder.is_writable_by_all() {
         return Ok(None);

@@ -17,9 +17,9 @@
 //! answers in flight or [`STOP_GRACE`](crate::sink::drain::STOP_GRACE). Tasks that still run after three fifths of the time
 //! are logged and left behind; delivery is idempotent, so nothing is lost. Then the queue is flushed and synced.
 
-pub mod limits;
+pub(crate) mod limits;
 mod pulse;
-pub mod socket;
+pub(crate) mod socket;
 mod systemd;
 mod tasks;
 
@@ -75,7 +75,7 @@ const OPENING_EXTENSION: Duration = Duration::from_secs(30);
 
 /// Why the pipeline could not start or had to end.
 #[derive(Debug, Error)]
-pub enum ServiceError {
+pub(crate) enum ServiceError {
     #[error(transparent)]
     Schemas(#[from] SchemaError),
     #[error(transparent)]
@@ -99,7 +99,7 @@ pub enum ServiceError {
 
 /// Input that could not be read at the end of a run with [`Until::Idle`].
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct UnreadInput {
+pub(crate) struct UnreadInput {
     pub transcripts: Unread,
     pub spool: UnreadSpool,
 }
@@ -121,14 +121,14 @@ impl fmt::Display for UnreadInput {
 
 /// When the pipeline ends by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Until {
+pub(crate) enum Until {
     Stopped,
     /// Everything on disk is read and the queue is empty.
     Idle,
 }
 
 /// What it takes to run.
-pub struct Service {
+pub(crate) struct Service {
     pub config: Config,
     pub target: TargetSource,
     /// Whether `target` names a database at all.
@@ -141,7 +141,7 @@ pub struct Service {
 
 impl Service {
     /// Runs until stopped, until idle, or until something fails that only a restart can mend.
-    pub async fn run(self) -> Result<(), ServiceError> {
+    pub(crate) async fn run(self) -> Result<(), ServiceError> {
         let started = Moment::now();
         let config = &self.config;
         if self.until == Until::Idle && !self.has_database {
@@ -401,13 +401,13 @@ fn secure_folders(config: &Config) -> Result<(), FolderError> {
 }
 
 /// What this machine is called in `event_sources`.
-pub fn host_name(config: &Config) -> String {
+pub(crate) fn host_name(config: &Config) -> String {
     let own = || gethostname::gethostname().to_string_lossy().into_owned();
     config.database.host_name.clone().unwrap_or_else(own)
 }
 
 /// How the sink reaches Postgres under this configuration.
-pub fn connect_settings(config: &Config, target: TargetSource) -> ConnectSettings {
+pub(crate) fn connect_settings(config: &Config, target: TargetSource) -> ConnectSettings {
     ConnectSettings {
         target,
         pool_size: config.database.pool_size,

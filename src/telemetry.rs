@@ -9,10 +9,11 @@ mod metrics;
 mod recent;
 mod state;
 
-pub use formats::{UnknownFormat, UnknownFormats, is_name, name_or_none};
-pub use logs::{LogFormat, start_logging};
+pub(crate) use formats::{UnknownFormat, UnknownFormats, is_name, name_or_none};
+pub(crate) use logs::{LogFormat, start_logging};
+pub use metrics::Metrics;
 pub(crate) use metrics::TEXT_FORMAT;
-pub use metrics::{Counter, CounterFamily, Histogram, HistogramSnapshot, Metrics, RescanCause};
+pub(crate) use metrics::{HistogramSnapshot, RescanCause};
 pub(crate) use recent::{RecentEvent, RecentEvents};
 pub(crate) use state::{Database, DatabaseState, LiveState, Shared};
 

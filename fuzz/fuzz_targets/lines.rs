@@ -10,11 +10,10 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use headspace_watcher::claude::line::{TranscriptKind, classify};
-use headspace_watcher::claude::repair::{Segment, salvage};
-use headspace_watcher::claude::transcript::{Found, LineReport, OtherSession, START, Source};
-use headspace_watcher::event::{Candidate, Cursor, EventId, Origin, Rejection, Timestamp};
-use headspace_watcher::intake::schema::Schemas;
+use headspace_watcher::internals::{
+    Candidate, Cursor, EventId, Found, LineReport, Origin, OtherSession, Rejection, START, Schemas, Segment, Source,
+    Timestamp, TranscriptKind, classify, salvage,
+};
 use libfuzzer_sys::fuzz_target;
 use serde::de::IgnoredAny;
 use serde_json::Value;

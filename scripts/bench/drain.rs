@@ -20,11 +20,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt};
-use headspace_watcher::config::{Config, Environment, TableName};
-use headspace_watcher::queue::Queue;
-use headspace_watcher::sink::drain::{DrainConfig, Drainer};
-use headspace_watcher::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
-use headspace_watcher::telemetry::Metrics;
+use headspace_watcher::internals::{
+    Config, ConnectSettings, DrainConfig, Drainer, Environment, Metrics, Needs, PostgresSink, Queue, TableName,
+    TargetSource,
+};
 use tokio::sync::watch;
 use tokio_postgres::NoTls;
 

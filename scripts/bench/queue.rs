@@ -7,9 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use headspace_watcher::event::{Candidate, EventId, ForeignKeys, Origin, Timestamp};
-use headspace_watcher::intake::schema::Schemas;
-use headspace_watcher::queue::{Batch, Queue, QueueConfig, Ticket};
+use headspace_watcher::internals::{
+    Batch, Candidate, EventId, ForeignKeys, Origin, Queue, QueueConfig, Schemas, Ticket, Timestamp,
+};
 
 use crate::rows::{Aim, median, milliseconds, short};
 use crate::stage::{Bench, Usage};

@@ -38,7 +38,7 @@ const HEAD_LINES_MAX: usize = 50;
 
 /// What head and tail of a transcript tell of its descent.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Look {
+pub(crate) struct Look {
     /// The session, by the name of the file.
     pub stem: Uuid,
     /// Uuid of the first line of the conversation.
@@ -64,7 +64,7 @@ pub struct Look {
 
 /// Where a transcript comes in the order of reading.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Place {
+pub(crate) struct Place {
     // Compared in this order.
     pub is_copy: bool,
     /// When it began, and for a family when the first of it did. Files that tell no time come first among their like.
@@ -76,7 +76,7 @@ pub struct Place {
 impl Look {
     /// `head`: the first bytes of the file. `tail`: its last bytes, where the head is not all of it. Lines that are cut at
     /// their edges are passed over.
-    pub fn at(stem: Uuid, head: &[u8], tail: &[u8]) -> Look {
+    pub(crate) fn at(stem: Uuid, head: &[u8], tail: &[u8]) -> Look {
         let mut look = Look {
             stem,
             root: None,
@@ -147,18 +147,18 @@ impl Look {
 }
 
 /// Files with which a copy is compared, at most: of more than so many forks of one session the first and the latest.
-pub const ANCESTORS_MAX: usize = 8;
+pub(crate) const ANCESTORS_MAX: usize = 8;
 
 /// How a transcript is to be read.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Reading {
+pub(crate) struct Reading {
     pub place: Place,
     /// The files of other sessions that it may have been copied from, at most [`ANCESTORS_MAX`]; indexes.
     pub ancestors: Vec<usize>,
 }
 
 /// How each of these files is to be read: originals by when they began, then copies, each behind what it was copied from.
-pub fn reading_order(looks: &[Look]) -> Vec<Reading> {
+pub(crate) fn reading_order(looks: &[Look]) -> Vec<Reading> {
     let depths = depths(looks);
     let mut families: HashMap<&str, Vec<usize>> = HashMap::new();
     for (index, look) in looks.iter().enumerate() {
@@ -213,7 +213,7 @@ fn descent((a, depth_a): (&Look, u32), (b, depth_b): (&Look, u32)) -> Ordering {
 
 /// A line of the conversation, as far as its descent is concerned.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Said {
+pub(crate) struct Said {
     /// The same in every copy.
     pub uuid: Option<String>,
     /// The session that the line names.
@@ -223,7 +223,7 @@ pub struct Said {
 
 impl Said {
     /// Reads a line, given without its newline. `None`: it is none of the conversation, or is damaged.
-    pub fn read(line: &[u8]) -> Option<Said> {
+    pub(crate) fn read(line: &[u8]) -> Option<Said> {
         let mended = MendedLine::new(line).ok()?;
         let fields = Fields::of(&mended.text).ok()?;
         let mut mender = Mender { is_mended: false };
@@ -236,13 +236,13 @@ impl Said {
     }
 
     /// Whether it says itself that it was said in another session than that of its file.
-    pub fn is_of_another(&self, session: Uuid) -> bool {
+    pub(crate) fn is_of_another(&self, session: Uuid) -> bool {
         self.is_forked || self.session.is_some_and(|named| named != session)
     }
 }
 
 /// The uuid of the first line of the conversation, which is the same in all of a family.
-pub fn root(head: &[u8]) -> Option<String> {
+pub(crate) fn root(head: &[u8]) -> Option<String> {
     let lines = head.split_inclusive(|byte| *byte == b'\n');
     lines.filter_map(|line| line.strip_suffix(b"\n")).find_map(Said::read)?.uuid
 }

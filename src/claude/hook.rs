@@ -21,7 +21,7 @@ use crate::event::{
 use crate::json;
 
 /// The type of every event that is made here.
-pub const EVENT_TYPE: &str = "hook_received";
+pub(crate) const EVENT_TYPE: &str = "hook_received";
 
 /// Fields of the input that are kept as they are, and what they are called in the payload.
 const KEPT: &[(&str, &str)] = &[
@@ -50,7 +50,7 @@ const OVERHEAD_BYTES_MAX: u64 = 64 << 10;
 const REJECTED_BYTES_KEPT_MAX: usize = 64 << 10;
 
 /// What the receiver of a hook knows besides its input.
-pub struct Arrival {
+pub(crate) struct Arrival {
     /// The event's identity, made by the receiver (UUIDv7).
     pub id: EventId,
     /// The receiver's clock when the hook began.
@@ -67,7 +67,7 @@ pub struct Arrival {
 ///
 /// The input of a rejection is kept under `full` only: it may hold anything. An input above `data_bytes_max` is not
 /// kept as `data`: the event would be too large.
-pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_max: u64) -> Record {
+pub(crate) fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_max: u64) -> Record {
     let input = json::without_byte_order_mark(input);
     let lossy = String::from_utf8_lossy(input);
     let text = lossy.trim_ascii();
@@ -114,7 +114,7 @@ pub fn record(input: &[u8], arrival: Arrival, capture: HookCapture, data_bytes_m
 }
 
 /// The record of a hook whose input was not complete when its time was over.
-pub fn incomplete(input: &[u8], seconds: u64, capture: HookCapture) -> Record {
+pub(crate) fn incomplete(input: &[u8], seconds: u64, capture: HookCapture) -> Record {
     if input.is_empty() {
         let message = format!("a hook got no input within {seconds} s");
         return rejection(FailureKind::Unreadable, message, Vec::new());
@@ -136,13 +136,13 @@ fn unreadable(input: &[u8], message: String, capture: HookCapture) -> Record {
 }
 
 /// The record of a hook whose input is larger than anybody reads.
-pub fn too_large(bytes_max: usize) -> Record {
+pub(crate) fn too_large(bytes_max: usize) -> Record {
     let message = format!("a hook's input has more than {bytes_max} bytes; it was not kept");
     rejection(FailureKind::TooLarge, message, Vec::new())
 }
 
 /// The record of what follows as many objects as one hook may have.
-pub fn too_many(objects_max: usize) -> Record {
+pub(crate) fn too_many(objects_max: usize) -> Record {
     let message = format!("a hook's input has more than {objects_max} objects; the others were not kept");
     rejection(FailureKind::TooLarge, message, Vec::new())
 }
@@ -177,7 +177,7 @@ fn kept_fields(text: &str, is_mended: &mut bool) -> Option<Map<String, Value>> {
 
 /// The registration that a SessionStart hook stands for. It has the identity that the session's first line would give it,
 /// so that whichever comes second is refused.
-pub fn registration(hook: &Candidate) -> Option<Candidate> {
+pub(crate) fn registration(hook: &Candidate) -> Option<Candidate> {
     let field = |name: &str| hook.payload.get(name).and_then(Value::as_str);
     if hook.event_type != EVENT_TYPE || field("hook_type") != Some("SessionStart") {
         return None;
@@ -201,7 +201,7 @@ pub fn registration(hook: &Candidate) -> Option<Candidate> {
 }
 
 /// The session whose end a SessionEnd hook tells, and when.
-pub fn session_end(hook: &Candidate) -> Option<(Uuid, Timestamp)> {
+pub(crate) fn session_end(hook: &Candidate) -> Option<(Uuid, Timestamp)> {
     let field = |name: &str| hook.payload.get(name).and_then(Value::as_str);
     if hook.event_type != EVENT_TYPE || field("hook_type") != Some("SessionEnd") {
         return None;
@@ -210,7 +210,7 @@ pub fn session_end(hook: &Candidate) -> Option<(Uuid, Timestamp)> {
 }
 
 /// The hook's name in a path: `session-start` → `SessionStart`; what is written so already stays.
-pub fn hook_type_of_path(kind: &str) -> String {
+pub(crate) fn hook_type_of_path(kind: &str) -> String {
     let mut name = String::new();
     for part in kind.split(['-', '_']) {
         let mut letters = part.chars();

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::fields::{Content, Fields, Mender, is_something, pick};
-pub use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
+pub(crate) use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
 use super::provenance::{judge, trim, version};
 use crate::event::EventId;
 use crate::json;
@@ -71,7 +71,7 @@ fn session_of_stem(stem: &str) -> Option<Uuid> {
 
 /// What one line says.
 #[derive(Clone, PartialEq, Default, Debug)]
-pub struct LineMeaning {
+pub(crate) struct LineMeaning {
     pub line_type: LineType,
     /// Whether it belongs to the conversation. Other lines are state that Claude Code writes again whenever a session is
     /// merely opened: they are no activity.
@@ -96,27 +96,27 @@ pub struct LineMeaning {
 impl LineMeaning {
     /// Name of a type that this program does not know: at most [`UNKNOWN_TYPE_CHARS_MAX`] characters; [`NO_TYPE`] where there
     /// is none.
-    pub fn unknown_type(&self) -> Option<&str> {
+    pub(crate) fn unknown_type(&self) -> Option<&str> {
         let unknown = self.unknowns.iter().find(|unknown| unknown.field == UNKNOWN_TYPE)?;
         Some(&unknown.value)
     }
 }
 
 /// Stands for the type of an object without one.
-pub const NO_TYPE: &str = "none";
+pub(crate) const NO_TYPE: &str = "none";
 
 /// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
 const FOLDER_BYTES_MAX: usize = 4096;
 
 /// The field of an [`Unknown`] that is a type of lines.
-pub const UNKNOWN_TYPE: &str = "type";
+pub(crate) const UNKNOWN_TYPE: &str = "type";
 
 /// Longest name of an unknown type that is passed on.
-pub const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
+pub(crate) const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
 
 /// The families of lines.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
-pub enum LineType {
+pub(crate) enum LineType {
     User,
     Assistant,
     System,
@@ -131,7 +131,7 @@ pub enum LineType {
 }
 
 /// The known types of lines outside the conversation.
-pub const METADATA_TYPES: &[&str] = &[
+pub(crate) const METADATA_TYPES: &[&str] = &[
     "agent-color",
     "agent-name",
     "agent-setting",
@@ -192,7 +192,7 @@ impl LineType {
 
 /// Something that was said, by the human or by the agent.
 #[derive(Clone, PartialEq, Default, Debug)]
-pub struct Turn {
+pub(crate) struct Turn {
     /// The line's `uuid`, or that of the line it was copied from: the same in every copy of a session. `None`: only its
     /// place identifies it, see [`turn_event_id`].
     pub uuid: Option<String>,
@@ -220,14 +220,14 @@ pub struct Turn {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
-pub enum Actor {
+pub(crate) enum Actor {
     #[default]
     User,
     Agent,
 }
 
 impl Actor {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Actor::User => "user",
             Actor::Agent => "agent",
@@ -245,7 +245,7 @@ pub struct BadLine {
 /// Reads one complete line, given without its newline, of a transcript of the given kind.
 ///
 /// A line of nothing but blanks means nothing and is not bad; one of nothing but NULs is.
-pub fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadLine> {
+pub(crate) fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeaning, BadLine> {
     let mended = MendedLine::new(line)?;
     let text = mended.text.as_ref();
     if !text.trim_ascii_start().starts_with('{') {
@@ -450,7 +450,7 @@ impl Turn {
     ///
     /// `session` is the file's, told where the line names none, `project_path` its project's;
     /// `otherwise` is the time to be told where the line has none.
-    pub fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
+    pub(crate) fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
         let text = |text: Option<String>| text.map(Value::from);
         known([
             ("session_uuid", Some(self.said_in.unwrap_or(session).to_string().into())),
@@ -485,7 +485,7 @@ pub(super) fn iso_8601(timestamp: Timestamp) -> String {
 
 /// The identity of a turn, the same wherever and whenever the turn is read: by the line's own uuid, which copies of a
 /// session share; without one by session, place and content. `line` begins at byte `offset` of the session's file.
-pub fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
+pub(crate) fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
     match &turn.uuid {
         Some(uuid) => event_id_of_turn(uuid),
         None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
@@ -493,18 +493,18 @@ pub fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> Ev
 }
 
 /// The identity of the turn whose line has this uuid: `turn_uuid` in its payload.
-pub fn event_id_of_turn(uuid: &str) -> EventId {
+pub(crate) fn event_id_of_turn(uuid: &str) -> EventId {
     EventId::derived(format!("turn/{uuid}").as_bytes())
 }
 
 /// The identity of a session's registration.
-pub fn session_registered_event_id(session: Uuid) -> EventId {
+pub(crate) fn session_registered_event_id(session: Uuid) -> EventId {
     EventId::derived(format!("session_registered/{session}").as_bytes())
 }
 
 /// What is known when a session is first seen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct SessionFacts<'a> {
+pub(crate) struct SessionFacts<'a> {
     pub session: Uuid,
     /// The first working directory: project path and working directory at once.
     pub cwd: &'a str,
@@ -515,7 +515,7 @@ pub struct SessionFacts<'a> {
 
 impl SessionFacts<'_> {
     /// The payload of `session_registered`.
-    pub fn payload(&self) -> Map<String, Value> {
+    pub(crate) fn payload(&self) -> Map<String, Value> {
         known([
             ("session_uuid", Some(self.session.to_string().into())),
             ("project_path", Some(self.cwd.into())),

@@ -26,7 +26,7 @@ use crate::json::members;
 
 /// How well it is known that a person said it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Provenance {
+pub(crate) enum Provenance {
     /// Claude Code says that it was typed at its terminal.
     Typed,
     /// An application says that a person said it, and passed it on.
@@ -38,7 +38,7 @@ pub enum Provenance {
 }
 
 impl Provenance {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Provenance::Typed => "typed",
             Provenance::App => "app",
@@ -50,7 +50,7 @@ impl Provenance {
 
 /// How a human's turn came about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum TurnKind {
+pub(crate) enum TurnKind {
     Prompt,
     /// A slash command; the text is its name and its arguments.
     Command,
@@ -67,7 +67,7 @@ pub enum TurnKind {
 }
 
 impl TurnKind {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             TurnKind::Prompt => "prompt",
             TurnKind::Command => "command",

@@ -33,7 +33,7 @@ const LOOK_BACK_BYTES: usize = 32;
 /// A piece of a damaged line, as a range of its bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Segment {
-    /// One whole record: a JSON object, perhaps with NULs in it, which [`read_line`](super::line::read_line)
+    /// One whole record: a JSON object, perhaps with NULs in it, which [`read_line`]
     /// passes over.
     Record(Range<usize>),
     /// Bytes that belong to no whole record. NULs and blanks at its ends are left out.
@@ -66,7 +66,7 @@ pub fn salvage(line: &[u8]) -> Vec<Segment> {
 }
 
 /// What stands on a damaged line: each piece's place, and what it means; `bad` for what is lost.
-pub fn read_damaged(
+pub(crate) fn read_damaged(
     line: &[u8],
     kind: &TranscriptKind,
     bad: &BadLine,

@@ -74,7 +74,7 @@ impl End {
 }
 
 /// The identity of a session's end.
-pub fn session_ended_event_id(session: Uuid, last_activity: Option<Timestamp>) -> EventId {
+pub(crate) fn session_ended_event_id(session: Uuid, last_activity: Option<Timestamp>) -> EventId {
     let activity = last_activity.map_or_else(|| "unknown".to_owned(), |at| at.as_nanosecond().to_string());
     EventId::derived(format!("session_ended/{session}/{activity}").as_bytes())
 }

@@ -21,7 +21,7 @@ use thiserror::Error;
 
 /// The events that are hooked. Long known to Claude Code: a version that does not know an event by name may refuse the
 /// whole file.
-pub const EVENTS: [&str; 10] = [
+pub(crate) const EVENTS: [&str; 10] = [
     "SessionStart",
     "UserPromptSubmit",
     "PreToolUse",
@@ -35,14 +35,14 @@ pub const EVENTS: [&str; 10] = [
 ];
 
 /// Whatever runs at it must print a path, or no worktree is made.
-pub const NEVER_HOOKED: &str = "WorktreeCreate";
+pub(crate) const NEVER_HOOKED: &str = "WorktreeCreate";
 
 /// Seconds after which Claude Code kills a hook. Ours needs milliseconds, but waits for its input until shortly before
 /// that; without it the hooks at a session's end share 1.5 s.
-pub const TIMEOUT_SECONDS: u64 = 12;
+pub(crate) const TIMEOUT_SECONDS: u64 = 12;
 
 /// A larger file is not read: settings have some kilobytes.
-pub const FILE_BYTES_MAX: u64 = 16 << 20;
+pub(crate) const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The name of this program.
 const PROGRAM: &str = "headspace-watcher";
@@ -54,7 +54,7 @@ const PROGRAM_WRAPPED: &str = ".headspace-watcher-wrapped";
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum SettingsError {
+pub(crate) enum SettingsError {
     #[error("it could not be read as JSON: {0}")]
     Malformed(String),
     #[error("{place} is not an {expected}")]
@@ -65,7 +65,7 @@ pub enum SettingsError {
 
 /// A hook that calls this program, or names it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Found {
+pub(crate) struct Found {
     pub event: String,
     /// As a shell takes it. Of a hook that needs no shell: its words, quoted.
     pub command: String,
@@ -82,13 +82,13 @@ impl fmt::Display for Found {
 /// The hooks in `text` that call this program or name it, in the order of the file. Empty text holds none.
 ///
 /// `own` is the command that [`install`] would write: it tells the program also where its file has another name.
-pub fn find(text: &str, own: &str) -> Result<Vec<Found>, SettingsError> {
+pub(crate) fn find(text: &str, own: &str) -> Result<Vec<Found>, SettingsError> {
     Ok(Settings::parse(text)?.calls(own)?.into_iter().map(|call| call.found).collect())
 }
 
 /// `text` with a hook at each of `events` that runs `command`: hooks that called us otherwise now run it, those that do
 /// already are left as they are, missing ones are added. The very same text where nothing is to be done.
-pub fn install(text: &str, command: &str, events: &[String]) -> Result<String, SettingsError> {
+pub(crate) fn install(text: &str, command: &str, events: &[String]) -> Result<String, SettingsError> {
     let settings = Settings::parse(text)?;
     for call in settings.calls(command)?.into_iter().filter(|call| call.found.is_own) {
         if call.found.event == NEVER_HOOKED {
@@ -107,7 +107,7 @@ pub fn install(text: &str, command: &str, events: &[String]) -> Result<String, S
 }
 
 /// `text` without the hooks that call this program, and without what held nothing else. `own` as for [`find`].
-pub fn uninstall(text: &str, own: &str) -> Result<String, SettingsError> {
+pub(crate) fn uninstall(text: &str, own: &str) -> Result<String, SettingsError> {
     let settings = Settings::parse(text)?;
     let calls: Vec<Call> = settings.calls(own)?.into_iter().filter(|call| call.found.is_own).collect();
     if calls.is_empty() {
@@ -120,13 +120,13 @@ pub fn uninstall(text: &str, own: &str) -> Result<String, SettingsError> {
 }
 
 /// Whether all hooks are switched off.
-pub fn are_off(text: &str) -> bool {
+pub(crate) fn are_off(text: &str) -> bool {
     let off = Settings::parse(text).ok().and_then(|settings| settings.object.get("disableAllHooks")?.value());
     off.and_then(|value| value.as_boolean_lit()).is_some_and(|flag| flag.value())
 }
 
 /// A word that a shell takes as it is, whatever is in it.
-pub fn shell_word(word: &str) -> String {
+pub(crate) fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()
@@ -136,7 +136,7 @@ pub fn shell_word(word: &str) -> String {
 }
 
 /// The first word of a shell command, its quotes taken off.
-pub fn called_program(command: &str) -> String {
+pub(crate) fn called_program(command: &str) -> String {
     let mut word = String::new();
     let mut quote = None;
     let mut characters = command.trim_start().chars();

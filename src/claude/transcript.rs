@@ -83,7 +83,7 @@ impl OtherSession {
 
 /// What bytes without a newline at the end of a file are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum LastLine {
+pub(crate) enum LastLine {
     /// Blanks, or NULs as a crash leaves them.
     Blank,
     /// One whole JSON object: nothing that could still follow would change it.
@@ -92,7 +92,7 @@ pub enum LastLine {
 }
 
 /// Judges the bytes behind the last newline of a file.
-pub fn last_line(line: &[u8], kind: &TranscriptKind) -> LastLine {
+pub(crate) fn last_line(line: &[u8], kind: &TranscriptKind) -> LastLine {
     let is_blank = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
     if line.iter().all(is_blank) {
         LastLine::Blank

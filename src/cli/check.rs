@@ -28,7 +28,7 @@ use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};
 /// Below this the queue can't be expected to work.
 const FREE_BYTES_MIN: u64 = 64 << 20;
 
-pub fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
+pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
     let config = context.config();
     let mut findings =
         vec![("configuration", configuration(context)), ("schemas", schemas(config)), ("redact", redact(config))];

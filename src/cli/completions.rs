@@ -7,13 +7,13 @@ use clap::{Args, CommandFactory};
 use super::{Arguments, Exit, Failure, written};
 
 #[derive(Args)]
-pub struct CompletionsArguments {
+pub(super) struct CompletionsArguments {
     /// Whose completions
     #[arg(value_enum)]
     shell: clap_complete::Shell,
 }
 
-pub fn completions(arguments: &CompletionsArguments) -> Result<Exit, Failure> {
+pub(super) fn completions(arguments: &CompletionsArguments) -> Result<Exit, Failure> {
     let mut script = Vec::new();
     clap_complete::generate(arguments.shell, &mut Arguments::command(), "headspace-watcher", &mut script);
     written(io::Write::write_all(&mut io::stdout(), &script))

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, queue_dump};
 
-pub fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<Exit, Failure> {
+pub(super) fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<Exit, Failure> {
     match command {
         DeadLettersCommand::List(arguments) => {
             let arguments = QueueDumpArguments { dead_letters: true, ..arguments.clone() };

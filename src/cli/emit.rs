@@ -25,7 +25,7 @@ use super::{Context, EmitArguments, Exit, Failure};
 /// A larger payload can't be an event under any configuration.
 const PAYLOAD_BYTES_MAX: u64 = 256 << 20;
 
-pub fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failure> {
+pub(super) fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failure> {
     let single = if arguments.ndjson { None } else { Some(event(arguments)?) };
     let config = context.config();
     let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)

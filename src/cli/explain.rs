@@ -28,7 +28,7 @@ enum Outcome {
     Unreadable(String),
 }
 
-pub fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, Failure> {
+pub(super) fn explain(context: &Context, arguments: &ExplainArguments) -> Result<Exit, Failure> {
     let (path, only) = place(&arguments.place);
     let failed = |error: io::Error| {
         let exit = if error.kind() == io::ErrorKind::NotFound { Exit::Data } else { Exit::Io };

@@ -56,13 +56,13 @@ const SPOOL_VARIABLE: &str = "HEADSPACE_QUEUE__SPOOL_PATH";
 const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// The command line of a hook, read without judging it.
-pub struct Invocation {
+pub(super) struct Invocation {
     config: Option<PathBuf>,
 }
 
 impl Invocation {
     /// `None` when these arguments (without the program's name) mean another command, or ask for help.
-    pub fn of(arguments: impl IntoIterator<Item = OsString>) -> Option<Invocation> {
+    pub(super) fn of(arguments: impl IntoIterator<Item = OsString>) -> Option<Invocation> {
         let mut config = None;
         let mut is_hook = false;
         let mut arguments = arguments.into_iter();
@@ -86,7 +86,7 @@ impl Invocation {
     }
 
     /// Does all of it, and says 0.
-    pub fn run(self) -> ExitCode {
+    pub(super) fn run(self) -> ExitCode {
         let received_at = Timestamp::now();
         std::panic::set_hook(Box::new(|_| {}));
         // Whatever went wrong, there is nobody to be told.

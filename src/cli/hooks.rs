@@ -33,7 +33,7 @@ const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 const EMPTY: &str = "{}\n";
 
 #[derive(Args)]
-pub struct HooksArguments {
+pub(super) struct HooksArguments {
     #[command(subcommand)]
     action: HooksAction,
     /// Claude Code's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude]
@@ -55,7 +55,7 @@ enum HooksAction {
     Show,
 }
 
-pub fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
+pub(super) fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
     let path = match &arguments.settings {
         Some(named) => context.environment.folder().join(named),
         None => context.settings_file()?,

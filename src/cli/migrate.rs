@@ -5,7 +5,7 @@ use crate::sink::postgres;
 
 use super::{Context, Exit, Failure, MigrateArguments, block_on};
 
-pub fn migrate(context: &Context, arguments: &MigrateArguments) -> Result<Exit, Failure> {
+pub(super) fn migrate(context: &Context, arguments: &MigrateArguments) -> Result<Exit, Failure> {
     let (target, has_database) = context.target()?;
     let settings = connect_settings(context.config(), target);
     if arguments.print {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, written};
 
-pub fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
+pub(super) fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };
     let format =
         arguments.format.unwrap_or(if io::stdout().is_terminal() { DumpFormat::Table } else { DumpFormat::Jsonl });

@@ -21,13 +21,13 @@ const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 const FILES_WANTED: u64 = 8192;
 
 #[derive(Args)]
-pub struct RunArguments {
+pub(super) struct RunArguments {
     /// Read all that is there, drain the queue empty, then end; exit code 1 when something could not be read
     #[arg(long)]
     until_idle: bool,
 }
 
-pub fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
+pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
     tame_allocator();
     context.start_logging();
     if !context.loaded.unused.is_empty() {

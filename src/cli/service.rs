@@ -26,7 +26,7 @@ const AGENT_LABEL: &str = "com.headspace.watcher";
 const UNIT_BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Args)]
-pub struct ServiceArguments {
+pub(super) struct ServiceArguments {
     #[command(subcommand)]
     action: ServiceAction,
     /// For whom; the system's own supervisor when not given
@@ -58,7 +58,7 @@ enum ServiceKind {
     Launchd,
 }
 
-pub fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, Failure> {
+pub(super) fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let kind =
         arguments.kind.unwrap_or(if cfg!(target_os = "macos") { ServiceKind::Launchd } else { ServiceKind::Systemd });
     let values = Values::of(context)?;

@@ -25,7 +25,7 @@ struct Standing {
     verdict: Result<Exit, Failure>,
 }
 
-pub fn status(context: &Context, arguments: &StatusArguments) -> Result<Exit, Failure> {
+pub(super) fn status(context: &Context, arguments: &StatusArguments) -> Result<Exit, Failure> {
     let Some(interval) = arguments.watch else {
         let Standing { text, json, verdict } = look(context)?;
         print!("{}", if arguments.json { json } else { text });
@@ -148,7 +148,7 @@ fn seconds_since(then: Timestamp) -> f64 {
 }
 
 /// The lines of `status` about a running watcher.
-pub fn describe(health: &Health) -> String {
+pub(super) fn describe(health: &Health) -> String {
     let status = match health.status {
         Status::Pass => "pass",
         Status::Warn => "warn",
@@ -225,7 +225,7 @@ fn age(then: &str) -> String {
 }
 
 /// `90061` → `1d 1h`, `75` → `1m 15s`.
-pub fn duration(seconds: u64) -> String {
+pub(super) fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
@@ -236,7 +236,7 @@ pub fn duration(seconds: u64) -> String {
 }
 
 /// `1536` → `1.5 kB`, decimal units.
-pub fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1000.0 {

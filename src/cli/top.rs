@@ -34,7 +34,7 @@ const SAMPLES: usize = 300;
 /// Rows for what "status" shows: more would leave the last events no room on 24 rows.
 const STATUS_ROWS: u16 = 11;
 
-pub fn top(context: &Context) -> Result<Exit, Failure> {
+pub(super) fn top(context: &Context) -> Result<Exit, Failure> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         let message = "top needs a terminal; for a script use \"headspace-watcher status --json\"";
         return Err(Failure::new(Exit::Usage, message));

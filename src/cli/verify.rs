@@ -16,7 +16,7 @@ const LISTED_MAX: usize = 20;
 /// The oldest that `--since` takes.
 const SINCE_DAYS_MAX: i64 = 365_000;
 
-pub fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Failure> {
+pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Failure> {
     let database = connect_settings(context.config(), context.target()?.0);
     let remedy = match (arguments.repair, arguments.accept_missing) {
         (true, _) => Remedy::Repair,
@@ -44,7 +44,7 @@ pub fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Fa
 }
 
 /// Reads `--since`.
-pub fn since(text: &str) -> Result<Timestamp, String> {
+pub(super) fn since(text: &str) -> Result<Timestamp, String> {
     let days = text.strip_suffix('d').and_then(|days| days.parse::<i64>().ok());
     let since = match days {
         Some(days) if (0..=SINCE_DAYS_MAX).contains(&days) => {

@@ -38,7 +38,7 @@ const DEFAULT_PORT: u16 = 80;
 
 /// Who asks. Routes read it from the request's extensions; where it is missing they fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Caller {
+pub(crate) enum Caller {
     /// Came by the socket, or has the token: may do everything.
     Owner,
     /// Anybody else: sees no text, no payload and no path.
@@ -47,13 +47,13 @@ pub enum Caller {
 
 /// What the owner is recognised by on TCP.
 #[derive(Clone)]
-pub struct Access {
+pub(crate) struct Access {
     /// Without one nobody is.
     pub token: Option<Secret>,
 }
 
 /// Turns away who may not ask, and tells the routes who does.
-pub async fn admit_caller(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
+pub(super) async fn admit_caller(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
     let Some(LocalAddress(Some(reached))) = request.extensions().get().copied() else {
         return error(StatusCode::FORBIDDEN, "the connection has been closed");
     };

@@ -10,7 +10,7 @@ use super::{Api, answer, error};
 use crate::event::Sequence;
 use crate::queue::{QueueError, RetryOutcome};
 
-pub async fn retry(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
+pub(super) async fn retry(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
     let Some(sequence) = Sequence::new(sequence) else { return not_found(0) };
     match api.work(|| api.intake.queue().retry_dead_letter(sequence)).await {
         Ok(RetryOutcome::Queued(new)) => answer(StatusCode::OK, &json!({"sequence": new.get()})),
@@ -22,7 +22,7 @@ pub async fn retry(State(api): State<Api>, Path(sequence): Path<u64>) -> Respons
     }
 }
 
-pub async fn forget(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
+pub(super) async fn forget(State(api): State<Api>, Path(sequence): Path<u64>) -> Response {
     let Some(sequence) = Sequence::new(sequence) else { return not_found(0) };
     match api.work(|| api.intake.queue().drop_dead_letter(sequence)).await {
         Ok(true) => answer(StatusCode::OK, &json!({"dropped": sequence.get()})),
@@ -36,6 +36,6 @@ fn not_found(sequence: u64) -> Response {
 }
 
 /// The queue did not take it.
-pub fn unavailable(problem: &QueueError) -> Response {
+pub(super) fn unavailable(problem: &QueueError) -> Response {
     ([(RETRY_AFTER, "5")], error(StatusCode::SERVICE_UNAVAILABLE, problem)).into_response()
 }

@@ -11,7 +11,7 @@ use super::dead_letters::unavailable;
 use super::{Api, answer, body, error};
 use crate::intake::request::{EventError, IdempotencyKey, REQUEST_BYTES_MAX, RequestError};
 
-pub async fn events(State(api): State<Api>, headers: HeaderMap, body: Body) -> Response {
+pub(super) async fn events(State(api): State<Api>, headers: HeaderMap, body: Body) -> Response {
     let key = match headers.get("idempotency-key").map(|key| key.to_str().ok().and_then(IdempotencyKey::new)) {
         Some(None) => {
             return error(StatusCode::BAD_REQUEST, "Idempotency-Key: expected 1 to 255 visible ASCII characters");

@@ -21,11 +21,11 @@ use crate::intake::{Intake, record};
 const OVERHEAD_BYTES: u64 = 14 << 20;
 
 /// Bytes that a hook's input has at most.
-pub fn input_bytes_max(intake: &Intake) -> u64 {
+pub(super) fn input_bytes_max(intake: &Intake) -> u64 {
     intake.checker().event_bytes_max() + OVERHEAD_BYTES
 }
 
-pub async fn hook(State(api): State<Api>, Path(kind): Path<String>, headers: HeaderMap, body: Body) -> Response {
+pub(super) async fn hook(State(api): State<Api>, Path(kind): Path<String>, headers: HeaderMap, body: Body) -> Response {
     let received_at = Timestamp::now();
     let key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).and_then(IdempotencyKey::new);
     let mut body = match body::read(&api, body, input_bytes_max(&api.intake)).await {
@@ -76,7 +76,7 @@ fn keep(api: &Api, input: Vec<u8>, arrival: Arrival) -> Result<(), RequestError>
 }
 
 /// `POST /spool`: there is something in the spool; or, with a body, a record that could not be written there.
-pub async fn spool(State(api): State<Api>, body: Body) -> Response {
+pub(super) async fn spool(State(api): State<Api>, body: Body) -> Response {
     let body = match body::read(&api, body, input_bytes_max(&api.intake)).await {
         Ok(body) => body,
         Err(answer) => return answer,

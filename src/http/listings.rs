@@ -21,15 +21,15 @@ const NDJSON: [(HeaderName, &str); 2] = [(CONTENT_TYPE, "application/x-ndjson"),
 /// How long a reader may take for one page.
 const READER_TIMEOUT: Duration = Duration::from_secs(30);
 
-pub async fn queue(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
+pub(super) async fn queue(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
     ndjson(api, Listing::Pending, filter)
 }
 
-pub async fn dead_letters(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
+pub(super) async fn dead_letters(State(api): State<Api>, Query(filter): Query<Filter>) -> Response {
     ndjson(api, Listing::DeadLetters, filter)
 }
 
-pub async fn cursors(State(api): State<Api>) -> Response {
+pub(super) async fn cursors(State(api): State<Api>) -> Response {
     let cursors = match api.work(|| api.intake.queue().cursors()).await {
         Ok(cursors) => cursors,
         Err(problem) => return unavailable(&problem),

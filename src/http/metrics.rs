@@ -10,7 +10,7 @@ use crate::event::Timestamp;
 use crate::health::{HealthSource, Moment, Status};
 use crate::telemetry::{Database, Shared, TEXT_FORMAT};
 
-pub async fn metrics(State(api): State<Api>) -> Response {
+pub(super) async fn metrics(State(api): State<Api>) -> Response {
     let headers = [(CONTENT_TYPE, TEXT_FORMAT), (CACHE_CONTROL, "no-store")];
     (headers, exposition(&api.health, Moment::now())).into_response()
 }

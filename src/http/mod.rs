@@ -12,7 +12,7 @@ mod listings;
 mod metrics;
 mod page;
 mod server;
-pub mod token;
+pub(crate) mod token;
 
 use std::sync::Arc;
 
@@ -27,10 +27,10 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tower_http::timeout::TimeoutLayer;
 
-pub use self::access::{Access, Caller};
+pub(crate) use self::access::{Access, Caller};
 pub(crate) use self::page::Overview;
 use self::server::REQUEST_TIMEOUT;
-pub use self::server::{listen, serve};
+pub(crate) use self::server::{listen, serve};
 
 use crate::config::HookCapture;
 use crate::health::{Health, HealthSource, Moment, Status};
@@ -49,7 +49,7 @@ const WORKING_MAX: usize = 16;
 
 /// What the routes answer from. Cheap to clone.
 #[derive(Clone)]
-pub struct Api {
+pub(crate) struct Api {
     health: Arc<HealthSource>,
     history: Arc<History>,
     intake: Arc<Intake>,
@@ -63,7 +63,7 @@ pub struct Api {
 }
 
 impl Api {
-    pub fn new(
+    pub(crate) fn new(
         health: Arc<HealthSource>,
         history: Arc<History>,
         intake: Arc<Intake>,
@@ -95,14 +95,14 @@ impl Api {
 
 /// What a request arrives on.
 #[derive(Clone)]
-pub enum Transport {
+pub(crate) enum Transport {
     /// The Unix socket: access is controlled by its file mode.
     Socket,
     Tcp(Access),
 }
 
 /// All routes.
-pub fn router(api: Api, transport: Transport) -> Router {
+pub(crate) fn router(api: Api, transport: Transport) -> Router {
     let routes = Router::new()
         .route("/health", get(health))
         .route("/livez", get(livez))

@@ -23,7 +23,7 @@ use crate::telemetry::RecentEvent;
 const PAGE: &str = include_str!("page.html");
 
 /// `GET /`
-pub async fn page() -> Response {
+pub(super) async fn page() -> Response {
     // Only this very page's own script and style run; a new number each time keeps others from naming it.
     let nonce = uuid::Uuid::now_v7().simple().to_string();
     let policy = format!(
@@ -68,7 +68,7 @@ pub(crate) struct OverviewParameters {
 }
 
 /// `GET /overview?samples=600`
-pub async fn overview(
+pub(super) async fn overview(
     State(api): State<Api>,
     Extension(caller): Extension<Caller>,
     Query(parameters): Query<OverviewParameters>,
@@ -96,7 +96,7 @@ fn overview_for(caller: Caller, api: &Api, samples: usize) -> Overview {
 }
 
 /// `GET /live`: an overview with all samples at first, then one with the newest sample every second.
-pub async fn live(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {
+pub(super) async fn live(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {
     let Ok(viewer) = api.viewers.clone().try_acquire_owned() else {
         return error(StatusCode::SERVICE_UNAVAILABLE, format!("{VIEWERS_MAX} pages are open already; close one"));
     };

@@ -26,12 +26,12 @@ use tokio_io_timeout::TimeoutStream;
 use tower::Layer;
 
 /// Connections at once on one listener. `cli::run` sees to it that there are files enough beside them.
-pub const CONNECTIONS_MAX: usize = 512;
+pub(super) const CONNECTIONS_MAX: usize = 512;
 
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A body of 16 MiB comes over loopback within a second.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -43,7 +43,7 @@ const HEADER_FIELDS_MAX: usize = 64;
 const BACKLOG: u32 = 1024;
 
 /// Listens on a TCP address.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
@@ -52,10 +52,10 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Which of our addresses a request has reached; among the extensions of each. `None` on the Unix socket.
 #[derive(Clone, Copy)]
-pub struct LocalAddress(pub Option<SocketAddr>);
+pub(crate) struct LocalAddress(pub Option<SocketAddr>);
 
 /// A connection that can tell which of our addresses it has reached.
-pub trait Reached {
+pub(crate) trait Reached {
     fn local_address(&self) -> LocalAddress;
 }
 
@@ -72,7 +72,7 @@ impl Reached for UnixStream {
 }
 
 /// Serves `router` on `listener` until the task is aborted. Requests under way go on then.
-pub async fn serve<L>(mut listener: L, router: Router)
+pub(crate) async fn serve<L>(mut listener: L, router: Router)
 where
     L: Listener,
     L::Io: Reached,

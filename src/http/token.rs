@@ -22,7 +22,7 @@ const FILE_BYTES_MAX: u64 = 4096;
 
 /// Why a token file is not used.
 #[derive(Debug, Error)]
-pub enum TokenError {
+pub(crate) enum TokenError {
     #[error("could not use the token file {path}: {problem}; remove it and restart, so that a new one is made, or set http.token", path = .path.display())]
     Unfit { path: PathBuf, problem: String },
     #[error("could not {action} the token file {path}: {source}; correct its folder's owner or mode, or set http.token", path = .path.display())]
@@ -33,7 +33,7 @@ pub enum TokenError {
 ///
 /// # Errors
 /// The file can't be read or written, or somebody else could know or have chosen what it holds.
-pub fn load_or_create(path: &Path) -> Result<Secret, TokenError> {
+pub(crate) fn load_or_create(path: &Path) -> Result<Secret, TokenError> {
     let failed = |source| TokenError::Io { action: "create", path: path.to_owned(), source };
     if let Some(token) = load(path)? {
         return Ok(token);
@@ -46,7 +46,7 @@ pub fn load_or_create(path: &Path) -> Result<Secret, TokenError> {
 ///
 /// # Errors
 /// As [`load_or_create`].
-pub fn load(path: &Path) -> Result<Option<Secret>, TokenError> {
+pub(crate) fn load(path: &Path) -> Result<Option<Secret>, TokenError> {
     let failed = |source| TokenError::Io { action: "read", path: path.to_owned(), source };
     let unfit = |problem: String| TokenError::Unfit { path: path.to_owned(), problem };
     // Neither follows a symbolic link nor waits for the other end of a FIFO.

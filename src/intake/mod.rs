@@ -7,14 +7,14 @@
 //! dead letters with the field at fault, logged and counted.
 
 pub(crate) mod record;
-pub mod redact;
-pub mod request;
-pub mod retention;
-pub mod schema;
-pub mod sessions;
-pub mod spool;
-pub mod spool_reader;
-pub mod transcripts;
+pub(crate) mod redact;
+pub(crate) mod request;
+pub(crate) mod retention;
+pub(crate) mod schema;
+pub(crate) mod sessions;
+pub(crate) mod spool;
+pub(crate) mod spool_reader;
+pub(crate) mod transcripts;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -35,14 +35,14 @@ use crate::queue::{Accepted, Batch, Queue, QueueError, Ticket};
 use crate::telemetry::{Metrics, RecentEvent};
 
 /// Makes events of candidates: strikes out secrets, then asks the schemas. Needs no queue.
-pub struct Checker {
+pub(crate) struct Checker {
     schemas: Schemas,
     redactor: Redactor,
     values: ValuesMemory,
 }
 
 impl Checker {
-    pub fn new(schemas: Schemas, redactor: Redactor) -> Checker {
+    pub(crate) fn new(schemas: Schemas, redactor: Redactor) -> Checker {
         Checker { schemas, redactor, values: ValuesMemory::default() }
     }
 
@@ -50,7 +50,7 @@ impl Checker {
     ///
     /// `max_event_bytes` is a limit on the texts as they came, and on the event as it would be stored: an event that is too
     /// large is not redacted first, as that takes much longer than to see its size.
-    pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
+    pub(crate) fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
         if let Err(invalid) = self.schemas.check_texts(&candidate) {
             return Err(Box::new(Refused { invalid, candidate }));
         }
@@ -59,18 +59,18 @@ impl Checker {
     }
 
     /// Bytes that a payload has at most.
-    pub fn event_bytes_max(&self) -> u64 {
+    pub(crate) fn event_bytes_max(&self) -> u64 {
         self.schemas.event_bytes_max()
     }
 
     /// Memory for parsed payloads: to be reserved while one is parsed and checked.
-    pub fn values(&self) -> &ValuesMemory {
+    pub(crate) fn values(&self) -> &ValuesMemory {
         &self.values
     }
 }
 
 /// The one door into the queue.
-pub struct Intake {
+pub(crate) struct Intake {
     checker: Arc<Checker>,
     keys: IdempotencyKeys,
     queue: Queue,
@@ -80,34 +80,34 @@ pub struct Intake {
 }
 
 impl Intake {
-    pub fn new(schemas: Schemas, queue: Queue, redactor: Redactor, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(schemas: Schemas, queue: Queue, redactor: Redactor, metrics: Arc<Metrics>) -> Self {
         let checker = Arc::new(Checker::new(schemas, redactor));
         Intake { checker, keys: IdempotencyKeys::default(), queue, metrics, closings: Mutex::default() }
     }
 
-    pub fn checker(&self) -> &Arc<Checker> {
+    pub(crate) fn checker(&self) -> &Arc<Checker> {
         &self.checker
     }
 
-    pub fn keys(&self) -> &IdempotencyKeys {
+    pub(crate) fn keys(&self) -> &IdempotencyKeys {
         &self.keys
     }
 
-    pub fn queue(&self) -> &Queue {
+    pub(crate) fn queue(&self) -> &Queue {
         &self.queue
     }
 
-    pub fn metrics(&self) -> &Arc<Metrics> {
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
     }
 
     /// What is to be left in the spool, redacted.
-    pub fn redacted(&self, record: Record) -> Record {
+    pub(crate) fn redacted(&self, record: Record) -> Record {
         self.checker.redactor.record(record)
     }
 
     /// Checks a candidate and puts it into the batch: as an event, or as a rejection that names the field.
-    pub fn admit(&self, candidate: Candidate, batch: &mut Batch) {
+    pub(crate) fn admit(&self, candidate: Candidate, batch: &mut Batch) {
         match self.checker.check(candidate) {
             Ok(event) => batch.events.push(event),
             Err(refused) => {
@@ -121,7 +121,7 @@ impl Intake {
 
     /// Puts a record of the spool into the batch, with what a hook stands for besides its own event. Gives the session
     /// whose end it tells, for [`Intake::session_closed`] once the batch is durable.
-    pub fn admit_record(&self, record: Record, batch: &mut Batch) -> Option<(Uuid, Timestamp)> {
+    pub(crate) fn admit_record(&self, record: Record, batch: &mut Batch) -> Option<(Uuid, Timestamp)> {
         let candidate = match record {
             Record::Event(candidate) => candidate,
             Record::Rejected(rejection) => {
@@ -142,7 +142,7 @@ impl Intake {
     }
 
     /// Takes in a record that could not be written to the spool. Blocks until it is durable.
-    pub fn take_record(&self, record: Record) -> Result<(), QueueError> {
+    pub(crate) fn take_record(&self, record: Record) -> Result<(), QueueError> {
         let mut batch = Batch::default();
         let ended = self.admit_record(record, &mut batch);
         self.submit(&mut batch).wait()?;
@@ -153,14 +153,14 @@ impl Intake {
     }
 
     /// Counts and logs input that is no event.
-    pub fn count_rejection(&self, event_type: Option<&EventType>, origin: &Origin, problem: &str) {
+    pub(crate) fn count_rejection(&self, event_type: Option<&EventType>, origin: &Origin, problem: &str) {
         self.metrics.events_rejected.add(event_type.map_or("unknown", EventType::as_str), 1);
         warn!(origin = origin.kind(), error = problem, "an event was rejected");
     }
 
     /// Hands the batch over; it is durable when the submission says so, and is counted then. One that found no room can be
     /// handed over again.
-    pub fn submit(&self, batch: &mut Batch) -> Submission {
+    pub(crate) fn submit(&self, batch: &mut Batch) -> Submission {
         for rejection in &mut batch.rejections {
             rejection.bytes = self.checker.redactor.bytes(std::mem::take(&mut rejection.bytes));
         }
@@ -172,12 +172,12 @@ impl Intake {
     /// Puts a note into the batch that the SessionEnd hook of `session` came at `at`; to be in the batch of the hook's own
     /// event. Once the batch is taken in, [`Intake::session_closed`] says so to the follower, which tells the session's
     /// end when it has read the transcript to its end; after a restart it finds the note.
-    pub fn note_session_end(&self, session: Uuid, at: Timestamp, batch: &mut Batch) {
+    pub(crate) fn note_session_end(&self, session: Uuid, at: Timestamp, batch: &mut Batch) {
         batch.session_ends.push((session, Some(at)));
     }
 
     /// Says that the SessionEnd hook of `session`, which ran at `at`, has arrived: its end is emitted at the next rescan.
-    pub fn session_closed(&self, session: Uuid, at: Timestamp) {
+    pub(crate) fn session_closed(&self, session: Uuid, at: Timestamp) {
         self.note_closing(session, sessions::Closing::arriving(at, sessions::Now::read()));
     }
 
@@ -186,7 +186,7 @@ impl Intake {
     }
 
     /// Whether a SessionEnd hook has come of which the follower does not know yet.
-    pub fn has_closings(&self) -> bool {
+    pub(crate) fn has_closings(&self) -> bool {
         !self.closings.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
@@ -202,7 +202,7 @@ impl Intake {
 
 /// A batch on its way into the queue: wait for it on a thread or await it.
 #[must_use = "what was submitted is durable only when the submission says so"]
-pub struct Submission {
+pub(crate) struct Submission {
     ticket: Ticket,
     begun: Instant,
     /// Until the answer was heard.
@@ -236,12 +236,12 @@ impl BatchCounts {
 
 impl Submission {
     /// Whether waiting for the answer takes no time.
-    pub fn is_answered(&self) -> bool {
+    pub(crate) fn is_answered(&self) -> bool {
         self.ticket.is_answered()
     }
 
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the submission instead.
-    pub fn wait(self) -> Result<Accepted, QueueError> {
+    pub(crate) fn wait(self) -> Result<Accepted, QueueError> {
         let Submission { ticket, begun, counts, metrics } = self;
         let answer = ticket.wait();
         note_answer(&metrics, &answer, counts, begun);

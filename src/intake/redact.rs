@@ -62,7 +62,7 @@ const BUILT_IN: &[&str] = &[
 /// A pattern of the configuration is no regular expression, or one that is too large.
 #[derive(Debug, Error)]
 #[error("redact.patterns[{index}]: '{pattern}' can't be used as a regular expression: {problem}")]
-pub struct PatternError {
+pub(crate) struct PatternError {
     /// Place in the list, from 0.
     pub index: usize,
     pub pattern: String,
@@ -72,7 +72,7 @@ pub struct PatternError {
 
 /// Replaces secrets; does nothing where redaction is off.
 #[derive(Default)]
-pub struct Redactor {
+pub(crate) struct Redactor {
     /// The built-in ones, then those of the configuration: one of these that is slow must not make the others slow. None
     /// where redaction is off.
     patterns: Vec<Patterns>,
@@ -138,7 +138,7 @@ fn built_in() -> impl Iterator<Item = String> {
 
 impl Redactor {
     /// Compiles the patterns, where redaction is on.
-    pub fn new(config: &RedactConfig) -> Result<Redactor, PatternError> {
+    pub(crate) fn new(config: &RedactConfig) -> Result<Redactor, PatternError> {
         for (index, pattern) in config.patterns.iter().enumerate() {
             // Also looked at while redaction is off, so that switching it on is no surprise.
             Regex::new(pattern).map_err(|error| PatternError {
@@ -154,7 +154,7 @@ impl Redactor {
     }
 
     /// The built-in set and those of `patterns` that can be used: for the hook, which must not fail.
-    pub fn careful(patterns: &[String]) -> Redactor {
+    pub(crate) fn careful(patterns: &[String]) -> Redactor {
         Redactor::of(patterns.iter().map(String::as_str).filter(|pattern| Regex::new(pattern).is_ok()))
     }
 
@@ -164,12 +164,12 @@ impl Redactor {
         Redactor { patterns: vec![Patterns::new(built_in.iter().map(String::as_str)), Patterns::new(added)] }
     }
 
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         !self.patterns.is_empty()
     }
 
     /// `text` without secrets; borrowed where there are none.
-    pub fn text<'a>(&self, text: &'a str) -> Cow<'a, str> {
+    pub(crate) fn text<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut redacted = Cow::Borrowed(text);
         for (patterns, rounds) in self.patterns.iter().zip([ROUNDS_MAX, 1]) {
             for _ in 0..rounds {
@@ -181,7 +181,7 @@ impl Redactor {
     }
 
     /// Redacts a payload in place.
-    pub fn payload(&self, payload: &mut Map<String, Value>) {
+    pub(crate) fn payload(&self, payload: &mut Map<String, Value>) {
         if !self.is_on() {
             return;
         }
@@ -193,7 +193,7 @@ impl Redactor {
     }
 
     /// Input as it came, redacted as text: what is no UTF-8 is replaced where anything is struck out.
-    pub fn bytes(&self, bytes: Vec<u8>) -> Vec<u8> {
+    pub(crate) fn bytes(&self, bytes: Vec<u8>) -> Vec<u8> {
         if !self.is_on() {
             return bytes;
         }
@@ -205,7 +205,7 @@ impl Redactor {
     }
 
     /// Redacts what is to be left in the spool.
-    pub fn record(&self, record: Record) -> Record {
+    pub(crate) fn record(&self, record: Record) -> Record {
         match record {
             Record::Event(mut candidate) => {
                 self.payload(&mut candidate.payload);

@@ -47,7 +47,7 @@ const KEYS_MAX: usize = 10_000;
 
 /// Why nothing of a request was accepted.
 #[derive(Debug, Error)]
-pub enum RequestError {
+pub(crate) enum RequestError {
     #[error(transparent)]
     Event(#[from] EventError),
     #[error("there is no event: expected one JSON object, or one on each line")]
@@ -65,7 +65,7 @@ pub enum RequestError {
 /// What is wrong with an event, in words that show nothing of its values.
 #[derive(Debug, Error)]
 #[error("{}{problem}", place(.line, .field))]
-pub struct EventError {
+pub(crate) struct EventError {
     /// Counts from 1; `None` for an event that goes over several lines.
     pub line: Option<u64>,
     pub field: Option<String>,
@@ -97,18 +97,18 @@ fn place(line: &Option<u64>, field: &Option<String>) -> String {
 
 /// A key that a caller gave to a request, so that repeating it stores nothing twice.
 #[derive(Clone, Debug)]
-pub struct IdempotencyKey(String);
+pub(crate) struct IdempotencyKey(String);
 
 impl IdempotencyKey {
     /// `None` for what is empty, too long or not visible ASCII.
-    pub fn new(key: &str) -> Option<Self> {
+    pub(crate) fn new(key: &str) -> Option<Self> {
         let fits =
             !key.is_empty() && key.len() <= KEY_BYTES_MAX && key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
         fits.then(|| IdempotencyKey(key.to_owned()))
     }
 
     /// The identity of the `index`th event, from 0. Of the first it is the key itself where that is a UUID.
-    pub fn event_id(&self, index: u64) -> EventId {
+    pub(crate) fn event_id(&self, index: u64) -> EventId {
         match (index, Uuid::try_parse(&self.0)) {
             (0, Ok(id)) => EventId(id),
             (0, Err(_)) => EventId::derived(format!("request/{}", self.0).as_bytes()),
@@ -121,14 +121,14 @@ impl IdempotencyKey {
 /// restart, or when [`KEYS_MAX`] others have been used since, a key that is used again with another body is not noticed. Its
 /// events have the identities of the first ones then and count as duplicates.
 #[derive(Default)]
-pub struct IdempotencyKeys {
+pub(crate) struct IdempotencyKeys {
     /// In the order of their first use.
     used: Mutex<VecDeque<(EventId, u128)>>,
 }
 
 impl IdempotencyKeys {
     /// Runs `accept` unless the key was used with another body. What fails leaves the key unused.
-    pub fn once<T>(
+    pub(crate) fn once<T>(
         &self,
         key: &IdempotencyKey,
         body: u128,

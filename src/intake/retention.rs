@@ -16,7 +16,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Knows from when on transcripts are about to be deleted. Of several projects folders the shortest time counts for all:
 /// a warning that comes early does no harm.
-pub struct Retention {
+pub(crate) struct Retention {
     settings: Vec<PathBuf>,
     period: Duration,
     read_at: Option<Instant>,
@@ -24,20 +24,20 @@ pub struct Retention {
 
 impl Retention {
     /// `projects`: the projects folders; Claude Code's `settings.json` is beside each.
-    pub fn new(projects: &[PathBuf]) -> Retention {
+    pub(crate) fn new(projects: &[PathBuf]) -> Retention {
         let settings = projects.iter().map(|projects| settings_beside(projects)).collect();
         Retention { settings, period: Duration::ZERO, read_at: None }
     }
 
     /// Transcripts that were last changed before this are deleted within [`WARN_DAYS`], or overdue.
-    pub fn expires_before(&mut self, now: Timestamp) -> Timestamp {
+    pub(crate) fn expires_before(&mut self, now: Timestamp) -> Timestamp {
         let age = self.period().saturating_sub(DAY * WARN_DAYS as u32);
         let age = SignedDuration::try_from(age).unwrap_or(SignedDuration::MAX);
         now.checked_sub(age).unwrap_or(Timestamp::MIN)
     }
 
     /// How long a transcript is kept after it was last changed.
-    pub fn period(&mut self) -> Duration {
+    pub(crate) fn period(&mut self) -> Duration {
         if self.read_at.is_none_or(|at| at.elapsed() >= READ_INTERVAL) {
             self.read_at = Some(Instant::now());
             let days = self.settings.iter().map(|settings| cleanup_period_days(settings)).min();
@@ -49,7 +49,7 @@ impl Retention {
 }
 
 /// Claude Code's settings for the sessions of a projects folder.
-pub fn settings_beside(projects: &Path) -> PathBuf {
+pub(crate) fn settings_beside(projects: &Path) -> PathBuf {
     projects.with_file_name("settings.json")
 }
 

@@ -48,7 +48,7 @@ const EXTENSION: &str = "jsonl";
 
 /// Why nothing was left in the spool.
 #[derive(Debug, Error)]
-pub enum SpoolError {
+pub(crate) enum SpoolError {
     #[error("could not write the events to the spool {folder}: {source}; free space or fix its permissions")]
     Io { folder: String, source: io::Error },
     #[error(
@@ -59,7 +59,7 @@ pub enum SpoolError {
 
 /// A handle on the folder; cheap to clone.
 #[derive(Clone)]
-pub struct Spool {
+pub(crate) struct Spool {
     folder: Arc<Path>,
     wakeup: Arc<Wakeup>,
     unread: Arc<Mutex<UnreadSpool>>,
@@ -67,7 +67,7 @@ pub struct Spool {
 
 /// What could not be read at the last look, and why.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct UnreadSpool {
+pub(crate) struct UnreadSpool {
     /// Files in it.
     pub files: usize,
     /// Path and cause: of the folder where that can't be read, else of the first of the files.
@@ -83,12 +83,12 @@ struct Wakeup {
 
 impl Spool {
     /// Touches nothing yet: the folder is made by the first writer.
-    pub fn new(folder: &Path) -> Spool {
+    pub(crate) fn new(folder: &Path) -> Spool {
         Spool { folder: folder.into(), wakeup: Arc::default(), unread: Arc::default() }
     }
 
     /// What its reader could not read at the last look.
-    pub fn unread(&self) -> UnreadSpool {
+    pub(crate) fn unread(&self) -> UnreadSpool {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -97,7 +97,7 @@ impl Spool {
         std::mem::replace(&mut *self.unread.lock().unwrap_or_else(PoisonError::into_inner), unread)
     }
 
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 

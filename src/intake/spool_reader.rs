@@ -46,7 +46,7 @@ enum Interruption {
 }
 
 /// Reads the spool until it is stopped.
-pub struct SpoolReader {
+pub(crate) struct SpoolReader {
     spool: Spool,
     intake: Arc<Intake>,
     /// Time between two looks without being woken.
@@ -72,31 +72,31 @@ enum Done {
 
 /// Ends a [`SpoolReader`] and tells whether it has work. Cheap to clone.
 #[derive(Clone)]
-pub struct SpoolHandle {
+pub(crate) struct SpoolHandle {
     spool: Spool,
     stop: Arc<AtomicBool>,
     idle: watch::Receiver<bool>,
 }
 
 impl SpoolHandle {
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.spool.notify();
     }
 
     /// Whether the last look found nothing more to take in.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         *self.idle.borrow()
     }
 
     /// What could not be read at the last look.
-    pub fn unread(&self) -> UnreadSpool {
+    pub(crate) fn unread(&self) -> UnreadSpool {
         self.spool.unread()
     }
 }
 
 impl SpoolReader {
-    pub fn new(spool: Spool, intake: Arc<Intake>, polling_interval: Duration) -> (SpoolReader, SpoolHandle) {
+    pub(crate) fn new(spool: Spool, intake: Arc<Intake>, polling_interval: Duration) -> (SpoolReader, SpoolHandle) {
         let stop = Arc::new(AtomicBool::new(false));
         let (idle, is_idle) = watch::channel(false);
         let handle = SpoolHandle { spool: spool.clone(), stop: stop.clone(), idle: is_idle };
@@ -105,7 +105,7 @@ impl SpoolReader {
     }
 
     /// Takes in what waits, again and again. Blocks until stopped; an error is the queue's.
-    pub fn run(mut self) -> Result<(), QueueError> {
+    pub(crate) fn run(mut self) -> Result<(), QueueError> {
         while !self.is_stopped() {
             match self.look() {
                 Ok(()) => self.idle.send_replace(true),

@@ -37,11 +37,11 @@ const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 5;
 
 /// Longest record. Above every limit of the intake.
-pub const RECORD_BYTES_MAX: usize = 96 << 20;
+pub(super) const RECORD_BYTES_MAX: usize = 96 << 20;
 
 /// Greatest number that is believed when it is read from disk: counting by ones never gets there, and adding to one that is
 /// believed cannot overflow.
-pub const NUMBER_MAX: u64 = u64::MAX / 2;
+pub(super) const NUMBER_MAX: u64 = u64::MAX / 2;
 
 /// Longest message of a failure that is kept.
 const MESSAGE_BYTES_MAX: usize = 2048;
@@ -55,7 +55,7 @@ const PIECE: Configuration<LittleEndian, Varint, Limit<RECORD_BYTES_MAX>> =
 
 /// Why bytes are not the record they should be.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum CodecError {
+pub(super) enum CodecError {
     #[error("record has layout version {0}, this program knows {VERSION}")]
     Version(u8),
     #[error("checksum of the record does not match")]
@@ -68,7 +68,7 @@ pub enum CodecError {
 
 /// How far the queue has come at a number: what has been taken in up to it, since the queue was made.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
-pub struct Totals {
+pub(super) struct Totals {
     pub sequence: u64,
     pub events: u64,
     /// Of their records.
@@ -77,7 +77,7 @@ pub struct Totals {
 
 impl Totals {
     /// With the next number, which has a record of so many bytes; 0: a rejection.
-    pub fn with(self, record_bytes: u32) -> Totals {
+    pub(super) fn with(self, record_bytes: u32) -> Totals {
         let bytes = self.bytes + u64::from(record_bytes);
         Totals { sequence: self.sequence + 1, events: self.events + u64::from(record_bytes > 0), bytes }
     }
@@ -85,14 +85,14 @@ impl Totals {
 
 /// Dead letters, and the bytes of what they hold.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
-pub struct Letters {
+pub(super) struct Letters {
     pub count: u64,
     pub bytes: u64,
 }
 
 /// What has entered and what has left.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Encode, Decode)]
-pub struct Marks {
+pub(super) struct Marks {
     pub acknowledged: Totals,
     pub settled: Totals,
     pub letters: Letters,
@@ -100,37 +100,37 @@ pub struct Marks {
 
 impl Marks {
     /// Events that wait, and the bytes of their records. Lost ones among them count until it is past them.
-    pub fn pending(&self) -> (u64, u64) {
+    pub(super) fn pending(&self) -> (u64, u64) {
         let events = self.acknowledged.events.saturating_sub(self.settled.events);
         (events, if events == 0 { 0 } else { self.acknowledged.bytes.saturating_sub(self.settled.bytes) })
     }
 }
 
 /// `pieces`: how many its batch has, with the mark itself.
-pub fn encode_marks(marks: &Marks, pieces: u64) -> Vec<u8> {
+pub(super) fn encode_marks(marks: &Marks, pieces: u64) -> Vec<u8> {
     pack(&(marks, pieces))
 }
 
-pub fn decode_marks(content: &[u8]) -> Option<(Marks, u64)> {
+pub(super) fn decode_marks(content: &[u8]) -> Option<(Marks, u64)> {
     let is_sound = |totals: Totals| totals.sequence.max(totals.events).max(totals.bytes) <= NUMBER_MAX;
     unpack(content).filter(|(marks, _): &(Marks, u64)| is_sound(marks.acknowledged) && is_sound(marks.settled))
 }
 
 /// One number of a block.
 #[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
-pub struct Entry {
+pub(super) struct Entry {
     /// Length of the event's record; 0 for a rejection.
     pub record_bytes: u32,
     /// The record, or the first part of a long one.
     pub part: Vec<u8>,
 }
 
-pub fn encode_block(before: &Totals, entries: &[Entry]) -> Vec<u8> {
+pub(super) fn encode_block(before: &Totals, entries: &[Entry]) -> Vec<u8> {
     pack(&(before.events, before.bytes, entries))
 }
 
 /// Events and bytes before it, and its entries.
-pub fn decode_block(content: &[u8]) -> Option<(u64, u64, Vec<Entry>)> {
+pub(super) fn decode_block(content: &[u8]) -> Option<(u64, u64, Vec<Entry>)> {
     unpack(content).filter(|(events, bytes, _): &(u64, u64, _)| events.max(bytes) <= &NUMBER_MAX)
 }
 
@@ -174,19 +174,19 @@ enum ContentBody<'a> {
     },
 }
 
-pub fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
+pub(super) fn encode_event(event: &Event, captured_at: Timestamp, attempts: u32) -> Result<Vec<u8>, CodecError> {
     encode((captured_at.as_nanosecond(), attempts, Compat(event)))
 }
 
 /// The event with this number.
-pub fn decode_event(number: u64, record: &[u8]) -> Result<Envelope, CodecError> {
+pub(super) fn decode_event(number: u64, record: &[u8]) -> Result<Envelope, CodecError> {
     let sequence = Sequence::new(number).ok_or_else(|| CodecError::Body("no number".into()))?;
     let (captured_at, attempts, Compat(parts)) = decode::<(_, _, Compat<EventParts>)>(record)?;
     Ok(Envelope { sequence, event: Event::from_checked_parts(parts), captured_at: timestamp(captured_at)?, attempts })
 }
 
 /// A dead letter of an event, by its record. `attempts`: deliveries that were refused, in all.
-pub fn encode_refused(
+pub(super) fn encode_refused(
     failure: &Failure,
     failed_at: Timestamp,
     attempts: u32,
@@ -197,7 +197,7 @@ pub fn encode_refused(
 
 /// A dead letter of what never was an event. Its bytes are masked with random ones: whole pieces of a segment among
 /// them must not be found in its log.
-pub fn encode_rejection(rejection: &Rejection, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
+pub(super) fn encode_rejection(rejection: &Rejection, failed_at: Timestamp) -> Result<Vec<u8>, CodecError> {
     let mask = Uuid::new_v4().into_bytes();
     let event_type = rejection.event_type.as_ref().map(EventType::as_str);
     let bytes = &masked(&rejection.bytes, mask);
@@ -220,7 +220,7 @@ fn encode_letter(failure: &Failure, failed_at: Timestamp, content: ContentBody<'
     })
 }
 
-pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, CodecError> {
+pub(super) fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, CodecError> {
     let body: LetterBody<'_> = decode(record)?;
     let kind = KINDS.get(usize::from(body.kind)).copied().ok_or_else(|| CodecError::Body("unknown kind".into()))?;
     let failure = Failure { kind, message: body.message.to_owned(), sqlstate: body.sqlstate.map(str::to_owned) };
@@ -239,13 +239,13 @@ pub fn decode_letter(sequence: Sequence, record: &[u8]) -> Result<DeadLetter, Co
     Ok(DeadLetter { sequence, failed_at: timestamp(body.failed_at)?, failure, content })
 }
 
-pub fn encode_cursor(path: &Path, cursor: &Cursor) -> Result<Vec<u8>, CodecError> {
+pub(super) fn encode_cursor(path: &Path, cursor: &Cursor) -> Result<Vec<u8>, CodecError> {
     let SessionState { began_at, last_activity, ended_through, process } = cursor.session;
     let times = [began_at, last_activity, ended_through].map(|time| time.map(Timestamp::as_nanosecond));
     encode((path.as_os_str().as_bytes(), Compat(cursor), times, process))
 }
 
-pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
+pub(super) fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
     let (path, Compat(cursor), times, process) = decode::<(Vec<u8>, _, [Option<i128>; 3], _)>(record)?;
     let [began_at, last_activity, ended_through] = times.map(|time| time.map(timestamp).transpose());
     let (began_at, last_activity, ended_through) = (began_at?, last_activity?, ended_through?);
@@ -253,11 +253,11 @@ pub fn decode_cursor(record: &[u8]) -> Result<(PathBuf, Cursor), CodecError> {
     Ok((OsString::from_vec(path).into(), Cursor { session, ..cursor }))
 }
 
-pub fn encode_session_end(session: Uuid, at: Timestamp) -> Result<Vec<u8>, CodecError> {
+pub(super) fn encode_session_end(session: Uuid, at: Timestamp) -> Result<Vec<u8>, CodecError> {
     encode((session.into_bytes(), at.as_nanosecond()))
 }
 
-pub fn decode_session_end(record: &[u8]) -> Result<(Uuid, Timestamp), CodecError> {
+pub(super) fn decode_session_end(record: &[u8]) -> Result<(Uuid, Timestamp), CodecError> {
     let (session, at) = decode(record)?;
     Ok((Uuid::from_bytes(session), timestamp(at)?))
 }

@@ -40,7 +40,7 @@ const DRAINED: &str = "DRAINED";
 
 /// A segment, by its folder.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Name {
+pub(super) struct Name {
     pub number: u64,
     /// The first number that is in it, or comes into it; 0: it is not known.
     pub first: u64,
@@ -48,14 +48,14 @@ pub struct Name {
 }
 
 impl Name {
-    pub fn folder(&self, path: &Path) -> PathBuf {
+    pub(super) fn folder(&self, path: &Path) -> PathBuf {
         let kind = if self.is_damaged { "damaged" } else { "segment" };
         path.join(format!("{kind}-{}", self.number))
     }
 }
 
 /// The segments in the folder, oldest first.
-pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
+pub(super) fn segments(path: &Path) -> io::Result<Vec<Name>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(path)? {
         let entry = entry?;
@@ -74,22 +74,22 @@ pub fn segments(path: &Path) -> io::Result<Vec<Name>> {
 }
 
 /// Notes with which number a segment begins; durable once its folder is synced.
-pub fn write_first(folder: &Path, first: u64) -> io::Result<()> {
+pub(super) fn write_first(folder: &Path, first: u64) -> io::Result<()> {
     write_numbers(&folder.join(FIRST), &[first])
 }
 
 /// Notes of a damaged segment its last number, and how many events were found in it.
-pub fn write_known(folder: &Path, last: u64, found: u64) -> io::Result<()> {
+pub(super) fn write_known(folder: &Path, last: u64, found: u64) -> io::Result<()> {
     write_numbers(&folder.join(KNOWN), &[last, found])?;
     sync_folder(folder)
 }
 
-pub fn known(folder: &Path) -> Option<(u64, u64)> {
+pub(super) fn known(folder: &Path) -> Option<(u64, u64)> {
     read_numbers(folder, KNOWN).map(|[last, found]| (last, found))
 }
 
 /// Renames the folder of a segment that can't be trusted.
-pub fn set_aside(path: &Path, name: &mut Name) -> io::Result<()> {
+pub(super) fn set_aside(path: &Path, name: &mut Name) -> io::Result<()> {
     let from = name.folder(path);
     name.is_damaged = true;
     fs::rename(from, name.folder(path))?;
@@ -97,7 +97,7 @@ pub fn set_aside(path: &Path, name: &mut Name) -> io::Result<()> {
 }
 
 /// Lets go of a segment in which nothing waits any more. One that is damaged is kept.
-pub fn let_go(path: &Path, name: &Name) -> io::Result<()> {
+pub(super) fn let_go(path: &Path, name: &Name) -> io::Result<()> {
     match name.is_damaged {
         true => write_numbers(&name.folder(path).join(DRAINED), &[]),
         false => remove_folder(&name.folder(path)),
@@ -106,13 +106,13 @@ pub fn let_go(path: &Path, name: &Name) -> io::Result<()> {
 
 /// Holding it is holding the queue; the system lets go of it when the process ends, however it ends.
 #[derive(Debug)]
-pub struct Lock {
+pub(super) struct Lock {
     _file: File,
 }
 
 impl Lock {
     /// Takes the lock and writes down who holds it.
-    pub fn take(path: &Path) -> Result<Lock, QueueError> {
+    pub(super) fn take(path: &Path) -> Result<Lock, QueueError> {
         let io = |error: io::Error| storage(path, &error);
         let name = path.join("lock");
         loop {
@@ -131,7 +131,7 @@ impl Lock {
     }
 
     /// Keeps others from taking the lock, and changes nothing: where there is no file, nobody holds it.
-    pub fn look(path: &Path) -> Result<Option<Lock>, QueueError> {
+    pub(super) fn look(path: &Path) -> Result<Option<Lock>, QueueError> {
         let look_error = |error| format!("could not read its lock: {error}");
         let file = match regular_file::open(&path.join("lock")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -158,7 +158,7 @@ fn check(path: &Path, file: &File, locked: Result<(), TryLockError>) -> Result<(
 
 /// What stands in the file HIGHEST.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub struct Highest {
+pub(super) struct Highest {
     pub sequence: u64,
     pub segment: u64,
     pub batch: u64,
@@ -169,7 +169,7 @@ impl Highest {
     ///
     /// # Errors
     /// [`QueueError::TooNew`] where a newer program has written it.
-    pub fn read(path: &Path) -> Result<Highest, QueueError> {
+    pub(super) fn read(path: &Path) -> Result<Highest, QueueError> {
         match read_numbers(path, HIGHEST) {
             Some([found, _, _, _]) if found > FORMAT => {
                 Err(QueueError::TooNew { path: path.to_owned(), found, supported: FORMAT })
@@ -181,13 +181,13 @@ impl Highest {
 }
 
 /// The file HIGHEST, open for writing.
-pub struct Mark {
+pub(super) struct Mark {
     file: File,
     pub written: Highest,
 }
 
 impl Mark {
-    pub fn open(path: &Path) -> Result<Mark, QueueError> {
+    pub(super) fn open(path: &Path) -> Result<Mark, QueueError> {
         let written = Highest::read(path)?;
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(false).mode(0o600).open(path.join(HIGHEST));
@@ -196,7 +196,7 @@ impl Mark {
     }
 
     /// Notes what is durable.
-    pub fn raise(&mut self, now: Highest) -> io::Result<()> {
+    pub(super) fn raise(&mut self, now: Highest) -> io::Result<()> {
         self.file.write_all_at(numbers_line(&[FORMAT, now.sequence, now.segment, now.batch]).as_bytes(), 0)?;
         let before = std::mem::replace(&mut self.written, now);
         if before.segment == now.segment { Ok(()) } else { self.file.sync_all() }
@@ -204,14 +204,14 @@ impl Mark {
 }
 
 /// Whether the folder was written by an earlier version of the program, in whose HIGHEST there was no checksum.
-pub fn is_old(path: &Path) -> bool {
+pub(super) fn is_old(path: &Path) -> bool {
     let text = regular_file::read(&path.join(HIGHEST), 128).unwrap_or_default();
     let is_format_1 = text.starts_with(b"1 ") && text.split(|byte| byte.is_ascii_whitespace()).count() == 4;
     path.join("CURRENT").exists() || path.join("sled-1").exists() || is_format_1
 }
 
 /// Notes that a segment can't be trusted, for the next opening.
-pub fn note_damaged(path: &Path, segment: u64, cause: &str) -> io::Result<()> {
+pub(super) fn note_damaged(path: &Path, segment: u64, cause: &str) -> io::Result<()> {
     if damaged(path).iter().any(|(noted, _)| *noted == segment) {
         return Ok(());
     }
@@ -221,7 +221,7 @@ pub fn note_damaged(path: &Path, segment: u64, cause: &str) -> io::Result<()> {
 }
 
 /// The segments that can't be trusted, and why.
-pub fn damaged(path: &Path) -> Vec<(u64, String)> {
+pub(super) fn damaged(path: &Path) -> Vec<(u64, String)> {
     let text = regular_file::read(&path.join(DAMAGED), 1 << 20).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let noted = text.lines().filter_map(|line| line.split_once(' '));
@@ -229,7 +229,7 @@ pub fn damaged(path: &Path) -> Vec<(u64, String)> {
 }
 
 /// Nobody need be told of them any more.
-pub fn forget_damaged(path: &Path) -> io::Result<()> {
+pub(super) fn forget_damaged(path: &Path) -> io::Result<()> {
     match fs::remove_file(path.join(DAMAGED)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -237,7 +237,7 @@ pub fn forget_damaged(path: &Path) -> io::Result<()> {
 }
 
 /// Numbers of a fixed width, and their checksum.
-pub fn numbers_line(numbers: &[u64]) -> String {
+pub(super) fn numbers_line(numbers: &[u64]) -> String {
     let numbers: String = numbers.iter().map(|number| format!("{number:020} ")).collect();
     format!("{numbers}{:08x}\n", crc32fast::hash(numbers.as_bytes()))
 }
@@ -256,12 +256,12 @@ fn read_numbers<const N: usize>(path: &Path, name: &str) -> Option<[u64; N]> {
     numbers.try_into().ok().filter(|_| is_sound)
 }
 
-pub fn storage(path: &Path, error: &dyn Display) -> QueueError {
+pub(super) fn storage(path: &Path, error: &dyn Display) -> QueueError {
     QueueError::Storage { path: path.to_owned(), cause: error.to_string() }
 }
 
 /// Makes the folder where it is missing, and takes the rights of others from one that is there.
-pub fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
+pub(super) fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
     private_folder::ensure(path).map_err(|error| match error {
         FolderError::Io { cause, .. } => storage(path, &cause),
         error => QueueError::Folder(error),
@@ -269,12 +269,12 @@ pub fn ensure_folder(path: &Path) -> Result<Ensured, QueueError> {
 }
 
 /// Makes the entries of `folder` durable.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder)?.sync_all()
 }
 
-pub fn remove_folder(folder: &Path) -> io::Result<()> {
+pub(super) fn remove_folder(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

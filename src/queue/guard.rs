@@ -13,7 +13,7 @@ thread_local! {
 }
 
 /// Runs a call of sled and catches its panic, of which nothing is printed: who called gets it, and says it in an error.
-pub fn caught<T>(call: impl FnOnce() -> T) -> std::thread::Result<T> {
+pub(super) fn caught<T>(call: impl FnOnce() -> T) -> std::thread::Result<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(print_no_caught_panic);
     // A thread that is just ending has no mark any more: then it is printed.

@@ -13,14 +13,14 @@ use super::segment::{Changes, Segment, StoreError};
 use crate::event::Envelope;
 
 /// Kinds that are carried over to a new segment.
-pub const CARRIED: &[u8] = &[piece::CURSOR, piece::SESSION_END, piece::LETTER];
+pub(super) const CARRIED: &[u8] = &[piece::CURSOR, piece::SESSION_END, piece::LETTER];
 
 /// Bytes that are carried over at once.
 const SLICE_BYTES: usize = 512 << 10;
 
 /// A segment that gets no more events.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Older {
+pub(super) struct Older {
     pub name: Name,
     pub last: u64,
     /// Length of its log.
@@ -29,26 +29,26 @@ pub struct Older {
 
 impl Older {
     /// The one before the segment that begins with number `next`.
-    pub fn before(path: &Path, name: Name, next: u64) -> Older {
+    pub(super) fn before(path: &Path, name: Name, next: u64) -> Older {
         let bytes = fs::metadata(name.folder(path).join("db")).map_or(0, |metadata| metadata.len());
         Older { name, last: next - 1, bytes }
     }
 
     /// Those before the newest.
-    pub fn all(path: &Path, names: &[Name], newest: Name) -> Vec<Older> {
+    pub(super) fn all(path: &Path, names: &[Name], newest: Name) -> Vec<Older> {
         let older = names.iter().filter(|name| **name < newest);
         let nexts = older.clone().skip(1).chain([&newest]);
         older.zip(nexts).map(|(name, next)| Older::before(path, *name, next.first)).collect()
     }
 
-    pub fn is_needed(&self, settled: u64) -> bool {
+    pub(super) fn is_needed(&self, settled: u64) -> bool {
         self.last > settled && self.last >= self.name.first
     }
 }
 
 /// The segments in the folder, oldest first. Where a file does not say with which number one begins, its log does; 0 where that has none,
 /// either: then it was not finished.
-pub fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
+pub(super) fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
     let mut names = files::segments(path)?;
     for name in names.iter_mut().filter(|name| name.first == 0) {
         name.first = Remains::of(path, *name)?.before().map_or(0, |before| before.sequence + 1);
@@ -58,7 +58,7 @@ pub fn segments(path: &Path) -> Result<Vec<Name>, StoreError> {
 
 /// The segments. A new one is made where a segment begins or goes: who reads holds on to his.
 #[derive(Clone)]
-pub struct Log {
+pub(super) struct Log {
     path: PathBuf,
     pub newest: Source,
     /// The others in which something waits, oldest first.
@@ -68,19 +68,19 @@ pub struct Log {
 }
 
 impl Log {
-    pub fn new(path: &Path, newest: Source, older: Vec<Older>) -> Log {
+    pub(super) fn new(path: &Path, newest: Source, older: Vec<Older>) -> Log {
         Log { path: path.to_owned(), newest, older, opened: Arc::default() }
     }
 
     /// A log that has these segments.
-    pub fn with(&self, newest: Source, older: Vec<Older>) -> Log {
+    pub(super) fn with(&self, newest: Source, older: Vec<Older>) -> Log {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         opened.take_if(|opened| older.iter().all(|one| one.name != opened.name));
         Log { newest, older, ..self.clone() }
     }
 
     /// Bytes of all segments.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         let newest = if let Source::Sled(segment) = &self.newest { segment.bytes() } else { 0 };
         newest + self.older.iter().map(|one| one.bytes).sum::<u64>()
     }
@@ -139,13 +139,17 @@ impl Log {
     }
 
     /// The totals up to a number, where it is there.
-    pub fn totals(&self, sequence: u64) -> Result<Option<Totals>, StoreError> {
+    pub(super) fn totals(&self, sequence: u64) -> Result<Option<Totals>, StoreError> {
         let Some((_, block)) = self.block(sequence, sequence)? else { return Ok(None) };
         Ok(block.numbered().map(|(totals, _)| totals).find(|totals| totals.sequence == sequence))
     }
 
     /// The events with the numbers from `first` to `last`, in order, each with where it is and the totals up to it.
-    pub fn events(&self, first: u64, last: u64) -> impl Iterator<Item = Result<(Source, Totals, Entry), StoreError>> {
+    pub(super) fn events(
+        &self,
+        first: u64,
+        last: u64,
+    ) -> impl Iterator<Item = Result<(Source, Totals, Entry), StoreError>> {
         let mut next = first;
         let blocks = std::iter::from_fn(move || {
             let found = self.block(next, last).transpose()?;
@@ -169,25 +173,25 @@ impl Log {
 
 /// Where a part of the log is read: through sled, or its log.
 #[derive(Clone)]
-pub enum Source {
+pub(super) enum Source {
     Sled(Arc<Segment>),
     Raw(Arc<Remains>),
 }
 
 /// What is still to be carried over: the records of the first of these kinds from this number on, and all of the others.
-pub struct Left {
+pub(super) struct Left {
     kinds: &'static [u8],
     from: u64,
 }
 
 impl Left {
-    pub fn all_of(kinds: &'static [u8]) -> Left {
+    pub(super) fn all_of(kinds: &'static [u8]) -> Left {
         Left { kinds, from: 0 }
     }
 }
 
 impl Source {
-    pub fn name(&self) -> Name {
+    pub(super) fn name(&self) -> Name {
         match self {
             Source::Sled(segment) => segment.name,
             Source::Raw(remains) => remains.name,
@@ -195,7 +199,7 @@ impl Source {
     }
 
     /// The pieces of a kind, in order.
-    pub fn pieces(
+    pub(super) fn pieces(
         &self,
         kind: u8,
         numbers: RangeInclusive<u64>,
@@ -208,7 +212,7 @@ impl Source {
     }
 
     /// Carries a slice of what is left over to another segment, durably. False: nothing is left.
-    pub fn carry_over(&self, left: &mut Left, to: &Segment) -> Result<bool, StoreError> {
+    pub(super) fn carry_over(&self, left: &mut Left, to: &Segment) -> Result<bool, StoreError> {
         let Some((&kind, others)) = left.kinds.split_first() else { return Ok(false) };
         let mut changes = Changes::default();
         for record in piece::records(self.pieces(kind, left.from..=NUMBER_MAX)) {
@@ -247,7 +251,7 @@ impl Source {
     }
 
     /// The whole record of an event.
-    pub fn record(&self, number: u64, entry: &Entry) -> Result<Vec<u8>, StoreError> {
+    pub(super) fn record(&self, number: u64, entry: &Entry) -> Result<Vec<u8>, StoreError> {
         let record = piece::record(entry, self.pieces(piece::CHUNK, number..=number))?;
         if record.len() == entry.record_bytes as usize {
             Ok(record)
@@ -256,7 +260,7 @@ impl Source {
         }
     }
 
-    pub fn envelope(&self, number: u64, entry: &Entry) -> Result<Envelope, StoreError> {
+    pub(super) fn envelope(&self, number: u64, entry: &Entry) -> Result<Envelope, StoreError> {
         let envelope = codec::decode_event(number, &self.record(number, entry)?);
         envelope.map_err(|error| self.damaged(format!("event {number}: {error}")))
     }

@@ -15,7 +15,7 @@ use super::remains::Remains;
 use super::values::QueueError;
 
 /// What is there to be seen: the log as it is, and its marks.
-pub fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
+pub(super) fn look(path: &Path) -> Result<(Log, Marks), QueueError> {
     let look_error = |cause: String| QueueError::Look { path: path.to_owned(), cause };
     let damaged = |cause: String| QueueError::Damaged { path: path.to_owned(), cause };
     let lock = Lock::look(path)?;

@@ -73,7 +73,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use self::submission::Ticket;
-pub use self::values::{Accepted, Batch, Outcome, QueueConfig, QueueError, QueueStats, Repair, RetryOutcome};
+pub(crate) use self::values::{Accepted, Outcome, QueueError, QueueStats, Repair, RetryOutcome};
+pub use self::values::{Batch, QueueConfig};
 
 use self::files::storage;
 use self::opening::Opened;

@@ -24,7 +24,7 @@ use crate::faults;
 use crate::private_folder::Ensured;
 
 /// A queue's folder, opened.
-pub struct Opened {
+pub(super) struct Opened {
     pub highest: Mark,
     pub newest: Arc<Segment>,
     pub log: Log,
@@ -35,7 +35,7 @@ pub struct Opened {
 }
 
 /// Opens the folder for work: makes it where it is missing, and puts right what can be.
-pub fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
+pub(super) fn open(path: &Path) -> Result<(Lock, Opened), QueueError> {
     /// Far more than there are segments to be found damaged first.
     const TRIES_MAX: usize = 100;
     let mut repairs = Vec::new();
@@ -163,7 +163,7 @@ fn gone(path: &Path, number: u64, first: u64) -> Result<Name, StoreError> {
 }
 
 /// What is wrong with the segment that was written last.
-pub fn damage_of(last: &Remains, highest: Highest) -> Option<String> {
+pub(super) fn damage_of(last: &Remains, highest: Highest) -> Option<String> {
     if last.name.is_damaged {
         return None;
     }

@@ -37,25 +37,25 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::codec::{self, Entry, Marks, NUMBER_MAX, Totals, decode_block, encode_block};
 
 /// Longest value: sled keeps longer ones in files that it never syncs.
-pub const VALUE_BYTES_MAX: usize = 4096;
+pub(super) const VALUE_BYTES_MAX: usize = 4096;
 
 /// By which a raw search looks for pieces.
-pub const MAGIC: [u8; 4] = *b"hwq2";
-pub const HEADER_BYTES: usize = 31;
+pub(super) const MAGIC: [u8; 4] = *b"hwq2";
+pub(super) const HEADER_BYTES: usize = 31;
 
 /// Longest content of a piece.
-pub const CONTENT_BYTES_MAX: usize = VALUE_BYTES_MAX - HEADER_BYTES;
+pub(super) const CONTENT_BYTES_MAX: usize = VALUE_BYTES_MAX - HEADER_BYTES;
 
-pub const BLOCK: u8 = b'e';
-pub const CHUNK: u8 = b'x';
-pub const LETTER: u8 = b'd';
-pub const CURSOR: u8 = b'c';
-pub const SESSION_END: u8 = b's';
-pub const MARK: u8 = b'm';
+pub(super) const BLOCK: u8 = b'e';
+pub(super) const CHUNK: u8 = b'x';
+pub(super) const LETTER: u8 = b'd';
+pub(super) const CURSOR: u8 = b'c';
+pub(super) const SESSION_END: u8 = b's';
+pub(super) const MARK: u8 = b'm';
 
 /// A value, taken apart.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Piece {
+pub(super) struct Piece {
     pub kind: u8,
     pub number: u64,
     pub index: u32,
@@ -66,12 +66,12 @@ pub struct Piece {
 
 impl Piece {
     /// `None` where it is damaged.
-    pub fn decode(value: &[u8]) -> Option<Piece> {
+    pub(super) fn decode(value: &[u8]) -> Option<Piece> {
         Self::find(value).filter(|piece| piece.bytes() == value.len())
     }
 
     /// The piece at the beginning of these bytes, which may go on behind it.
-    pub fn find(bytes: &[u8]) -> Option<Piece> {
+    pub(super) fn find(bytes: &[u8]) -> Option<Piece> {
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
         let number = |at: usize| Some(u64::from_be_bytes(*header.get(at..)?.first_chunk()?));
         let piece = Piece {
@@ -89,16 +89,16 @@ impl Piece {
     }
 
     /// Length of its value.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         HEADER_BYTES + self.content.len()
     }
 
-    pub fn key(&self) -> Vec<u8> {
+    pub(super) fn key(&self) -> Vec<u8> {
         key(self.kind, self.number, self.index)
     }
 
     /// Key and value.
-    pub fn encode(&self) -> (Vec<u8>, Vec<u8>) {
+    pub(super) fn encode(&self) -> (Vec<u8>, Vec<u8>) {
         let key = self.key();
         let length = u16::try_from(self.content.len()).unwrap_or(u16::MAX).to_be_bytes();
         let header = [&MAGIC[..], &key, &self.batch.to_be_bytes(), &length].concat();
@@ -108,7 +108,7 @@ impl Piece {
 }
 
 /// The mark of a batch of so many pieces, itself included.
-pub fn mark(marks: &Marks, batch: u64, pieces: u64) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn mark(marks: &Marks, batch: u64, pieces: u64) -> (Vec<u8>, Vec<u8>) {
     Piece { kind: MARK, number: 0, index: 0, batch, content: codec::encode_marks(marks, pieces) }.encode()
 }
 
@@ -119,28 +119,28 @@ fn checksum(header: &[u8], content: &[u8]) -> [u8; 4] {
     hasher.finalize().to_be_bytes()
 }
 
-pub fn key(kind: u8, number: u64, index: u32) -> Vec<u8> {
+pub(super) fn key(kind: u8, number: u64, index: u32) -> Vec<u8> {
     [&[kind], &number.to_be_bytes()[..], &index.to_be_bytes()].concat()
 }
 
 /// All keys of a kind whose number is in the range.
-pub fn keys(kind: u8, numbers: RangeInclusive<u64>) -> RangeInclusive<Vec<u8>> {
+pub(super) fn keys(kind: u8, numbers: RangeInclusive<u64>) -> RangeInclusive<Vec<u8>> {
     key(kind, *numbers.start(), 0)..=key(kind, *numbers.end(), u32::MAX)
 }
 
 /// The number of a file's cursor: a hash of its path. Two files with the same one take the cursor from one another, and are
 /// read again: nothing else.
-pub fn number_of_path(path: &Path) -> u64 {
+pub(super) fn number_of_path(path: &Path) -> u64 {
     xxh3_64(path.as_os_str().as_bytes()) & NUMBER_MAX
 }
 
 /// The number of the record of a session's end.
-pub fn number_of_session(session: Uuid) -> u64 {
+pub(super) fn number_of_session(session: Uuid) -> u64 {
     xxh3_64(session.as_bytes()) & NUMBER_MAX
 }
 
 /// The chunks of a record, from the index `first` on. An empty record, which stands for none, is one empty chunk.
-pub fn chunks(
+pub(super) fn chunks(
     kind: u8,
     number: u64,
     first: u32,
@@ -158,7 +158,7 @@ pub fn chunks(
 
 /// The records that `pieces`, in the order of their keys, are the chunks of, each as one piece with all of its content. What was
 /// removed is left out, and what a longer record has left behind.
-pub fn records<E>(pieces: impl Iterator<Item = Result<Piece, E>>) -> impl Iterator<Item = Result<Piece, E>> {
+pub(super) fn records<E>(pieces: impl Iterator<Item = Result<Piece, E>>) -> impl Iterator<Item = Result<Piece, E>> {
     let mut pieces = pieces.peekable();
     std::iter::from_fn(move || {
         loop {
@@ -179,7 +179,7 @@ pub fn records<E>(pieces: impl Iterator<Item = Result<Piece, E>>) -> impl Iterat
 }
 
 /// The record of an entry, of which `chunks` are the further ones; shorter where some are missing.
-pub fn record<E>(entry: &Entry, mut chunks: impl Iterator<Item = Result<Piece, E>>) -> Result<Vec<u8>, E> {
+pub(super) fn record<E>(entry: &Entry, mut chunks: impl Iterator<Item = Result<Piece, E>>) -> Result<Vec<u8>, E> {
     let mut record = entry.part.clone();
     while record.len() < entry.record_bytes as usize
         && let Some(chunk) = chunks.next()
@@ -191,7 +191,7 @@ pub fn record<E>(entry: &Entry, mut chunks: impl Iterator<Item = Result<Piece, E
 
 /// Consecutive numbers, as far as they fit into one piece. One without entries stands for nothing.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Block {
+pub(super) struct Block {
     /// Up to the number before its first.
     pub before: Totals,
     pub entries: Vec<Entry>,
@@ -202,22 +202,22 @@ const FRAME_BYTES_MAX: usize = 2 * 9 + 3;
 const ENTRY_BYTES_MAX: usize = 5 + 3;
 
 /// Longest part of a record that stands in a block.
-pub const PART_BYTES_MAX: usize = CONTENT_BYTES_MAX - FRAME_BYTES_MAX - ENTRY_BYTES_MAX;
+pub(super) const PART_BYTES_MAX: usize = CONTENT_BYTES_MAX - FRAME_BYTES_MAX - ENTRY_BYTES_MAX;
 
 impl Block {
-    pub fn of(piece: &Piece) -> Option<Block> {
+    pub(super) fn of(piece: &Piece) -> Option<Block> {
         let (events, bytes, entries) = decode_block(&piece.content)?;
         let before = Totals { sequence: piece.number.checked_sub(1)?, events, bytes };
         (piece.kind == BLOCK && !entries.is_empty()).then_some(Block { before, entries })
     }
 
     /// Its last number.
-    pub fn last(&self) -> u64 {
+    pub(super) fn last(&self) -> u64 {
         self.before.sequence + self.entries.len() as u64
     }
 
     /// Its entries, with the totals up to each: their `sequence` is its number.
-    pub fn numbered(self) -> impl Iterator<Item = (Totals, Entry)> {
+    pub(super) fn numbered(self) -> impl Iterator<Item = (Totals, Entry)> {
         let mut totals = self.before;
         self.entries.into_iter().map(move |entry| {
             totals = totals.with(entry.record_bytes);
@@ -226,17 +226,17 @@ impl Block {
     }
 
     /// Of what will be its value, at most.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let entries = self.entries.iter().map(|entry| ENTRY_BYTES_MAX + entry.part.len());
         HEADER_BYTES + FRAME_BYTES_MAX + entries.sum::<usize>()
     }
 
-    pub fn has_room(&self, part_bytes: usize) -> bool {
+    pub(super) fn has_room(&self, part_bytes: usize) -> bool {
         self.bytes() + ENTRY_BYTES_MAX + part_bytes <= VALUE_BYTES_MAX
     }
 
     /// Adds the number behind `totals`, which are those up to the one before.
-    pub fn add(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) {
+    pub(super) fn add(&mut self, totals: &Totals, record_bytes: u32, part: &[u8]) {
         if self.entries.is_empty() {
             self.before = *totals;
         }
@@ -244,7 +244,7 @@ impl Block {
     }
 
     /// Key and value; it is empty then.
-    pub fn take(&mut self, batch: u64) -> (Vec<u8>, Vec<u8>) {
+    pub(super) fn take(&mut self, batch: u64) -> (Vec<u8>, Vec<u8>) {
         let Block { before, entries } = std::mem::take(self);
         let content = encode_block(&before, &entries);
         Piece { kind: BLOCK, number: before.sequence + 1, index: 0, batch, content }.encode()

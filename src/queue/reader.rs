@@ -13,10 +13,16 @@ use crate::event::{
 };
 
 /// Bytes a page holds at most, above one element.
-pub const PAGE_BYTES_MAX: u64 = 16 << 20;
+pub(super) const PAGE_BYTES_MAX: u64 = 16 << 20;
 
 /// The events from `first` to `last`, oldest first, until `limit` or `bytes_max` is reached; at least one.
-pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64) -> Result<Vec<Envelope>, StoreError> {
+pub(super) fn envelopes(
+    log: &Log,
+    first: u64,
+    last: u64,
+    limit: usize,
+    bytes_max: u64,
+) -> Result<Vec<Envelope>, StoreError> {
     let (mut found, mut bytes) = (Vec::new(), 0);
     for event in log.events(first, last).take(limit) {
         let (source, totals, entry) = event?;
@@ -30,13 +36,18 @@ pub fn envelopes(log: &Log, first: u64, last: u64, limit: usize, bytes_max: u64)
 }
 
 /// The oldest event from `first` to `last`, and when it was captured.
-pub fn oldest(log: &Log, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
+pub(super) fn oldest(log: &Log, first: u64, last: u64) -> Result<Option<(Sequence, Timestamp)>, StoreError> {
     let oldest = envelopes(log, first, last, 1, 0)?.pop();
     Ok(oldest.map(|envelope| (envelope.sequence, envelope.captured_at)))
 }
 
 /// Dead letters from `first` to `last`, oldest first, until `limit` or [`PAGE_BYTES_MAX`] is reached; at least one.
-pub fn dead_letters(source: &Source, first: u64, last: u64, limit: usize) -> Result<Vec<DeadLetter>, StoreError> {
+pub(super) fn dead_letters(
+    source: &Source,
+    first: u64,
+    last: u64,
+    limit: usize,
+) -> Result<Vec<DeadLetter>, StoreError> {
     let (mut letters, mut bytes) = (Vec::new(), 0);
     for record in piece::records(source.pieces(piece::LETTER, first..=last)).take(limit) {
         let record = record?;
@@ -63,7 +74,7 @@ fn dead_letter(source: &Source, sequence: Sequence, record: &[u8]) -> DeadLetter
 }
 
 /// All cursors; one that can't be read is left out, which only reads its file again.
-pub fn cursors(source: &Source, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
+pub(super) fn cursors(source: &Source, mut seen: impl FnMut(PathBuf, Cursor)) -> Result<(), StoreError> {
     for record in piece::records(source.pieces(piece::CURSOR, 0..=NUMBER_MAX)) {
         if let Ok((path, cursor)) = codec::decode_cursor(&record?.content) {
             seen(path, cursor);
@@ -73,7 +84,7 @@ pub fn cursors(source: &Source, mut seen: impl FnMut(PathBuf, Cursor)) -> Result
 }
 
 /// The sessions' ends that are noted; one that can't be read is left out.
-pub fn session_ends(source: &Source) -> Result<Vec<(Uuid, Timestamp)>, StoreError> {
+pub(super) fn session_ends(source: &Source) -> Result<Vec<(Uuid, Timestamp)>, StoreError> {
     let mut ends = Vec::new();
     for record in piece::records(source.pieces(piece::SESSION_END, 0..=NUMBER_MAX)) {
         ends.extend(codec::decode_session_end(&record?.content).ok());

@@ -35,7 +35,7 @@ struct Place {
 type Key = (u8, u64, u32);
 
 /// The whole pieces of a log.
-pub struct Remains {
+pub(super) struct Remains {
     pub name: Name,
     /// `None` where there is none.
     log: Option<File>,
@@ -49,12 +49,12 @@ pub struct Remains {
 
 impl Remains {
     /// Of a segment before the newest: what was never committed is behind its last number.
-    pub fn of(path: &Path, name: Name) -> Result<Remains, StoreError> {
+    pub(super) fn of(path: &Path, name: Name) -> Result<Remains, StoreError> {
         Remains::of_newest(path, name, Highest { batch: u64::MAX, ..Highest::default() })
     }
 
     /// Of the segment that was written last.
-    pub fn of_newest(path: &Path, name: Name, highest: Highest) -> Result<Remains, StoreError> {
+    pub(super) fn of_newest(path: &Path, name: Name, highest: Highest) -> Result<Remains, StoreError> {
         let log = match File::open(name.folder(path).join("db")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             log => Some(log?),
@@ -111,18 +111,18 @@ impl Remains {
     }
 
     /// Makes it durable, as far as it is not.
-    pub fn sync(&self) -> io::Result<()> {
+    pub(super) fn sync(&self) -> io::Result<()> {
         self.log.as_ref().map_or(Ok(()), File::sync_data)
     }
 
     /// What it says of the queue, by the latest mark, and the batch of that.
-    pub fn marks(&self) -> Option<(Marks, u64)> {
+    pub(super) fn marks(&self) -> Option<(Marks, u64)> {
         let mark = self.pieces(piece::MARK, 0..=0).next()?.ok()?;
         codec::decode_marks(&mark.content).map(|(marks, _)| (marks, mark.batch))
     }
 
     /// The dead letters that are there.
-    pub fn letters(&self) -> Result<Letters, StoreError> {
+    pub(super) fn letters(&self) -> Result<Letters, StoreError> {
         let mut letters = Letters::default();
         for letter in piece::records(self.pieces(piece::LETTER, 0..=NUMBER_MAX)) {
             letters.count += 1;
@@ -132,31 +132,31 @@ impl Remains {
     }
 
     /// The last block that begins with this number or a smaller one.
-    pub fn last_block(&self, number: u64) -> Result<Option<Block>, StoreError> {
+    pub(super) fn last_block(&self, number: u64) -> Result<Option<Block>, StoreError> {
         let place = self.places.range((piece::BLOCK, 0, 0)..=(piece::BLOCK, number, 0)).next_back();
         let piece = place.map_or(Ok(None), |(_, place)| self.read(place))?;
         Ok(piece.as_ref().and_then(Block::of))
     }
 
     /// The first number behind this one with which a block begins.
-    pub fn next_block(&self, number: u64) -> Option<u64> {
+    pub(super) fn next_block(&self, number: u64) -> Option<u64> {
         let behind = (piece::BLOCK, number + 1, 0)..=(piece::BLOCK, NUMBER_MAX, 0);
         self.places.range(behind).next().map(|((_, begin, _), _)| *begin)
     }
 
     /// The totals up to the number before the first that is there.
-    pub fn before(&self) -> Option<Totals> {
+    pub(super) fn before(&self) -> Option<Totals> {
         Some(self.blocks(0).next()?.ok()?.before)
     }
 
     /// The totals up to the last number that is there.
-    pub fn end(&self) -> Option<Totals> {
+    pub(super) fn end(&self) -> Option<Totals> {
         let (totals, _) = self.last_block(NUMBER_MAX).ok()??.numbered().last()?;
         Some(totals)
     }
 
     /// The last number up to which all are there from `first` on; the one before it where that is not.
-    pub fn whole_through(&self, first: u64) -> u64 {
+    pub(super) fn whole_through(&self, first: u64) -> u64 {
         let begin = self.last_block(first).ok().flatten().map_or(first, |block| block.before.sequence + 1);
         let mut last = first - 1;
         for block in self.blocks(begin).map_while(Result::ok) {
@@ -169,7 +169,7 @@ impl Remains {
     }
 
     /// How many events are there behind the number `begin` up to `last`, and how many numbers are missing.
-    pub fn count(&self, begin: u64, last: u64) -> Result<(u64, u64), StoreError> {
+    pub(super) fn count(&self, begin: u64, last: u64) -> Result<(u64, u64), StoreError> {
         let (mut events, mut others) = (0, 0);
         for block in self.blocks(0) {
             for (Totals { sequence, .. }, entry) in block?.numbered() {
@@ -183,7 +183,11 @@ impl Remains {
     }
 
     /// The pieces of a kind, in order.
-    pub fn pieces(&self, kind: u8, numbers: RangeInclusive<u64>) -> impl Iterator<Item = Result<Piece, StoreError>> {
+    pub(super) fn pieces(
+        &self,
+        kind: u8,
+        numbers: RangeInclusive<u64>,
+    ) -> impl Iterator<Item = Result<Piece, StoreError>> {
         let (first, last) = numbers.into_inner();
         let places = self.places.range((kind, first, 0)..=(kind, last, u32::MAX));
         places.filter_map(|(_, place)| self.read(place).transpose())

@@ -30,7 +30,7 @@ const CACHE_BYTES: u64 = 1 << 20;
 
 /// Why a segment could not do what was asked.
 #[derive(Debug, Error)]
-pub enum StoreError {
+pub(super) enum StoreError {
     /// The system refused: full disk, missing permission.
     #[error("{0}")]
     Io(String),
@@ -43,12 +43,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    pub fn damaged(segment: u64, cause: impl Into<String>) -> StoreError {
+    pub(super) fn damaged(segment: u64, cause: impl Into<String>) -> StoreError {
         StoreError::Damaged { segment, cause: cause.into() }
     }
 
     /// In the words of the queue at `path`.
-    pub fn of_queue(&self, path: &Path) -> QueueError {
+    pub(super) fn of_queue(&self, path: &Path) -> QueueError {
         let (path, cause) = (path.to_owned(), self.to_string());
         match self {
             StoreError::Io(_) | StoreError::NotWritten { .. } => QueueError::Storage { path, cause },
@@ -65,13 +65,13 @@ impl From<io::Error> for StoreError {
 
 /// Pieces to be written together, by their keys.
 #[derive(Default)]
-pub struct Changes {
+pub(super) struct Changes {
     list: BTreeMap<Vec<u8>, Vec<u8>>,
     bytes: usize,
 }
 
 impl Changes {
-    pub fn insert(&mut self, (key, value): (Vec<u8>, Vec<u8>)) {
+    pub(super) fn insert(&mut self, (key, value): (Vec<u8>, Vec<u8>)) {
         self.bytes += key.len() + value.len();
         let key_bytes = key.len();
         if let Some(before) = self.list.insert(key, value) {
@@ -79,17 +79,17 @@ impl Changes {
         }
     }
 
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    pub fn count(&self) -> u64 {
+    pub(super) fn count(&self) -> u64 {
         self.list.len() as u64
     }
 
     /// Takes some that have about so many bytes, those with the greatest keys: of a record the first chunk comes last, without
     /// which the others are nothing.
-    pub fn take_part(&mut self, bytes: usize) -> Changes {
+    pub(super) fn take_part(&mut self, bytes: usize) -> Changes {
         let mut part = Changes::default();
         while part.bytes < bytes
             && let Some((key, value)) = self.list.pop_last()
@@ -101,7 +101,7 @@ impl Changes {
     }
 }
 
-pub struct Segment {
+pub(super) struct Segment {
     pub name: Name,
     folder: PathBuf,
     /// `None` only while it is being dropped.
@@ -112,7 +112,7 @@ pub struct Segment {
 
 impl Segment {
     /// Makes a segment of the queue at `path`. No other process ever opens it: what it holds is read without sled.
-    pub fn make(path: &Path, name: Name) -> Result<Segment, StoreError> {
+    pub(super) fn make(path: &Path, name: Name) -> Result<Segment, StoreError> {
         let folder = name.folder(path);
         files::remove_folder(&folder)?;
         let config =
@@ -123,17 +123,17 @@ impl Segment {
     }
 
     /// Length of its log.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.log.metadata().map_or(0, |metadata| metadata.len())
     }
 
     /// What is noted of it when all up to `sequence` is durable.
-    pub fn highest(&self, sequence: u64, batch: u64) -> Highest {
+    pub(super) fn highest(&self, sequence: u64, batch: u64) -> Highest {
         Highest { sequence, segment: self.name.number, batch }
     }
 
     /// The pieces with these keys, in order.
-    pub fn pieces(&self, keys: RangeInclusive<Vec<u8>>) -> impl Iterator<Item = Result<Piece, StoreError>> {
+    pub(super) fn pieces(&self, keys: RangeInclusive<Vec<u8>>) -> impl Iterator<Item = Result<Piece, StoreError>> {
         let mut found = self.db.as_ref().map(|db| db.range(keys));
         let mut before: Option<IVec> = None;
         std::iter::from_fn(move || {
@@ -149,7 +149,7 @@ impl Segment {
     }
 
     /// The last piece with one of these keys.
-    pub fn last(&self, keys: RangeInclusive<Vec<u8>>) -> Result<Option<Piece>, StoreError> {
+    pub(super) fn last(&self, keys: RangeInclusive<Vec<u8>>) -> Result<Option<Piece>, StoreError> {
         let found = self.guarded(|db| db.range(keys).next_back().transpose())?;
         found.map(|(key, value)| self.sound(&key, &value)).transpose()
     }
@@ -161,7 +161,7 @@ impl Segment {
     }
 
     /// Makes changes visible, all at once; durable after the next [`Segment::sync`].
-    pub fn apply(&self, changes: Changes) -> Result<(), StoreError> {
+    pub(super) fn apply(&self, changes: Changes) -> Result<(), StoreError> {
         let (mut batch, mut keys) = (sled::Batch::default(), Vec::with_capacity(changes.list.len()));
         for (key, value) in changes.list {
             let key = IVec::from(key);
@@ -179,7 +179,7 @@ impl Segment {
     }
 
     /// Makes all that was applied durable against power loss.
-    pub fn sync(&self) -> Result<(), StoreError> {
+    pub(super) fn sync(&self) -> Result<(), StoreError> {
         faults::reach("sync-before-flush");
         self.writing(self.guarded(|db| db.flush()))?;
         faults::reach("sync-flushed");
@@ -199,7 +199,7 @@ impl Segment {
     }
 
     /// Makes it the newest, with all that is in it. The file FIRST is the commit, and the last thing that is written.
-    pub fn finish(&self, marks: &Marks, batch: u64) -> Result<(), StoreError> {
+    pub(super) fn finish(&self, marks: &Marks, batch: u64) -> Result<(), StoreError> {
         let mut changes = Changes::default();
         changes.insert(piece::mark(marks, batch, 1));
         self.apply(changes)?;
@@ -216,7 +216,7 @@ impl Segment {
         Ok(())
     }
 
-    pub fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
+    pub(super) fn guarded<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, sled::Error>) -> Result<T, StoreError> {
         let db = self.db.as_ref().ok_or_else(|| StoreError::Io("the queue is closed".into()))?;
         guarded(self.name.number, || work(db))
     }

@@ -27,7 +27,7 @@ const DEAD_LETTER_SHARE: u64 = 4;
 /// event: the file they are from still has it.
 const DEAD_LETTERS_MAX: u64 = 10_000;
 
-pub struct Shared {
+pub(super) struct Shared {
     pub config: QueueConfig,
     /// Nothing in its folder may change.
     is_looked_at: bool,
@@ -42,7 +42,7 @@ pub struct Shared {
 }
 
 #[derive(Default)]
-pub struct State {
+pub(super) struct State {
     /// Of what has been synced; what is settled may not be, yet.
     pub marks: Marks,
     pub oldest: Option<(Sequence, Timestamp)>,
@@ -54,7 +54,7 @@ pub struct State {
 }
 
 impl Shared {
-    pub fn new(config: &QueueConfig, log: Log, marks: &Marks) -> Result<Shared, StoreError> {
+    pub(super) fn new(config: &QueueConfig, log: Log, marks: &Marks) -> Result<Shared, StoreError> {
         let last = marks.acknowledged.sequence;
         let oldest = reader::oldest(&log, marks.settled.sequence + 1, last)?;
         let state = State { marks: *marks, oldest, disk_bytes: log.bytes(), ..State::default() };
@@ -70,7 +70,7 @@ impl Shared {
         })
     }
 
-    pub fn stats(&self, state: &State) -> QueueStats {
+    pub(super) fn stats(&self, state: &State) -> QueueStats {
         let (pending, pending_bytes) = state.marks.pending();
         QueueStats {
             pending,
@@ -85,12 +85,12 @@ impl Shared {
         }
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The log as it is now, for reading.
-    pub fn log(&self) -> Result<Arc<Log>, QueueError> {
+    pub(super) fn log(&self) -> Result<Arc<Log>, QueueError> {
         if let Some(failure) = self.failed.borrow().clone() {
             return Err(failure);
         }
@@ -98,12 +98,12 @@ impl Shared {
     }
 
     /// A failed read ends the queue as a failed write does.
-    pub fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
+    pub(super) fn reading<T>(&self, result: Result<T, StoreError>) -> Result<T, QueueError> {
         result.map_err(|error| self.fail(&error))
     }
 
     /// Fail-stop: remembers the first error, refuses everything from now on, tells who watches.
-    pub fn fail(&self, error: &StoreError) -> QueueError {
+    pub(super) fn fail(&self, error: &StoreError) -> QueueError {
         if let StoreError::Damaged { segment, cause } | StoreError::NotWritten { segment, cause } = error
             && !self.is_looked_at
         {
@@ -117,14 +117,14 @@ impl Shared {
     }
 
     /// Refuses everything from now on.
-    pub fn end(&self, error: QueueError) {
+    pub(super) fn end(&self, error: QueueError) {
         self.inbox.end(error);
         // Who waits for room is not just between looking and waiting.
         drop(self.state());
         self.room.notify_all();
     }
 
-    pub fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
+    pub(super) fn encode(&self, batch: &Batch, captured_at: Timestamp) -> Result<EncodedBatch, QueueError> {
         let too_large = |error: CodecError| QueueError::TooLarge { cause: error.to_string() };
         let letters = self.state().marks.letters;
         let events = batch.events.iter().map(|event| codec::encode_event(event, captured_at, 0));

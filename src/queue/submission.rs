@@ -13,7 +13,7 @@ use super::values::{Accepted, Outcome, QueueError, RetryOutcome};
 use crate::event::Sequence;
 
 /// Bytes that may wait for the writer. One more batch than that is always taken, whatever its size.
-pub const WAITING_BYTES_MAX: usize = 16 << 20;
+pub(super) const WAITING_BYTES_MAX: usize = 16 << 20;
 
 /// The answer to something that was handed to the writer: wait for it on a thread or await it.
 ///
@@ -25,7 +25,7 @@ pub struct Ticket<T = Accepted> {
 }
 
 /// The other end of a [`Ticket`]. Where it is dropped without an answer, the end of the queue is the answer.
-pub type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
+pub(super) type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 
 impl<T> Ticket<T> {
     /// Whether there is an answer by now.
@@ -52,7 +52,7 @@ impl<T> Future for Ticket<T> {
 
 /// A batch with everything encoded that does not depend on sequences.
 #[derive(Default)]
-pub struct EncodedBatch {
+pub(super) struct EncodedBatch {
     /// Records of events.
     pub events: Vec<Vec<u8>>,
     /// Records of dead letters.
@@ -63,7 +63,7 @@ pub struct EncodedBatch {
 
 impl EncodedBatch {
     /// About what it takes, in memory and in sled.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let keyed = self.keyed.iter().map(|(.., record)| record);
         let records = self.events.iter().chain(&self.rejections).chain(keyed);
         256 + records.map(|record| record.len() + record.len() / 64 + 128).sum::<usize>()
@@ -71,7 +71,7 @@ impl EncodedBatch {
 }
 
 /// One thing for the writer to do.
-pub enum Work {
+pub(super) enum Work {
     Append(Result<EncodedBatch, QueueError>, Reply<Accepted>),
     Settle(Vec<(Sequence, Outcome)>, Reply<()>),
     Retry(Sequence, Reply<RetryOutcome>),
@@ -91,7 +91,7 @@ impl Work {
 
 /// Work in the order in which it came, bounded in bytes.
 #[derive(Default)]
-pub struct Inbox {
+pub(super) struct Inbox {
     state: Mutex<InboxState>,
     /// Something arrived, or was taken.
     changed: Condvar,
@@ -107,7 +107,7 @@ struct InboxState {
 
 impl Inbox {
     /// Hands work over; blocks while far too many bytes wait.
-    pub fn send<T>(self: &Arc<Self>, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
+    pub(super) fn send<T>(self: &Arc<Self>, work: impl FnOnce(Reply<T>) -> Work) -> Ticket<T> {
         let (reply, answer) = oneshot::channel();
         let work = work(reply);
         let bytes = work.bytes();
@@ -124,7 +124,7 @@ impl Inbox {
     }
 
     /// All that has arrived, at least one; nothing when `patience` ran out. `None` when the end has come.
-    pub fn take(&self, patience: Duration) -> Option<VecDeque<Work>> {
+    pub(super) fn take(&self, patience: Duration) -> Option<VecDeque<Work>> {
         let nothing = |state: &mut InboxState| state.waiting.is_empty() && state.ended.is_none();
         let waited = self.changed.wait_timeout_while(self.lock(), patience, nothing);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -137,14 +137,14 @@ impl Inbox {
     }
 
     /// Refuses what waits and all that will come with `error`; the first call counts.
-    pub fn end(&self, error: QueueError) {
+    pub(super) fn end(&self, error: QueueError) {
         let mut state = self.lock();
         state.ended.get_or_insert(error);
         state.waiting.clear();
         self.changed.notify_all();
     }
 
-    pub fn has_ended(&self) -> bool {
+    pub(super) fn has_ended(&self) -> bool {
         self.lock().ended.is_some()
     }
 

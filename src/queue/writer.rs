@@ -31,7 +31,7 @@ const SETTLED_UNWRITTEN_MAX: Duration = Duration::from_millis(20);
 /// Size of its log above which a segment gets no more events, while some wait, and above which one is left where none do.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
-pub struct Writer {
+pub(super) struct Writer {
     shared: Arc<Shared>,
     highest: Mark,
     newest: Arc<Segment>,
@@ -69,7 +69,7 @@ fn answer<T: 'static>(reply: Reply<T>, answer: Result<T, QueueError>) -> Answer 
 }
 
 impl Writer {
-    pub fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, lock: Lock, opened: Opened) -> Self {
         let Opened { highest, newest, log, marks, batch, .. } = opened;
         Writer {
             shared,
@@ -88,7 +88,7 @@ impl Writer {
     }
 
     /// Works until it is told to close or the storage fails.
-    pub fn run(mut self) {
+    pub(super) fn run(mut self) {
         let closing = loop {
             let left = |since: Instant| SETTLED_UNWRITTEN_MAX.saturating_sub(since.elapsed());
             let patience =

@@ -9,13 +9,13 @@ const MIB: u64 = 1 << 20;
 /// 128 MiB for itself: program, caches of the queue, connections, and the values of parsed payloads (32 MiB, whatever their
 /// number). A line of a transcript is held twice, as it is in its file and as an event. Of events up to six are held at
 /// once: in requests, on their way into the queue, and out of it.
-pub const fn memory_bytes_max(line_bytes_max: u64, event_bytes_max: u64) -> u64 {
+pub(crate) const fn memory_bytes_max(line_bytes_max: u64, event_bytes_max: u64) -> u64 {
     (128 * MIB).saturating_add(line_bytes_max.saturating_mul(2)).saturating_add(event_bytes_max.saturating_mul(6))
 }
 
 /// Seconds after SIGTERM before which the watcher must not be killed (`TimeoutStopSec=`, `ExitTimeOut`): what a stop may
 /// take, rounded up, and one second more, as in `scripts/run-watcher.sh`.
-pub const fn kill_after_seconds(shutdown_timeout: Duration) -> u64 {
+pub(crate) const fn kill_after_seconds(shutdown_timeout: Duration) -> u64 {
     shutdown_timeout.as_secs() + (shutdown_timeout.subsec_nanos() > 0) as u64 + 1
 }
 

@@ -18,7 +18,7 @@ const PULSE_INTERVAL: Duration = Duration::from_secs(1);
 /// What is told to systemd changes with every event; it need not hear of each.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 
-pub struct Pulse {
+pub(super) struct Pulse {
     pub health: Arc<HealthSource>,
     pub history: Arc<History>,
     pub systemd: Systemd,
@@ -26,7 +26,7 @@ pub struct Pulse {
 
 impl Pulse {
     /// Runs until the task is aborted.
-    pub async fn run(self) {
+    pub(super) async fn run(self) {
         // Within half of what systemd asks for, as its manual says.
         let watchdog = sd_notify::watchdog_enabled();
         let period = watchdog.map_or(PULSE_INTERVAL, |limit| PULSE_INTERVAL.min(limit / 2));

@@ -21,7 +21,7 @@ const WAY_OUT: &str = "set http.socket to another path";
 
 /// What stands at the path of a socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum SocketState {
+pub(crate) enum SocketState {
     Free,
     /// A socket on which nobody listens.
     LeftOver,
@@ -30,7 +30,7 @@ pub enum SocketState {
 }
 
 /// Looks at `path` and changes nothing. The error says why no watcher may use this path, and the way out.
-pub async fn inspect(path: &Path) -> Result<SocketState, String> {
+pub(crate) async fn inspect(path: &Path) -> Result<SocketState, String> {
     let kind = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata.file_type(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(SocketState::Free),
@@ -64,7 +64,7 @@ fn name_of(kind: FileType) -> &'static str {
 }
 
 /// A socket that this process has bound. Dropping it removes its path, if that still leads to this socket.
-pub struct BoundSocket {
+pub(crate) struct BoundSocket {
     path: PathBuf,
     /// While it is open no other file can get the same inode.
     listener: std::os::unix::net::UnixListener,
@@ -73,7 +73,7 @@ pub struct BoundSocket {
 
 impl BoundSocket {
     /// Binds `path` for the owner alone, making its folder where it is missing.
-    pub async fn bind(path: &Path) -> Result<BoundSocket, String> {
+    pub(crate) async fn bind(path: &Path) -> Result<BoundSocket, String> {
         let failed = |error: io::Error| format!("{error}; {WAY_OUT}");
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(folder).map_err(failed)?;
@@ -93,7 +93,7 @@ impl BoundSocket {
     }
 
     /// To accept on. Connections are taken until this and the socket itself are dropped.
-    pub fn listener(&self) -> io::Result<UnixListener> {
+    pub(crate) fn listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone().and_then(UnixListener::from_std)
     }
 }

@@ -11,7 +11,7 @@ use tracing::warn;
 /// What waits to be told at most; a systemd that does not listen is not told everything.
 const NOTICES_MAX: usize = 16;
 
-pub enum Notice {
+pub(super) enum Notice {
     Ready,
     Status(String),
     /// Feeds the watchdog.
@@ -23,14 +23,14 @@ pub enum Notice {
 
 /// The way to systemd. Cheap to clone.
 #[derive(Clone)]
-pub struct Systemd {
+pub(super) struct Systemd {
     /// `None` where nobody listens.
     notices: Option<SyncSender<Notice>>,
 }
 
 impl Systemd {
     /// The one that `NOTIFY_SOCKET` names, if it does.
-    pub fn of_process() -> Systemd {
+    pub(super) fn of_process() -> Systemd {
         if std::env::var_os("NOTIFY_SOCKET").is_none() {
             return Systemd { notices: None };
         }
@@ -46,7 +46,7 @@ impl Systemd {
     }
 
     /// Returns at once.
-    pub fn tell(&self, notice: Notice) {
+    pub(super) fn tell(&self, notice: Notice) {
         if let Some(notices) = &self.notices {
             // Full: it does not listen, and what is told every second is told again.
             let _ = notices.try_send(notice);

@@ -12,7 +12,7 @@ use crate::faults;
 use crate::queue::QueueError;
 
 #[derive(Default)]
-pub struct Tasks {
+pub(super) struct Tasks {
     running: JoinSet<Result<(), ServiceError>>,
     names: HashMap<Id, &'static str>,
     /// Those that never end by themselves.
@@ -21,7 +21,7 @@ pub struct Tasks {
 
 impl Tasks {
     /// Starts a task that runs until it is aborted: it has nothing to finish.
-    pub fn spawn_server(&mut self, name: &'static str, serving: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn spawn_server(&mut self, name: &'static str, serving: impl Future<Output = ()> + Send + 'static) {
         let server = self.spawn(name, async move {
             serving.await;
             Ok(())
@@ -30,7 +30,7 @@ impl Tasks {
     }
 
     /// Starts a task that ends by itself once it is told to.
-    pub fn spawn_worker(
+    pub(super) fn spawn_worker(
         &mut self,
         name: &'static str,
         working: impl Future<Output = Result<(), QueueError>> + Send + 'static,
@@ -39,7 +39,7 @@ impl Tasks {
     }
 
     /// Starts a thread that ends by itself once it is told to.
-    pub fn spawn_thread(
+    pub(super) fn spawn_thread(
         &mut self,
         name: &'static str,
         run: impl FnOnce() -> Result<(), QueueError> + Send + 'static,
@@ -70,7 +70,7 @@ impl Tasks {
     }
 
     /// Waits until one ends, which none should. Says which and why.
-    pub async fn first_end(&mut self) -> ServiceError {
+    pub(super) async fn first_end(&mut self) -> ServiceError {
         match self.running.join_next_with_id().await {
             Some(ended) => match self.note_end(ended) {
                 (_, Err(error)) => error,
@@ -82,7 +82,7 @@ impl Tasks {
 
     /// Waits until all have ended, the servers by being aborted. The names of those that have not by `deadline`, which are
     /// left behind, and the first error.
-    pub async fn end(mut self, deadline: Instant) -> (Vec<&'static str>, Result<(), ServiceError>) {
+    pub(super) async fn end(mut self, deadline: Instant) -> (Vec<&'static str>, Result<(), ServiceError>) {
         self.servers.iter().for_each(AbortHandle::abort);
         let mut result = Ok(());
         while let Ok(Some(ended)) = tokio::time::timeout_at(deadline, self.running.join_next_with_id()).await {

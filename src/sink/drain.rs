@@ -42,7 +42,7 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long the answers in flight are waited for, all in all, when the drainer is told to stop. What has not come by then is
 /// sent again at the next start, and refused by its receipt.
-pub const STOP_GRACE: Duration = Duration::from_millis(150);
+pub(crate) const STOP_GRACE: Duration = Duration::from_millis(150);
 
 /// Windows under way at once: one is answered while the next is sent.
 const WINDOWS_UNDER_WAY: usize = 2;

@@ -7,8 +7,8 @@
 //! delivery is harmless; the order of rows is the order of acceptance; only the database's verdict on *this* event
 //! sets it aside.
 
-pub mod drain;
-pub mod postgres;
+pub(crate) mod drain;
+pub(crate) mod postgres;
 
 use std::fmt;
 

@@ -70,12 +70,12 @@ impl UnknownFormats {
 }
 
 /// `text` where it is a name. Anything else comes from a transcript and may be somebody's words.
-pub fn name_or_none(text: &str) -> &str {
+pub(crate) fn name_or_none(text: &str) -> &str {
     if is_name(text) { text } else { "(no name)" }
 }
 
 /// Whether `text` has nothing in it but what names have.
-pub fn is_name(text: &str) -> bool {
+pub(crate) fn is_name(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 

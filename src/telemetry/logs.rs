@@ -9,7 +9,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 /// How log lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Text on a terminal, else JSON.
     #[default]
     Auto,
@@ -20,7 +20,7 @@ pub enum LogFormat {
 /// Starts logging to stderr. `level` is one of tracing's levels; libraries log warnings and errors only.
 ///
 /// Text has colours on a terminal, unless `NO_COLOR` is set to something.
-pub fn start_logging(format: LogFormat, level: Level) {
+pub(crate) fn start_logging(format: LogFormat, level: Level) {
     let terminal = std::io::stderr().is_terminal();
     let colours = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let filter = EnvFilter::new(format!("warn,headspace_watcher={level}"));

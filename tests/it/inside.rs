@@ -6,12 +6,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use headspace_watcher::config::{Config, Environment, TableName};
-use headspace_watcher::event::{Candidate, Envelope, Event, EventId, ForeignKeys, Origin, Sequence, Timestamp};
-use headspace_watcher::intake::schema::Schemas;
-use headspace_watcher::queue::{Batch, Queue, QueueConfig};
-use headspace_watcher::sink::drain::DrainConfig;
-use headspace_watcher::sink::postgres::{ConnectSettings, Needs, PostgresSink};
+use headspace_watcher::internals::{
+    Batch, Candidate, Config, ConnectSettings, DrainConfig, Envelope, Environment, Event, EventId, ForeignKeys, Needs,
+    Origin, PostgresSink, Queue, QueueConfig, Schemas, Sequence, TableName, Timestamp,
+};
 
 use crate::stage::Database;
 

@@ -4,9 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headspace_watcher::sink::drain::Drainer;
-use headspace_watcher::sink::{Delivered, Place, Sink, Verdict};
-use headspace_watcher::telemetry::Metrics;
+use headspace_watcher::internals::{Delivered, Drainer, Metrics, Place, Sink, Verdict};
 use tokio::sync::watch;
 use tokio_postgres::NoTls;
 

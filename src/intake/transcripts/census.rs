@@ -20,7 +20,7 @@ use crate::event::{Candidate, Cursor, Origin, Timestamp};
 
 /// How transcripts are found and read: as the follower does.
 #[derive(Clone, Debug)]
-pub struct Census {
+pub(crate) struct Census {
     /// The folders that hold project folders, outside of each other.
     projects: Vec<PathBuf>,
     line_bytes_max: u64,
@@ -31,7 +31,7 @@ pub struct Census {
 
 /// The transcript of a session.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct MainTranscript {
+pub(crate) struct MainTranscript {
     pub path: PathBuf,
     /// Those it may have been copied from.
     pub ancestors: Vec<PathBuf>,
@@ -39,7 +39,7 @@ pub struct MainTranscript {
 
 /// The transcripts that were found.
 #[derive(Default, Debug)]
-pub struct Transcripts {
+pub(crate) struct Transcripts {
     /// Those of sessions, in the order in which they are to be read: copies after what they were copied from.
     pub main: Vec<MainTranscript>,
     /// Sub-agents', whose lines are no turns.
@@ -53,7 +53,7 @@ pub struct Transcripts {
 }
 
 /// A turn, or a session's registration, that stands on disk.
-pub struct Sighting {
+pub(crate) struct Sighting {
     pub candidate: Candidate,
     /// Where its record begins.
     pub offset: u64,
@@ -63,7 +63,7 @@ pub struct Sighting {
 
 /// One transcript, read to its end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Extent {
+pub(crate) struct Extent {
     pub bytes: u64,
     /// Bytes that the follower has read.
     pub read_bytes: u64,
@@ -73,15 +73,15 @@ pub struct Extent {
 }
 
 /// How many lines of the user's side are no turns, by the reason.
-pub type NoTurns = BTreeMap<&'static str, u64>;
+pub(crate) type NoTurns = BTreeMap<&'static str, u64>;
 
 impl Census {
-    pub fn new(projects: Vec<PathBuf>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
+    pub(crate) fn new(projects: Vec<PathBuf>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
         Census { projects, line_bytes_max, inactivity_timeout, sessions: HashSet::new() }
     }
 
     /// Looks for all transcripts.
-    pub fn find(&mut self) -> Transcripts {
+    pub(crate) fn find(&mut self) -> Transcripts {
         let mut found = Transcripts::default();
         let mut main = Vec::new();
         let walks = self.projects.iter().map(walkdir::WalkDir::new);
@@ -128,7 +128,7 @@ impl Census {
 
     /// Reads one transcript up to the size it has now. `cursor`: the follower's, as it stood before. `Ok(None)`: it is
     /// gone, or no transcript.
-    pub fn read(
+    pub(crate) fn read(
         &self,
         transcript: &MainTranscript,
         cursor: Option<&Cursor>,
@@ -200,7 +200,7 @@ impl Census {
 }
 
 /// Cursors by path, as events name it.
-pub type Cursors = HashMap<String, Cursor>;
+pub(crate) type Cursors = HashMap<String, Cursor>;
 
 #[cfg(test)]
 mod tests {

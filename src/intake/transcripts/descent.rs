@@ -1,7 +1,7 @@
 //! What a transcript has inherited: the files that it may have been copied from, and where its own lines begin.
 //!
 //! New files are put in order before they are read, copies behind what they were copied from
-//! ([`copies`](crate::claude::copies)). While nothing of its own was read of a file it is compared with its ancestors: what
+//! ([`copies`]). While nothing of its own was read of a file it is compared with its ancestors: what
 //! both have at their beginning is inherited. That is neither the copy's activity nor its registration; whose turns it
 //! holds is told by who was read first.
 

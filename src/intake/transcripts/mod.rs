@@ -23,12 +23,12 @@
 //!
 //! Runs on a thread of its own. The only user of notify.
 
-pub mod census;
+pub(crate) mod census;
 mod descent;
 mod ends;
 mod followed;
 mod outbox;
-pub mod polling;
+pub(crate) mod polling;
 mod reader;
 mod scanner;
 mod tail;
@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info};
 use uuid::Uuid;
 
-pub use self::watching::{Doorbell, Unread, do_notifications_arrive};
+pub(crate) use self::watching::{Doorbell, Unread, do_notifications_arrive};
 
 use self::ends::{Ending, Ends};
 use self::followed::{Access, Files, Followed};
@@ -72,7 +72,7 @@ const RESCAN_PAUSE_FACTOR: u32 = 4;
 const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
 
 #[derive(Clone, Debug)]
-pub struct FollowConfig {
+pub(crate) struct FollowConfig {
     /// The folders that hold project folders, outside of each other. Beside each Claude Code keeps `sessions/` and
     /// `settings.json`.
     pub projects: Vec<PathBuf>,
@@ -85,7 +85,7 @@ pub struct FollowConfig {
 }
 
 /// Follows all transcripts below the projects folders.
-pub struct Follower {
+pub(crate) struct Follower {
     config: FollowConfig,
     intake: Arc<Intake>,
     files: Files,
@@ -112,7 +112,7 @@ pub struct Follower {
 
 impl Follower {
     /// Takes over the cursors in the queue; reads nothing yet.
-    pub fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
+    pub(crate) fn new(config: FollowConfig, intake: Arc<Intake>) -> Result<Follower, QueueError> {
         let now = Now::read();
         for (session, at) in intake.queue().session_ends()? {
             intake.note_closing(session, Closing::noted(at, now.wall));
@@ -149,12 +149,12 @@ impl Follower {
         Ok(follower)
     }
 
-    pub fn doorbell(&self) -> Doorbell {
+    pub(crate) fn doorbell(&self) -> Doorbell {
         self.doorbell.clone()
     }
 
     /// Reads until stopped. An error is the queue's.
-    pub fn run(mut self) -> Result<(), QueueError> {
+    pub(crate) fn run(mut self) -> Result<(), QueueError> {
         let mut next_rescan = Instant::now();
         // When something unknown may lead to a rescan again.
         let mut not_before = next_rescan;

@@ -19,7 +19,7 @@ use crate::event::Timestamp;
 const ACTIVE_FOR: Duration = Duration::from_secs(600);
 
 /// Time between two checks of the active transcripts, for each [`FILES_PER_INTERVAL`] of them.
-pub const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How long one check may hold up what is notified.
 const CHECK_TIME_MAX: Duration = Duration::from_millis(50);

@@ -91,7 +91,7 @@ pub(super) mod cut {
         pub static ON_OPENED: RefCell<Option<Hook>> = const { RefCell::new(None) };
     }
 
-    pub fn opened(path: &Path) {
+    pub(crate) fn opened(path: &Path) {
         ON_OPENED.with_borrow_mut(|hook| hook.iter_mut().for_each(|hook| hook(path)));
     }
 }

@@ -22,7 +22,7 @@ const PATHS_MAX: usize = 4096;
 
 /// Wakes and stops the follower. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Doorbell {
+pub(crate) struct Doorbell {
     bell: Arc<Bell>,
 }
 
@@ -42,7 +42,7 @@ struct BellState {
 
 /// What a whole pass over the files could not read.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Unread {
+pub(crate) struct Unread {
     /// Transcripts that are known of.
     pub files: usize,
     /// Folders, in each of which there may be any number of transcripts.
@@ -67,18 +67,18 @@ impl Rung {
 
 impl Doorbell {
     /// Ends the follower after the chunk it is at.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.state().is_stopped = true;
         self.bell.changed.notify_all();
     }
 
     /// Whether a whole pass over the files has found nothing more that can be read.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.state().is_idle
     }
 
     /// What the last whole pass over the files could not read.
-    pub fn unread(&self) -> Unread {
+    pub(crate) fn unread(&self) -> Unread {
         self.state().unread
     }
 
@@ -257,7 +257,7 @@ fn as_configured(
 }
 
 /// Whether this system notifies of files at all: makes one in a temporary folder. The error says why it can't.
-pub fn do_notifications_arrive() -> Result<bool, String> {
+pub(crate) fn do_notifications_arrive() -> Result<bool, String> {
     const PATIENCE: Duration = Duration::from_secs(1);
     let folder = std::env::temp_dir().join(format!("headspace-watcher-{}", Uuid::now_v7()));
     if DirBuilder::new().mode(0o700).create(&folder).is_err() {

@@ -16,7 +16,7 @@ use super::verdict::{missing_error, no_answer, step_error};
 use crate::sink::DeliverError;
 
 /// Events that are asked for at once, at most.
-pub const ASKED_MAX: usize = 2048;
+pub(crate) const ASKED_MAX: usize = 2048;
 
 /// What a row says of its own identity.
 const IDENTITY: &str = "payload->>(CASE event_type WHEN 'session_registered' THEN 'session_uuid' ELSE 'turn_uuid' END)";
@@ -26,7 +26,7 @@ const REMOVED: i64 = 0;
 
 /// The receipt of an event and what it leads to.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Receipt {
+pub(crate) enum Receipt {
     /// It says that the row was removed on purpose.
     Removed,
     /// Its row does not exist.
@@ -37,7 +37,7 @@ pub enum Receipt {
 
 impl Receipt {
     /// The row that it leads to, or led to; `None` where that was removed on purpose.
-    pub fn row_id(&self) -> Option<i64> {
+    pub(crate) fn row_id(&self) -> Option<i64> {
         match self {
             Receipt::Removed => None,
             Receipt::WithoutRow { row_id } | Receipt::Row { row_id, .. } => Some(*row_id),
@@ -47,7 +47,7 @@ impl Receipt {
 
 /// What a row says of its own identity.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct AuditedRow {
+pub(crate) struct AuditedRow {
     pub event_type: String,
     /// `session_uuid` of a registration, else `turn_uuid`; `None` where the payload has none.
     pub identity: Option<String>,
@@ -55,7 +55,7 @@ pub struct AuditedRow {
 
 /// A receipt that leads to no row of its event, as it was found; and what that row would say.
 #[derive(Clone, Debug)]
-pub struct StaleReceipt {
+pub(crate) struct StaleReceipt {
     pub event_id: Uuid,
     pub row_id: i64,
     pub event_type: String,
@@ -63,7 +63,7 @@ pub struct StaleReceipt {
 }
 
 /// A connection for questions.
-pub struct Auditor {
+pub(crate) struct Auditor {
     client: Client,
     statement_timeout: Duration,
     find_sql: String,
@@ -73,7 +73,7 @@ pub struct Auditor {
 }
 
 impl Auditor {
-    pub async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
+    pub(crate) async fn connect(settings: &ConnectSettings) -> Result<Auditor, DeliverError> {
         let (client, facts) = connect_and_look(settings).await?;
         let missing = facts.missing_tables(&settings.needs);
         if !missing.is_empty() {
@@ -97,7 +97,7 @@ impl Auditor {
     }
 
     /// The receipts of these events, [`ASKED_MAX`] of them at most; those that are not in the answer have none.
-    pub async fn find(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Receipt>, DeliverError> {
+    pub(crate) async fn find(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Receipt>, DeliverError> {
         let mut found = HashMap::with_capacity(ids.len());
         // Pieces that are still to be asked for; a last one of one event is given up on.
         let mut pieces = vec![ids];
@@ -115,7 +115,7 @@ impl Auditor {
     }
 
     /// Rows after the one numbered `after`, in their order; none at the end of the table. Gives the number to go on at.
-    pub async fn rows_after(&self, after: i64) -> Result<Option<(i64, Vec<AuditedRow>)>, DeliverError> {
+    pub(crate) async fn rows_after(&self, after: i64) -> Result<Option<(i64, Vec<AuditedRow>)>, DeliverError> {
         let rows = self.query(&self.rows_sql, &[(&after, Type::INT8)]).await?;
         let Some(last) = rows.last().map(|row| row.get(0)) else { return Ok(None) };
         Ok(Some((last, rows.iter().map(|row| AuditedRow { event_type: row.get(1), identity: row.get(2) }).collect())))
@@ -123,7 +123,7 @@ impl Auditor {
 
     /// Removes receipts that lead to no row of their event, each on condition that this is still so. Gives their
     /// number.
-    pub async fn forget_stale(&self, stale: &[StaleReceipt]) -> Result<u64, DeliverError> {
+    pub(crate) async fn forget_stale(&self, stale: &[StaleReceipt]) -> Result<u64, DeliverError> {
         let ids: Vec<Uuid> = stale.iter().map(|receipt| receipt.event_id).collect();
         let rows: Vec<i64> = stale.iter().map(|receipt| receipt.row_id).collect();
         let types: Vec<&str> = stale.iter().map(|receipt| receipt.event_type.as_str()).collect();
@@ -140,7 +140,7 @@ impl Auditor {
 
     /// Notes of receipts that lead to no row of their event that the row was removed on purpose, each on condition that it still leads
     /// there. Gives the events.
-    pub async fn accept_removed(&self, gone: &[(Uuid, i64)]) -> Result<Vec<Uuid>, DeliverError> {
+    pub(crate) async fn accept_removed(&self, gone: &[(Uuid, i64)]) -> Result<Vec<Uuid>, DeliverError> {
         let (ids, rows): (Vec<Uuid>, Vec<i64>) = gone.iter().copied().unzip();
         let rows = self.query(&self.accept_sql, &[(&ids, Type::UUID_ARRAY), (&rows, Type::INT8_ARRAY)]).await?;
         Ok(rows.iter().map(|row| row.get(0)).collect())

@@ -24,20 +24,20 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How requests to cancel reach the server of a session.
 #[derive(Clone)]
-pub struct Canceller {
+pub(super) struct Canceller {
     tls: MakeRustlsConnect,
     /// Where there is only one.
     host: Option<DatabaseHost>,
 }
 
 impl Canceller {
-    pub fn new(tls: MakeRustlsConnect, hosts: &[DatabaseHost]) -> Canceller {
+    pub(super) fn new(tls: MakeRustlsConnect, hosts: &[DatabaseHost]) -> Canceller {
         let host = if let [host] = hosts { Some(host.clone()) } else { None };
         Canceller { tls, host }
     }
 
     /// Sends the request. If it does not get through, the server's own `statement_timeout` ends the statement.
-    pub async fn cancel(self, token: CancelToken) {
+    pub(super) async fn cancel(self, token: CancelToken) {
         let requesting = async {
             match self.host.clone() {
                 Some(DatabaseHost::Tcp { name, address: Some(address), port }) => {

@@ -42,13 +42,13 @@ pub struct ConnectSettings {
 
 /// What is known of a pooler between us and the server.
 #[derive(Default, Debug)]
-pub struct Pooler {
+pub(super) struct Pooler {
     /// It takes no startup options, so it is there.
     refuses_options: AtomicBool,
 }
 
 /// What comes within a time, looked for once a second: whoever waits sees that it is no hang.
-pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     let (mut work, deadline) = (pin!(work), Instant::now() + limit);
     loop {
         tokio::select! {
@@ -60,7 +60,7 @@ pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option
 }
 
 /// Ends a step of opening a session when the server does not answer.
-pub async fn limited<T>(
+pub(super) async fn limited<T>(
     settings: &ConnectSettings,
     step: impl Future<Output = Result<T, DeliverError>>,
 ) -> Result<T, DeliverError> {
@@ -69,12 +69,15 @@ pub async fn limited<T>(
 }
 
 /// Opens a connection on which no durable commit is awaited.
-pub async fn open(config: tokio_postgres::Config, tls: MakeRustlsConnect) -> Result<Client, tokio_postgres::Error> {
+pub(super) async fn open(
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+) -> Result<Client, tokio_postgres::Error> {
     PostgresConnectionManager::new(config, tls).connect().await
 }
 
 /// Opens a connection and watches its notices.
-pub async fn open_watched(
+pub(super) async fn open_watched(
     config: tokio_postgres::Config,
     tls: MakeRustlsConnect,
 ) -> Result<(Client, Notices), tokio_postgres::Error> {
@@ -83,14 +86,14 @@ pub async fn open_watched(
 }
 
 /// Opens a connection for questions, and looks what stands in the database.
-pub async fn connect_and_look(settings: &ConnectSettings) -> Result<(Client, Facts), DeliverError> {
+pub(super) async fn connect_and_look(settings: &ConnectSettings) -> Result<(Client, Facts), DeliverError> {
     let (client, _) = connect(settings, &Pooler::default(), open).await?;
     let facts = limited(settings, Facts::find(&client, &settings.needs)).await?;
     Ok((client, facts))
 }
 
 /// A connection as `open` makes it, and the way to cancel its statements.
-pub async fn connect<T>(
+pub(super) async fn connect<T>(
     settings: &ConnectSettings,
     pooler: &Pooler,
     open: impl AsyncFn(tokio_postgres::Config, MakeRustlsConnect) -> Result<T, tokio_postgres::Error>,

@@ -11,7 +11,7 @@ use crate::sink::DeliverError;
 const POSTGRES_VERSION_MIN: i32 = 130_000;
 
 /// The database as `check` finds it.
-pub struct Inspection {
+pub(crate) struct Inspection {
     pub version: String,
     /// 150004 is 15.4.
     pub version_number: i32,
@@ -37,7 +37,7 @@ pub struct Inspection {
 const INSPECT_SQL: &str = include_str!("sql/inspect.sql");
 const CITUS_SQL: &str = include_str!("sql/citus.sql");
 
-pub async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
+pub(crate) async fn inspect(settings: &ConnectSettings) -> Result<Inspection, DeliverError> {
     let needs = &settings.needs;
     let (client, facts) = connect_and_look(settings).await?;
     let missing = facts.missing(needs)?;

@@ -25,7 +25,7 @@ pub struct Needs {
 
 /// What stands in the database.
 #[derive(Clone)]
-pub struct Facts {
+pub(super) struct Facts {
     pub has_events: bool,
     /// Of the events; where they are missing, the one in which they would be made.
     schema: Option<String>,
@@ -49,7 +49,7 @@ pub struct Facts {
 }
 
 /// Names of the tables and routines, qualified and quoted, and the statements that use them.
-pub struct Layout {
+pub(super) struct Layout {
     pub events: String,
     pub ledger: String,
     pub receipts: String,
@@ -74,7 +74,7 @@ const TRY_OUT_SQL: &str = include_str!("sql/try_out.sql");
 
 impl Facts {
     /// Looks without changing anything.
-    pub async fn find(client: &impl GenericClient, needs: &Needs) -> Result<Facts, DeliverError> {
+    pub(super) async fn find(client: &impl GenericClient, needs: &Needs) -> Result<Facts, DeliverError> {
         let Needs { events, ledger_schema, .. } = needs;
         let rows = client
             .query_typed(
@@ -103,7 +103,7 @@ impl Facts {
     }
 
     /// An empty database.
-    pub fn none(needs: &Needs) -> Facts {
+    pub(super) fn none(needs: &Needs) -> Facts {
         Facts {
             has_events: false,
             schema: Some(needs.events.schema.clone().unwrap_or_else(|| "public".to_owned())),
@@ -122,13 +122,13 @@ impl Facts {
     }
 
     /// That of the events.
-    pub fn schema(&self, needs: &Needs) -> Result<&str, DeliverError> {
+    pub(super) fn schema(&self, needs: &Needs) -> Result<&str, DeliverError> {
         let none = || unusable(&needs.events, "the role's search_path names no schema that exists");
         self.schema.as_deref().ok_or_else(none)
     }
 
     /// Tables that are not there, and what is not as it should be with those that are.
-    pub fn missing_tables(&self, needs: &Needs) -> Vec<String> {
+    pub(super) fn missing_tables(&self, needs: &Needs) -> Vec<String> {
         let ledger = quote_identifier(&needs.ledger_schema);
         let events = (!self.has_events).then(|| needs.events.quoted());
         let tables = (!self.has_ledger).then(|| format!("{ledger}.event_receipts, {ledger}.event_sources"));
@@ -140,7 +140,7 @@ impl Facts {
     }
 
     /// As [`Facts::missing_tables`], with the routines.
-    pub fn missing(&self, needs: &Needs) -> Result<Vec<String>, DeliverError> {
+    pub(super) fn missing(&self, needs: &Needs) -> Result<Vec<String>, DeliverError> {
         let mut missing = self.missing_tables(needs);
         if self.has_events {
             let layout = self.layout(needs)?;
@@ -153,16 +153,16 @@ impl Facts {
     }
 
     /// As a role that may not ask whose an event is. Its routines always stand beside the others.
-    pub fn without_owners(&self) -> Facts {
+    pub(super) fn without_owners(&self) -> Facts {
         Facts { has_projects: false, has_agents: false, ..self.clone() }
     }
 
-    pub fn has_routines(&self, names: &[&String]) -> bool {
+    pub(super) fn has_routines(&self, names: &[&String]) -> bool {
         names.iter().all(|name| self.routines.contains(name))
     }
 
     /// Those of other versions, or of another configuration.
-    pub fn other_routines(&self, used: &[&String]) -> impl Iterator<Item = &String> {
+    pub(super) fn other_routines(&self, used: &[&String]) -> impl Iterator<Item = &String> {
         let is_ours = |name: &String| {
             name.split_once('_').is_some_and(|(name, hash)| {
                 let is_hash = hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -173,7 +173,7 @@ impl Facts {
     }
 
     /// The statements for the tables as they are; for events as they would be made, where there are none.
-    pub fn layout(&self, needs: &Needs) -> Result<Layout, DeliverError> {
+    pub(super) fn layout(&self, needs: &Needs) -> Result<Layout, DeliverError> {
         let Needs { events, ledger_schema, notify_channel } = needs;
         let schema = quote_identifier(self.schema(needs)?);
         let ledger = quote_identifier(ledger_schema);
@@ -257,7 +257,7 @@ fn parameters(places: RangeInclusive<usize>) -> String {
 impl Layout {
     /// Whether the columns take what an event's row gives them, without storing one.
     /// A privilege that is lacking counts as fitting: it is found by its name.
-    pub async fn try_out(&self, client: &Client) -> Result<(), DeliverError> {
+    pub(super) async fn try_out(&self, client: &Client) -> Result<(), DeliverError> {
         let answer = client.query_typed(&self.try_out_sql, &[]).await;
         match answer.map_err(|error| step_error(&error)) {
             Err(error) if error.sqlstate.as_deref() != Some("42501") => Err(error),

@@ -19,13 +19,13 @@ const WIDE_IDS_SQL: &str = include_str!("sql/wide_ids.sql");
 
 /// Creates what is missing in the database, and removes routines that are not of this version and configuration. Returns the
 /// names of what it created, and of what it removed.
-pub async fn migrate(settings: &ConnectSettings) -> Result<(Vec<String>, Vec<String>), DeliverError> {
+pub(crate) async fn migrate(settings: &ConnectSettings) -> Result<(Vec<String>, Vec<String>), DeliverError> {
     let (mut client, _) = connect(settings, &Pooler::default(), open).await?;
     create_missing(&mut client, &settings.needs, true).await
 }
 
 /// The SQL of [`migrate`] for people to read and run: for the database of `settings`, else for an empty one.
-pub async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) -> Result<String, DeliverError> {
+pub(crate) async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) -> Result<String, DeliverError> {
     let Some(settings) = settings else { return sql_for(needs, &Facts::none(needs), None) };
     let (_client, facts) = connect_and_look(settings).await?;
     let user = (settings.target)().ok().flatten().map(|target| target.user);
@@ -36,7 +36,7 @@ pub async fn printable_sql(needs: &Needs, settings: Option<&ConnectSettings>) ->
 /// what it removed: with `tidy`, routines of other versions.
 ///
 /// Waits for no synchronous standby: every event comes later in the write-ahead log, and its own commit waits.
-pub async fn create_missing(
+pub(super) async fn create_missing(
     client: &mut Client,
     needs: &Needs,
     tidy: bool,

@@ -47,11 +47,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-pub use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
+pub(crate) use self::audit::{ASKED_MAX, AuditedRow, Auditor, Receipt, StaleReceipt};
 pub use self::connect::{ConnectSettings, TargetSource};
-pub use self::inspection::{Inspection, inspect};
+pub(crate) use self::inspection::inspect;
 pub use self::layout::Needs;
-pub use self::migration::{migrate, printable_sql};
+pub(crate) use self::migration::{migrate, printable_sql};
 use self::pool::{Connections, PooledSession};
 use self::rows::{Answer, Head};
 use self::session::{Link, Session};

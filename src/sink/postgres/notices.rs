@@ -23,7 +23,7 @@ const STANDBY_ROUTINES: &str = "SyncRep";
 
 /// Whether a commit on a connection has stopped waiting for its standby.
 #[derive(Clone, Debug)]
-pub struct Notices {
+pub(super) struct Notices {
     wait_ended: watch::Receiver<bool>,
     /// Of the database.
     pub encoding: String,
@@ -31,7 +31,7 @@ pub struct Notices {
 
 impl Notices {
     /// Drives a connection in a task of its own until it ends, and watches what the server remarks.
-    pub fn drive<T>(mut connection: Connection<Socket, T>) -> Notices
+    pub(super) fn drive<T>(mut connection: Connection<Socket, T>) -> Notices
     where
         T: TlsStream + Unpin + Send + 'static,
     {
@@ -49,12 +49,12 @@ impl Notices {
     }
 
     /// Whether a commit has stopped waiting for its standby. It never turns false again: such a connection proves nothing.
-    pub fn has_wait_ended(&self) -> bool {
+    pub(super) fn has_wait_ended(&self) -> bool {
         *self.wait_ended.borrow()
     }
 
     /// [`Notices::has_wait_ended`], once it is so or `limit` is over.
-    pub async fn wait_ends(&self, limit: Duration) -> bool {
+    pub(super) async fn wait_ends(&self, limit: Duration) -> bool {
         let mut wait_ended = self.wait_ended.clone();
         let ends = async { wait_ended.wait_for(|ended| *ended).await.is_ok() };
         tokio::time::timeout(limit, ends).await.unwrap_or(false)

@@ -16,15 +16,15 @@ use crate::sink::{DeliverError, Verdict};
 const OPENING_MAX: Duration = Duration::from_secs(900);
 
 /// A session on loan from the pool.
-pub type PooledSession = PooledConnection<'static, Manager>;
+pub(super) type PooledSession = PooledConnection<'static, Manager>;
 
 /// The pool.
-pub struct Connections {
+pub(super) struct Connections {
     pool: Pool<Manager>,
 }
 
 impl Connections {
-    pub fn new(settings: ConnectSettings) -> Self {
+    pub(super) fn new(settings: ConnectSettings) -> Self {
         let pool = Pool::builder()
             .max_size(settings.pool_size)
             .min_idle(None)
@@ -36,7 +36,7 @@ impl Connections {
     }
 
     /// A session that is ready, or why there is none.
-    pub async fn get(&self) -> Result<PooledSession, DeliverError> {
+    pub(super) async fn get(&self) -> Result<PooledSession, DeliverError> {
         if self.pool.state().idle_connections == 0 {
             let opened = within(OPENING_MAX, self.pool.dedicated_connection()).await;
             let session = opened.unwrap_or_else(|| Err(no_answer(OPENING_MAX)))?;
@@ -53,7 +53,7 @@ fn unavailable() -> DeliverError {
 }
 
 /// Opens sessions for the pool.
-pub struct Manager {
+pub(super) struct Manager {
     settings: ConnectSettings,
     pooler: Arc<Pooler>,
 }

@@ -10,7 +10,7 @@ use super::verdict::ROW_DROPPED;
 /// disk, and on that of each standby the server requires. `remote_apply` asks for more and is kept. Warnings must reach
 /// us: they tell that a commit did not wait ([`notices`](super::notices)). And plans are kept while the ledger grows: they must not
 /// be those for an empty table.
-pub const FLUSH: &str = "concat(set_config('enable_seqscan', 'off', true), set_config('client_min_messages', 'warning', true), \
+pub(super) const FLUSH: &str = "concat(set_config('enable_seqscan', 'off', true), set_config('client_min_messages', 'warning', true), \
      CASE WHEN current_setting('synchronous_commit') <> 'remote_apply' THEN set_config('synchronous_commit', 'on', true) END)";
 
 const ROW_SQL: &str = include_str!("sql/row.sql");
@@ -20,7 +20,7 @@ const DELIVER_SQL: &str = include_str!("sql/deliver.sql");
 const VIEWS_SQL: &str = include_str!("sql/views.sql");
 
 /// What the names of our routines begin with; a hash follows.
-pub const NAMES: [&str; 5] = ["source", "store", "deliver", "turns", "sessions"];
+pub(super) const NAMES: [&str; 5] = ["source", "store", "deliver", "turns", "sessions"];
 
 /// What a row is made of, and the arrays that hold it for the events of a window.
 const VALUES: [(&str, &str); 10] = [
@@ -38,7 +38,7 @@ const VALUES: [(&str, &str); 10] = [
 
 /// The routines that store events in one table, and their names.
 #[derive(Clone)]
-pub struct Routines {
+pub(super) struct Routines {
     pub source: String,
     pub store: String,
     pub deliver: String,
@@ -47,7 +47,7 @@ pub struct Routines {
 }
 
 /// What [`Routines`] are made of: names, safe in SQL, and expressions.
-pub struct RoutineParts<'a> {
+pub(super) struct RoutineParts<'a> {
     pub ledger: &'a str,
     pub events: &'a str,
     /// The next `id` of the events.
@@ -61,7 +61,7 @@ pub struct RoutineParts<'a> {
 }
 
 impl Routines {
-    pub fn new(parts: &RoutineParts<'_>) -> Routines {
+    pub(super) fn new(parts: &RoutineParts<'_>) -> Routines {
         let notify = parts.notify_channel.map(quote_literal);
         let notify = notify.map(|channel| format!("PERFORM pg_notify({channel}, _row_id::text);")).unwrap_or_default();
         let row = ROW_SQL.replace("{insert}", &insert_sql(parts)).replace("{notify}", &notify);
@@ -88,20 +88,20 @@ impl Routines {
         Routines { source, store, deliver, sql }
     }
 
-    pub fn names(&self) -> [&String; 3] {
+    pub(super) fn names(&self) -> [&String; 3] {
         [&self.source, &self.store, &self.deliver]
     }
 }
 
 /// The views for people. What makes them, and the names of the functions behind them.
-pub struct Views {
+pub(super) struct Views {
     pub turns: String,
     pub sessions: String,
     pub sql: String,
 }
 
 impl Views {
-    pub fn new(ledger: &str, events: &str) -> Views {
+    pub(super) fn new(ledger: &str, events: &str) -> Views {
         let sql = VIEWS_SQL.replace("{ledger}", ledger).replace("{events}", events);
         let hash = xxhash_rust::xxh3::xxh3_64(sql.as_bytes());
         let [turns, sessions] = ["turns", "sessions"].map(|name| format!("{name}_{hash:016x}"));
@@ -109,7 +109,7 @@ impl Views {
         Views { turns, sessions, sql }
     }
 
-    pub fn names(&self) -> [&String; 2] {
+    pub(super) fn names(&self) -> [&String; 2] {
         [&self.turns, &self.sessions]
     }
 }
@@ -158,7 +158,7 @@ fn insert_sql(parts: &RoutineParts<'_>) -> String {
 }
 
 /// A literal that is right whatever standard_conforming_strings says.
-pub fn quote_literal(text: &str) -> String {
+pub(super) fn quote_literal(text: &str) -> String {
     let escaped = text.replace('\\', "\\\\").replace('\'', "''");
     if text.contains('\\') { format!("E'{escaped}'") } else { format!("'{escaped}'") }
 }

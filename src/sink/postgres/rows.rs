@@ -12,13 +12,13 @@ use super::layout::Layout;
 use crate::event::{Envelope, ForeignKeys, Origin, Timestamp};
 
 /// The answer to what was sent; `None` where the event before it was not dealt with, and nothing was done.
-pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<Option<T>, tokio_postgres::Error>> + Send + 'a>>;
+pub(super) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<Option<T>, tokio_postgres::Error>> + Send + 'a>>;
 
 /// Bytes of a path that fit into the index of `event_sources` together with a host's name.
 const PATH_BYTES_MAX: usize = 2048;
 
 /// An event as the routines take it.
-pub struct EventRow<'a> {
+pub(super) struct EventRow<'a> {
     event_id: Uuid,
     path: Cow<'a, str>,
     byte_offset: Option<i64>,
@@ -32,7 +32,7 @@ pub struct EventRow<'a> {
 
 impl<'a> EventRow<'a> {
     /// `encoding`: of the database.
-    pub fn new(envelope: &'a Envelope, encoding: &str) -> Self {
+    pub(super) fn new(envelope: &'a Envelope, encoding: &str) -> Self {
         let event = &envelope.event;
         let (path, offset) = match event.origin() {
             Origin::Transcript { path, offset } => (stored_path(path, encoding), Some(*offset)),
@@ -69,14 +69,19 @@ fn stored_path<'a>(path: &'a str, encoding: &str) -> Cow<'a, str> {
 
 /// What all events of a window share, and the event that the first of them follows.
 #[derive(Clone, Copy)]
-pub struct Head<'a> {
+pub(super) struct Head<'a> {
     pub host: &'a str,
     pub window_time: Timestamp,
     pub predecessor: Option<(Uuid, Timestamp)>,
 }
 
 /// Sends one event, which is made durable. The answer: whether it was new.
-pub fn send_one<'a>(client: &'a Client, layout: &'a Layout, head: Head<'a>, row: EventRow<'a>) -> Answer<'a, bool> {
+pub(super) fn send_one<'a>(
+    client: &'a Client,
+    layout: &'a Layout,
+    head: Head<'a>,
+    row: EventRow<'a>,
+) -> Answer<'a, bool> {
     sent(async move {
         let (predecessor, predecessor_time) = head.predecessor.unzip();
         let EventRow { event_id, path, byte_offset, captured_at, timestamp, event_type, payload, refs } = &row;
@@ -103,7 +108,7 @@ pub fn send_one<'a>(client: &'a Client, layout: &'a Layout, head: Head<'a>, row:
 }
 
 /// Sends events as one call. The answer: the places of those that had been stored before, from 1 on.
-pub fn send_all<'a>(
+pub(super) fn send_all<'a>(
     client: &'a Client,
     layout: &'a Layout,
     head: Head<'a>,

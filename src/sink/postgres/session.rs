@@ -31,20 +31,20 @@ const LOCK_HOLDER_SQL: &str = include_str!("sql/lock_holder.sql");
 
 /// What the envelope that follows must find in the ledger.
 #[derive(Clone, Copy)]
-pub struct Link {
+pub(super) struct Link {
     pub sequence: Sequence,
     pub event_id: Uuid,
     pub window_time: Timestamp,
 }
 
 impl Link {
-    pub fn new(envelope: &Envelope, window_time: Timestamp) -> Link {
+    pub(super) fn new(envelope: &Envelope, window_time: Timestamp) -> Link {
         Link { sequence: envelope.sequence, event_id: envelope.event.id().0, window_time }
     }
 }
 
 /// A connection on which deliveries can be made.
-pub struct Session {
+pub(super) struct Session {
     client: Client,
     notices: Notices,
     layout: Layout,
@@ -53,7 +53,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub async fn open(settings: &ConnectSettings, pooler: &Pooler) -> Result<Session, DeliverError> {
+    pub(super) async fn open(settings: &ConnectSettings, pooler: &Pooler) -> Result<Session, DeliverError> {
         let ((mut client, notices), canceller) = connect(settings, pooler, open_watched).await?;
         let needs = &settings.needs;
         let mut facts = limited(settings, Facts::find(&client, needs)).await?;
@@ -92,18 +92,18 @@ impl Session {
     }
 
     /// Sends one event; its commit waits for the disk.
-    pub fn send_one<'a>(&'a self, head: Head<'a>, envelope: &'a Envelope) -> Answer<'a, bool> {
+    pub(super) fn send_one<'a>(&'a self, head: Head<'a>, envelope: &'a Envelope) -> Answer<'a, bool> {
         send_one(&self.client, &self.layout, head, EventRow::new(envelope, &self.notices.encoding))
     }
 
     /// Sends events as one call, which proves no durability.
-    pub fn send_all<'a>(&'a self, head: Head<'a>, envelopes: &'a [Envelope]) -> Answer<'a, Vec<i32>> {
+    pub(super) fn send_all<'a>(&'a self, head: Head<'a>, envelopes: &'a [Envelope]) -> Answer<'a, Vec<i32>> {
         let rows = envelopes.iter().map(|envelope| EventRow::new(envelope, &self.notices.encoding)).collect();
         send_all(&self.client, &self.layout, head, rows)
     }
 
     /// Awaits an answer to what was sent; `is_call`: of many events. Outside: it did not come.
-    pub async fn answer<T>(
+    pub(super) async fn answer<T>(
         &self,
         answer: Answer<'_, T>,
         is_call: bool,
@@ -127,7 +127,7 @@ impl Session {
     /// How far a window came that was sent at that time and broke; makes that durable, and what came before it on this connection.
     ///
     /// `before`, the event that the window follows, is looked for: behind a pooler the server may be another one meanwhile.
-    pub async fn progress(
+    pub(super) async fn progress(
         &self,
         window: &[Envelope],
         window_time: Timestamp,
@@ -159,7 +159,7 @@ impl Session {
     }
 
     /// An error of a statement that took too long names who holds a lock that it may have waited for.
-    pub async fn with_lock_holder(&self, mut error: DeliverError, limit: Duration) -> DeliverError {
+    pub(super) async fn with_lock_holder(&self, mut error: DeliverError, limit: Duration) -> DeliverError {
         if matches!(error.sqlstate.as_deref(), Some("57014" | "55P03")) {
             let tables: &[&str] = &[&self.layout.events, &self.layout.receipts, &self.layout.sources];
             let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&tables, Type::TEXT_ARRAY)];
@@ -175,7 +175,7 @@ impl Session {
     }
 
     /// Looks whether the server answers.
-    pub async fn check(&self, limit: Duration) -> Result<(), DeliverError> {
+    pub(super) async fn check(&self, limit: Duration) -> Result<(), DeliverError> {
         match tokio::time::timeout(limit, self.client.simple_query("")).await {
             Ok(answer) => answer.map(|_| ()).map_err(|error| self.failed(step_error(&error))),
             Err(_) => Err(self.no_answer(limit).await),
@@ -190,7 +190,7 @@ impl Session {
         error
     }
 
-    pub fn is_broken(&self) -> bool {
+    pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed) || self.notices.has_wait_ended() || self.client.is_closed()
     }
 
@@ -212,12 +212,12 @@ impl Session {
 
     /// Whether what was committed synchronously on this connection can be relied on: no commit has stopped waiting for
     /// its synchronous standby. Asked once the answer to the commit is there.
-    pub fn confirmed(&self) -> Result<(), DeliverError> {
+    pub(super) fn confirmed(&self) -> Result<(), DeliverError> {
         if self.notices.has_wait_ended() { Err(standby_missing()) } else { Ok(()) }
     }
 
     /// Breaks the session unless [`FinishGuard::finished`] is called: for futures that may be dropped half-way.
-    pub fn broken_unless_finished(&self) -> FinishGuard<'_> {
+    pub(super) fn broken_unless_finished(&self) -> FinishGuard<'_> {
         FinishGuard { session: self, finished: false }
     }
 }
@@ -234,13 +234,13 @@ fn standby_missing() -> DeliverError {
     }
 }
 
-pub struct FinishGuard<'a> {
+pub(super) struct FinishGuard<'a> {
     session: &'a Session,
     finished: bool,
 }
 
 impl FinishGuard<'_> {
-    pub fn finished(mut self) {
+    pub(super) fn finished(mut self) {
         self.finished = true;
     }
 }

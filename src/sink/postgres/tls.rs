@@ -19,7 +19,7 @@ use crate::regular_file;
 const PEM_BYTES_MAX: u64 = 16 << 20;
 
 /// The TLS settings that the target asks for; `None` where it wants none, or where there is nothing but sockets.
-pub fn tls(target: &DatabaseTarget) -> Result<Option<ClientConfig>, String> {
+pub(super) fn tls(target: &DatabaseTarget) -> Result<Option<ClientConfig>, String> {
     let ssl = &target.ssl;
     let local = target.hosts.iter().all(|host| matches!(host, DatabaseHost::Unix { .. }));
     if local || ssl.mode == SslMode::Disable {
@@ -52,7 +52,7 @@ pub fn tls(target: &DatabaseTarget) -> Result<Option<ClientConfig>, String> {
 }
 
 /// Never used for a connection: a pool without TLS still wants a connector.
-pub fn no_tls() -> ClientConfig {
+pub(super) fn no_tls() -> ClientConfig {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])

@@ -8,10 +8,10 @@ use std::time::Duration;
 use crate::sink::{DeliverError, Verdict};
 
 /// SQLSTATE of our own: a trigger dropped the row.
-pub const ROW_DROPPED: &str = "HW001";
+pub(super) const ROW_DROPPED: &str = "HW001";
 
 /// The verdict on a code. `None`: the connection failed before the server could speak.
-pub fn verdict(sqlstate: Option<&str>) -> Verdict {
+pub(super) fn verdict(sqlstate: Option<&str>) -> Verdict {
     let Some(code) = sqlstate else { return Verdict::Again };
     let class = code.get(..2).unwrap_or_default();
     match (class, code) {
@@ -32,7 +32,7 @@ pub fn verdict(sqlstate: Option<&str>) -> Verdict {
 
 /// Whether the session that a failure came up in is still good. Else the next attempt opens a new one, and with it
 /// looks anew for the server (it may have become a standby), the tables, the privileges and the password.
-pub fn session_outlives(error: &DeliverError) -> bool {
+pub(super) fn session_outlives(error: &DeliverError) -> bool {
     match error.sqlstate.as_deref() {
         Some("40001" | "40P01" | "55P03" | "57014" | "23505") => true,
         Some(_) => error.verdict == Verdict::Event,
@@ -86,7 +86,7 @@ fn condition(code: &str, raised_in: &str, encoding: &str) -> Option<(Verdict, St
 
 /// What tokio-postgres reports about the delivery of one event, with its verdict and in words that hold no payload.
 /// `encoding`: of the database.
-pub fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverError {
+pub(super) fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverError {
     let Some(db) = error.as_db_error() else {
         return connection_error(error);
     };
@@ -123,7 +123,7 @@ pub fn deliver_error(error: &tokio_postgres::Error, encoding: &str) -> DeliverEr
 }
 
 /// As [`deliver_error`], of a step that no single event has a part in: never an event's fault.
-pub fn step_error(error: &tokio_postgres::Error) -> DeliverError {
+pub(super) fn step_error(error: &tokio_postgres::Error) -> DeliverError {
     let mut error = deliver_error(error, "UTF8");
     if error.verdict == Verdict::Event {
         error.verdict = Verdict::Operator;
@@ -185,7 +185,7 @@ fn connection_error(error: &tokio_postgres::Error) -> DeliverError {
 }
 
 /// The server did not answer in time.
-pub fn no_answer(waited: Duration) -> DeliverError {
+pub(super) fn no_answer(waited: Duration) -> DeliverError {
     DeliverError {
         verdict: Verdict::Again,
         sqlstate: None,
@@ -194,7 +194,7 @@ pub fn no_answer(waited: Duration) -> DeliverError {
 }
 
 /// The event before it is not stored, so this one may not be.
-pub fn predecessor_missing() -> DeliverError {
+pub(super) fn predecessor_missing() -> DeliverError {
     DeliverError {
         verdict: Verdict::Again,
         sqlstate: None,
@@ -203,7 +203,7 @@ pub fn predecessor_missing() -> DeliverError {
 }
 
 /// What the program needs is missing, and may not be created.
-pub fn missing_error(missing: &[String]) -> DeliverError {
+pub(super) fn missing_error(missing: &[String]) -> DeliverError {
     DeliverError {
         verdict: Verdict::Operator,
         sqlstate: None,

@@ -1,0 +1,17 @@
+//! The parts that the benchmarks, the fuzz target and the integration tests drive without the program around them.
+//!
+//! No interface for others: it changes with what is inside.
+
+pub use crate::claude::line::{TranscriptKind, classify};
+pub use crate::claude::repair::{Segment, salvage};
+pub use crate::claude::transcript::{Found, LineReport, OtherSession, START, Source};
+pub use crate::config::{Config, Environment, TableName};
+pub use crate::event::{
+    Candidate, Cursor, Envelope, Event, EventId, ForeignKeys, Origin, Rejection, Sequence, Timestamp,
+};
+pub use crate::intake::schema::Schemas;
+pub use crate::queue::{Batch, Queue, QueueConfig, Ticket};
+pub use crate::sink::drain::{DrainConfig, Drainer};
+pub use crate::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
+pub use crate::sink::{Delivered, Place, Sink, Verdict};
+pub use crate::telemetry::Metrics;
