@@ -222,3 +222,28 @@ fn lines_of_hostile_words_take_bounded_memory() {
         assert!(taken <= ON_TOP_KILOBYTES, "{what}: {taken} kB");
     }
 }
+
+/// What a transcript may take to which nothing happens, with its path.
+const IDLE_BYTES_MAX: u64 = 500;
+
+#[test]
+fn an_idle_transcript_takes_less_than_500_bytes() {
+    let stage = Stage::with(None);
+    let grown_to = |from: u32, to: u32| {
+        for number in from..to {
+            stage.transcript("app", number).append("{\"type\":\"summary\",\"summary\":\"x\"}\n");
+        }
+        let knows_all = |watcher: &Watcher| watcher.health()["watcher"]["files"].as_u64() == Some(u64::from(to));
+        let watcher = stage.start();
+        wait_until("all transcripts are known", SOON * 10, || knows_all(&watcher));
+        watcher.stop();
+        // Started again it has their cursors, and nothing that is left of the reading.
+        let watcher = stage.start();
+        wait_until("all transcripts are known again", SOON * 10, || knows_all(&watcher));
+        kilobytes(watcher.pid(), "RssAnon:")
+    };
+    let (few, many) = (grown_to(0, 1_000), grown_to(1_000, 21_000));
+    let each = many.saturating_sub(few) * 1024 / 20_000;
+    eprintln!("{few} kB with 1,000 transcripts, {many} kB with 21,000: {each} bytes for each");
+    assert!(each <= IDLE_BYTES_MAX, "{each} bytes for each");
+}
