@@ -193,16 +193,8 @@ processor=$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)
 memory=$(awk '/^MemTotal/ { printf "%.0f GB", $2 / 1048576 }' /proc/meminfo)
 system=$(sed -n 's/^PRETTY_NAME="\(.*\)"$/\1/p' /etc/os-release 2>/dev/null || true)
 disk=$(df -T "$root" | awk 'NR == 2 { print $2 }')
-readonly END='<!-- Written by scripts/bench.sh up to here; what follows stays. -->'
-kept=$(awk -v end="$END" 'found { print } $0 == end { found = 1 }' docs/benchmarks.md 2>/dev/null || true)
 {
   cat <<HEAD
-# Benchmarks
-
-Written by \`scripts/bench.sh\`, which measures all of it anew, on any Linux machine with PostgreSQL's programs. What stands in
-the column beside a number was measured in the same run, on the same server, disk and table, taking turns where that
-matters: compare ratios, not numbers of different machines. \`docs/benchmarks.tsv\` has the same for programs.
-
 | | |
 |---|---|
 | Command | \`scripts/bench.sh\`, $took s |
@@ -211,13 +203,14 @@ matters: compare ratios, not numbers of different machines. \`docs/benchmarks.ts
 | System | ${system:-$(uname -s)}, Linux $(uname -r | cut -d - -f 1) |
 | headspace-watcher | $(target/$profile/headspace-watcher --version | awk '{ print $2 }'), $(git rev-parse --short HEAD 2>/dev/null || echo 'no git'), $(rustc --version | cut -d' ' -f1,2), release |
 | PostgreSQL | $("$bin/postgres" -V | awk '{ print $3 }'), its own defaults |
+
+| What | | Beside it, in the same run | Aim | |
+|---|--:|---|---|---|
 HEAD
   awk -F'\t' '
-    NF == 2 { printf "\n## %s\n\n| What | | Beside it, in the same run | Aim | |\n|---|--:|---|---|---|\n", $2; next }
+    NF == 2 { printf "| **%s** | | | | |\n", $2; next }
     { printf "| %s | %s | %s | %s | %s |\n", $2, $3 (($4 != "") ? " " $4 : ""), $5, $6, ($7 == "yes") ? "reached" : (($7 == "no") ? "**missed**" : "") }
   ' docs/benchmarks.tsv
-  printf '\n%s\n' "$END"
-  [ -z "$kept" ] || printf '%s\n' "$kept"
 } >"$work/benchmarks.md"
-cp "$work/benchmarks.md" docs/benchmarks.md
+scripts/document-section.sh docs/benchmarks.md scripts/bench.sh "$work/benchmarks.md"
 printf 'docs/benchmarks.md and docs/benchmarks.tsv are written\n'

@@ -15,7 +15,7 @@
 #
 # Needs Linux: what it counts of processes it reads from /proc.
 # SOAK_PROFILE names another cargo profile than release; SOAK_KEEP=1 keeps the folder of the run, for judge.sh.
-# Exit 0 when all of this holds. A run of 30 minutes or more writes its report to docs/soak.md.
+# Exit 0 when all of this holds. A run of 30 minutes or more writes its report into docs/benchmarks.md.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -127,5 +127,7 @@ if [ "$status" -eq 0 ]; then rm "$work/supervisor"; else tail -n 1 "$work/driver
 
 status=0
 scripts/soak/judge.sh "$work" || status=$?
-if awk -v minutes="$minutes" 'BEGIN { exit !(minutes >= 30) }'; then cp "$work/report" docs/soak.md; fi
+if awk -v minutes="$minutes" 'BEGIN { exit !(minutes >= 30) }'; then
+  scripts/document-section.sh docs/benchmarks.md scripts/soak.sh "$work/report"
+fi
 [ "$status" -eq 0 ]

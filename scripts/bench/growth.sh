@@ -20,7 +20,7 @@
 #   without            100,000 / 1 million  1,000 / 10,000     50 / 500 MB       50 / 500 MB
 #   --full             1 / 10 million       1,000 / 10,000     2 / 20 GB         100 MB / 1 GB
 #
-# A run without --quick, of all kinds, writes docs/growth.md and the plot in docs/benchmarks.md. --full needs 45 GB of disk,
+# A run without --quick, of all kinds, writes that section of docs/benchmarks.md. --full needs 45 GB of disk,
 # and half an hour to two hours.
 set -euo pipefail
 
@@ -238,30 +238,11 @@ table() {
     }
     { amount[kind] = $2; seconds[kind] = $3; mb[kind] = $4 }' "$work/points"
 }
-# Bars: # for time / work, a full line is 1; peak memory, a full line is 64 MB.
-bars() {
-  awk -F '\t' '
-    function bar(share,   text, i) {
-      for (i = 0; i < share * 40 && i < 80; i++) text = text "#"
-      return text
-    }
-    { kind = $1 }
-    kind in seconds {
-      if (seconds[kind] > 0) printf "%-32s time/work  |%-40s %.2f\n", kind, bar($3 / seconds[kind] / $5), $3 / seconds[kind] / $5
-      if ($4 != "-") {
-        printf "%-32s MB at 1x   |%-40s %s\n", "", bar(mb[kind] / 64), mb[kind]
-        printf "%-32s MB at 10x  |%-40s %s\n", "", bar($4 / 64), $4
-      }
-    }
-    { seconds[kind] = $3; mb[kind] = $4 }' "$work/points"
-}
 page() {
   local option=''
   [ "$size" = default ] || option=" --$size"
   cat <<MARKDOWN
-# Growth
-
-What ten times the work costs: \`scripts/bench.sh growth$option\`, which says what is measured. $(date -u +%Y-%m-%d),
+\`scripts/bench.sh growth$option\`, which says what is measured. $(date -u +%Y-%m-%d),
 $(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r | cut -d - -f 1), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version).
 
 Time must grow no faster than the work: "time / work" is about 1 or less. Memory must not grow.
@@ -270,22 +251,10 @@ Of the same lines in transcripts the work is the same, in ten times as many file
 | | amount | ten times | s | s | time / work | peak MB | peak MB |
 |---|---|---|---|---|---|---|---|
 $(table)
-
-\`\`\`text
-$(bars)
-\`\`\`
 MARKDOWN
 }
 printf '\n'
 page | tee "$work/page"
 if [ -n "$whole" ]; then
-  cp "$work/page" docs/growth.md
-  # The plot stands in docs/benchmarks.md, too.
-  bars >"$work/bars"
-  awk -v bars="$work/bars" '
-    /^# Growth$/ { here = 1 }
-    replaced && /^```$/ { replaced = here = 0 }
-    !replaced
-    here && /^```text$/ { while ((getline line < bars) > 0) print line; replaced = 1 }' docs/benchmarks.md >"$work/benchmarks"
-  cp "$work/benchmarks" docs/benchmarks.md
+  scripts/document-section.sh docs/benchmarks.md "scripts/bench.sh growth" "$work/page"
 fi

@@ -172,15 +172,13 @@ verdict='Everything holds.'
 $problems"
 report() {
   cat <<MARKDOWN
-# Soak
-
-The last report of \`scripts/soak.sh\`, which says how it is judged. $(date -u +%Y-%m-%d), $MINUTES minutes, seed $SEED,
+\`scripts/soak.sh\`, which says how it is judged. $(date -u +%Y-%m-%d), $MINUTES minutes, seed $SEED,
 $(getconf _NPROCESSORS_ONLN) processors, Linux $(uname -r | cut -d - -f 1), PostgreSQL $(sql 'SHOW server_version'), $("$watcher" --version)
 ($PROFILE build).
 
 $verdict
 
-| Load | |
+| **Load** | |
 |---|---|
 | turns written | $(fact turns) |
 | bytes of transcripts | $(fact bytes) |
@@ -189,9 +187,7 @@ $verdict
 | events emitted, acknowledged and not | $(fact 'emitted, sure'), $(fact 'emitted, unsure') |
 | hooks | $(fact hooks) |
 | rows in \`events\` at the end | $rows |
-
-| Faults | |
-|---|---|
+| **Faults** | |
 | kill -9 of the watcher | $(fact kills) |
 | SIGSTOP of the watcher | $(fact pauses) |
 | stops of the supervisor | $(fact stops) |
@@ -200,20 +196,16 @@ $verdict
 | full disks | ${DISK_WORD:-$(fact 'full disks')} |
 | clock jumps | ${CLOCK_WORD:-$(fact 'clock jumps')} |
 | restarts by the supervisor | $restarts |
-
-| After it | |
-|---|---|
+| **After it** | |
 | settled within | $(fact settled_seconds) s, of which 12 s must be quiet |
 | stopped within | $(fact stop_milliseconds) ms |
 | \`headspace-watcher verify\` | $verify_word |
 | queues set aside as damaged | $damaged |
-
-| Flat | first | last | |
-|---|---|---|---|
-| resident memory, calm third, $samples samples | $memory_before kB | $memory_after kB | $memory_slope kB a minute; peak of the whole run $(largest 3) kB |
-| descriptors, calm third | $descriptors_before | $descriptors_after | most in the whole run $(largest 4) |
-| queue on disk, second and last quarter | $queue_before kB | $queue_after kB | |
-| data folder, second and last quarter | $data_before kB | $data_after kB | |
+| **Flat: first, last** | |
+| resident memory, calm third, $samples samples | $memory_before, $memory_after kB: $memory_slope kB a minute; peak of the whole run $(largest 3) kB |
+| descriptors, calm third | $descriptors_before, $descriptors_after; most in the whole run $(largest 4) |
+| queue on disk, second and last quarter | $queue_before, $queue_after kB |
+| data folder, second and last quarter | $data_before, $data_after kB |
 MARKDOWN
 }
 report >"$work/report"
