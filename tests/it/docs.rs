@@ -6,9 +6,12 @@ use std::process::{Command, Stdio};
 
 use crate::stage::{Stage, project};
 
-/// README and docs/*.md with their names.
+/// The documents at the project's root; all others are in docs/.
+const ROOT_DOCUMENTS: [&str; 4] = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"];
+
+/// All documents with their names.
 fn documents() -> Vec<(String, String)> {
-    let mut paths = vec![project().join("README.md"), project().join("CHANGELOG.md")];
+    let mut paths: Vec<PathBuf> = ROOT_DOCUMENTS.iter().map(|name| project().join(name)).collect();
     let docs = std::fs::read_dir(project().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     paths.extend(docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")));
     let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
@@ -95,7 +98,7 @@ fn every_test_and_every_file_that_a_document_names_is_there() {
         // Links to files beside it.
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             let (link, _section) = link.split_once('#').unwrap_or((link, ""));
-            let folder = if document == "README.md" || document == "CHANGELOG.md" { "." } else { "docs" };
+            let folder = if ROOT_DOCUMENTS.contains(&document.as_str()) { "." } else { "docs" };
             if !link.contains("://") && !project().join(folder).join(link).exists() {
                 missing.push(format!("{document}: link to {link}"));
             }
