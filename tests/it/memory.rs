@@ -223,11 +223,12 @@ fn lines_of_hostile_words_take_bounded_memory() {
     }
 }
 
-/// What a transcript may take to which nothing happens, with its path.
-const IDLE_BYTES_MAX: u64 = 500;
+/// What a transcript may take to which nothing happens. A quarter is what the follower remembers of it; the rest is in sled,
+/// which has its cursor, and what the allocator keeps.
+const IDLE_BYTES_MAX: u64 = 2048;
 
 #[test]
-fn an_idle_transcript_takes_less_than_500_bytes() {
+fn twenty_thousand_idle_transcripts_take_two_kilobytes_each_at_most() {
     let stage = Stage::with(None);
     let grown_to = |from: u32, to: u32| {
         for number in from..to {

@@ -168,3 +168,18 @@ impl Beginning {
         Beginning { ancestors: Some(ancestors), ..Beginning::default() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn less_than_500_bytes_are_remembered_of_a_transcript_to_which_nothing_happens() {
+        let path = "/home/alex/.claude/projects/-home-alex-src-app/00000000-0000-4000-8000-000000000000.jsonl";
+        // An allocation has 16 bytes of its own, an `Arc` two counters, and a map is at least seven sixteenths full.
+        let allocated = |bytes: usize| (bytes + 16).next_multiple_of(16);
+        let entry = (size_of::<(Arc<Path>, Box<Followed>)>() + 1) * 16 / 7;
+        let bytes = allocated(size_of::<Followed>()) + allocated(path.len() + 16) + entry;
+        assert!(bytes <= 500, "{bytes} bytes");
+    }
+}
