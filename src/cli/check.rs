@@ -20,13 +20,25 @@ use crate::service::connect_settings;
 use crate::service::socket::{self, SocketState};
 use crate::sink::Verdict;
 use crate::sink::postgres::inspect;
+use clap::Args;
 
 use super::client;
 use super::hooks::own_command;
-use super::{CheckArguments, Context, Exit, Failure, block_on, inspect_queue};
+use super::{Context, Exit, Failure, block_on, inspect_queue};
 
 /// Below this the queue can't be expected to work.
 const FREE_BYTES_MIN: u64 = 64 << 20;
+
+/// Check configuration, schemas, folders and database, and say how to mend what is wrong
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  headspace-watcher check --no-database\n\nExit code 0: nothing is wrong, notes or not; 78: something is."
+)]
+pub(super) struct CheckArguments {
+    /// Leave the database out
+    #[arg(long)]
+    no_database: bool,
+}
 
 pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
     let config = context.config();

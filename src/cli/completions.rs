@@ -6,7 +6,11 @@ use clap::{Args, CommandFactory};
 
 use super::{Arguments, Exit, Failure, written};
 
+/// Print what a shell needs to complete commands and options
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher completions bash > ~/.local/share/bash-completion/completions/headspace-watcher\n  headspace-watcher completions zsh > \"${fpath[1]}/_headspace-watcher\""
+)]
 pub(super) struct CompletionsArguments {
     /// Whose completions
     #[arg(value_enum)]

@@ -10,17 +10,54 @@ use crate::event::Sequence;
 use crate::listing::{Filter, Listing};
 use crate::queue::{Queue, QueueError, RetryOutcome};
 use crate::source::{self, Part, SourceError};
+use clap::{Args, Subcommand};
 use hyper::{Method, StatusCode};
 use serde_json::Value;
 
-use super::{Context, DeadLettersCommand, Exit, Failure, QueueDumpArguments, block_on, queue_dump};
+use super::queue_dump::{self, QueueDumpArguments};
+use super::{Context, Exit, Failure, block_on};
 
-pub(super) fn dead_letters(context: &Context, command: &DeadLettersCommand) -> Result<Exit, Failure> {
-    match command {
-        DeadLettersCommand::List(arguments) => {
-            let arguments = QueueDumpArguments { dead_letters: true, ..arguments.clone() };
-            queue_dump::queue_dump(context, &arguments)
-        }
+/// Look at what was set aside, send it again, or forget it
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all\n\nExit code 65: there is no such dead letter, or it never was an event."
+)]
+pub(super) struct DeadLettersArguments {
+    #[command(subcommand)]
+    command: DeadLettersCommand,
+}
+
+#[derive(Subcommand)]
+enum DeadLettersCommand {
+    /// One line each, oldest first; the options are those of queue-dump
+    #[command(after_help = "Example:\n  headspace-watcher dead-letters list --format jsonl | jq .reason")]
+    List(QueueDumpArguments),
+    /// All of one, with its payload
+    Show {
+        /// Its sequence number, as "dead-letters list" shows it
+        #[arg(value_name = "SEQ")]
+        sequence: u64,
+    },
+    /// Put events back at the tail of the queue
+    Retry {
+        /// Their sequence numbers
+        #[arg(value_name = "SEQ", required_unless_present = "all", conflicts_with = "all")]
+        sequences: Vec<u64>,
+        /// All that once were events
+        #[arg(long)]
+        all: bool,
+    },
+    /// Forget for good
+    Drop {
+        /// Their sequence numbers
+        #[arg(value_name = "SEQ", required = true)]
+        sequences: Vec<u64>,
+    },
+}
+
+pub(super) fn dead_letters(context: &Context, arguments: &DeadLettersArguments) -> Result<Exit, Failure> {
+    match &arguments.command {
+        DeadLettersCommand::List(arguments) => queue_dump::queue_dump(context, &arguments.of_dead_letters()),
         DeadLettersCommand::Show { sequence } => show(context, *sequence),
         DeadLettersCommand::Retry { sequences, all } => retry(context, sequences, *all),
         DeadLettersCommand::Drop { sequences } => forget(context, sequences),

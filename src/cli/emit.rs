@@ -16,14 +16,52 @@ use crate::intake::schema::Schemas;
 use crate::intake::spool::{Draft, Spool};
 use crate::json::without_byte_order_mark;
 use crate::private_folder::{self, FolderError};
+use clap::Args;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::client;
-use super::{Context, EmitArguments, Exit, Failure};
+use super::{Context, Exit, Failure};
 
 /// A larger payload can't be an event under any configuration.
 const PAYLOAD_BYTES_MAX: u64 = 256 << 20;
+
+/// Hand in one event, or a stream of them. Exit code 0 only when all of it is durable
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher emit --type session_ended --payload '{\"session_uuid\":\"s\",\"reason\":\"closed\"}'\n  headspace-watcher emit --ndjson < events.jsonl\n\nExit code 65: not valid, the field is named and nothing was accepted; 74: the spool\nis full or can't be written."
+)]
+pub(super) struct EmitArguments {
+    /// The event's type
+    #[arg(long = "type", value_name = "T", required_unless_present = "ndjson")]
+    event_type: Option<String>,
+    /// The event's own data as a JSON object, or - to read it from stdin
+    #[arg(long, value_name = "JSON|-")]
+    payload: Option<String>,
+    /// When it happened, with its zone: 2026-01-02T03:04:05Z [default: now]
+    #[arg(long, value_name = "TS")]
+    timestamp: Option<String>,
+    /// The event's identity: the same one again stores nothing twice [default: a new one]
+    #[arg(long, value_name = "UUID")]
+    event_id: Option<String>,
+    /// The row's project_id
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    project_id: Option<i64>,
+    /// The row's agent_id
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    agent_id: Option<i64>,
+    /// The row's command_id (task_id in older databases)
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    command_id: Option<i64>,
+    /// The row's turn_id
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    turn_id: Option<i64>,
+    /// Read events from stdin, one JSON object a line, as POST /events takes them; all of them or none
+    #[arg(long, conflicts_with_all = [
+        "event_type", "payload", "timestamp", "event_id", "project_id", "agent_id", "command_id", "turn_id"
+    ])]
+    ndjson: bool,
+}
 
 pub(super) fn emit(context: &Context, arguments: &EmitArguments) -> Result<Exit, Failure> {
     let single = if arguments.ndjson { None } else { Some(event(arguments)?) };

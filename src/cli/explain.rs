@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::Args;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
@@ -12,7 +13,24 @@ use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, 
 use crate::claude::repair;
 use crate::telemetry::{UnknownFormat, UnknownFormats};
 
-use super::{Context, Exit, ExplainArguments, Failure, written};
+use super::{Context, Exit, Failure, written};
+
+/// Say of each line of a transcript whether it is a turn and whose, or why not
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher explain ~/.claude/projects/-home-me-app/SESSION.jsonl\n  headspace-watcher explain SESSION.jsonl:17 --text\n\nExit code 65: there is no such file or line."
+)]
+pub(super) struct ExplainArguments {
+    /// The transcript, and the number of a line in it [default: all lines]
+    #[arg(value_name = "FILE[:LINE]")]
+    place: PathBuf,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Show what was said
+    #[arg(long)]
+    text: bool,
+}
 
 /// What was found at one place: a line, or a whole record on a damaged one.
 struct Record {

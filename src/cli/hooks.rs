@@ -32,7 +32,11 @@ const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 /// What a file that is not there yet begins as.
 const EMPTY: &str = "{}\n";
 
+/// Have Claude Code call this program at its hooks, or no longer
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml hooks install\n  headspace-watcher hooks show\n  headspace-watcher hooks uninstall --settings ~/project/.claude/settings.local.json"
+)]
 pub(super) struct HooksArguments {
     #[command(subcommand)]
     action: HooksAction,

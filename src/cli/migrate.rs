@@ -2,8 +2,18 @@
 
 use crate::service::connect_settings;
 use crate::sink::postgres;
+use clap::Args;
 
-use super::{Context, Exit, Failure, MigrateArguments, block_on};
+use super::{Context, Exit, Failure, block_on};
+
+/// Create or bring up to date what is needed in Postgres
+#[derive(Args)]
+#[command(after_help = "Example:\n  headspace-watcher migrate --print | psql mydb")]
+pub(super) struct MigrateArguments {
+    /// Print the SQL instead of running it
+    #[arg(long)]
+    print: bool,
+}
 
 pub(super) fn migrate(context: &Context, arguments: &MigrateArguments) -> Result<Exit, Failure> {
     let (target, has_database) = context.target()?;

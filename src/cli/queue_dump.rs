@@ -2,11 +2,63 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use crate::listing::Listing;
+use crate::listing::{Filter, Listing};
 use crate::source::{self, Part, SourceError};
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::{Context, DumpFormat, Exit, Failure, QueueDumpArguments, block_on, written};
+use super::{Context, Exit, Failure, block_on, written};
+
+/// Show what waits in the local queue, oldest first
+#[derive(Args, Clone)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher queue-dump --limit 20\n  headspace-watcher queue-dump --format jsonl --payload | jq .payload.text\n  headspace-watcher queue-dump --dead-letters"
+)]
+pub(super) struct QueueDumpArguments {
+    /// table on a terminal, else jsonl, when not given
+    #[arg(long, value_enum)]
+    format: Option<DumpFormat>,
+    /// At most so many events
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// Only events after this sequence number
+    #[arg(long, value_name = "SEQ")]
+    after: Option<u64>,
+    /// Only events of this type
+    #[arg(long = "type", value_name = "T")]
+    event_type: Option<String>,
+    /// Only events of this session
+    #[arg(long, value_name = "UUID")]
+    session: Option<String>,
+    /// Whole payloads; without it no text is shown
+    #[arg(long)]
+    payload: bool,
+    /// What was set aside or rejected, with reasons
+    #[arg(long)]
+    dead_letters: bool,
+}
+
+impl QueueDumpArguments {
+    pub(super) fn of_dead_letters(&self) -> Self {
+        QueueDumpArguments { dead_letters: true, ..self.clone() }
+    }
+
+    fn filter(&self) -> Filter {
+        Filter {
+            after: self.after,
+            limit: self.limit,
+            event_type: self.event_type.clone(),
+            session: self.session.clone(),
+            payload: self.payload,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DumpFormat {
+    Table,
+    Jsonl,
+}
 
 pub(super) fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> Result<Exit, Failure> {
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };

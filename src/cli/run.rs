@@ -20,7 +20,9 @@ const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 /// Open files that are asked for: transcripts, connections and the queue, with room to spare.
 const FILES_WANTED: u64 = 8192;
 
+/// Capture events and drain them into Postgres until told to stop
 #[derive(Args)]
+#[command(after_help = "Example:\n  headspace-watcher run --until-idle   # back-fill what is there, then end")]
 pub(super) struct RunArguments {
     /// Read all that is there, drain the queue empty, then end; exit code 1 when something could not be read
     #[arg(long)]

@@ -25,7 +25,11 @@ const AGENT_LABEL: &str = "com.headspace.watcher";
 /// A larger file is none of ours.
 const UNIT_BYTES_MAX: u64 = 1 << 20;
 
+/// Install the systemd user unit or launchd agent that keeps the watcher running
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml service install\n  headspace-watcher service status"
+)]
 pub(super) struct ServiceArguments {
     #[command(subcommand)]
     action: ServiceAction,

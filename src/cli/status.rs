@@ -10,13 +10,29 @@ use crate::event::Timestamp;
 use crate::health::{Health, HttpHealth, QueueHealth, Status};
 use crate::intake::spool::Spool;
 use crate::queue::{QueueError, QueueStats};
+use clap::Args;
 use serde_json::json;
 
 use super::client::{self, ClientError};
-use super::{Context, Exit, Failure, StatusArguments, block_on, inspect_queue, written};
+use super::{Context, Exit, Failure, block_on, inspect_queue, written};
 
 /// How long the watcher may take; it needs milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Health at a glance. Exit code 0: pass or warn, 1: fail, 3: not running
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher status --json | jq .queue.pending\n  headspace-watcher status --watch 5"
+)]
+pub(super) struct StatusArguments {
+    /// The object of GET /health
+    #[arg(long)]
+    json: bool,
+    /// Show it again every so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    watch: Option<u32>,
+}
 
 /// How things stand, as it is shown.
 struct Standing {

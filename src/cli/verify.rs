@@ -6,15 +6,37 @@ use crate::event::Timestamp;
 use crate::service::connect_settings;
 use crate::sink::postgres::{ConnectSettings, inspect};
 use crate::verify::{self, ConflictingLines, Counts, IncompleteLine, Remedy, Report, VerifyError};
+use clap::Args;
 use jiff::SignedDuration;
 
-use super::{Context, Exit, Failure, VerifyArguments, block_on, written};
+use super::{Context, Exit, Failure, block_on, written};
 
 /// Missing events that are listed for people.
 const LISTED_MAX: usize = 20;
 
 /// The oldest that `--since` takes.
 const SINCE_DAYS_MAX: i64 = 365_000;
+
+/// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked; 74: the spool is full or can't be used."
+)]
+pub(super) struct VerifyArguments {
+    /// One JSON object; it lists all that is missing
+    #[arg(long)]
+    json: bool,
+    /// Send again what is missing, by the spool: the running watcher takes it in, or the next one when it starts
+    #[arg(long)]
+    repair: bool,
+
+    /// Take rows that are gone for deleted on purpose: they count as removed from then on, and are not sent again
+    #[arg(long, conflicts_with = "repair")]
+    accept_missing: bool,
+    /// Leave out what happened before: 2026-01-02T03:04:05Z, or 90d for the last 90 days
+    #[arg(long, value_name = "TS|DAYSd", value_parser = since)]
+    since: Option<Timestamp>,
+}
 
 pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Failure> {
     let database = connect_settings(context.config(), context.target()?.0);
@@ -44,7 +66,7 @@ pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<E
 }
 
 /// Reads `--since`.
-pub(super) fn since(text: &str) -> Result<Timestamp, String> {
+fn since(text: &str) -> Result<Timestamp, String> {
     let days = text.strip_suffix('d').and_then(|days| days.parse::<i64>().ok());
     let since = match days {
         Some(days) if (0..=SINCE_DAYS_MAX).contains(&days) => {
