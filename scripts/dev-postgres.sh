@@ -9,6 +9,9 @@
 # DIR/socket    where it listens          DIR/moved    instead of all these: where the cluster is (see prepare_folder)
 # DIR/starting  the lock of `start` and `stop`
 #
+# data/postgres.url of this project holds the URL of the server in data/postgres, for the watcher's commands
+# (src/cli/database.rs).
+#
 # Written for bash 3.2, which is what macOS has.
 #
 # SC2016: the snippets in single quotes are for the owner's own sh. SC2012: stat differs between systems, ls -l does
@@ -461,6 +464,13 @@ url() {
   printf 'postgresql:///%s?host=%s&port=5432&user=%s\n' "$DATABASE" "$(percent_encoded "$(socket_folder)")" "$SUPERUSER"
 }
 
+# Of the server in data/postgres alone: only beside that folder do the watcher's commands look for it.
+leave_url() {
+  [ "$given_dir" = "$project/data/postgres" ] || return 0
+  if url >"$given_dir.url.new" && mv -f "$given_dir.url.new" "$given_dir.url"; then return; fi
+  say "could not write $given_dir.url, from which the watcher's commands know this server"
+}
+
 # pg_ctl starts the server through a shell, with its paths in double quotes.
 misread_by_pg_ctl() { # PATH
   case $1 in
@@ -617,6 +627,7 @@ case $command in
       printf '%s\n' "$given_dir"
     else
       start
+      leave_url
       url
     fi
     ;;
@@ -632,6 +643,7 @@ case $command in
     [ -d "$dir/cluster" ] || die 3 "no cluster in $dir; \"scripts/dev-postgres.sh start\" makes one"
     if ! accepts_connections; then
       start
+      leave_url
       say "the server was not running; it is now, until \"scripts/dev-postgres.sh stop\""
     else
       choose_owner "$dir"

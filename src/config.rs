@@ -28,7 +28,7 @@ mod nearest;
 mod values;
 mod yaml;
 
-pub(crate) use database::{DatabaseHost, DatabaseTarget, SslMode};
+pub(crate) use database::{DatabaseHost, DatabaseTarget, NO_DATABASE, SslMode};
 pub use environment::Environment;
 
 use values::*;
@@ -311,6 +311,13 @@ pub struct ConnectionString {
     location: String,
     /// Folder to which paths in it are relative.
     folder: PathBuf,
+}
+
+impl ConnectionString {
+    /// One that no configuration names. `location`: where it was found, for messages. Paths in it are absolute.
+    pub(crate) fn found(text: &str, location: String) -> Self {
+        ConnectionString { text: Secret::new(text), location, folder: PathBuf::from("/") }
+    }
 }
 
 /// Name of a table, with its schema where one was given. Written exactly as in the database: case matters.

@@ -86,8 +86,6 @@ pub(crate) enum ServiceError {
     Folder(#[from] FolderError),
     #[error("could not listen on {path}: {problem}")]
     Socket { path: PathBuf, problem: String },
-    #[error("no database is configured, so nothing can be drained; set database.url, DATABASE_URL or PGHOST")]
-    Unconfigured,
     /// All the rest is delivered.
     #[error("could not read {0}; the log names them: correct their owner or mode, then run again")]
     Unread(UnreadInput),
@@ -144,9 +142,6 @@ impl Service {
     pub(crate) async fn run(self) -> Result<(), ServiceError> {
         let started = Moment::now();
         let config = &self.config;
-        if self.until == Until::Idle && !self.has_database {
-            return Err(ServiceError::Unconfigured);
-        }
         let schemas = Schemas::load(config.schemas.path.as_deref(), config.event_system.max_event_bytes)?;
         declare_labels(&self.metrics, &schemas);
         let redactor = Redactor::new(&config.redact)?;
@@ -178,7 +173,9 @@ impl Service {
         let mut handles = TaskHandles::new(queue);
         let pulse = Pulse { health: health.clone(), history: history.clone(), systemd: systemd.clone() };
         handles.tasks.spawn_server("pulse", pulse.run());
-        let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture);
+        // Errors are told by the drainer.
+        let database = (self.target)().ok().flatten().map(|target| target.without_password);
+        let api = Api::new(health, history, intake.clone(), spool.clone(), config.hooks.capture, database);
         let started = tokio::select! {
             started = self.start(&mut handles, api, http_health, intake, spool) => started.map(Some),
             () = self.stopped() => Ok(None),
@@ -320,6 +317,7 @@ impl Service {
 
     /// Waits for whatever ends the run.
     async fn wait(&self, input: &Input, handles: &mut TaskHandles) -> Result<(), ServiceError> {
+        let begun = Instant::now();
         let mut failed = handles.queue.failed();
         let mut idle_check = tokio::time::interval(IDLE_CHECK_INTERVAL);
         let mut summary = tokio::time::interval(SUMMARY_INTERVAL);
@@ -341,12 +339,25 @@ impl Service {
                 error = handles.tasks.first_end() => return Err(error),
                 _ = idle_check.tick(), if self.until == Until::Idle => {
                     if input.is_read() && handles.queue.stats().pending == 0 {
+                        self.log_idle(begun);
                         return input.outcome();
                     }
                 }
                 _ = summary.tick() => self.sum_up(&handles.queue, &mut summed_up),
             }
         }
+    }
+
+    /// What a run with [`Until::Idle`] has done.
+    fn log_idle(&self, begun: Instant) {
+        let metrics = &self.metrics;
+        info!(
+            delivered = metrics.events_delivered.get(),
+            duplicates = metrics.events_duplicate.get(),
+            dead_letters = metrics.events_dead_lettered.get(),
+            seconds = (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
+            "everything that could be read is delivered"
+        );
     }
 
     /// One line a minute while something happens.
@@ -442,7 +453,6 @@ impl Input {
         if unread != UnreadInput::default() {
             return Err(ServiceError::Unread(unread));
         }
-        info!("everything is read and delivered");
         Ok(())
     }
 }

@@ -24,12 +24,12 @@ use clap::Args;
 
 use super::client;
 use super::hooks::own_command;
-use super::{Context, Exit, Failure, block_on, inspect_queue};
+use super::{Context, Exit, Failure, block_on, database, inspect_queue};
 
 /// Below this the queue can't be expected to work.
 const FREE_BYTES_MIN: u64 = 64 << 20;
 
-/// Check configuration, schemas, folders and database, and say how to mend what is wrong
+/// Check configuration, schemas, folders and database, and say how to fix what is wrong
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  headspace-watcher check --no-database\n\nExit code 0: nothing is wrong, notes or not; 78: something is."
@@ -60,7 +60,7 @@ pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exi
         ("token", token(&config.http)),
     ]);
     if !arguments.no_database {
-        findings.extend(database(context)?.into_iter().map(|finding| ("database", finding)));
+        findings.extend(postgres(context)?.into_iter().map(|finding| ("database", finding)));
     }
     Ok(print(&findings))
 }
@@ -253,21 +253,19 @@ fn token(http: &HttpConfig) -> Finding {
     }
 }
 
-fn database(context: &Context) -> Result<Vec<Finding>, Failure> {
-    let (target, has_database) = match context.target() {
+fn postgres(context: &Context) -> Result<Vec<Finding>, Failure> {
+    let (target, has_database) = match database::of_commands(context) {
         Ok(target) => target,
         Err(failure) => return Ok(vec![Wrong(failure.message)]),
     };
     if !has_database {
-        return Ok(vec![Note(
-            "none is configured: events would stay in the queue; set database.url, DATABASE_URL or PGHOST, or use scripts/run-watcher.sh"
-                .to_owned(),
-        )]);
+        return Ok(vec![Wrong(database::none(context).message)]);
     }
     let config = context.config();
+    let place = target().ok().flatten().map(|target| Fine(target.described));
     let inspected = block_on(inspect(&connect_settings(config, target)))?;
     Ok(match inspected {
-        Ok(inspection) => inspection.findings(config.database.auto_migrate),
+        Ok(inspection) => place.into_iter().chain(inspection.findings(config.database.auto_migrate)).collect(),
         // What the server says comes with its way out.
         Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Wrong(format!(
             "{error}; see that the server runs and can be reached from here, or correct host and port in database.url. Until then events wait in the queue"

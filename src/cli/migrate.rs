@@ -4,7 +4,7 @@ use crate::service::connect_settings;
 use crate::sink::postgres;
 use clap::Args;
 
-use super::{Context, Exit, Failure, block_on};
+use super::{Context, Exit, Failure, block_on, database};
 
 /// Create or bring up to date what is needed in Postgres
 #[derive(Args)]
@@ -16,7 +16,7 @@ pub(super) struct MigrateArguments {
 }
 
 pub(super) fn migrate(context: &Context, arguments: &MigrateArguments) -> Result<Exit, Failure> {
-    let (target, has_database) = context.target()?;
+    let (target, has_database) = database::of_commands(context)?;
     let settings = connect_settings(context.config(), target);
     if arguments.print {
         let settings_of_database = has_database.then_some(&settings);
@@ -24,18 +24,17 @@ pub(super) fn migrate(context: &Context, arguments: &MigrateArguments) -> Result
         return Ok(Exit::Fine);
     }
     if !has_database {
-        let message = "no database is configured; set database.url, DATABASE_URL or PGHOST";
-        return Err(Failure::new(Exit::Configuration, message));
+        return Err(database::none(context));
     }
     let (made, removed) = block_on(postgres::migrate(&settings))??;
     if made.is_empty() {
-        println!("nothing to do: all is there");
+        println!("nothing to do: everything is there");
     } else {
         println!("created {}", made.join(", "));
     }
     if !removed.is_empty() {
         println!(
-            "removed {}, of another version or configuration; who still needs them makes them again",
+            "removed {}, which another version or configuration has made; one that still runs makes them again",
             removed.join(", ")
         );
     }

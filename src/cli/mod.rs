@@ -3,6 +3,7 @@
 mod check;
 mod completions;
 mod config;
+mod database;
 mod dead_letters;
 mod emit;
 mod explain;
@@ -20,13 +21,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use crate::client;
 use crate::config::{Config, Environment, Loaded};
 use crate::queue::QueueError;
 use crate::service::ServiceError;
-use crate::sink::postgres::TargetSource;
 use crate::sink::{DeliverError, Verdict};
 use crate::source::{SourceError, inspect_queue};
 use crate::telemetry::{self, LogFormat};
@@ -155,7 +154,6 @@ impl From<ServiceError> for Failure {
             | ServiceError::Redact(_)
             | ServiceError::Folder(_)
             | ServiceError::Socket { .. } => Failure::new(Exit::Configuration, error),
-            ServiceError::Unconfigured => Failure::new(Exit::Unavailable, error),
             ServiceError::Unread(_) => Failure::new(Exit::CheckFailed, error),
             ServiceError::Thread { .. } | ServiceError::Ended(_) => Failure::new(Exit::Internal, error),
         }
@@ -198,15 +196,6 @@ impl Context {
 
     fn start_logging(&self) {
         telemetry::start_logging(self.log_format, self.log_level);
-    }
-
-    /// Looks up where Postgres is, anew each time; and whether anything is configured now.
-    fn target(&self) -> Result<(TargetSource, bool), Failure> {
-        let database = self.config().database.clone();
-        let environment = self.environment.clone();
-        let resolve = move || database.resolve(&environment).map_err(|error| error.to_string().replace('\n', "; "));
-        let now = resolve().map_err(|error| Failure::new(Exit::Configuration, error))?;
-        Ok((Arc::new(resolve), now.is_some()))
     }
 }
 

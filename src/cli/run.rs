@@ -7,15 +7,18 @@ use std::time::Duration;
 use crate::service::{Service, Until};
 use crate::telemetry::Metrics;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, database};
 
 /// How long threads that hang in a system call are waited for at the very end.
 const RUNTIME_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
+
+/// Between two looks at the progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Open files that are asked for: transcripts, connections and the queue, with room to spare.
 const FILES_WANTED: u64 = 8192;
@@ -36,7 +39,10 @@ pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Fa
         warn!(unused = context.loaded.unused.join(", "), "the configuration has sections or keys of another program");
     }
     allow_files();
-    let (target, has_database) = context.target()?;
+    let (target, has_database) = database::of_watcher(&context)?;
+    if arguments.until_idle && !has_database {
+        return Err(database::none(&context));
+    }
     let until = if arguments.until_idle { Until::Idle } else { Until::Stopped };
     // Built by hand: dropping a runtime waits for ever on a thread that hangs.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -131,24 +137,26 @@ fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
     Ok(receiver)
 }
 
-/// A bar of what was captured and what of it has left the queue.
+/// A bar of what was captured and what of it has left the queue; nothing while there is nothing to show.
 fn show_progress(metrics: Arc<Metrics>) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
         let style = ProgressStyle::with_template("{elapsed_precise} {bar:32} {pos}/{len} events {per_sec} {msg}");
         let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        let bar = bar.with_finish(ProgressFinish::AndClear);
         loop {
-            tick.tick().await;
+            tokio::time::sleep(PROGRESS_INTERVAL).await;
             let left = metrics.events_delivered.get()
                 + metrics.events_duplicate.get()
                 + metrics.events_dead_lettered.of("refused");
-            bar.set_length(metrics.events_captured.get().max(left));
+            let captured = metrics.events_captured.get().max(left);
+            if captured == 0 {
+                continue;
+            }
+            let database = metrics.live.database.get();
+            let trouble = database.last_error.map(|_| format!(", database {}", database.state.as_str()));
+            bar.set_length(captured);
             bar.set_position(left);
-            bar.set_message(format!(
-                "{} lines read, database {}",
-                metrics.lines_read.get(),
-                metrics.live.database.get().state.as_str()
-            ));
+            bar.set_message(format!("{} lines read{}", metrics.lines_read.get(), trouble.unwrap_or_default()));
         }
     })
 }

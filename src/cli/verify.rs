@@ -4,15 +4,19 @@ use std::io::{self, Write};
 
 use crate::event::Timestamp;
 use crate::service::connect_settings;
+use crate::sink::DeliverError;
 use crate::sink::postgres::{ConnectSettings, inspect};
 use crate::verify::{self, ConflictingLines, Counts, IncompleteLine, Remedy, Report, VerifyError};
 use clap::Args;
 use jiff::SignedDuration;
 
-use super::{Context, Exit, Failure, block_on, written};
+use super::{Context, Exit, Failure, block_on, database, written};
 
 /// Missing events that are listed for people.
 const LISTED_MAX: usize = 20;
+
+/// SQLSTATE of a statement for which the user lacks a right.
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 /// The oldest that `--since` takes.
 const SINCE_DAYS_MAX: i64 = 365_000;
@@ -20,7 +24,7 @@ const SINCE_DAYS_MAX: i64 = 365_000;
 /// Prove for each turn on disk that it is in Postgres, in the queue or among the dead letters
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked; 74: the spool is full or can't be used."
+    after_help = "Examples:\n  headspace-watcher verify\n  headspace-watcher verify --json | jq '.missing[]'\n  headspace-watcher verify --repair    # send again what is missing\n\nExit code 0: nothing is missing, or all of it was sent again; 1: something is missing, or a transcript can't be\nread; 69: the database or the queue can't be asked; 74: the spool is full or can't be used;\n78: no database is configured."
 )]
 pub(super) struct VerifyArguments {
     /// One JSON object; it lists all that is missing
@@ -39,7 +43,8 @@ pub(super) struct VerifyArguments {
 }
 
 pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<Exit, Failure> {
-    let database = connect_settings(context.config(), context.target()?.0);
+    let (target, has_database) = database::of_commands(context)?;
+    let database = connect_settings(context.config(), target);
     let remedy = match (arguments.repair, arguments.accept_missing) {
         (true, _) => Remedy::Repair,
         (false, true) => Remedy::Accept,
@@ -59,6 +64,7 @@ pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<E
     }
     let is_all_there = report.is_all_there();
     match found.error {
+        Some(_) if !has_database => Err(database::none(context)),
         Some(error) => Err(error.into()),
         None if is_all_there => Ok(Exit::Fine),
         None => Ok(Exit::CheckFailed),
@@ -90,7 +96,14 @@ async fn note_triggers(database: &ConnectSettings) {
 
 impl From<VerifyError> for Failure {
     fn from(error: VerifyError) -> Self {
-        let message = error.to_string();
+        let mut message = error.to_string();
+        if let VerifyError::Database(DeliverError { sqlstate: Some(code), .. }) = &error
+            && code == INSUFFICIENT_PRIVILEGE
+        {
+            message.push_str(
+                "; verify itself needs SELECT on events and event_receipts, and USAGE on the schema of the latter",
+            );
+        }
         let exit = match error {
             VerifyError::Source(error) => Failure::from(error).exit,
             VerifyError::Database(_) | VerifyError::NotSent(_) | VerifyError::NotAccepted(_) => Exit::Unavailable,
@@ -108,12 +121,12 @@ fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
     write_counts(out, turns, sessions)?;
     writeln!(
         out,
-        "\n{} transcripts read, {} of sub-agents passed over",
+        "\n{} transcripts read, {} of sub-agents skipped",
         report.transcripts_read, report.sub_agent_transcripts
     )?;
     let no_turns: u64 = report.user_lines_no_turns.values().sum();
     if no_turns > 0 {
-        writeln!(out, "{no_turns} lines of the user's side are no turns (\"explain FILE\" says so of each):")?;
+        writeln!(out, "{no_turns} user lines are no turns (\"explain FILE\" says why of each):")?;
         let mut reasons: Vec<_> = report.user_lines_no_turns.iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
         let reasons = reasons.iter().map(|(reason, count)| format!("{count} {reason}"));
@@ -121,10 +134,13 @@ fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
     }
     let without_receipt = sum(turns.without_receipt, sessions.without_receipt);
     if without_receipt > 0 {
-        writeln!(out, "{without_receipt} rows are there without a receipt")?;
+        writeln!(out, "{without_receipt} of those in Postgres have no receipt")?;
+    }
+    if turns.unproven + sessions.unproven > 0 {
+        writeln!(out, "unproven: neither in the queue nor among the dead letters, and Postgres could not be asked")?;
     }
     for one in &report.unreadable {
-        writeln!(out, "can't be read, so nothing is proved of it: {}: {}", one.path, one.error)?;
+        writeln!(out, "could not read {}, so nothing is proved of it: {}", one.path, one.error)?;
     }
     for path in &report.missing_folders {
         writeln!(out, "warning: {path} does not exist: transcripts that were in it are not verified")?;
@@ -152,7 +168,7 @@ fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
         )?;
     }
     if turns.not_yet_read + sessions.not_yet_read > 0 {
-        writeln!(out, "what is not yet read is read by the running watcher, or at its next start")?;
+        writeln!(out, "not yet read: the running watcher reads it, or the next one when it starts")?;
     }
     write_missing(out, report)
 }
@@ -172,6 +188,7 @@ fn write_counts(out: &mut impl Write, turns: &Counts, sessions: &Counts) -> io::
         ("not yet read", false, Some(turns.not_yet_read), Some(sessions.not_yet_read)),
         ("unproven", false, Some(turns.unproven), Some(sessions.unproven)),
         ("missing", true, turns.missing, sessions.missing),
+        ("sent again", false, turns.sent_again, sessions.sent_again),
     ] {
         if is_shown || sum(turns, sessions) > 0 {
             let shown = |count: Option<u64>| count.map_or_else(|| "?".to_owned(), |count| count.to_string());

@@ -26,6 +26,10 @@ use super::environment::Environment;
 use super::nearest::nearest;
 use crate::regular_file;
 
+/// What every command says that needs a database and finds none. Exit code 78.
+pub(crate) const NO_DATABASE: &str = "no database is configured; set database.url, DATABASE_URL or PGHOST, or run \
+                                      scripts/run-watcher.sh, which starts a private PostgreSQL";
+
 /// Port of a server that says nothing else.
 const PORT: u16 = 5432;
 
@@ -51,6 +55,8 @@ pub struct DatabaseTarget {
     pub connect_timeout: Duration,
     /// For logs and messages, without the password: `postgresql://alice@db.example:5432/headspace`.
     pub described: String,
+    /// All of it but the password as a connection string, for other processes on this machine.
+    pub without_password: String,
     /// What was ignored and why, a sentence each: a password file that others may read, for one.
     pub warnings: Vec<String>,
 }
@@ -289,7 +295,25 @@ impl Settings<'_> {
             .keepalives_retries(u32::try_from(positive("keepalives_count", 3)).unwrap_or(3))
             .tcp_user_timeout(Duration::from_millis(positive("tcp_user_timeout", 10_000)));
         let described = describe(&hosts, user, dbname);
-        Ok(DatabaseTarget { client, hosts, user: user.to_owned(), ssl, connect_timeout, described, warnings })
+        let without_password = self.without_password(user, dbname)?;
+        let user = user.to_owned();
+        Ok(DatabaseTarget { client, hosts, user, ssl, connect_timeout, described, without_password, warnings })
+    }
+
+    /// All parameters but the password as `name='value'` words, with absolute paths.
+    fn without_password(&self, user: &str, dbname: &str) -> Result<String, String> {
+        let quoted = |value: &str| format!("'{}'", value.replace('\\', "\\\\").replace('\'', "\\'"));
+        let mut words = format!("user={} dbname={}", quoted(user), quoted(dbname));
+        for (name, _) in PARAMETERS.iter().filter(|(name, _)| !["user", "dbname", "password"].contains(name)) {
+            let is_path = ["passfile", "sslrootcert", "sslcert", "sslkey"].contains(name);
+            let value = match self.get(name) {
+                Some(value) if !is_path || value == "system" => Some(value.to_owned()),
+                Some(_) => self.path(name)?.map(|path| path.display().to_string()),
+                None => None,
+            };
+            words.extend(value.map(|value| format!(" {name}={}", quoted(&value))));
+        }
+        Ok(words)
     }
 
     /// The value of a parameter in the string; the last one counts, as in libpq. Empty counts as not given.
@@ -581,7 +605,10 @@ fn describe(hosts: &[DatabaseHost], user: &str, dbname: &str) -> String {
     let encode = |text: &str| utf8_percent_encode(text, KEPT).to_string();
     let (user, dbname) = (encode(user), encode(dbname));
     if let [DatabaseHost::Unix { folder, port }] = hosts {
-        return format!("postgresql://{user}@/{dbname}?host={}&port={port}", encode(&folder.display().to_string()));
+        // Here a slash may stand as it is, and is easier to read.
+        const KEPT_IN_PATH: &AsciiSet = &KEPT.remove(b'/');
+        let folder = utf8_percent_encode(&folder.display().to_string(), KEPT_IN_PATH).to_string();
+        return format!("postgresql://{user}@/{dbname}?host={folder}&port={port}");
     }
     let hosts: Vec<String> = hosts
         .iter()

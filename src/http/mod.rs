@@ -55,6 +55,8 @@ pub(crate) struct Api {
     intake: Arc<Intake>,
     spool: Spool,
     capture: HookCapture,
+    /// How the watcher reaches its database, without the password.
+    database: Option<String>,
     /// A permit is a kilobyte.
     body_room: Arc<Semaphore>,
     listings: Arc<Semaphore>,
@@ -69,6 +71,7 @@ impl Api {
         intake: Arc<Intake>,
         spool: Spool,
         capture: HookCapture,
+        database: Option<String>,
     ) -> Api {
         // All bodies together, beyond what each has for free: room for the largest one. 32 MiB by default.
         let body_bytes_max = hooks::input_bytes_max(&intake).next_power_of_two() as usize;
@@ -78,6 +81,7 @@ impl Api {
             intake,
             spool,
             capture,
+            database,
             body_room: Arc::new(Semaphore::new(body_bytes_max / 1024)),
             listings: Arc::new(Semaphore::new(LISTINGS_MAX)),
             viewers: Arc::new(Semaphore::new(VIEWERS_MAX)),
@@ -121,14 +125,22 @@ pub(crate) fn router(api: Api, transport: Transport) -> Router {
         .route("/live", get(page::live))
         .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
-        .with_state(api);
+        .with_state(api.clone());
     match transport {
-        Transport::Socket => routes.layer(Extension(Caller::Owner)),
+        Transport::Socket => {
+            let own = Router::new().route("/database", get(database)).with_state(api);
+            routes.merge(own).layer(Extension(Caller::Owner))
+        }
         // Not on the socket: a command may wait for the program whose output is piped into it.
         Transport::Tcp(access) => routes
             .layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller))
             .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIMEOUT)),
     }
+}
+
+/// Where the watcher has its database, for commands that are told of none. On the socket alone.
+async fn database(State(api): State<Api>) -> Response {
+    answer(StatusCode::OK, &json!({"connection": api.database}))
 }
 
 async fn health(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Response {

@@ -113,7 +113,7 @@ fn migrate_prints_the_sql_that_makes_what_it_makes() {
     let sql = stage.run(&["migrate", "--print"]).output();
     stage.database().query(&sql);
     let done = stage.run(&["migrate"]);
-    assert_eq!((done.code(), done.output().trim()), (0, "nothing to do: all is there"));
+    assert_eq!((done.code(), done.output().trim()), (0, "nothing to do: everything is there"));
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn without_a_database_events_are_kept_and_health_says_so() {
     wait_until("the line is queued", SOON, || watcher.health()["queue"]["pending"] == 2);
     assert_eq!(watcher.health()["database"]["state"], "unconfigured");
     assert_eq!(watcher.stop().0.code(), Some(0));
-    assert_eq!(stage.run(&["run", "--until-idle"]).code(), 69);
+    assert_eq!(stage.run(&["run", "--until-idle"]).code(), 78);
 }
 
 #[test]

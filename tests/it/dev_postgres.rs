@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::stage::{processes_with_open, programs_without, project};
+use crate::stage::{Stage, is_root, processes_with_open, programs_without, project, signal, wait_until};
 
 /// Longer than a start takes, shorter than it waits for another one.
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -149,6 +149,86 @@ fn a_start_that_fails_before_there_is_a_log_says_why() {
     let output = place.run(&["start", text(&folder)]);
     assert_eq!(output.status.code(), Some(69), "{}", error(&output));
     assert!(error(&output).contains("could not start PostgreSQL in"), "{}", error(&output));
+}
+
+/// Stops the server of a project when it goes.
+struct StopOnDrop(PathBuf);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        let _ = Command::new(&self.0).args(["stop", "--mode", "immediate"]).output();
+    }
+}
+
+#[test]
+fn the_commands_find_the_private_server_with_and_without_the_watcher_from_any_folder() {
+    let stage = Stage::with(None);
+    let scripts = stage.folder().join("scripts");
+    fs::set_permissions(stage.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(&scripts).unwrap();
+    for name in ["run-watcher.sh", "dev-postgres.sh", "lock.sh"] {
+        fs::copy(project().join("scripts").join(name), scripts.join(name)).unwrap();
+    }
+    let postgres = scripts.join("dev-postgres.sh");
+    let _stop = StopOnDrop(postgres.clone());
+    stage.transcript("-home-me-app", 1).say("hello");
+    let config = stage.folder().join("config.yaml");
+    let run = |arguments: &[&str]| {
+        let mut command = stage.command(&["--config", text(&config)]);
+        finish(spawn(command.args(arguments).current_dir("/")))
+    };
+    let assert_ends = |arguments: &[&str], code: i32, words: &str| {
+        let output = run(arguments);
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(words), "{arguments:?}: \"{words}\" is not in: {said}");
+    };
+    assert_ends(&["verify"], 78, "no database is configured");
+
+    let mut supervisor = Command::new(scripts.join("run-watcher.sh"));
+    supervisor.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", stage.folder().join("home"));
+    supervisor.env("HEADSPACE_WATCHER_BIN", env!("CARGO_BIN_EXE_headspace-watcher")).current_dir("/");
+    let log = fs::File::create(stage.folder().join("log")).unwrap();
+    let supervisor = supervisor.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn();
+    let mut supervisor = supervisor.expect("start the supervisor");
+    wait_until("all is delivered", PATIENCE, || run(&["verify"]).status.success());
+    assert_ends(&["verify"], 0, "in Postgres              1           1");
+    assert_ends(&["check"], 0, "the tables are there");
+    assert_ends(&["migrate"], 0, "nothing to do");
+    signal(supervisor.id(), "TERM");
+    assert!(supervisor.wait().expect("wait for the supervisor").success());
+
+    // It took its server down. What to do is said with whole paths.
+    let hint = format!(
+        "start it with the watcher ({}), or alone (\"{} start\")",
+        scripts.join("run-watcher.sh").display(),
+        postgres.display()
+    );
+    for (arguments, code) in [(&["verify"][..], 69), (&["migrate"], 69), (&["check"], 78)] {
+        assert_ends(arguments, code, &hint);
+    }
+    assert!(finish(spawn(Command::new(&postgres).arg("start"))).status.success());
+    assert_ends(&["verify"], 0, "missing");
+    assert_ends(&["migrate"], 0, "nothing to do");
+    assert_ends(&["run", "--until-idle"], 0, "everything that could be read is delivered");
+    if is_root() {
+        std::os::unix::fs::chown(stage.folder().join("data/postgres.url"), Some(65_534), None).unwrap();
+        assert_ends(&["migrate"], 78, "no database is configured");
+    }
+}
+
+#[test]
+fn scripts_print_their_own_help_at_once() {
+    let place = Place::new();
+    let without_cargo = programs_without("cargo", place.folder.path());
+    for name in ["test.sh", "run-watcher.sh", "dev-postgres.sh", "bench.sh"] {
+        let mut command = Command::new(project().join("scripts").join(name));
+        command.arg("--help").env("PATH", &without_cargo).env("CARGO_HOME", "/nowhere").env("HOME", "/nowhere");
+        let output = finish(spawn(&mut command));
+        let help = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{name}: {}", error(&output));
+        assert!(help.contains(&format!("scripts/{name}")), "{name}: {help}");
+    }
 }
 
 #[test]

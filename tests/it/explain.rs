@@ -144,7 +144,7 @@ fn the_grade_is_in_the_row_and_what_is_no_turn_is_counted_by_reason() {
     assert_eq!(report["user_lines_no_turns"], json!({"origin": 2, "tool_result": 1}));
     let table = stage.run(&["verify"]);
     assert_eq!(table.code(), 0, "{}", table.output());
-    assert!(table.output().contains("3 lines of the user's side are no turns"), "{}", table.output());
+    assert!(table.output().contains("3 user lines are no turns"), "{}", table.output());
     assert!(table.output().contains("2 origin, 1 tool_result"), "{}", table.output());
 }
 

@@ -74,7 +74,7 @@ fn a_ledger_beside_the_events_gets_wide_ids() {
         "SELECT count(*) FROM information_schema.columns WHERE table_schema = 'public' AND data_type = 'integer'
                     AND table_name LIKE 'event\\_%'";
     assert_eq!(stage.database().value(narrow), "0");
-    assert_eq!(stage.run(&["migrate"]).output(), "nothing to do: all is there\n");
+    assert_eq!(stage.run(&["migrate"]).output(), "nothing to do: everything is there\n");
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn a_table_of_others_with_the_name_of_a_view_is_left_alone() {
     let texts = stage.transcript("-home-me-app", 1).say_many("line", 3);
     stage.run_until_idle();
     assert_eq!(stage.database().texts(), texts);
-    assert_eq!(stage.run(&["migrate"]).output(), "nothing to do: all is there\n");
+    assert_eq!(stage.run(&["migrate"]).output(), "nothing to do: everything is there\n");
     assert_eq!(stage.database().value("SELECT count(*) FROM pg_views WHERE schemaname = 'public'"), "0");
 }
 

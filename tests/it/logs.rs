@@ -83,7 +83,7 @@ fn an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_in_between() {
 fn lines_are_text_with_colour_on_a_terminal_and_json_elsewhere() {
     let stage = Stage::with(None);
     let elsewhere = stage.run(&["--log-level", "info", "run", "--until-idle"]);
-    assert_eq!(elsewhere.code(), 69, "there is no database to drain into");
+    assert_eq!(elsewhere.code(), 78, "there is no database to drain into");
     let watcher = stage.start_with(&[]);
     watcher.wait_for_log("ready");
     let first = watcher.log().lines().next().unwrap().to_owned();

@@ -1,13 +1,14 @@
 //! What only a person can mend: health says so with the server's own words and the way out, capture goes on, and when
 //! it is mended the events follow without a restart.
 
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Server, Stage, Watcher, wait_for, wait_until, when_busy};
+use crate::stage::{Database, SOON, Server, Stage, Watcher, exchange, wait_for, wait_until, when_busy};
 
 /// How soon health must tell.
 const TOLD_WITHIN: Duration = Duration::from_secs(2);
@@ -52,6 +53,43 @@ fn stage(database: &Database, url: &str) -> Stage {
     let mut stage = Stage::with(Some(database.clone()));
     stage.environment.insert("DATABASE_URL".to_owned(), url.to_owned());
     stage
+}
+
+#[test]
+fn commands_that_are_told_of_no_database_use_the_watchers_and_learn_no_password() {
+    let database = Database::new();
+    let mut stage = stage(&database, &format!("{}&password=open-sesame", database.url));
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    stage.set("http.listen", &address.to_string());
+    stage.transcript("-home-me-app", 1).say("hello");
+    let watcher = stage.start();
+    stage.wait_for_rows(2);
+    let told = watcher.ask("GET", "/database", &[], "");
+    assert_eq!(told.code, 200, "{told:?}");
+    assert!(told.body.contains("dbname='test_") && !told.body.contains("sesame"), "{told:?}");
+    let bearer = format!("Authorization: Bearer {}", stage.token());
+    let stranger = wait_for("it listens", SOON, || TcpStream::connect(address).ok());
+    let refused = exchange(stranger, "GET", "/database", &[&format!("Host: {address}"), &bearer], None).unwrap();
+    assert_eq!(refused.code, 404, "it is told on the socket alone");
+
+    stage.database = None;
+    stage.environment.remove("DATABASE_URL");
+    for (command, words) in [("verify", "in Postgres"), ("migrate", "nothing to do"), ("check", "the tables are there")]
+    {
+        let ran = stage.run(&[command]);
+        assert_eq!(ran.code(), 0, "{command}: {}{}", ran.output(), ran.error());
+        assert!(ran.output().contains(words), "{command}: {}", ran.output());
+    }
+    watcher.stop();
+    // One cause, one sentence, one exit code.
+    for arguments in [&["verify"][..], &["migrate"], &["check"], &["run", "--until-idle"]] {
+        let ran = stage.run(arguments);
+        assert_eq!(ran.code(), 78, "{arguments:?}: {}{}", ran.output(), ran.error());
+        let said = ran.output() + &ran.error();
+        let sentence = "no database is configured; set database.url, DATABASE_URL or PGHOST, or run \
+                        scripts/run-watcher.sh, which starts a private PostgreSQL\n";
+        assert!(said.contains(sentence), "{arguments:?}: {said}");
+    }
 }
 
 #[test]

@@ -400,8 +400,8 @@ fn without_the_database_it_says_what_it_can_and_that_nothing_is_proved() {
     let mut stage = stage;
     stage.database = None;
     let ran = stage.run(&["verify"]);
-    assert_eq!(ran.code(), 69);
-    assert!(ran.error().contains("no database is configured"), "{}", ran.error());
+    assert_eq!(ran.code(), 78);
+    assert!(ran.error().starts_with("headspace-watcher: no database is configured; set "), "{}", ran.error());
 }
 
 #[test]

@@ -64,6 +64,19 @@ fn refused(url: &str) -> String {
     error.strip_prefix("environment DATABASE_URL: ").unwrap_or_else(|| panic!("{error}")).to_owned()
 }
 
+#[test]
+fn without_its_password_a_connection_string_leads_to_the_same_target() {
+    let string = concat!(
+        r"host=db.example,/run hostaddr=::1, port=5433, user='a\'da' dbname='it\\s' password='open sesame' ",
+        "sslmode=require sslrootcert=certs/root.pem options='-c search_path=x' channel_binding=require",
+    );
+    let desk = Desk::new(&[("DATABASE_URL", string), ("PGCONNECT_TIMEOUT", "7"), ("PGAPPNAME", "it's me")]);
+    let target = desk.resolve();
+    assert!(!target.without_password.contains("sesame"), "{}", target.without_password);
+    let again = resolve(&[("DATABASE_URL", &target.without_password), ("PGPASSWORD", "open sesame")]);
+    assert_eq!(again, target);
+}
+
 fn tcp(name: &str, port: u16) -> DatabaseHost {
     DatabaseHost::Tcp { name: name.to_owned(), address: None, port }
 }

@@ -22,7 +22,7 @@ use super::layout::{Facts, Needs};
 use super::notices::Notices;
 use super::tls::{no_tls, tls};
 use super::verdict::{no_answer, step_error};
-use crate::config::{DatabaseHost, DatabaseTarget, SslMode};
+use crate::config::{DatabaseHost, DatabaseTarget, NO_DATABASE, SslMode};
 use crate::sink::{DeliverError, Verdict};
 
 /// Says where Postgres is, each time it is asked. `Ok(None)`: nothing is configured. The error is for people.
@@ -99,9 +99,8 @@ pub(super) async fn connect<T>(
     open: impl AsyncFn(tokio_postgres::Config, MakeRustlsConnect) -> Result<T, tokio_postgres::Error>,
 ) -> Result<(T, Canceller), DeliverError> {
     let misconfigured = |message| DeliverError { verdict: Verdict::Operator, sqlstate: None, message };
-    let target = (settings.target)().map_err(misconfigured)?.ok_or_else(|| {
-        misconfigured("no database is configured; set database.url, DATABASE_URL or PGHOST".to_owned())
-    })?;
+    let target = (settings.target)().map_err(misconfigured)?;
+    let target = target.ok_or_else(|| misconfigured(NO_DATABASE.to_owned()))?;
     let tls = tls(&target).map_err(misconfigured)?;
     let has_tls = tls.is_some();
     let connector = MakeRustlsConnect::new(tls.unwrap_or_else(no_tls));
