@@ -17,10 +17,10 @@ use serde_json::Value;
 use super::queue_dump::{self, QueueDumpArguments};
 use super::{Context, Exit, Failure, block_on};
 
-/// Look at what was set aside, send it again, or forget it
+/// Look at dead letters, send them again, or forget them
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all\n\nExit code 65: there is no such dead letter, or it never was an event."
+    after_help = "Examples:\n  headspace-watcher dead-letters list\n  headspace-watcher dead-letters retry --all\n  headspace-watcher dead-letters drop --reason invalid\n\nExit code 65: there is no such dead letter, or it is no valid event and can't be sent again."
 )]
 pub(super) struct DeadLettersArguments {
     #[command(subcommand)]
@@ -39,28 +39,38 @@ enum DeadLettersCommand {
         sequence: u64,
     },
     /// Put events back at the tail of the queue
-    Retry {
-        /// Their sequence numbers
-        #[arg(value_name = "SEQ", required_unless_present = "all", conflicts_with = "all")]
-        sequences: Vec<u64>,
-        /// All that once were events
-        #[arg(long)]
-        all: bool,
-    },
+    Retry(Letters),
     /// Forget for good
-    Drop {
-        /// Their sequence numbers
-        #[arg(value_name = "SEQ", required = true)]
-        sequences: Vec<u64>,
-    },
+    Drop(Letters),
+}
+
+/// Which letters are sent again or dropped.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Letters {
+    /// Their sequence numbers
+    #[arg(value_name = "SEQ")]
+    sequences: Vec<u64>,
+    /// All of them; "retry" leaves out what is no valid event
+    #[arg(long)]
+    all: bool,
+    /// All that have this reason
+    #[arg(long, value_parser = ["unreadable", "invalid", "too_large", "refused", "damaged"])]
+    reason: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Retry,
+    Drop,
 }
 
 pub(super) fn dead_letters(context: &Context, arguments: &DeadLettersArguments) -> Result<Exit, Failure> {
     match &arguments.command {
         DeadLettersCommand::List(arguments) => queue_dump::queue_dump(context, &arguments.of_dead_letters()),
         DeadLettersCommand::Show { sequence } => show(context, *sequence),
-        DeadLettersCommand::Retry { sequences, all } => retry(context, sequences, *all),
-        DeadLettersCommand::Drop { sequences } => forget(context, sequences),
+        DeadLettersCommand::Retry(letters) => change(context, Change::Retry, letters),
+        DeadLettersCommand::Drop(letters) => change(context, Change::Drop, letters),
     }
 }
 
@@ -90,46 +100,47 @@ fn show(context: &Context, sequence: u64) -> Result<Exit, Failure> {
     Ok(Exit::Fine)
 }
 
-fn retry(context: &Context, sequences: &[u64], all: bool) -> Result<Exit, Failure> {
-    // As of now: one that is refused again gets another number.
-    let sequences = match all {
-        true => {
-            let letters = listed(context, &Filter::default())?;
-            letters.iter().filter(|letter| letter.get("event_id").is_some()).filter_map(sequence_of).collect()
-        }
-        false => sequences.to_vec(),
-    };
+fn change(context: &Context, change: Change, letters: &Letters) -> Result<Exit, Failure> {
+    let is_named = !letters.all && letters.reason.is_none();
+    let sequences = if is_named { letters.sequences.clone() } else { selected(context, change, letters)? };
+    if sequences.is_empty() {
+        return Ok(Exit::Fine);
+    }
     let writer = Writer::of(context)?;
     let mut exit = Exit::Fine;
-    for &sequence in &sequences {
-        match writer.retry(sequence)? {
-            Outcome::Done(new) => println!("{sequence} waits at the tail again, as {new}"),
-            // With --all somebody else was faster.
-            Outcome::NotFound if all => {}
-            Outcome::NotFound => exit = refused(&not_found(sequence)),
-            Outcome::NotAnEvent => {
-                exit = refused(&format!("dead letter {sequence} never was an event: it can only be dropped"));
+    for sequence in sequences {
+        match (writer.change(change, sequence)?, change) {
+            (Outcome::Done(_), Change::Drop) => println!("{sequence} dropped"),
+            (Outcome::Done(new), Change::Retry) => println!("{sequence} waits at the tail again, as {new}"),
+            (Outcome::NotFound, _) if is_named => exit = refused(&not_found(sequence)),
+            // Somebody else was faster.
+            (Outcome::NotFound, _) => {}
+            (Outcome::NotAnEvent, _) => {
+                exit = refused(&format!(
+                    "dead letter {sequence} is no valid event and can't be sent again; \"dead-letters drop {sequence}\" forgets it"
+                ));
             }
         }
-    }
-    if sequences.is_empty() {
-        println!("no dead letters that can be sent again");
     }
     writer.close()?;
     Ok(exit)
 }
 
-fn forget(context: &Context, sequences: &[u64]) -> Result<Exit, Failure> {
-    let writer = Writer::of(context)?;
-    let mut exit = Exit::Fine;
-    for &sequence in sequences {
-        match writer.forget(sequence)? {
-            Outcome::Done(_) => println!("{sequence} dropped"),
-            Outcome::NotFound | Outcome::NotAnEvent => exit = refused(&not_found(sequence)),
+/// Those that are there now and can be changed so: one that comes meanwhile, or is refused again, has another number.
+fn selected(context: &Context, change: Change, letters: &Letters) -> Result<Vec<u64>, Failure> {
+    let reason = letters.reason.as_deref();
+    let mut found = listed(context, &Filter::default())?;
+    found.retain(|letter| reason.is_none() || letter.get("reason").and_then(Value::as_str) == reason);
+    let can_change = |letter: &&Value| change == Change::Drop || letter.get("event_id").is_some();
+    let sequences: Vec<u64> = found.iter().filter(can_change).filter_map(sequence_of).collect();
+    match (sequences.len(), found.len()) {
+        (0, 0) => println!("no dead letters{}", reason.map(|name| format!(" with reason {name}")).unwrap_or_default()),
+        (0, count) => {
+            println!("none of {count} dead letters is a valid event; \"dead-letters drop --all\" forgets them")
         }
+        _ => {}
     }
-    writer.close()?;
-    Ok(exit)
+    Ok(sequences)
 }
 
 /// What became of one letter.
@@ -166,23 +177,21 @@ impl Writer<'_> {
         }
     }
 
-    fn retry(&self, sequence: u64) -> Result<Outcome, Failure> {
-        match (self, Sequence::new(sequence)) {
-            (_, None) => Ok(Outcome::NotFound),
-            (Writer::Watcher(socket), Some(_)) => ask(socket, Method::POST, &format!("/dead-letters/{sequence}/retry")),
-            (Writer::Queue(queue), Some(sequence)) => Ok(match queue.retry_dead_letter(sequence)? {
+    fn change(&self, change: Change, sequence: u64) -> Result<Outcome, Failure> {
+        match (self, Sequence::new(sequence), change) {
+            (_, None, _) => Ok(Outcome::NotFound),
+            (Writer::Watcher(socket), _, Change::Retry) => {
+                ask(socket, Method::POST, &format!("/dead-letters/{sequence}/retry"))
+            }
+            (Writer::Watcher(socket), _, Change::Drop) => {
+                ask(socket, Method::DELETE, &format!("/dead-letters/{sequence}"))
+            }
+            (Writer::Queue(queue), Some(sequence), Change::Retry) => Ok(match queue.retry_dead_letter(sequence)? {
                 RetryOutcome::Queued(new) => Outcome::Done(new.get()),
                 RetryOutcome::NotFound => Outcome::NotFound,
                 RetryOutcome::NotAnEvent => Outcome::NotAnEvent,
             }),
-        }
-    }
-
-    fn forget(&self, sequence: u64) -> Result<Outcome, Failure> {
-        match (self, Sequence::new(sequence)) {
-            (_, None) => Ok(Outcome::NotFound),
-            (Writer::Watcher(socket), Some(_)) => ask(socket, Method::DELETE, &format!("/dead-letters/{sequence}")),
-            (Writer::Queue(queue), Some(number)) => {
+            (Writer::Queue(queue), Some(number), Change::Drop) => {
                 Ok(if queue.drop_dead_letter(number)? { Outcome::Done(sequence) } else { Outcome::NotFound })
             }
         }

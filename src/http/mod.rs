@@ -115,7 +115,7 @@ pub(crate) fn router(api: Api, transport: Transport) -> Router {
         .route("/events", post(events::events))
         .route("/hook/{kind}", post(hooks::hook))
         .route("/spool", post(hooks::spool))
-        .route("/dead-letters", get(listings::dead_letters))
+        .route("/dead-letters", get(listings::dead_letters).delete(dead_letters::forget_all))
         .route("/dead-letters/{sequence}", delete(dead_letters::forget))
         .route("/dead-letters/{sequence}/retry", post(dead_letters::retry))
         .route("/cursors", get(listings::cursors))

@@ -1,6 +1,6 @@
 //! Dead letters: looked at, sent again and forgotten, while the watcher runs and while it doesn't.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{SOON, Server, Stage, wait_until};
 
@@ -14,7 +14,13 @@ fn stage_with_dead_letters() -> Stage {
     transcript.say("last");
     // A hook without a session.
     assert_eq!(stage.run_with_input(&["hook"], r#"{"hook_event_name":"Stop","cwd":"/app"}"#).code(), 0);
-    stage.run_until_idle();
+    let ran = stage.run(&["--log-format", "json", "run", "--until-idle"]);
+    assert_eq!(ran.code(), 0, "{}", ran.error());
+    let told = ran.error().lines().find(|line| line.contains("everything that could be read")).unwrap().to_owned();
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let counts = ["delivered", "duplicates", "dead_letters"].map(|name| told[name].as_u64().unwrap());
+    assert_eq!(counts, [3, 0, 2], "it ends with what it has done: {told}");
+    assert!(told["seconds"].is_number(), "{told}");
     assert_eq!(stage.database().texts(), ["first", "last"]);
     stage
 }
@@ -44,10 +50,14 @@ fn look_retry_and_drop(stage: &Stage) {
     assert_eq!(stage.run(&["dead-letters", "show", "999"]).code(), 65);
     assert_eq!(stage.run(&["dead-letters", "retry", "999"]).code(), 65);
     assert_eq!(stage.run(&["dead-letters", "drop", "999"]).code(), 65);
-    assert_eq!(stage.run(&["dead-letters", "retry"]).code(), 64);
+    for command in ["retry", "drop"] {
+        let ran = stage.run(&["dead-letters", command]);
+        assert_eq!(ran.code(), 64);
+        assert!(ran.error().contains("--all"), "{}", ran.error());
+    }
     let never = stage.run(&["dead-letters", "retry", &rejection.to_string()]);
     assert_eq!(never.code(), 65);
-    assert!(never.error().contains("never was an event"), "{}", never.error());
+    assert!(never.error().contains("is no valid event and can't be sent again"), "{}", never.error());
 
     stage.database().query("ALTER TABLE events DROP CONSTRAINT no_swearing");
     let retried = stage.run(&["dead-letters", "retry", "--all"]);
@@ -55,6 +65,44 @@ fn look_retry_and_drop(stage: &Stage) {
     let dropped = stage.run(&["dead-letters", "drop", &rejection.to_string()]);
     assert_eq!(dropped.code(), 0, "{}", dropped.error());
     assert_eq!(letters(stage), (None, None));
+    assert_eq!(stage.run(&["dead-letters", "retry", "--all"]).output(), "no dead letters\n");
+}
+
+fn drop_by_reason_and_drop_all(stage: &Stage) {
+    let drop = |which: &[&str]| {
+        let ran = stage.run(&[&["dead-letters", "drop"], which].concat());
+        assert_eq!(ran.code(), 0, "{}", ran.error());
+        ran.output()
+    };
+    let (event, rejection) = letters(stage);
+    assert_eq!(stage.run(&["dead-letters", "drop", "--reason", "boredom"]).code(), 64);
+    assert_eq!(drop(&["--reason", "unreadable"]), "no dead letters with reason unreadable\n");
+    assert_eq!(drop(&["--reason", "refused"]), format!("{} dropped\n", event.unwrap()));
+    assert_eq!(letters(stage), (None, rejection));
+    let none = stage.run(&["dead-letters", "retry", "--all"]).output();
+    assert!(none.contains("none of 1 dead letters is a valid event"), "{none}");
+    assert_eq!(drop(&["--all"]), format!("{} dropped\n", rejection.unwrap()));
+    assert_eq!(letters(stage), (None, None));
+}
+
+#[test]
+fn dead_letters_are_dropped_by_their_reason_and_all_at_once_with_and_without_the_watcher() {
+    drop_by_reason_and_drop_all(&stage_with_dead_letters());
+    let stage = stage_with_dead_letters();
+    let watcher = stage.start();
+    drop_by_reason_and_drop_all(&stage);
+    assert_eq!(watcher.health()["status"], "pass");
+}
+
+#[test]
+fn over_http_they_are_dropped_by_their_reason_and_all_at_once() {
+    let stage = stage_with_dead_letters();
+    let watcher = stage.start();
+    let drop = |which: &str| watcher.ask("DELETE", &format!("/dead-letters{which}"), &[], "").json();
+    assert_eq!(drop("?reason=invalid"), json!({"dropped": 1}));
+    assert!(matches!(letters(&stage), (Some(_), None)));
+    assert_eq!(drop(""), json!({"dropped": 1}));
+    assert_eq!(letters(&stage), (None, None));
 }
 
 #[test]
