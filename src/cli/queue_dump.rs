@@ -33,7 +33,7 @@ pub(super) struct QueueDumpArguments {
     /// Whole payloads; without it no text is shown
     #[arg(long)]
     payload: bool,
-    /// What was set aside or rejected, with reasons
+    /// Dead letters instead, with reasons
     #[arg(long)]
     dead_letters: bool,
 }

@@ -17,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value};
 use thiserror::Error;
+use tracing::debug;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -175,9 +176,11 @@ impl Intake {
     fn accept_once(&self, body: &[u8], key: Option<&IdempotencyKey>) -> Result<Vec<EventId>, RequestError> {
         let reservation = self.checker().values().reserve(body.len());
         let events = read_events(self.checker(), body, key).inspect_err(|error| {
-            // It is not kept: the caller is told at once.
+            // Neither kept nor a warning: the caller is told at once.
             if let RequestError::Event(refused) = error {
-                self.count_rejection(refused.event_type.as_ref(), &Origin::Http, &refused.to_string());
+                let event_type = refused.event_type.as_ref().map_or("unknown", EventType::as_str);
+                self.metrics().events_rejected.add(event_type, 1);
+                debug!(error = %refused, "a request was refused");
             }
         })?;
         let _held = (body.len() > LARGE_REQUEST_BYTES).then_some(reservation);
@@ -277,7 +280,7 @@ impl<'a> Members<'a> {
 
     fn text(&self, name: &str) -> Result<Option<String>, EventError> {
         let Some(raw) = self.get(name) else { return Ok(None) };
-        let text = json::string(raw).ok_or_else(|| EventError::of(name, "expected a text"))?;
+        let text = json::string(raw).ok_or_else(|| EventError::of(name, "expected a string"))?;
         Ok(Some(text.text.into_owned()))
     }
 

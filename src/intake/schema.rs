@@ -30,8 +30,8 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 /// Why a candidate is no event. Names fields and rules, never values.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Invalid {
-    #[error("unknown event type{}", nearest_clause(.nearest))]
-    UnknownType { nearest: Option<String> },
+    #[error("unknown event type; {hint}")]
+    UnknownType { hint: String },
     #[error("{event_type}: {field}: {problem}")]
     Payload { event_type: EventType, field: String, problem: String },
     #[error("{event_type}: the event has {bytes} bytes, more than max_event_bytes ({bytes_max})")]
@@ -47,10 +47,6 @@ impl Invalid {
             Invalid::TooLarge { .. } => "payload",
         }
     }
-}
-
-fn nearest_clause(nearest: &Option<String>) -> String {
-    nearest.as_ref().map(|name| format!("; did you mean \"{name}\"?")).unwrap_or_default()
 }
 
 /// A candidate that is no event, given back whole.
@@ -138,8 +134,8 @@ impl Schemas {
     /// The event, when its type is known and its payload fits the type's schema.
     pub fn check(&self, mut candidate: Candidate) -> Result<Event, Box<Refused>> {
         let Some(schema) = self.by_type.get(&candidate.event_type) else {
-            let nearest = self.nearest(&candidate.event_type);
-            return Err(Box::new(Refused { invalid: Invalid::UnknownType { nearest }, candidate }));
+            let hint = self.known_types(&candidate.event_type);
+            return Err(Box::new(Refused { invalid: Invalid::UnknownType { hint }, candidate }));
         };
         let event_type = schema.event_type.clone();
         let Candidate { payload, refs, .. } = &mut candidate;
@@ -181,13 +177,13 @@ impl Schemas {
         Ok(json)
     }
 
-    fn nearest(&self, name: &str) -> Option<String> {
-        self.by_type
-            .keys()
-            .map(|known| (strsim::jaro_winkler(known, name), known))
-            .filter(|(likeness, _)| *likeness > 0.8)
-            .max_by(|a, b| a.0.total_cmp(&b.0))
-            .map(|(_, known)| known.clone())
+    /// The known type that `name` is like, else all of them.
+    fn known_types(&self, name: &str) -> String {
+        let known = self.by_type.keys().map(|known| (strsim::jaro_winkler(known, name), known.as_str()));
+        match known.max_by(|a, b| a.0.total_cmp(&b.0)) {
+            Some((likeness, known)) if likeness > 0.8 => format!("did you mean \"{known}\"?"),
+            _ => format!("there are {}", self.by_type.keys().map(String::as_str).collect::<Vec<_>>().join(", ")),
+        }
     }
 
     fn add_folder(&mut self, folder: &Path) -> Result<(), SchemaError> {
@@ -374,7 +370,8 @@ mod tests {
     #[test]
     fn an_unknown_type_is_refused_with_the_nearest_known_one() {
         assert_eq!(problem("turn_detectd", json!({})), "unknown event type; did you mean \"turn_detected\"?");
-        assert_eq!(problem("zebra", json!({})), "unknown event type");
+        let known = "hook_received, session_ended, session_registered, state_transition, turn_detected";
+        assert_eq!(problem("zebra", json!({})), format!("unknown event type; there are {known}"));
     }
 
     #[test]

@@ -116,13 +116,16 @@ fn way_out(cause: &str) -> &'static str {
     const KNOWN: &[(&str, &str)] = &[
         ("No space left", "free space"),
         ("uota exceeded", "free space"),
-        ("Permission denied", "mend its owner or mode, or set queue.path"),
-        ("Operation not permitted", "mend its owner or mode, or set queue.path"),
+        ("Permission denied", "correct its owner or mode, or set queue.path"),
+        ("Operation not permitted", "correct its owner or mode, or set queue.path"),
         ("Read-only file system", "make it writable, or set queue.path"),
         ("Too many open files", "raise the limit of open files (ulimit -n)"),
         ("No file descriptors available", "raise the limit of open files (ulimit -n)"),
     ];
-    KNOWN.iter().find(|(words, _)| cause.contains(words)).map_or("free space or mend the disk", |(_, way_out)| way_out)
+    KNOWN
+        .iter()
+        .find(|(words, _)| cause.contains(words))
+        .map_or("free space or repair the disk", |(_, way_out)| way_out)
 }
 
 /// Something opening had to put right, to be logged: [`Repair::is_loss`] as an error, the others as warnings.

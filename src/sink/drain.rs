@@ -4,7 +4,7 @@
 //!            ┌────────────── window ◄─────────────┐
 //!            ▼                                    │ all done
 //!   queue ─► deliver ── failure? ── Again ──────► pause, then the same envelope
-//!                                 ├ Operator ───► pause, say what must be mended, then the same envelope
+//!                                 ├ Operator ───► pause, say what must be fixed, then the same envelope
 //!                                 └ Event ──────► a few tries, then set aside; on with the next
 //! ```
 //!
@@ -51,7 +51,7 @@ const WINDOWS_UNDER_WAY: usize = 2;
 pub struct DrainConfig {
     /// Transactions in flight at once; as many at most are sent before one that is made durable.
     pub window: usize,
-    /// Deliveries of an event that Postgres refuses before it is set aside.
+    /// Deliveries of an event that Postgres refuses before it is dead-lettered.
     pub attempts_max: u32,
     pub delay_first: Duration,
     pub delay_max: Duration,
@@ -427,7 +427,7 @@ impl<S: Sink> Drainer<S> {
             let verdict = Verdict::Operator;
             let message = format!(
                 "{} events in a row were refused for one cause, so it is not theirs; paused until the first of them passes: {}; \
-                 mend the table; or, if it is the events after all, drop these dead letters, and the next may follow them",
+                 fix the table; or, if it is the events after all, drop these dead letters, and the next may follow them",
                 in_a_row.len(),
                 error.message
             );
@@ -437,7 +437,7 @@ impl<S: Sink> Drainer<S> {
             return self.backoff.next();
         }
         warn!(event_id = %event.id(), event_type = %event.event_type(), attempts, error = %error,
-              "the database refused an event, it is set aside; see \"headspace-watcher dead-letters list\"");
+              "the database refused an event, which is a dead letter now; see \"headspace-watcher dead-letters list\"");
         self.metrics.events_dead_lettered.add(FailureKind::Refused.as_str(), 1);
         in_a_row.push(envelope.sequence);
         self.refusals = Some((cause, in_a_row));
@@ -486,9 +486,9 @@ impl<S: Sink> Drainer<S> {
         let pending = self.queue.stats().pending;
         match state {
             Database::Misconfigured => {
-                warn!(error = %error, pending, "the database can't be used until someone mends this; events wait in the queue");
+                warn!(error = %error, pending, "database misconfigured; delivery is paused until someone fixes it, events are queued");
             }
-            _ => warn!(error = %error, pending, "database away; events wait in the queue"),
+            _ => warn!(error = %error, pending, "database unavailable; events are queued"),
         }
         let since = self.away.take().map_or_else(Instant::now, |away| away.since);
         self.away = Some(Away { since, state });
@@ -506,7 +506,10 @@ impl<S: Sink> Drainer<S> {
         });
         let pending = self.queue.stats().pending;
         match self.away.take() {
-            Some(away) => info!(away_seconds = away.since.elapsed().as_secs_f64(), pending, "database back"),
+            Some(away) => {
+                let outage_seconds = (away.since.elapsed().as_secs_f64() * 100.0).round() / 100.0;
+                info!(outage_seconds, pending, "database reachable again");
+            }
             None => info!(pending, "database connected"),
         }
     }

@@ -73,7 +73,7 @@ impl Delivered {
 pub enum Verdict {
     /// The moment's: the same event again after a pause, for ever.
     Again,
-    /// Someone must mend something: pause the same way and say so.
+    /// Someone must fix something: pause the same way and say so.
     Operator,
     /// The event's own: a few tries, then a dead letter.
     Event,

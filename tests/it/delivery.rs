@@ -44,9 +44,9 @@ fn it_starts_and_captures_without_postgres_and_delivers_when_it_comes() {
     wait_until("all rows", SOON, || stage.database().count() == 21);
     assert_eq!(stage.database().texts(), texts);
     // The row is there a moment before the log says so.
-    watcher.wait_for_log("database back");
-    assert_eq!(watcher.logged("database away").len(), 1, "said once: {}", watcher.log());
-    assert_eq!(watcher.logged("database back").len(), 1, "said once: {}", watcher.log());
+    watcher.wait_for_log("database reachable again");
+    assert_eq!(watcher.logged("database unavailable").len(), 1, "said once: {}", watcher.log());
+    assert_eq!(watcher.logged("database reachable again").len(), 1, "said once: {}", watcher.log());
 }
 
 #[test]

@@ -61,6 +61,15 @@ fn peak_memory_bytes(watcher: &Watcher) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
+/// What was refused was said to its caller, and to nobody else.
+#[track_caller]
+fn assert_told_alone(watcher: &Watcher) {
+    let health = watcher.health();
+    assert_eq!(health["queue"]["dead_letters"], 0);
+    assert_eq!(health["reasons"].as_array().unwrap().len(), 1, "no database, and nothing else: {health}");
+    assert_eq!(watcher.logged("rejected"), Vec::<Value>::new());
+}
+
 #[test]
 fn all_five_types_are_emitted_one_by_one_and_as_a_stream_with_and_without_the_watcher() {
     let stage = Stage::new();
@@ -116,7 +125,7 @@ fn what_does_not_fit_is_65_with_line_and_field_and_nothing_of_it_is_accepted() {
     refused(&stage);
     assert_eq!(watcher.health()["queue"]["pending"], 0);
     assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 0);
-    assert_eq!(watcher.health()["queue"]["dead_letters"], 0, "the caller was told");
+    assert_told_alone(&watcher);
 }
 
 #[test]
@@ -360,8 +369,11 @@ fn a_bad_request_is_400_with_line_and_field_and_nothing_of_it_is_accepted() {
         let problem = answer["error"].as_str().unwrap();
         assert!(!problem.is_empty() && !problem.contains("tired"), "{problem}");
     }
+    let unknown = watcher.ask("POST", "/events", &[], r#"{"event_type":"zebra","payload":{}}"#);
+    assert!(unknown.body.contains("unknown event type; there are hook_received, "), "{unknown:?}");
     let broken_off = watcher.ask("POST", "/events", &["Idempotency-Key: "], &numbered(0));
     assert_eq!(broken_off.code, 400, "{broken_off:?}");
+    assert_told_alone(&watcher);
     assert_eq!(watcher.health()["queue"]["pending"], 0);
     assert_eq!(std::fs::read_dir(stage.folder().join("data/spool")).unwrap().count(), 0);
 }

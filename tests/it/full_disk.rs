@@ -171,7 +171,7 @@ fn assert_not_permitted(stage: &Stage, queue: &Path) {
     let said: Vec<_> =
         ran.error().lines().filter(|line| line.starts_with("headspace-watcher: ")).map(str::to_owned).collect();
     assert_eq!(said.len(), 1, "{}", ran.error());
-    for words in [queue.to_str().unwrap(), "Permission denied", "mend its owner or mode, or set queue.path"] {
+    for words in [queue.to_str().unwrap(), "Permission denied", "correct its owner or mode, or set queue.path"] {
         assert!(said[0].contains(words), "{words}: {said:?}");
     }
     let dump = stage.run(&["queue-dump"]);

@@ -32,7 +32,7 @@ fn health_warns_while_postgres_is_away_and_passes_again_when_it_is_back() {
     wait_until("pass", SOON, || watcher.health()["status"] == "pass");
     // The database is up before what waited has been delivered.
     wait_until("nothing waits", SOON, || watcher.health()["queue"]["oldest_age_seconds"].is_null());
-    for message in ["database away", "database back"] {
+    for message in ["database unavailable", "database reachable again"] {
         assert_eq!(watcher.logged(message).len(), 1, "each change once");
     }
 }

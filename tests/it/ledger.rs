@@ -41,7 +41,7 @@ fn receipts_of_the_first_version_are_taken_over() {
     stage.database().query("DROP SCHEMA headspace_watcher CASCADE");
     let checked = stage.run(&["check"]);
     assert!(
-        checked.output().contains("\"public\".event_receipts, which belong into \"headspace_watcher\""),
+        checked.output().contains("public.event_receipts, which belong into headspace_watcher"),
         "{}",
         checked.output()
     );

@@ -40,7 +40,7 @@ fn assert_mended(database: &Database, watcher: &Watcher) {
     wait_until("it is up", SOON, || watcher.health()["database"]["state"] == "up");
     wait_until("the queue is empty", SOON, || watcher.health()["queue"]["pending"] == 0);
     assert!(database.count() >= 2, "{}", database.count());
-    assert_eq!(watcher.logged("can't be used until someone mends").len(), 1);
+    assert_eq!(watcher.logged("database misconfigured").len(), 1);
 }
 
 fn role(database: &Database, options: &str) -> (String, Database) {

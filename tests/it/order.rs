@@ -268,7 +268,7 @@ fn a_call_that_takes_too_long_as_a_whole_is_given_up() {
     let watcher = stage.start();
     stage.wait_for_rows(101);
     assert_eq!(stage.database().texts(), texts);
-    assert!(watcher.logged("database away").is_empty(), "{}", watcher.log());
+    assert!(watcher.logged("database unavailable").is_empty(), "{}", watcher.log());
     assert_eq!(watcher.health()["queue"]["dead_letters"], 0);
 }
 

@@ -38,7 +38,8 @@ impl Scene {
     /// Begins the outage, waits until it is noticed, ends it, and waits for rows.
     #[track_caller]
     fn outage(&self, state: &str, begin: impl FnOnce(), end: impl FnOnce()) {
-        let (warned, told) = (self.watcher.logged("events wait in the queue"), self.watcher.logged("database back"));
+        let (warned, told) =
+            (self.watcher.logged("events are queued"), self.watcher.logged("database reachable again"));
         let pending = || self.watcher.health()["queue"]["pending"].as_u64().unwrap();
         begin();
         wait_until("the outage is noticed", SOON, || self.watcher.health()["database"]["state"] == state);
@@ -53,14 +54,14 @@ impl Scene {
         wait_until("rows go on", SOON, || self.watcher.health()["writes"]["last_write_timestamp"] != before);
         assert!(over.elapsed() < when_busy(BACK_WITHIN), "after {:?}: {}", over.elapsed(), self.watcher.log());
         wait_until("it is up", SOON, || self.watcher.health()["database"]["state"] == "up");
-        let warnings = self.watcher.logged("events wait in the queue").split_off(warned.len());
+        let warnings = self.watcher.logged("events are queued").split_off(warned.len());
         // On its way to `misconfigured` it may have been down: that is another state.
         let ways = if state == "misconfigured" { 1..=2 } else { 1..=1 };
         assert!(ways.contains(&warnings.len()), "said once: {warnings:?}");
         assert!(warnings.iter().all(|warning| warning["level"] == "WARN"));
-        let back = self.watcher.logged("database back").split_off(told.len());
+        let back = self.watcher.logged("database reachable again").split_off(told.len());
         assert_eq!(back.len(), 1, "said once: {back:?}");
-        assert!(back[0]["away_seconds"].as_f64().unwrap() > 0.0, "{back:?}");
+        assert!(back[0]["outage_seconds"].as_f64().unwrap() > 0.0, "{back:?}");
         assert!(back[0]["pending"].as_u64().unwrap() > 0, "it says how many waited: {back:?}");
         assert_eq!(back[0]["level"], "INFO");
     }
@@ -192,7 +193,7 @@ fn a_slow_road_only_slows() {
     let before = database.count();
     wait_until("rows go on", SOON, || database.count() > before + 20);
     proxy.set(Road::Open);
-    assert!(scene.watcher.logged("events wait in the queue").is_empty());
+    assert!(scene.watcher.logged("events are queued").is_empty());
     scene.finish_whole();
 }
 
@@ -322,7 +323,7 @@ fn a_slow_way_to_the_server_is_no_server_that_does_not_answer() {
     let watcher = stage.start();
     stage.wait_for_rows(61);
     assert_eq!(database.texts(), texts);
-    assert!(watcher.logged("database away").is_empty(), "{}", watcher.log());
+    assert!(watcher.logged("database unavailable").is_empty(), "{}", watcher.log());
 }
 
 #[test]
@@ -371,7 +372,7 @@ fn a_statement_timeout_of_the_role_is_not_taken_for_an_outage() {
     );
     let before = database.count();
     wait_until("rows go on", SOON, || database.count() > before + 50);
-    assert!(scene.watcher.logged("events wait in the queue").is_empty(), "{}", scene.watcher.log());
+    assert!(scene.watcher.logged("events are queued").is_empty(), "{}", scene.watcher.log());
     scene.finish_whole();
 }
 
@@ -450,7 +451,7 @@ fn a_full_disk_of_the_server_is_waited_out() {
         },
         || std::fs::remove_file(&ballast).unwrap(),
     );
-    let error = scene.watcher.logged("events wait in the queue")[0]["error"].as_str().unwrap().to_owned();
+    let error = scene.watcher.logged("events are queued")[0]["error"].as_str().unwrap().to_owned();
     assert!(error.contains("53100"), "{error}");
     scene.finish_whole();
 }
@@ -496,5 +497,5 @@ fn a_database_away_from_the_start_is_said_once_with_its_cause() {
     assert!(error.contains("127.0.0.1:1") && error.contains("refused"), "{error}");
     let captured = stage.transcript("-home-me-app", 1).say_many("line", 5);
     wait_until("lines are captured", SOON, || watcher.health()["queue"]["pending"] == captured.len() + 1);
-    assert_eq!(watcher.logged("events wait in the queue").len(), 1);
+    assert_eq!(watcher.logged("events are queued").len(), 1);
 }

@@ -134,7 +134,12 @@ fn nothing_leaves_the_queue_while_the_required_standby_is_absent() {
         scene.assert_stored_in(scene.stage.database());
         assert!(scene.server.database.query(WAITING).is_empty(), "backends are left behind");
     }
-    assert_eq!(scene.watcher.logged("database away").len(), 2, "said once for each outage: {}", scene.watcher.log());
+    assert_eq!(
+        scene.watcher.logged("database unavailable").len(),
+        2,
+        "said once for each outage: {}",
+        scene.watcher.log()
+    );
 }
 
 #[test]

@@ -129,13 +129,14 @@ impl Facts {
 
     /// Tables that are not there, and what is not as it should be with those that are.
     pub(super) fn missing_tables(&self, needs: &Needs) -> Vec<String> {
-        let ledger = quote_identifier(&needs.ledger_schema);
-        let events = (!self.has_events).then(|| needs.events.quoted());
+        let ledger = &needs.ledger_schema;
+        let events = (!self.has_events).then(|| needs.events.to_string());
         let tables = (!self.has_ledger).then(|| format!("{ledger}.event_receipts, {ledger}.event_sources"));
         let narrow = self.has_narrow_ids.then(|| format!("bigint ids in {ledger}"));
-        let earlier = self.earlier_ledger.as_ref().map(|schema| {
-            format!("the receipts in {}.event_receipts, which belong into {ledger}", quote_identifier(schema))
-        });
+        let earlier = self
+            .earlier_ledger
+            .as_ref()
+            .map(|schema| format!("the receipts in {schema}.event_receipts, which belong into {ledger}"));
         [events, tables, narrow, earlier].into_iter().flatten().collect()
     }
 
@@ -145,7 +146,7 @@ impl Facts {
         if self.has_events {
             let layout = self.layout(needs)?;
             if !self.has_routines(&layout.routines.names()) {
-                let names = layout.routines.names().map(|name| format!("{}.{name}", layout.ledger));
+                let names = layout.routines.names().map(|name| format!("{}.{name}", needs.ledger_schema));
                 missing.extend(names);
             }
         }
@@ -271,7 +272,7 @@ fn unusable(events: &TableName, problem: &str) -> DeliverError {
         verdict: Verdict::Operator,
         sqlstate: None,
         message: format!(
-            "the table {} can't be used: {problem}; set database.events_table to another name or mend the table",
+            "the table {} can't be used: {problem}; set database.events_table to another name or correct the table",
             events.quoted()
         ),
     }

@@ -73,7 +73,7 @@ pub(super) async fn create_missing(
             run(&sql).await?;
         }
         if !has_views {
-            made.extend(["turns", "sessions"].map(|view| format!("{}.{view}", layout.ledger)));
+            made.extend(["turns", "sessions"].map(|view| format!("{}.{view}", needs.ledger_schema)));
         }
     }
     let mut removed = Vec::new();

@@ -68,7 +68,7 @@ impl Session {
             let plain = facts.without_owners();
             facts = match made {
                 Ok((made, _)) => {
-                    info!(made = made.join(", "), "created what was missing in the database");
+                    info!(created = made.join(", "), "created what was missing in the database");
                     limited(settings, Facts::find(&client, needs)).await?
                 }
                 Err(error) if plain.missing(needs)?.is_empty() => {

@@ -3,6 +3,7 @@
 //! Codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>. A code that is not listed pauses the
 //! drainer (`Operator`): an unknown code never sets an event aside.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use crate::sink::{DeliverError, Verdict};
@@ -43,10 +44,10 @@ pub(super) fn session_outlives(error: &DeliverError) -> bool {
 /// What someone can do about a code. Empty where the server's own message says it all or nothing can be done.
 fn way_out(code: &str) -> &'static str {
     match code {
-        "28P01" => "mend the password in database.url, DATABASE_URL, PGPASSWORD or ~/.pgpass",
-        "28000" => "let the user in (pg_hba.conf of the server), or mend user and sslmode in database.url",
-        "3D000" => "create the database or mend its name in database.url",
-        "3F000" => "create the schema or mend database.events_table",
+        "28P01" => "correct the password in database.url, DATABASE_URL, PGPASSWORD or ~/.pgpass",
+        "28000" => "let the user in (pg_hba.conf of the server), or correct user and sslmode in database.url",
+        "3D000" => "create the database or correct its name in database.url",
+        "3F000" => "create the schema or correct database.events_table",
         "42501" => {
             "have somebody who may run the SQL that \"headspace-watcher migrate --print\" shows, grants included; \
              \"headspace-watcher check\" names what is lacking"
@@ -156,28 +157,32 @@ fn without_values(code: &str, message: &str) -> String {
 fn connection_error(error: &tokio_postgres::Error) -> DeliverError {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
-    let mut certificate = false;
+    let (mut certificate, mut is_nobody_there) = (false, false);
     while let Some(inner) = cause {
         message.push_str(": ");
         message.push_str(&inner.to_string());
         certificate |= inner.downcast_ref::<rustls::Error>().is_some();
         if let Some(io) = inner.downcast_ref::<std::io::Error>() {
             certificate |= io.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
+            is_nobody_there = matches!(io.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
         }
         cause = inner.source();
     }
-    // No connection was lost here: the settings and the server do not fit, and only a person can mend that.
+    // No connection was lost here: the settings and the server do not fit, and only a person can fix that.
     let way_out = if message.contains("server does not support TLS") {
         "turn on ssl in the server, or set sslmode=prefer or disable in database.url"
     } else if certificate && message.contains("nvalid peer certificate") {
-        "set sslrootcert to the certificate of whoever signed the server's, and mind the name for verify-full"
+        "set sslrootcert to the certificate of the authority that signed the server's; verify-full also needs the host's name in it"
     } else if certificate {
-        "mend sslmode, sslrootcert, sslcert and sslkey in database.url"
+        "correct sslmode, sslrootcert, sslcert and sslkey in database.url"
     } else if message.contains("password missing") {
         "set the password in database.url, DATABASE_URL, PGPASSWORD or ~/.pgpass"
     } else if message.starts_with("invalid configuration") || message.contains("channel binding") {
-        "mend database.url"
+        "correct database.url"
     } else {
+        if is_nobody_there {
+            add(&mut message, "no server is listening there");
+        }
         return DeliverError { verdict: Verdict::Again, sqlstate: None, message };
     };
     add(&mut message, way_out);
