@@ -27,8 +27,6 @@ pub(crate) struct Sample {
     pub seconds: f64,
     pub captured: u64,
     pub delivered: u64,
-    pub duplicates: u64,
-    pub failed: u64,
     pub pending: u64,
     /// How long the oldest event has been waiting.
     pub oldest_age_seconds: Option<f64>,
@@ -78,8 +76,6 @@ struct Counts {
     at: Timestamp,
     captured: u64,
     delivered: u64,
-    duplicates: u64,
-    failed: u64,
     lag: HistogramSnapshot,
 }
 
@@ -89,8 +85,6 @@ impl Counts {
             at,
             captured: metrics.events_captured.get(),
             delivered: metrics.events_delivered.get(),
-            duplicates: metrics.events_duplicate.get(),
-            failed: metrics.write_failures.get(),
             lag: metrics.end_to_end_seconds.snapshot(),
         }
     }
@@ -115,8 +109,6 @@ impl History {
             seconds: now.duration_since(before.at).as_secs_f64().max(0.001),
             captured: counts.captured - before.captured,
             delivered: counts.delivered - before.delivered,
-            duplicates: counts.duplicates - before.duplicates,
-            failed: counts.failed - before.failed,
             pending: queue.pending,
             oldest_age_seconds: queue.oldest.map(|(_, since)| now.duration_since(since).as_secs_f64().max(0.0)),
             lag_p50_seconds: lag.quantile(0.5),

@@ -15,7 +15,7 @@ pub use metrics::Metrics;
 pub(crate) use metrics::TEXT_FORMAT;
 pub(crate) use metrics::{HistogramSnapshot, RescanCause};
 pub(crate) use recent::{RecentEvent, RecentEvents};
-pub(crate) use state::{Database, DatabaseState, LiveState, Shared};
+pub(crate) use state::{Database, DatabaseState, LiveState};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

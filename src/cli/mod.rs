@@ -14,6 +14,7 @@ mod queue_dump;
 mod run;
 mod service;
 mod status;
+mod table;
 mod top;
 mod verify;
 

@@ -7,6 +7,7 @@ use crate::source::{self, Part, SourceError};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
+use super::table::{self, COLUMNS};
 use super::{Context, Exit, Failure, block_on, written};
 
 /// Show what waits in the local queue, oldest first
@@ -36,6 +37,9 @@ pub(super) struct QueueDumpArguments {
     /// Dead letters instead, with reasons
     #[arg(long)]
     dead_letters: bool,
+    /// All columns, and whole paths and messages, however long their lines
+    #[arg(long)]
+    wide: bool,
 }
 
 impl QueueDumpArguments {
@@ -64,7 +68,8 @@ pub(super) fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> R
     let listing = if arguments.dead_letters { Listing::DeadLetters } else { Listing::Pending };
     let format =
         arguments.format.unwrap_or(if io::stdout().is_terminal() { DumpFormat::Table } else { DumpFormat::Jsonl });
-    let mut output = Output { format, listing, out: io::BufWriter::new(io::stdout()), rows: 0 };
+    let out = io::BufWriter::new(io::stdout());
+    let mut output = Output { format, listing, wide: arguments.wide, out, rows: 0 };
     let filter = arguments.filter();
     let part = Part::Records(listing, &filter);
     match block_on(source::read(context.config(), part, |line| output.line(line)))? {
@@ -78,6 +83,7 @@ pub(super) fn queue_dump(context: &Context, arguments: &QueueDumpArguments) -> R
 struct Output {
     format: DumpFormat,
     listing: Listing,
+    wide: bool,
     out: io::BufWriter<io::Stdout>,
     rows: u64,
 }
@@ -92,55 +98,21 @@ impl Output {
 
     fn row(&mut self, line: &[u8]) -> io::Result<()> {
         let line: Value = serde_json::from_slice(line).map_err(io::Error::from)?;
+        let columns = columns(self.listing, self.wide);
         if self.rows == 0 {
-            self.header()?;
+            writeln!(self.out, "{}", row(columns, self.wide, str::to_owned))?;
         }
         self.rows += 1;
-        let text = |field: &str| line.get(field).and_then(Value::as_str).unwrap_or("-").to_owned();
-        let number = |field: &str| line.get(field).and_then(Value::as_u64).unwrap_or_default();
-        let origin = origin(line.get("origin"));
-        match self.listing {
-            Listing::Pending => writeln!(
-                self.out,
-                "{:>9}  {:<24}  {:<18}  {:>8}  {:>8}  {origin}",
-                number("sequence"),
-                to_milliseconds(&text("timestamp")),
-                text("event_type"),
-                number("bytes"),
-                number("attempts"),
-            )?,
-            Listing::DeadLetters => writeln!(
-                self.out,
-                "{:>9}  {:<24}  {:<18}  {:<10}  {:<5}  {}",
-                number("sequence"),
-                to_milliseconds(&text("failed_at")),
-                text("event_type"),
-                text("reason"),
-                text("sqlstate"),
-                text("message"),
-            )?,
+        writeln!(self.out, "{}", row(columns, self.wide, |name| cell(name, &line, self.wide)))?;
+        if self.listing == Listing::DeadLetters && !self.wide {
+            writeln!(self.out, "          {}", table::head(&cell("WHY", &line, false), COLUMNS - 10))?;
         }
         for field in ["payload", "input"] {
             if let Some(value) = line.get(field) {
-                writeln!(self.out, "           {value}")?;
+                writeln!(self.out, "          {value}")?;
             }
         }
         Ok(())
-    }
-
-    fn header(&mut self) -> io::Result<()> {
-        match self.listing {
-            Listing::Pending => writeln!(
-                self.out,
-                "{:>9}  {:<24}  {:<18}  {:>8}  {:>8}  FROM",
-                "SEQUENCE", "TIMESTAMP", "TYPE", "BYTES", "ATTEMPTS"
-            ),
-            Listing::DeadLetters => writeln!(
-                self.out,
-                "{:>9}  {:<24}  {:<18}  {:<10}  {:<5}  WHY",
-                "SEQUENCE", "FAILED AT", "TYPE", "REASON", "STATE"
-            ),
-        }
     }
 
     fn finish(&mut self) -> io::Result<()> {
@@ -155,18 +127,78 @@ impl Output {
     }
 }
 
-fn origin(origin: Option<&Value>) -> String {
+/// Names and widths of the columns; the last one takes what is left. Why an event is a dead letter has a line of its own
+/// where the table is not wide.
+fn columns(listing: Listing, wide: bool) -> &'static [(&'static str, usize)] {
+    match (listing, wide) {
+        (Listing::Pending, false) => &[("SEQUENCE", 8), ("TIMESTAMP", 20), ("TYPE", 18), ("FROM", 0)],
+        (Listing::Pending, true) => {
+            &[("SEQUENCE", 8), ("TIMESTAMP", 24), ("TYPE", 18), ("BYTES", 8), ("ATTEMPTS", 8), ("FROM", 0)]
+        }
+        (Listing::DeadLetters, false) => {
+            &[("SEQUENCE", 8), ("FAILED AT", 20), ("TYPE", 18), ("REASON", 10), ("FROM", 0)]
+        }
+        (Listing::DeadLetters, true) => {
+            &[("SEQUENCE", 8), ("FAILED AT", 24), ("TYPE", 18), ("REASON", 10), ("FROM", 0), ("WHY", 0)]
+        }
+    }
+}
+
+/// One row; its last column is cut to fit unless the table is wide.
+fn row(columns: &[(&'static str, usize)], wide: bool, cell: impl Fn(&'static str) -> String) -> String {
+    let mut row = String::new();
+    for (number, &(name, width)) in columns.iter().enumerate() {
+        let cell = cell(name);
+        if number > 0 {
+            row.push_str("  ");
+        }
+        let left = COLUMNS.saturating_sub(row.chars().count());
+        let cell = match (wide, width) {
+            (true, _) => cell,
+            (false, 0) => table::tail(&cell, left),
+            (false, width) => table::head(&cell, width),
+        };
+        row.push_str(&match name {
+            "SEQUENCE" | "BYTES" | "ATTEMPTS" => format!("{cell:>width$}"),
+            _ => format!("{cell:<width$}"),
+        });
+    }
+    row
+}
+
+fn cell(column: &str, line: &Value, wide: bool) -> String {
+    let text = |field: &str| line.get(field).and_then(Value::as_str).unwrap_or("-").to_owned();
+    let number = |field: &str| line.get(field).and_then(Value::as_u64).unwrap_or_default().to_string();
+    match column {
+        "SEQUENCE" => number("sequence"),
+        "TIMESTAMP" => time(&text("timestamp"), wide),
+        "FAILED AT" => time(&text("failed_at"), wide),
+        "TYPE" => text("event_type"),
+        "BYTES" => number("bytes"),
+        "ATTEMPTS" => number("attempts"),
+        "REASON" => text("reason"),
+        "FROM" => origin(line.get("origin"), wide),
+        _ => {
+            let state = line.get("sqlstate").and_then(Value::as_str).map(|state| format!("{state}: "));
+            table::one_line(&(state.unwrap_or_default() + &text("message")))
+        }
+    }
+}
+
+fn origin(origin: Option<&Value>, wide: bool) -> String {
     let field = |name: &str| origin.and_then(|origin| origin.get(name));
     match (field("path").and_then(Value::as_str), field("offset").and_then(Value::as_u64)) {
-        (Some(path), Some(offset)) => format!("{path}:{offset}"),
+        (Some(path), Some(offset)) if wide => format!("{}:{offset}", table::one_line(path)),
+        (Some(path), Some(offset)) => format!("{}:{offset}", table::short_transcript(path)),
         _ => field("kind").and_then(Value::as_str).unwrap_or("-").to_owned(),
     }
 }
 
-/// `2026-01-02T03:04:05.678901234Z` → `2026-01-02T03:04:05.678Z`.
-fn to_milliseconds(timestamp: &str) -> String {
+/// `2026-01-02T03:04:05.678901234Z` → `2026-01-02T03:04:05.678Z`, or without its fraction.
+fn time(timestamp: &str, wide: bool) -> String {
     match timestamp.parse::<crate::event::Timestamp>() {
-        Ok(timestamp) => format!("{timestamp:.3}"),
+        Ok(timestamp) if wide => format!("{timestamp:.3}"),
+        Ok(timestamp) => format!("{timestamp:.0}"),
         Err(_) => timestamp.to_owned(),
     }
 }

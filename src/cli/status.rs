@@ -1,16 +1,18 @@
 //! `status`: health at a glance.
 
-use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::config::Config;
 use crate::event::Timestamp;
-use crate::health::{Health, HttpHealth, QueueHealth, Status};
+use crate::health::{Health, HttpHealth, QueueHealth, Status, counted};
 use crate::intake::spool::Spool;
 use crate::queue::{QueueError, QueueStats};
 use clap::Args;
+use hyper::body::Bytes;
 use serde_json::json;
 
 use super::client::{self, ClientError};
@@ -59,7 +61,7 @@ fn watch(context: &Context, as_json: bool, interval: Duration) -> Result<Exit, F
         let mut shown = if as_json { json } else { text };
         if let (false, Err(failure)) = (as_json, verdict) {
             // What else goes to stderr at the end: what is wrong and what to do.
-            let _ = writeln!(shown, "\n{}", failure.message);
+            shown.push_str(&format!("\n{}\n", failure.message));
         }
         if clears {
             // To the upper left, and clear the screen.
@@ -74,12 +76,16 @@ fn watch(context: &Context, as_json: bool, interval: Duration) -> Result<Exit, F
     }
 }
 
+/// The watcher's answer to `GET target`.
+pub(super) async fn ask(socket: &Path, target: &str) -> Result<Bytes, ClientError> {
+    let asking = async { client::body(client::get(socket, target).await?).await };
+    let late = || ClientError::NoAnswer(format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()));
+    tokio::time::timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| Err(late()))
+}
+
 fn look(context: &Context) -> Result<Standing, Failure> {
     let config = context.config();
-    let asking = async { client::body(client::get(&config.http.socket, "/health").await?).await };
-    let no_answer = || ClientError::NoAnswer(format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()));
-    let answer =
-        block_on(async { tokio::time::timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| Err(no_answer())) })?;
+    let answer = block_on(ask(&config.http.socket, "/health"))?;
     let queue = || inspect_queue(config).map(|queue| queue.stats());
     Ok(match answer {
         Ok(body) => answered(&body)?,
@@ -110,9 +116,7 @@ fn answered(body: &[u8]) -> Result<Standing, Failure> {
 
 /// There is a watcher, but it does not answer.
 fn silent(config: &Config, problem: &str, pid: Option<u32>) -> Standing {
-    let process = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
-    let socket = config.http.socket.display();
-    let message = format!("the watcher on {socket}{process} does not answer: {problem}; if it stays so, restart it");
+    let message = no_answer(&config.http.socket, problem, pid);
     let json = json!({"status": "fail", "running": true, "pid": pid, "ready": false, "reasons": [message]});
     Standing {
         text: "status    NO ANSWER\n".to_owned(),
@@ -121,17 +125,24 @@ fn silent(config: &Config, problem: &str, pid: Option<u32>) -> Standing {
     }
 }
 
+/// Why the watcher on `socket` does not answer, and what to do.
+pub(super) fn no_answer(socket: &Path, problem: &str, pid: Option<u32>) -> String {
+    let process = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+    // Of its folder, where that keeps others out.
+    let owner = socket.ancestors().find_map(|path| path.metadata().ok()).map(|metadata| metadata.uid());
+    let own = rustix::process::geteuid();
+    let remedy = match owner {
+        Some(owner) if !own.is_root() && owner != own.as_raw() => {
+            format!("it belongs to user {owner}: run this as that user")
+        }
+        _ => "if it stays so, restart it".to_owned(),
+    };
+    format!("the watcher on {}{process} does not answer: {problem}; {remedy}", socket.display())
+}
+
 /// There is no watcher: what waits in its queue, or why that can't be said, and the files that wait in its spool.
 fn gone(config: &Config, queue: Result<QueueStats, QueueError>) -> Standing {
-    let queue = queue.map(|stats| QueueHealth {
-        pending: stats.pending,
-        pending_bytes: stats.pending_bytes,
-        oldest_age_seconds: stats.oldest.map(|(_, since)| seconds_since(since)),
-        dead_letters: stats.dead_letters,
-        missing: stats.missing,
-        disk_bytes: stats.disk_bytes,
-        full: stats.full,
-    });
+    let queue = queue.map(|stats| QueueHealth::of(&stats, Timestamp::now()));
     let folder = &config.queue.spool_path;
     let spooled = Spool::new(folder).waiting().map(|files| files.len());
     let spooled =
@@ -142,8 +153,7 @@ fn gone(config: &Config, queue: Result<QueueStats, QueueError>) -> Standing {
     });
     let spool = match spooled {
         Ok(0) => String::new(),
-        Ok(1) => "spool     1 file waits\n".to_owned(),
-        Ok(files) => format!("spool     {files} files wait\n"),
+        Ok(files) => format!("spool     {} to be read\n", counted(files as u64, "file")),
         Err(problem) => format!("spool     {problem}\n"),
     };
     let problem = queue.as_ref().err().map_or_else(String::new, |error| format!("; {error}"));
@@ -159,49 +169,33 @@ fn gone(config: &Config, queue: Result<QueueStats, QueueError>) -> Standing {
     }
 }
 
-fn seconds_since(then: Timestamp) -> f64 {
-    Timestamp::now().duration_since(then).as_secs_f64().max(0.0)
-}
-
 /// The lines of `status` about a running watcher.
 pub(super) fn describe(health: &Health) -> String {
+    let Health { writes, watcher, database, .. } = health;
     let status = match health.status {
-        Status::Pass => "pass",
-        Status::Warn => "warn",
         Status::Fail => "FAIL",
+        status => status.as_str(),
     };
-    let mut text = String::new();
-    let last_write = health.writes.last_write_timestamp.as_deref();
-    let last_write = last_write.map_or_else(|| "never since start".to_owned(), |then| format!("{} ago", age(then)));
-    // Writing to a String can't fail.
-    let _ = writeln!(text, "status    {status}");
-    for reason in &health.reasons {
-        let _ = writeln!(text, "          {reason}");
-    }
-    let _ = writeln!(
-        text,
+    let last_write = writes.last_write_timestamp.as_deref();
+    let last_write = last_write.map_or_else(|| "none since start".to_owned(), |then| format!("last {} ago", age(then)));
+    let (files, sessions) = (counted(watcher.files, "file"), counted(watcher.sessions, "session"));
+    let lines = counted(watcher.lines, "line");
+    let duplicates = counted(writes.duplicates, "duplicate");
+    let mut told = vec![format!("status    {status}")];
+    told.extend(health.reasons.iter().map(|reason| format!("          {reason}")));
+    told.push(format!(
         "watcher   pid {}, up {}, version {}",
         health.pid,
         duration(health.uptime_seconds),
         health.version
-    );
-    let _ = writeln!(
-        text,
-        "captured  {} files, {} sessions, {} lines read, {} bad",
-        health.watcher.files, health.watcher.sessions, health.watcher.lines, health.watcher.bad_lines
-    );
-    let _ = writeln!(text, "queue     {}", queue_line(&health.queue));
-    let _ = writeln!(text, "database  {} for {}", health.database.state, age(&health.database.since));
-    if let Some(error) = &health.database.last_error {
-        let _ = writeln!(text, "          {error}");
-    }
-    let _ = writeln!(
-        text,
-        "writes    {} stored, {} already there, {} failed; last {last_write}",
-        health.writes.succeeded, health.writes.duplicates, health.writes.failed
-    );
-    let _ = writeln!(text, "page      {}", page_line(health.http.as_ref()));
-    text
+    ));
+    told.push(format!("captured  {files}, {sessions}, {lines} read, {} bad", watcher.bad_lines));
+    told.push(format!("queue     {}", queue_line(&health.queue)));
+    told.push(format!("database  {} for {}", database.state, age(&database.since)));
+    told.extend(database.last_error.iter().map(|error| format!("          {error}")));
+    told.push(format!("writes    {} stored, {duplicates}, {} failed; {last_write}", writes.succeeded, writes.failed));
+    told.push(format!("page      {}\n", page_line(health.http.as_ref())));
+    told.join("\n")
 }
 
 /// Where the status page is, and the token that it asks for. Not while another process holds the port, which would be
@@ -227,9 +221,9 @@ fn page_line(http: Option<&HttpHealth>) -> String {
 fn queue_line(queue: &QueueHealth) -> String {
     let QueueHealth { pending, dead_letters, oldest_age_seconds, .. } = queue;
     let oldest = oldest_age_seconds.map_or_else(String::new, |age| format!(", oldest {}", duration(age as u64)));
-    let letters = if *dead_letters == 1 { "dead letter" } else { "dead letters" };
+    let letters = counted(*dead_letters, "dead letter");
     format!(
-        "{pending} pending ({}){oldest}; {dead_letters} {letters}; {} on disk",
+        "{pending} pending ({}){oldest}; {letters}; {} on disk",
         bytes(queue.pending_bytes),
         bytes(queue.disk_bytes)
     )
@@ -237,7 +231,8 @@ fn queue_line(queue: &QueueHealth) -> String {
 
 /// How long ago a time of the watcher's answer was, or that time where it can't be read.
 fn age(then: &str) -> String {
-    then.parse().map_or_else(|_| then.to_owned(), |then| duration(seconds_since(then) as u64))
+    let seconds = |then: Timestamp| Timestamp::now().duration_since(then).as_secs().max(0);
+    then.parse().map_or_else(|_| then.to_owned(), |then| duration(seconds(then).unsigned_abs()))
 }
 
 /// `90061` → `1d 1h`, `75` → `1m 15s`.

@@ -6,6 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
+use crate::client::ClientError;
 use crate::health::Status;
 use crate::history::Sample;
 use crate::http::Overview;
@@ -14,25 +15,25 @@ use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, Key
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Text};
-use ratatui::widgets::{Block, Paragraph, Row, Sparkline, Table, Wrap};
+use ratatui::widgets::{Block, Padding, Paragraph, Row, Sparkline, Table, Wrap};
 use ratatui::{DefaultTerminal, Frame};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::client::{self, ClientError};
-use super::status::{describe, duration};
+use super::status::{self, describe, duration, no_answer};
 use super::{Context, Exit, Failure, block_on};
 
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the watcher may take for an answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// Samples asked for: more than any terminal has columns.
 const SAMPLES: usize = 300;
 
-/// Rows for what "status" shows: more would leave the last events no room on 24 rows.
-const STATUS_ROWS: u16 = 11;
+/// The smallest terminal that has room for everything.
+const COLUMNS_MIN: u16 = 80;
+const ROWS_MIN: u16 = 24;
+
+/// Rows below what "status" shows: rates and lag, plots, three events in their box with its header, the keys.
+const OTHER_ROWS: u16 = 2 + 4 + 6 + 1;
 
 pub(super) fn top(context: &Context) -> Result<Exit, Failure> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
@@ -100,18 +101,13 @@ fn read_inputs() -> mpsc::Receiver<Input> {
 /// The watcher's answer, or why there is none.
 async fn ask(context: &Context) -> Result<Overview, String> {
     let socket = &context.config().http.socket;
-    let target = format!("/overview?samples={SAMPLES}");
-    let asking = async { client::body(client::get(socket, &target).await?).await };
-    let shown = socket.display();
-    let no_answer = |why: &str| format!("the watcher on {shown} does not answer: {why}; if it stays so, restart it");
-    match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
-        Ok(Ok(body)) => serde_json::from_slice(&body)
+    match status::ask(socket, &format!("/overview?samples={SAMPLES}")).await {
+        Ok(body) => serde_json::from_slice(&body)
             .map_err(|error| format!("the watcher's answer is not understood: {error}; is it another version?")),
-        Ok(Err(ClientError::NotRunning)) => {
-            Err(format!("no watcher listens on {shown}; start it with scripts/run-watcher.sh"))
+        Err(ClientError::NotRunning) => {
+            Err(format!("no watcher listens on {}; start it with scripts/run-watcher.sh", socket.display()))
         }
-        Ok(Err(ClientError::NoAnswer(problem))) => Err(no_answer(&problem)),
-        Err(_) => Err(no_answer(&format!("nothing within {} s", ANSWER_TIMEOUT.as_secs()))),
+        Err(ClientError::NoAnswer(problem)) => Err(no_answer(socket, &problem, None)),
     }
 }
 
@@ -146,15 +142,29 @@ impl View {
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let [status, rates, plots, events, keys] = Layout::vertical([
-            Constraint::Length(STATUS_ROWS),
-            Constraint::Length(1),
+        let area = frame.area();
+        let (columns, rows) = (area.width, area.height);
+        if columns < COLUMNS_MIN || rows < ROWS_MIN {
+            let problem = format!(
+                "top needs {COLUMNS_MIN} columns and {ROWS_MIN} rows; this terminal has {columns} and {rows}. q quits"
+            );
+            frame.render_widget(Paragraph::new(problem).wrap(Wrap { trim: false }), area);
+            return;
+        }
+        let status = self.status();
+        // A line that is wrapped at words takes up to a row more than its characters do.
+        let rows_of = |line: &Line<'_>| line.width().div_ceil(usize::from(columns)).max(1);
+        let wrapped: usize = status.iter().map(|line| rows_of(line) + usize::from(rows_of(line) > 1)).sum();
+        let status_rows = u16::try_from(wrapped).unwrap_or(u16::MAX).min(rows - OTHER_ROWS);
+        let [top, rates, plots, events, keys] = Layout::vertical([
+            Constraint::Length(status_rows),
+            Constraint::Length(2),
             Constraint::Length(4),
-            Constraint::Min(3),
+            Constraint::Min(6),
             Constraint::Length(1),
         ])
-        .areas(frame.area());
-        frame.render_widget(Paragraph::new(self.status()).wrap(Wrap { trim: false }), status);
+        .areas(area);
+        frame.render_widget(Paragraph::new(status).wrap(Wrap { trim: false }), top);
         frame.render_widget(Paragraph::new("q quit").style(Style::new().add_modifier(Modifier::DIM)), keys);
         if let Some(overview) = &self.overview {
             frame.render_widget(Paragraph::new(rates_and_lag(overview)), rates);
@@ -170,7 +180,7 @@ impl View {
             text.push_line(Line::styled(problem.clone(), Style::new().fg(Color::Red)));
         }
         let Some(overview) = &self.overview else {
-            return if self.problem.is_some() { text } else { Text::raw("asking…") };
+            return if self.problem.is_some() { text } else { Text::raw("connecting…") };
         };
         let colour = match overview.health.status {
             Status::Pass => Color::Green,
@@ -179,9 +189,9 @@ impl View {
         };
         if self.problem.is_some() {
             let seen = clock(&self.seen.to_string());
-            text.push_line(Line::styled(format!("what stands below is of {seen}"), Style::new().fg(Color::Yellow)));
+            text.push_line(Line::styled(format!("showing data from {seen}"), Style::new().fg(Color::Yellow)));
         }
-        for line in describe(&overview.health).lines() {
+        for line in describe(&overview.health).lines().filter(|line| !line.starts_with("page")) {
             // Reasons and errors are indented.
             let is_coloured = line.starts_with("status") || line.starts_with(' ');
             let style = if is_coloured { Style::new().fg(colour) } else { Style::new() };
@@ -198,41 +208,53 @@ fn rates_and_lag(overview: &Overview) -> String {
         let (events, seconds) = last.fold((0, 0.0), |(e, s), sample| (e + count(sample), s + sample.seconds));
         if seconds > 0.0 { events as f64 / seconds } else { 0.0 }
     };
-    let minute = &overview.lag;
+    let (captured, delivered) = (rate(|sample| sample.captured), rate(|sample| sample.delivered));
+    let [p50, p90, p99] = [overview.lag.p50_seconds, overview.lag.p90_seconds, overview.lag.p99_seconds].map(lag);
     format!(
-        "rates     captured {:.1}/s, delivered {:.1}/s; lag p50 {}, p90 {}, p99 {}",
-        rate(|sample| sample.captured),
-        rate(|sample| sample.delivered),
-        lag(minute.p50_seconds),
-        lag(minute.p90_seconds),
-        lag(minute.p99_seconds)
+        "rates     captured {captured:.1}/s, delivered {delivered:.1}/s\n\
+         lag       p50 {p50}, p90 {p90}, p99 {p99} over the last minute"
     )
 }
 
 fn draw_plots(frame: &mut Frame<'_>, area: Rect, overview: &Overview) {
     let [left, right] = Layout::horizontal([Constraint::Percentage(50), Constraint::Percentage(50)]).areas(area);
-    let plot = |values: Vec<u64>, title: String, colour, width: u16| {
-        let columns = usize::from(width.saturating_sub(2));
-        let shown: Vec<u64> = values.iter().skip(values.len().saturating_sub(columns)).copied().collect();
-        Sparkline::default().block(Block::bordered().title(title)).style(Style::new().fg(colour)).data(shown)
+    let mut plot = |name: &str, colour, value: fn(&Sample) -> u64, area: Rect| {
+        let skipped = overview.samples.len().saturating_sub(usize::from(area.width.saturating_sub(2)));
+        let values: Vec<u64> = overview.samples.iter().skip(skipped).map(value).collect();
+        let title = format!(" {name}, peak {} ", values.iter().max().unwrap_or(&0));
+        let plot = Sparkline::default().block(Block::bordered().title(title)).style(Style::new().fg(colour));
+        frame.render_widget(plot.data(values), area);
     };
-    let delivered: Vec<u64> = overview.samples.iter().map(|sample| sample.delivered).collect();
-    let pending: Vec<u64> = overview.samples.iter().map(|sample| sample.pending).collect();
-    let most = |values: &[u64]| values.iter().max().copied().unwrap_or_default();
-    let titles = (format!(" delivered/s, most {} ", most(&delivered)), format!(" waiting, most {} ", most(&pending)));
-    frame.render_widget(plot(delivered, titles.0, Color::Green, left.width), left);
-    frame.render_widget(plot(pending, titles.1, Color::Yellow, right.width), right);
+    plot("delivered/s", Color::Green, |sample| sample.delivered, left);
+    plot("waiting", Color::Yellow, |sample| sample.pending, right);
 }
 
 fn draw_events(frame: &mut Frame<'_>, area: Rect, events: &[RecentEvent]) {
+    let dim = Style::new().add_modifier(Modifier::DIM);
     let rows = events.iter().map(|event| {
-        let session = event.session.as_deref().unwrap_or("-");
-        let detail = event.detail.as_deref().unwrap_or_default();
-        Row::new([clock(&event.captured_at), event.event_type.clone(), detail.to_owned(), session.to_owned()])
+        let (name, mut style) = match event.event_type.as_str() {
+            "turn_detected" => ("turn", Style::new()),
+            "session_registered" => ("started", dim),
+            "session_ended" => ("ended", dim),
+            "state_transition" => ("state", dim),
+            "hook_received" => ("hook", dim),
+            other => (other, dim),
+        };
+        let detail = event.detail.as_deref().unwrap_or("-");
+        for (actor, colour) in [("user", Color::Cyan), ("agent", Color::Magenta)] {
+            if detail.starts_with(actor) {
+                style = Style::new().fg(colour);
+            }
+        }
+        let session: String = event.session.as_deref().unwrap_or("-").chars().take(8).collect();
+        let project = event.project.as_deref().unwrap_or("-");
+        Row::new([&clock(&event.timestamp), name, detail, project, &session].map(str::to_owned)).style(style)
     });
-    let widths = [Constraint::Length(8), Constraint::Length(18), Constraint::Min(10), Constraint::Length(36)];
-    let table = Table::new(rows, widths).block(Block::bordered().title(" last events "));
-    frame.render_widget(table, area);
+    let header = Row::new(["TIME", "EVENT", "WHAT", "PROJECT", "SESSION"]).style(dim);
+    let [time, event, what, session] = [10, 8, 20, 8].map(Constraint::Length);
+    let table = Table::new(rows, [time, event, what, Constraint::Min(10), session]).header(header);
+    let block = Block::bordered().title(" last events ").padding(Padding::horizontal(1));
+    frame.render_widget(table.block(block), area);
 }
 
 /// `0.00184` → `1.8 ms`.
@@ -245,13 +267,11 @@ fn lag(seconds: Option<f64>) -> String {
     }
 }
 
-/// The time of day of a timestamp, where this terminal is.
+/// The time of day of a timestamp, where this terminal is; the date where it is not today.
 fn clock(timestamp: &str) -> String {
-    let parsed: Result<jiff::Timestamp, _> = timestamp.parse();
-    parsed.map_or_else(
-        |_| "-".to_owned(),
-        |at| at.to_zoned(jiff::tz::TimeZone::system()).strftime("%H:%M:%S").to_string(),
-    )
+    let Ok(at) = timestamp.parse::<jiff::Timestamp>() else { return "-".to_owned() };
+    let (at, now) = (at.to_zoned(jiff::tz::TimeZone::system()), jiff::Zoned::now());
+    at.strftime(if at.date() == now.date() { "%H:%M:%S" } else { "%Y-%m-%d" }).to_string()
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@ use crate::event::Timestamp;
 use crate::service::connect_settings;
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ConnectSettings, inspect};
-use crate::verify::{self, ConflictingLines, Counts, IncompleteLine, Remedy, Report, VerifyError};
+use crate::verify::{self, ConflictingLines, Counts, IncompleteLine, MissingLine, Remedy, Report, VerifyError};
 use clap::Args;
 use jiff::SignedDuration;
 
+use super::table::{self, COLUMNS};
 use super::{Context, Exit, Failure, block_on, database, written};
 
 /// Missing events that are listed for people.
@@ -33,6 +34,9 @@ pub(super) struct VerifyArguments {
     /// Send again what is missing, by the spool: the running watcher takes it in, or the next one when it starts
     #[arg(long)]
     repair: bool,
+    /// Whole paths and ids of what is missing, however long their lines
+    #[arg(long)]
+    wide: bool,
 
     /// Take rows that are gone for deleted on purpose: they count as removed from then on, and are not sent again
     #[arg(long, conflicts_with = "repair")]
@@ -56,7 +60,7 @@ pub(super) fn verify(context: &Context, arguments: &VerifyArguments) -> Result<E
     let shown = if arguments.json {
         serde_json::to_writer(&mut out, &report).map_err(io::Error::from).and_then(|()| writeln!(out))
     } else {
-        write_table(&mut out, &report)
+        write_table(&mut out, &report, arguments.wide)
     };
     written(shown.and_then(|()| out.flush()))?;
     if report.turns.sent_again.max(report.sessions.sent_again) > Some(0) {
@@ -82,6 +86,19 @@ fn since(text: &str) -> Result<Timestamp, String> {
         None => text.parse().ok(),
     };
     since.ok_or_else(|| "expected a time with its zone (2026-01-02T03:04:05Z) or days (90d)".to_owned())
+}
+
+/// The first of them by path and offset, as many as are listed.
+fn first_missing(lines: impl Iterator<Item = MissingLine>) -> Vec<MissingLine> {
+    let mut first: Vec<MissingLine> = Vec::new();
+    for line in lines {
+        let before = first.partition_point(|one| (&one.path, one.offset) < (&line.path, line.offset));
+        if before < LISTED_MAX {
+            first.insert(before, line);
+            first.truncate(LISTED_MAX);
+        }
+    }
+    first
 }
 
 /// What was sent again waits in the queue where a trigger drops its row.
@@ -116,7 +133,7 @@ impl From<VerifyError> for Failure {
     }
 }
 
-fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
+fn write_table(out: &mut impl Write, report: &Report<'_>, wide: bool) -> io::Result<()> {
     let (turns, sessions) = (&report.turns, &report.sessions);
     write_counts(out, turns, sessions)?;
     writeln!(
@@ -170,7 +187,7 @@ fn write_table(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
     if turns.not_yet_read + sessions.not_yet_read > 0 {
         writeln!(out, "not yet read: the running watcher reads it, or the next one when it starts")?;
     }
-    write_missing(out, report)
+    write_missing(out, report, wide)
 }
 
 fn sum(turns: Option<u64>, sessions: Option<u64>) -> u64 {
@@ -198,23 +215,26 @@ fn write_counts(out: &mut impl Write, turns: &Counts, sessions: &Counts) -> io::
     Ok(())
 }
 
-fn write_missing(out: &mut impl Write, report: &Report<'_>) -> io::Result<()> {
+fn write_missing(out: &mut impl Write, report: &Report<'_>, wide: bool) -> io::Result<()> {
     let missing = sum(report.turns.missing, report.sessions.missing);
     if missing == 0 {
         return Ok(());
     }
-    writeln!(out, "\nmissing:")?;
-    for line in report.missing.lines().take(LISTED_MAX) {
+    let mut of = String::new();
+    for line in first_missing(report.missing.lines()) {
+        if of != line.path {
+            let path = if wide {
+                table::one_line(&line.path)
+            } else {
+                table::tail(&line.path, COLUMNS - "missing in :".len())
+            };
+            writeln!(out, "\nmissing in {path}:")?;
+            of = line.path;
+        }
+        let id = if wide { &*line.event_id } else { line.event_id.get(..8).unwrap_or_default() };
         let sent = if line.sent_again { "; sent again" } else { "" };
-        writeln!(
-            out,
-            "  {}:{}  {}  {}  {}{sent}",
-            line.path,
-            line.offset,
-            line.event_type,
-            line.event_id,
-            line.reason.described()
-        )?;
+        let row = format!("{:>10}  {:<18}  {id}  {}{sent}", line.offset, line.event_type, line.reason.described());
+        writeln!(out, "{}", if wide { row } else { table::head(&row, COLUMNS) })?;
     }
     if let Some(more) = missing.checked_sub(LISTED_MAX as u64).filter(|more| *more > 0) {
         writeln!(out, "  and {more} more; --json lists all")?;

@@ -1,8 +1,8 @@
-//! The body of a request: read whole, at least as fast as it must come, within the memory for all bodies.
+//! The body of a request: read whole, within the memory for all bodies. How long it may take is the whole request's limit.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::{Body, HttpBody};
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
@@ -14,11 +14,8 @@ use super::{Api, error};
 /// What one body may take of memory without asking.
 const FREE_BYTES: usize = 64 << 10;
 
-/// How long a body may stop, and the bytes per second at which it must come in the long run.
-const IDLE_TIME_MAX: Duration = Duration::from_secs(10);
-const BYTES_PER_SECOND_MIN: u64 = 16 << 10;
-
-/// What is still read of a body whose answer is already known, so that the caller gets to read that answer.
+/// What is still read of a body that is too large, so that the caller gets to read the answer: a connection that is closed
+/// with bytes unread loses it.
 const LEFTOVER_BYTES_MAX: u64 = 16 << 20;
 const LEFTOVER_TIME_MAX: Duration = Duration::from_secs(2);
 
@@ -29,23 +26,33 @@ pub(super) struct WholeBody {
 }
 
 /// Reads a body of at most `bytes_max`. The error is the answer.
-pub(super) async fn read(api: &Api, body: Body, bytes_max: u64) -> Result<WholeBody, Response> {
+pub(super) async fn read(api: &Api, mut body: Body, bytes_max: u64) -> Result<WholeBody, Response> {
     let announced = body.size_hint().lower();
-    // Memory is taken when it is written to.
-    let capacity = if announced <= bytes_max { announced as usize } else { 0 };
-    let mut whole = WholeBody { bytes: Vec::with_capacity(capacity), room: None };
-    let mut incoming = Incoming { body, begun: Instant::now(), bytes: 0 };
     let mut fits = announced <= bytes_max;
+    // Memory is taken when it is written to.
+    let capacity = if fits { announced as usize } else { 0 };
+    let mut whole = WholeBody { bytes: Vec::with_capacity(capacity), room: None };
     while fits {
-        let Some(piece) = incoming.next().await? else { return Ok(whole) };
-        fits = incoming.bytes <= bytes_max;
+        let Some(frame) = body.frame().await else { return Ok(whole) };
+        let broke_off = |problem| error(StatusCode::BAD_REQUEST, format!("the body broke off: {problem}"));
+        // Trailers mean nothing here.
+        let Ok(piece) = frame.map_err(broke_off)?.into_data() else { continue };
         whole.bytes.extend_from_slice(&piece);
+        fits = whole.bytes.len() as u64 <= bytes_max;
         if !whole.has_room(api) {
             let busy = error(StatusCode::SERVICE_UNAVAILABLE, "too many large requests at once; try again in a moment");
             return Err(([(RETRY_AFTER, "1")], busy).into_response());
         }
     }
-    incoming.read_leftovers().await;
+    let leftovers = async {
+        let mut bytes = 0;
+        while bytes < LEFTOVER_BYTES_MAX
+            && let Some(Ok(frame)) = body.frame().await
+        {
+            bytes += frame.data_ref().map_or(0, |piece| piece.len() as u64);
+        }
+    };
+    let _ = tokio::time::timeout(LEFTOVER_TIME_MAX, leftovers).await;
     Err(error(StatusCode::PAYLOAD_TOO_LARGE, format!("a request has at most {bytes_max} bytes")))
 }
 
@@ -62,43 +69,5 @@ impl WholeBody {
             None => self.room = Some(more),
         }
         true
-    }
-}
-
-/// A body as it comes in.
-struct Incoming {
-    body: Body,
-    begun: Instant,
-    /// So many have come.
-    bytes: u64,
-}
-
-impl Incoming {
-    /// The next piece; `None` at the end. The error is the answer to a caller that was too slow or broke off.
-    async fn next(&mut self) -> Result<Option<Bytes>, Response> {
-        loop {
-            let allowed = IDLE_TIME_MAX + Duration::from_secs(self.bytes / BYTES_PER_SECOND_MIN);
-            let patience = allowed.saturating_sub(self.begun.elapsed()).min(IDLE_TIME_MAX);
-            match tokio::time::timeout(patience, self.body.frame()).await {
-                Err(_) => return Err(error(StatusCode::REQUEST_TIMEOUT, "the body comes too slowly")),
-                Ok(None) => return Ok(None),
-                Ok(Some(Err(problem))) => {
-                    return Err(error(StatusCode::BAD_REQUEST, format!("the body broke off: {problem}")));
-                }
-                Ok(Some(Ok(frame))) => {
-                    // Trailers mean nothing here.
-                    let Ok(bytes) = frame.into_data() else { continue };
-                    self.bytes += bytes.len() as u64;
-                    return Ok(Some(bytes));
-                }
-            }
-        }
-    }
-
-    /// Reads on without a use for it: a connection that is closed with bytes unread loses the answer on its way.
-    async fn read_leftovers(&mut self) {
-        let bytes_max = self.bytes + LEFTOVER_BYTES_MAX;
-        let reading = async { while self.bytes < bytes_max && matches!(self.next().await, Ok(Some(_))) {} };
-        let _ = tokio::time::timeout(LEFTOVER_TIME_MAX, reading).await;
     }
 }

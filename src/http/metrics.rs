@@ -7,8 +7,8 @@ use axum::response::{IntoResponse, Response};
 
 use super::Api;
 use crate::event::Timestamp;
-use crate::health::{HealthSource, Moment, Status};
-use crate::telemetry::{Database, Shared, TEXT_FORMAT};
+use crate::health::{HealthSource, Moment};
+use crate::telemetry::{Database, TEXT_FORMAT};
 
 pub(super) async fn metrics(State(api): State<Api>) -> Response {
     let headers = [(CONTENT_TYPE, TEXT_FORMAT), (CACHE_CONTROL, "no-store")];
@@ -18,13 +18,8 @@ pub(super) async fn metrics(State(api): State<Api>) -> Response {
 fn exposition(source: &HealthSource, now: Moment) -> String {
     let live = &source.metrics.live;
     let health = source.health(now);
-    let time = |at: &Shared<Option<Timestamp>>| at.get().map_or(0.0, |at| at.as_millisecond() as f64 / 1000.0);
     let number = |is_so: bool| f64::from(u8::from(is_so));
-    let status = match health.status {
-        Status::Pass => 0.0,
-        Status::Warn => 1.0,
-        Status::Fail => 2.0,
-    };
+    let last_write = live.last_write.get().unwrap_or(Timestamp::UNIX_EPOCH).as_millisecond() as f64 / 1000.0;
     let is_up = live.database.get().state == Database::Up;
     let oldest_age = health.queue.oldest_age_seconds.unwrap_or_default();
     let expiring = health.watcher.transcripts_expiring;
@@ -38,14 +33,9 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
         ("queue_dead_letters", "Dead letters that are kept.", health.queue.dead_letters as f64),
         ("queue_missing", "Events that were missing when the queue was opened.", health.queue.missing as f64),
         ("database_up", "1 when the last thing heard of the database was good.", number(is_up)),
-        ("files", "Transcripts that are followed.", health.watcher.files as f64),
-        ("sessions", "Sessions that are known.", health.watcher.sessions as f64),
         ("transcripts_expiring", "Transcripts about to be deleted and not fully delivered.", expiring as f64),
         ("spool_unread_files", "Files of the spool, or its folder, that can't be read.", unread_spool as f64),
-        ("health_status", "0 pass, 1 warn, 2 fail; GET /health says why.", status),
         ("ready", "1 when events are taken in.", number(health.ready)),
-        ("uptime_seconds", "Time since the start.", source.uptime(now).as_secs_f64()),
-        ("last_write_timestamp_seconds", "When an event was last stored; 0 when none was.", time(&live.last_write)),
-        ("last_rescan_timestamp_seconds", "When all transcripts were last scanned.", time(&live.last_rescan)),
+        ("last_write_timestamp_seconds", "When an event was last stored; 0 when none was.", last_write),
     ])
 }

@@ -126,16 +126,14 @@ pub(crate) fn router(api: Api, transport: Transport) -> Router {
         .fallback(|| async { error(StatusCode::NOT_FOUND, "no such route") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "not with this method") })
         .with_state(api.clone());
-    match transport {
+    let routes = match transport {
         Transport::Socket => {
             let own = Router::new().route("/database", get(database)).with_state(api);
             routes.merge(own).layer(Extension(Caller::Owner))
         }
-        // Not on the socket: a command may wait for the program whose output is piped into it.
-        Transport::Tcp(access) => routes
-            .layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller))
-            .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIMEOUT)),
-    }
+        Transport::Tcp(access) => routes.layer(middleware::from_fn_with_state(Arc::new(access), access::admit_caller)),
+    };
+    routes.layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIMEOUT))
 }
 
 /// Where the watcher has its database, for commands that are told of none. On the socket alone.

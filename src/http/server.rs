@@ -6,7 +6,7 @@
 //! | What | Timeout | Then |
 //! |---|---|---|
 //! | the head of a request; the next request on a connection | [`HEAD_TIMEOUT`] | closed |
-//! | the body of a request over TCP, and the work on it | [`REQUEST_TIMEOUT`] | 408 |
+//! | the body of a request, and the work on it | [`REQUEST_TIMEOUT`] | 408 |
 //! | reading the answer | [`WRITE_TIMEOUT`] without progress | closed |
 
 use std::io;

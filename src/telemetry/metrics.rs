@@ -216,8 +216,6 @@ impl Default for Metrics {
             let options = HistogramOpts::new(name, help).buckets(BUCKET_BOUNDS.to_vec());
             Histogram(registered(&registry, prometheus::Histogram::with_opts(options)))
         };
-        let version = Opts::new("build_info", "The running version.").const_label("version", env!("CARGO_PKG_VERSION"));
-        registered(&registry, Gauge::with_opts(version)).set(1.0);
         Metrics {
             lines_read: counter("lines_read_total", "Lines of transcripts that were read."),
             bad_lines: counter("bad_lines_total", "Lines that are no JSON object or too long."),

@@ -19,14 +19,17 @@ const PAYLOAD_BYTES_MAX: usize = 16 * 1024;
 /// One event as it was taken in.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub(crate) struct RecentEvent {
-    /// This, `session` and `detail` are null for callers without the token.
+    /// This, `session`, `project` and `detail` are null for callers without the token.
     pub(crate) event_id: Option<String>,
     pub(crate) event_type: String,
     pub(crate) timestamp: String,
     pub(crate) captured_at: String,
     pub(crate) origin: String,
     pub(crate) session: Option<String>,
-    /// Who, what or how, in a word: a turn's actor, a hook's type, an end's reason.
+    /// The last folder of the project's path.
+    pub(crate) project: Option<String>,
+    /// Who, what or how, in some words: a turn's actor and kind, a hook's type and tool, an end's reason; and the agent
+    /// where it is not Claude Code.
     pub(crate) detail: Option<String>,
 }
 
@@ -42,6 +45,9 @@ impl RecentEvent {
         let payload: Value = payload.and_then(|payload| serde_json::from_str(payload).ok()).unwrap_or_default();
         let field =
             |names: &[&str]| names.iter().find_map(|name| payload.get(name).and_then(Value::as_str)).map(str::to_owned);
+        let agent = field(&["agent"]).filter(|agent| agent != "claude-code");
+        let words = [field(&["actor", "hook_type", "to_state", "reason"]), field(&["kind", "tool_name"]), agent];
+        let words: Vec<String> = words.into_iter().flatten().collect();
         RecentEvent {
             event_id: Some(event.id().to_string()),
             event_type: event.event_type().to_string(),
@@ -49,13 +55,14 @@ impl RecentEvent {
             captured_at: now.to_string(),
             origin: event.origin().kind().to_owned(),
             session: field(&["session_uuid", "claude_session_id"]).or_else(|| session_of(event.origin())),
-            detail: field(&["actor", "hook_type", "to_state", "reason"]),
+            project: field(&["project_path"]).as_deref().and_then(last_folder),
+            detail: Some(words.join(" ")).filter(|words| !words.is_empty()),
         }
     }
 
     /// What callers without the token may see of it.
     pub(crate) fn without_names(self) -> RecentEvent {
-        RecentEvent { event_id: None, session: None, detail: None, ..self }
+        RecentEvent { event_id: None, session: None, project: None, detail: None, ..self }
     }
 }
 
@@ -63,6 +70,10 @@ impl RecentEvent {
 fn session_of(origin: &Origin) -> Option<String> {
     let Origin::Transcript { path, .. } = origin else { return None };
     Path::new(&**path).file_stem().map(|stem| stem.to_string_lossy().into_owned())
+}
+
+fn last_folder(path: &str) -> Option<String> {
+    Path::new(path).file_name().map(|name| name.to_string_lossy().into_owned())
 }
 
 #[derive(Default, Debug)]

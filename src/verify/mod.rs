@@ -29,7 +29,7 @@ use thiserror::Error;
 
 use self::inventory::Inventory;
 use self::repair::Sender;
-pub(crate) use self::report::{ConflictingLines, Counts, IncompleteLine, Report};
+pub(crate) use self::report::{ConflictingLines, Counts, IncompleteLine, MissingLine, Report};
 use crate::config::Config;
 use crate::event::Timestamp;
 use crate::intake::redact::PatternError;

@@ -66,7 +66,7 @@ fn code_of(address: SocketAddr, method: &str, target: &str, headers: &[&str]) ->
 /// The path of every route, read off the router's source; parameters have a value.
 fn routes() -> Vec<String> {
     let source = std::fs::read_to_string(project().join("src/http/mod.rs")).unwrap();
-    let router = source.split("pub fn router(").nth(1).unwrap();
+    let router = source.split("fn router(").nth(1).unwrap();
     let paths = router.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap());
     let paths: Vec<String> = paths.map(|path| path.replace("{sequence}", "1").replace("{kind}", "Stop")).collect();
     assert_eq!(source.matches(".route(").count(), paths.len(), "every route is found");
@@ -182,6 +182,12 @@ fn another_user_of_the_machine_reads_no_text_no_payload_and_no_path_and_changes_
     let socket = stage.folder().join("data/watcher.sock");
     let connected = curl(&["--unix-socket", socket.to_str().unwrap(), "http://localhost/health"]);
     assert_eq!(connected.status.code(), Some(7), "could not connect: {connected:?}");
+    let config = stage.folder().join("config.yaml");
+    std::fs::set_permissions(&config, PermissionsExt::from_mode(0o644)).unwrap();
+    let arguments = ["--config", config.to_str().unwrap(), "status"];
+    let status = as_another_user(env!("CARGO_BIN_EXE_headspace-watcher"), &arguments).unwrap();
+    let told = String::from_utf8_lossy(&status.stderr);
+    assert!(told.contains("it belongs to user 0: run this as that user") && !told.contains("restart"), "{told}");
     let token = stage.folder().join("data/http.token");
     let read = as_another_user("cat", &[token.to_str().unwrap()]).unwrap();
     assert!(!read.status.success() && read.stdout.is_empty(), "{read:?}");

@@ -95,7 +95,7 @@ fn without_the_token_the_page_gets_numbers_and_with_it_everything_and_no_page_of
     let open = next_event(&mut ask(port, "/live", ""));
     let event = &open["events"][0];
     assert_eq!((&event["event_type"], &event["origin"]), (&"turn_detected".into(), &"transcript".into()));
-    for name in ["event_id", "session", "detail"] {
+    for name in ["event_id", "session", "project", "detail"] {
         assert_eq!(event[name], Value::Null, "{name}: {open}");
     }
     assert_eq!(open["totals"]["captured"], 2);
@@ -103,7 +103,7 @@ fn without_the_token_the_page_gets_numbers_and_with_it_everything_and_no_page_of
         assert!(!open.to_string().contains(private), "{private}: {open}");
     }
     let whole = next_event(&mut ask(port, "/live", token));
-    assert_eq!(whole["events"][0]["detail"], "user");
+    assert_eq!((&whole["events"][0]["detail"], &whole["events"][0]["project"]), (&"user prompt".into(), &"app".into()));
     assert_eq!(whole["events"][0]["session"], transcript.session.as_str());
     assert!(!whole.to_string().contains("secret"), "texts are never shown: {whole}");
 }
@@ -127,7 +127,7 @@ fn whoever_looks_on_gets_the_last_ten_minutes_and_then_every_second() {
     assert!(first["lag"]["p50_seconds"].as_f64().unwrap() > 0.0);
     assert_eq!(first["events"].as_array().unwrap().len(), 6);
     assert_eq!(first["events"][0]["session"], transcript.session.as_str());
-    assert_eq!((&first["events"][0]["detail"], &first["events"][0]["origin"]), (&"user".into(), &"transcript".into()));
+    assert_eq!(first["events"][0]["origin"], "transcript");
     assert!(!first.to_string().contains("secret"), "{first}");
     let without_samples = serde_json::from_str::<Value>(&watcher.get("/overview?samples=0").unwrap().1).unwrap();
     assert_eq!(without_samples["samples"], json!([]));
@@ -188,14 +188,14 @@ fn a_browser_shows_numbers_without_the_token_and_says_where_it_is() {
     transcript.say("poison");
     wait_until("both dead letters", SOON, || watcher.health()["queue"]["dead_letters"] == 2);
     let expected = [
-        "▲ It works, but someone should look",
+        "▲ Degraded – needs attention",
         "2 dead letters;",
         ">live<",
-        "2 since start, 0 known already",
-        "session_registered",
+        ">2 since start<",
+        "session started",
         ">2, shown with the token.<",
-        "<code>headspace-watcher status</code> tells where it is",
-        "aria-label=\"Events a second over the last 10 minutes: at most ",
+        "<code>headspace-watcher status</code> says where it is",
+        "aria-label=\"Events per second over the last 10 minutes: at most ",
     ];
     // How far the page is when Chromium takes its picture is Chromium's to say.
     let deadline = Instant::now() + SOON;
@@ -207,7 +207,7 @@ fn a_browser_shows_numbers_without_the_token_and_says_where_it_is() {
         let Some(missing) = expected.iter().find(|part| !page.contains(**part)) else { break page };
         assert!(Instant::now() < deadline, "{missing}: {page}");
     };
-    for private in ["secret text", "-home-me-app", "aria-label=\"Retry", &transcript.session[..8]] {
+    for private in ["secret text", "-home-me-app", "id=\"retry-", &transcript.session[..8]] {
         assert!(!page.contains(private), "{private}: {page}");
     }
 }
@@ -305,6 +305,13 @@ impl Drop for Browser {
     }
 }
 
+/// A browser that shows the page, and has been given the token.
+fn with_token(stage: &Stage, port: u16) -> Option<Browser> {
+    let browser = Browser::open(stage, &format!("http://127.0.0.1:{port}/"))?;
+    browser.enter("#token", &format!("{}\u{e007}", stage.token()));
+    Some(browser)
+}
+
 #[test]
 fn with_the_token_the_page_shows_sessions_and_who_presses_retry_sees_the_letter_come_back_or_go_and_keeps_their_place()
 {
@@ -320,16 +327,20 @@ fn with_the_token_the_page_shows_sessions_and_who_presses_retry_sees_the_letter_
     wait_until("it asks for the token", SOON, || {
         shows("headspace-watcher status") && text("letters-more") == "1, shown with the token."
     });
-    assert!(!shows("a curse") && !shows(&transcript.session[..8]));
+    assert!(!shows("a curse") && !shows("user prompt"));
     browser.enter("#token", "another-token\u{e007}");
     wait_until("it refuses another one", SOON, || text("ask-message") == "This is not the watcher's token.");
     assert_eq!(browser.value("sessionStorage.length"), 0);
     browser.enter("#token", &format!("{}\u{e007}", stage.token()));
-    wait_until("sessions", SOON, || shows(&transcript.session[..8]));
+    wait_until("turns", SOON, || shows("user prompt"));
+    let project = browser.value("document.querySelector('#events td:last-child').title");
+    assert_eq!(project, transcript.session.as_str());
     assert_eq!(browser.value("document.getElementById('ask').checkVisibility()"), false);
     assert!(!browser.value("location.href").as_str().unwrap().contains(&stage.token()));
+    // When it happened, and when it was captured, as these are years apart.
+    assert!(shows("2026-01-02 ") && shows("captured "));
     browser.tell("/refresh", &json!({}));
-    wait_until("it is kept in this tab", SOON, || shows(&transcript.session[..8]));
+    wait_until("it is kept in this tab", SOON, || shows("user prompt"));
     let letter = || browser.value("document.querySelector('#letters button')?.id ?? ''");
     wait_until("its button", SOON, || letter() != "");
     let first = letter();
@@ -339,7 +350,49 @@ fn with_the_token_the_page_shows_sessions_and_who_presses_retry_sees_the_letter_
     stage.database().query("ALTER TABLE events DROP CONSTRAINT no_swearing");
     browser.press("#letters button");
     wait_until("the row", SOON, || stage.database().texts() == ["a curse"]);
-    wait_until("the list is empty", SOON, || letter() == "");
-    assert_eq!(browser.value("document.getElementById('letters-none').checkVisibility()"), true);
-    assert_eq!(browser.value("document.activeElement.id"), "letters-title");
+    wait_until("the list is gone", SOON, || {
+        browser.value("document.getElementById('letters').checkVisibility()") == false
+    });
+    assert_eq!(browser.value("document.activeElement.id"), "letters-said");
+}
+
+#[test]
+fn who_presses_forget_twice_forgets_a_letter_or_all_that_never_were_valid() {
+    let (stage, port) = with_port(Stage::new());
+    stage.refuse_curses();
+    let mut transcript = stage.transcript("-home-me-app", 1);
+    transcript.say("a curse");
+    transcript.append("no JSON\nneither\nnor this\n");
+    let watcher = stage.start();
+    let letters = || watcher.health()["queue"]["dead_letters"].as_u64().unwrap();
+    wait_until("four dead letters", SOON, || letters() == 4);
+    let Some(browser) = with_token(&stage, port) else { return };
+    let buttons = || browser.value("document.querySelectorAll('#letters tbody button').length");
+    wait_until("retry once, forget four times", SOON, || buttons() == 5);
+    browser.press("#forget-invalid");
+    assert_eq!((buttons(), letters()), (5.into(), 4), "once is not enough");
+    browser.press("#forget-invalid");
+    wait_until("what never was an event is forgotten", SOON, || letters() == 1);
+    wait_until("only the event is left", SOON, || buttons() == 2);
+    let said = || browser.value("document.getElementById('letters-said').textContent");
+    assert_eq!(said(), "3 dead letters forgotten.");
+    let last = stage.run(&["dead-letters", "list"]).lines()[0]["sequence"].as_u64().unwrap();
+    for _ in 0..2 {
+        browser.press(&format!("#forget-{last}"));
+    }
+    wait_until("none is left", SOON, || letters() == 0);
+    wait_until("it is said", SOON, || said() == format!("No. {last} is forgotten."));
+}
+
+#[test]
+fn plots_draw_no_line_across_a_time_without_data() {
+    let (stage, port) = with_port(Stage::with(None));
+    let _watcher = stage.start();
+    wait_until("it listens", SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let Some(browser) = Browser::open(&stage, &format!("http://127.0.0.1:{port}/")) else { return };
+    let runs = |points: &str| browser.value(&format!("runs({points})"));
+    // A value that is missing, and samples that are missing.
+    assert_eq!(runs("[[0, 1], [5000, 2], [10000, null], [15000, 3]]"), json!([[[0, 1], [5000, 2]], [[15000, 3]]]));
+    assert_eq!(runs("[[0, 1], [5000, 2], [125000, 3]]"), json!([[[0, 1], [5000, 2]], [[125_000, 3]]]));
+    assert_eq!(runs("[]"), json!([]));
 }

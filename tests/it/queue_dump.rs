@@ -124,3 +124,41 @@ fn a_long_queue_is_dumped_in_constant_memory_while_events_come_and_go() {
     let again = dump(&stage);
     assert_eq!(left.sequences, again.sequences, "looking changed something");
 }
+
+#[test]
+fn tables_fit_80_columns_unless_they_are_to_be_wide() {
+    let stage = Stage::new();
+    stage.refuse_curses();
+    let mut transcript = stage.transcript("-home-me-a-project-with-a-rather-long-name", 7);
+    transcript.say("a curse");
+    transcript.append("no JSON\n");
+    stage.run_until_idle();
+    let table = |arguments: &[&str]| stage.run(arguments).output();
+    let letters = ["dead-letters", "list", "--format", "table"];
+    let narrow = table(&letters);
+    assert!(narrow.lines().all(|line| line.chars().count() <= 80), "{narrow}");
+    assert!(narrow.contains("…") && narrow.contains("/00000007:"), "the end of a path says most: {narrow}");
+    assert!(
+        narrow.contains("          23514: ERROR: new row for relation"),
+        "the reason has a line of its own: {narrow}"
+    );
+    let wide = table(&[&letters[..], &["--wide"]].concat());
+    assert!(wide.contains(transcript.path.to_str().unwrap()) && wide.contains("no_swearing"), "{wide}");
+    assert_eq!((narrow.lines().count(), wide.lines().count()), (5, 3), "{narrow}{wide}");
+
+    stage.database().query("DELETE FROM events");
+    let missing = table(&["verify"]);
+    assert!(missing.contains("missing in …") && missing.lines().all(|line| line.chars().count() <= 80), "{missing}");
+    let missing = table(&["verify", "--wide"]);
+    assert!(missing.contains(&format!("missing in {}:\n", transcript.path.display())), "{missing}");
+
+    let stage = Stage::with(None);
+    let mut transcript = stage.transcript("-home-me-a-project-with-a-rather-long-name", 7);
+    transcript.say("text");
+    let watcher = stage.start();
+    wait_until("it is queued", SOON, || watcher.health()["queue"]["pending"] == 2);
+    let narrow = stage.run(&["queue-dump", "--format", "table"]).output();
+    assert!(narrow.lines().all(|line| line.chars().count() <= 80) && narrow.contains("/00000007:"), "{narrow}");
+    let wide = stage.run(&["queue-dump", "--format", "table", "--wide"]).output();
+    assert!(wide.contains("ATTEMPTS") && wide.contains(transcript.path.to_str().unwrap()), "{wide}");
+}

@@ -3,15 +3,15 @@
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::stage::{SOON, Stage, signal, wait_for};
+use crate::stage::{SOON, Stage, signal, wait_for, wait_until};
 
-/// A terminal of 80 columns and 24 rows in which a shell runs `top` and then says how it has left the terminal.
+/// A terminal in which a shell runs `top` and then says how it has left the terminal.
 struct Terminal {
     server: String,
 }
 
 impl Terminal {
-    /// `None`, said aloud, where there is no tmux.
+    /// 80 columns and 24 rows. `None`, said aloud, where there is no tmux.
     fn start(stage: &Stage, fault: &str) -> Option<Terminal> {
         if Command::new("tmux").arg("-V").output().is_err() {
             eprintln!("SKIPPED: tmux is not here (Debian: apt-get install tmux)");
@@ -43,6 +43,10 @@ impl Terminal {
 
     fn screen(&self) -> String {
         String::from_utf8(self.tmux(&["capture-pane", "-p"]).stdout).unwrap()
+    }
+
+    fn resize(&self, columns: usize, rows: usize) {
+        self.tmux(&["resize-window", "-x", &columns.to_string(), "-y", &rows.to_string()]);
     }
 
     #[track_caller]
@@ -88,10 +92,10 @@ fn top_shows_what_goes_on_at_80_by_24_and_no_texts() {
     transcript.append("no JSON\n");
     stage.wait_for_rows(2);
     let Some(terminal) = Terminal::start(&stage, "") else { return };
-    terminal.wait_for("turn_detected");
+    terminal.wait_for("user prompt");
     // Sessions are counted by the next rescan, and a screen may be read while it is drawn.
     for expected in [
-        "1 files, 1 sessions",
+        "1 file, 1 session,",
         "status    warn",
         &format!("pid {}", watcher.pid()),
         "1 dead letter;",
@@ -99,13 +103,15 @@ fn top_shows_what_goes_on_at_80_by_24_and_no_texts() {
         "delivered ",
         "queue     0 pending (0 B)",
         "database  up for ",
-        "writes    2 stored",
-        "p50 ",
-        "p99 ",
-        "last events",
-        "session_registered",
-        "user",
-        "00000007-0000-4000-8000-000000000000",
+        "writes    2 stored, 0 duplicates, 0 failed",
+        "lag       p50 ",
+        "over the last minute",
+        "delivered/s, peak ",
+        "waiting, peak ",
+        "TIME       EVENT    WHAT                 PROJECT",
+        "2026-01-02 turn     user prompt          app",
+        "started",
+        " 00000007 │",
         "q quit",
     ] {
         terminal.wait_for(expected);
@@ -115,12 +121,38 @@ fn top_shows_what_goes_on_at_80_by_24_and_no_texts() {
     watcher.stop();
     let screen = terminal.wait_for("no watcher listens on");
     assert!(screen.contains("start it with") && screen.contains("scripts/run-watcher.sh"), "{screen}");
-    assert!(screen.contains("what stands below is of "), "{screen}");
+    assert!(screen.contains("showing data from "), "{screen}");
     let again = stage.start();
     terminal.wait_for(&format!("pid {}", again.pid()));
     terminal.tmux(&["send-keys", "q"]);
     let screen = terminal.assert_given_back();
     assert!(screen.contains("ended with 0"), "{screen}");
+}
+
+#[test]
+fn top_fits_its_terminal_or_says_what_it_needs() {
+    let stage = Stage::new();
+    stage.transcript("-home-me-app", 7).say_many("text", 30);
+    let _watcher = stage.start();
+    stage.wait_for_rows(31);
+    let Some(terminal) = Terminal::start(&stage, "") else { return };
+    terminal.wait_for("status    pass");
+    for (columns, rows) in [(80, 24), (100, 30), (120, 40)] {
+        terminal.resize(columns, rows);
+        // Events have what is left beside status (6), rates (2), plots (4), their box (3) and the keys; 20 are known.
+        let expected = (rows - 6 - 2 - 4 - 3 - 1).min(20);
+        wait_until("the events have their rows", SOON, || {
+            let screen = terminal.screen();
+            screen.matches("user prompt").count() == expected && screen.trim_end().ends_with("q quit")
+        });
+    }
+    for (columns, rows) in [(40, 10), (79, 24), (80, 23)] {
+        terminal.resize(columns, rows);
+        wait_until("it says what it needs", SOON, || {
+            let screen = terminal.screen().split_whitespace().collect::<Vec<_>>().join(" ");
+            screen == format!("top needs 80 columns and 24 rows; this terminal has {columns} and {rows}. q quits")
+        });
+    }
 }
 
 #[test]

@@ -150,10 +150,16 @@ fn what_was_deleted_is_named_and_put_back(stage: &Stage, places: &[(String, u64)
     assert_eq!(missing(&report), gone);
     let reason = if with_receipts { "no_receipt" } else { "no_row" };
     assert!(report["missing"].as_array().unwrap().iter().all(|line| line["reason"] == reason), "{report}");
-    let shown = stage.run(&["verify"]);
+    let shown = stage.run(&["verify", "--wide"]);
     assert_eq!(shown.code(), 1);
     for (path, offset) in &gone {
-        assert!(shown.output().contains(&format!("{path}:{offset}  ")), "{}", shown.output());
+        let of_file = shown.output().split(&format!("missing in {path}:\n")).nth(1).unwrap_or_default().to_owned();
+        let of_file = of_file.split("\n\n").next().unwrap();
+        assert!(
+            of_file.lines().any(|line| line.trim_start().starts_with(&format!("{offset}  "))),
+            "{}",
+            shown.output()
+        );
     }
 
     let (code, report) = verify(stage, &["--repair"]);
