@@ -267,9 +267,9 @@ fn postgres(context: &Context) -> Result<Vec<Finding>, Failure> {
     Ok(match inspected {
         Ok(inspection) => place.into_iter().chain(inspection.findings(config.database.auto_migrate)).collect(),
         // What the server says comes with its way out.
-        Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => vec![Wrong(format!(
-            "{error}; see that the server runs and can be reached from here, or correct host and port in database.url. Until then events wait in the queue"
-        ))],
+        Err(error) if error.sqlstate.is_none() && error.verdict == Verdict::Again => {
+            vec![Wrong(format!("{error}; until the server can be reached, events wait in the queue"))]
+        }
         Err(error) => vec![Wrong(error.to_string())],
     })
 }

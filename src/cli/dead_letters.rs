@@ -135,9 +135,7 @@ fn selected(context: &Context, change: Change, letters: &Letters) -> Result<Vec<
     let sequences: Vec<u64> = found.iter().filter(can_change).filter_map(sequence_of).collect();
     match (sequences.len(), found.len()) {
         (0, 0) => println!("no dead letters{}", reason.map(|name| format!(" with reason {name}")).unwrap_or_default()),
-        (0, count) => {
-            println!("none of {count} dead letters is a valid event; \"dead-letters drop --all\" forgets them")
-        }
+        (0, count) => println!("nothing to send again: what is no valid event ({count}) can only be dropped"),
         _ => {}
     }
     Ok(sequences)

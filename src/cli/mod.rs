@@ -31,6 +31,7 @@ use crate::sink::{DeliverError, Verdict};
 use crate::source::{SourceError, inspect_queue};
 use crate::telemetry::{self, LogFormat};
 use clap::{Parser, Subcommand, ValueEnum};
+use indicatif::ProgressBar;
 
 /// Where the help of each command lists the options that all of them have.
 const EVERYWHERE: &str = "Options of every command";
@@ -195,8 +196,8 @@ impl Context {
         Ok(folder.join("settings.json"))
     }
 
-    fn start_logging(&self) {
-        telemetry::start_logging(self.log_format, self.log_level);
+    fn start_logging(&self, progress: &ProgressBar) {
+        telemetry::start_logging(self.log_format, self.log_level, progress.clone());
     }
 }
 

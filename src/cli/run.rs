@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::service::{Service, Until};
 use crate::telemetry::Metrics;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -34,7 +34,8 @@ pub(super) struct RunArguments {
 
 pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Failure> {
     tame_allocator();
-    context.start_logging();
+    let progress = ProgressBar::hidden();
+    context.start_logging(&progress);
     if !context.loaded.unused.is_empty() {
         warn!(unused = context.loaded.unused.join(", "), "the configuration has sections or keys of another program");
     }
@@ -53,13 +54,12 @@ pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Fa
     let metrics = Arc::new(Metrics::default());
     let result = runtime.block_on(async {
         let stop = stop_on_signals()?;
-        let progress =
-            (until == Until::Idle && std::io::stderr().is_terminal()).then(|| show_progress(metrics.clone()));
+        if until == Until::Idle && std::io::stderr().is_terminal() {
+            tokio::spawn(show_progress(progress.clone(), metrics.clone()));
+        }
         let config = context.loaded.config.clone();
         let result = Service { config, target, has_database, until, stop, metrics }.run().await;
-        if let Some(progress) = progress {
-            progress.abort();
-        }
+        progress.finish_and_clear();
         result.map_err(Failure::from)
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN_TIMEOUT);
@@ -137,26 +137,26 @@ fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
     Ok(receiver)
 }
 
-/// A bar of what was captured and what of it has left the queue; nothing while there is nothing to show.
-fn show_progress(metrics: Arc<Metrics>) -> tokio::task::JoinHandle<()> {
-    tokio::spawn(async move {
-        let style = ProgressStyle::with_template("{elapsed_precise} {bar:32} {pos}/{len} events {per_sec} {msg}");
-        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let bar = bar.with_finish(ProgressFinish::AndClear);
-        loop {
-            tokio::time::sleep(PROGRESS_INTERVAL).await;
-            let left = metrics.events_delivered.get()
-                + metrics.events_duplicate.get()
-                + metrics.events_dead_lettered.of("refused");
-            let captured = metrics.events_captured.get().max(left);
-            if captured == 0 {
-                continue;
-            }
-            let database = metrics.live.database.get();
-            let trouble = database.last_error.map(|_| format!(", database {}", database.state.as_str()));
-            bar.set_length(captured);
-            bar.set_position(left);
-            bar.set_message(format!("{} lines read{}", metrics.lines_read.get(), trouble.unwrap_or_default()));
+/// Shows what was captured and what of it has left the queue, once there is something to show.
+async fn show_progress(bar: ProgressBar, metrics: Arc<Metrics>) {
+    let style = ProgressStyle::with_template("{elapsed_precise} {bar:32} {pos}/{len} events {per_sec} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    loop {
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
+        if bar.is_finished() {
+            return;
         }
-    })
+        let left = metrics.events_delivered.get()
+            + metrics.events_duplicate.get()
+            + metrics.events_dead_lettered.of("refused");
+        let captured = metrics.events_captured.get().max(left);
+        let database = metrics.live.database.get();
+        let trouble = database.last_error.map(|_| format!(", database {}", database.state.as_str()));
+        bar.set_length(captured);
+        bar.set_position(left);
+        bar.set_message(format!("{} lines read{}", metrics.lines_read.get(), trouble.unwrap_or_default()));
+        if captured > 0 && bar.is_hidden() {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+    }
 }

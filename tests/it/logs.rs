@@ -80,6 +80,23 @@ fn an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_in_between() {
 }
 
 #[test]
+fn until_idle_draws_no_bar_on_a_terminal_where_there_is_nothing_to_show() {
+    if Command::new("script").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: no script(1) here to make a terminal");
+        return;
+    }
+    let stage = Stage::new();
+    let mut terminal = Command::new("script");
+    terminal.args(["-qec", &format!("{} run --until-idle", env!("CARGO_BIN_EXE_headspace-watcher")), "/dev/null"]);
+    terminal.current_dir(stage.folder()).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+    terminal.env("HOME", stage.folder().join("home")).env("DATABASE_URL", &stage.database().url);
+    let output = terminal.env("NO_COLOR", "1").stdin(std::process::Stdio::null()).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("everything that could be read is delivered delivered=0"), "{shown}");
+    assert!(!shown.contains(['█', '░']), "{shown}");
+}
+
+#[test]
 fn lines_are_text_with_colour_on_a_terminal_and_json_elsewhere() {
     let stage = Stage::with(None);
     let elsewhere = stage.run(&["--log-level", "info", "run", "--until-idle"]);
