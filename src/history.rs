@@ -3,14 +3,14 @@
 //! A ring in memory of [`SAMPLES_MAX`] small values. A restart forgets it: what must be kept is Prometheus' to keep.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::event::Timestamp;
 use crate::queue::QueueStats;
-use crate::telemetry::{HistogramSnapshot, Metrics};
+use crate::telemetry::{HistogramSnapshot, Metrics, lock};
 
 /// Ten minutes.
 pub(crate) const SAMPLES_MAX: usize = 600;
@@ -101,7 +101,7 @@ impl History {
     /// Adds a sample of what has changed since the one before.
     pub(crate) fn take_sample(&self, metrics: &Metrics, queue: &QueueStats, now: Timestamp) {
         let counts = Counts::of(metrics, now);
-        let mut ring = self.lock();
+        let mut ring = lock(&self.ring);
         let before = std::mem::replace(&mut ring.before, counts.clone());
         let lag = counts.lag.since(&before.lag);
         let sample = Sample {
@@ -128,24 +128,19 @@ impl History {
 
     /// The last `count` samples, oldest first.
     pub(crate) fn last(&self, count: usize) -> Vec<Sample> {
-        let samples = &self.lock().samples;
+        let samples = &lock(&self.ring).samples;
         samples.iter().skip(samples.len().saturating_sub(count)).cloned().collect()
     }
 
     /// The lag over the minute before the last sample.
     pub(crate) fn lag(&self) -> Lag {
-        let ring = self.lock();
+        let ring = lock(&self.ring);
         ring.minute.front().map(|first| ring.before.lag.since(first)).unwrap_or_default().into()
     }
 
     /// Changes with every new sample.
     pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
         self.updates.subscribe()
-    }
-
-    /// A poisoned lock guards plain values here: what is inside is still whole.
-    fn lock(&self) -> MutexGuard<'_, Ring> {
-        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

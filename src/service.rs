@@ -270,7 +270,9 @@ impl Service {
         let socket = BoundSocket::bind(&config.http.socket).await.map_err(|problem| self.socket_error(problem))?;
         let listener = socket.listener().map_err(|error| self.socket_error(error.to_string()))?;
         handles.socket = Some(socket);
-        handles.tasks.spawn_server("socket", http::serve(listener, http::router(api.clone(), Transport::Socket)));
+        handles
+            .tasks
+            .spawn_server("socket", http::serve_socket(listener, http::router(api.clone(), Transport::Socket)));
         if let Some(address) = config.http.listen {
             handles.tasks.spawn_server("http", serve_tcp(address, api, &config.http, http_health));
         }
@@ -596,7 +598,7 @@ fn serve_tcp(
                             *health = HttpHealth { address: address.to_string(), listening: true, ..health.clone() };
                         }
                     });
-                    return http::serve(listener, router).await;
+                    return http::serve_tcp(listener, router).await;
                 }
                 Err(error) if !said => {
                     said = true;

@@ -20,6 +20,6 @@ pub(crate) use state::{Database, DatabaseState, LiveState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A poisoned lock guards plain values here: what is inside is still whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -191,7 +191,7 @@ pub(super) fn describe(health: &Health) -> String {
     ));
     told.push(format!("captured  {files}, {sessions}, {lines} read, {} bad", watcher.bad_lines));
     told.push(format!("queue     {}", queue_line(&health.queue)));
-    told.push(format!("database  {} for {}", database.state, age(&database.since)));
+    told.push(format!("database  {} for {}", database.state.as_str(), age(&database.since)));
     told.extend(database.last_error.iter().map(|error| format!("          {error}")));
     told.push(format!("writes    {} stored, {duplicates}, {} failed; {last_write}", writes.succeeded, writes.failed));
     told.push(format!("page      {}\n", page_line(health.http.as_ref())));

@@ -15,7 +15,6 @@
 //! (`Origin`), that page must be ours: same scheme, host and port. No answer carries CORS headers, so a page of another
 //! origin can't read what it asks for without an `Origin`.
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -86,29 +85,11 @@ fn unauthorized() -> Response {
     ([(WWW_AUTHENTICATE, bearer)], error(StatusCode::UNAUTHORIZED, problem)).into_response()
 }
 
-/// Why a request is turned away whoever sends it.
-#[derive(Debug, PartialEq)]
-enum Refusal {
-    Host { reached: SocketAddr },
-    Origin,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Refusal::Host { reached } => {
-                let address = SocketAddr::new(reached.ip().to_canonical(), reached.port());
-                let port = reached.port();
-                write!(f, "the request names another host: ask for http://{address} or http://localhost:{port}")
-            }
-            Refusal::Origin => f.write_str("a page of another origin may not ask"),
-        }
-    }
-}
-
-fn check_origin(request: &Request, reached: SocketAddr) -> Result<(), Refusal> {
+/// The error says why a request is turned away whoever sends it.
+fn check_origin(request: &Request, reached: SocketAddr) -> Result<(), String> {
     let (headers, target) = (request.headers(), request.uri());
-    let foreign_host = || Refusal::Host { reached };
+    let [address, localhost] = names(reached);
+    let foreign_host = || format!("the request names another host: ask for http://{address} or http://{localhost}");
     let host = only_value(headers, &HOST).map(str::to_ascii_lowercase).filter(|host| is_ours(host, reached));
     let host = host.ok_or_else(foreign_host)?;
     if let Some(authority) = target.authority()
@@ -119,7 +100,7 @@ fn check_origin(request: &Request, reached: SocketAddr) -> Result<(), Refusal> {
     // A browser asks the page's own server by the very name that the page has.
     let is_own = |origin: &str| origin.strip_prefix("http://") == Some(&*host);
     if headers.contains_key(ORIGIN) && !only_value(headers, &ORIGIN).is_some_and(is_own) {
-        return Err(Refusal::Origin);
+        return Err("a page of another origin may not ask".to_owned());
     }
     Ok(())
 }
@@ -134,10 +115,14 @@ fn only_value<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> 
 /// Whether a host, as browsers write it, names the address that was reached. Any name but localhost is foreign: where it
 /// leads is not ours to say.
 fn is_ours(host: &str, reached: SocketAddr) -> bool {
-    let address = SocketAddr::new(reached.ip().to_canonical(), reached.port()).to_string();
-    let localhost = format!("localhost:{}", reached.port());
     // Browsers leave the default port out.
-    [address, localhost].iter().any(|own| host == own || own.strip_suffix(":80") == Some(host))
+    names(reached).iter().any(|own| host == own || own.strip_suffix(":80") == Some(host))
+}
+
+/// Host and port under which the address that was reached may be asked.
+fn names(reached: SocketAddr) -> [String; 2] {
+    let address = SocketAddr::new(reached.ip().to_canonical(), reached.port());
+    [address.to_string(), format!("localhost:{}", reached.port())]
 }
 
 #[cfg(test)]

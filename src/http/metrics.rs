@@ -20,7 +20,7 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
     let health = source.health(now);
     let number = |is_so: bool| f64::from(u8::from(is_so));
     let last_write = live.last_write.get().unwrap_or(Timestamp::UNIX_EPOCH).as_millisecond() as f64 / 1000.0;
-    let is_up = live.database.get().state == Database::Up;
+    let is_up = health.database.state == Database::Up;
     let oldest_age = health.queue.oldest_age_seconds.unwrap_or_default();
     let expiring = health.watcher.transcripts_expiring;
     let unread_spool = health.spool.unread_files + u64::from(health.spool.folder_unread);

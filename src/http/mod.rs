@@ -30,7 +30,7 @@ use tower_http::timeout::TimeoutLayer;
 pub(crate) use self::access::{Access, Caller};
 pub(crate) use self::page::Overview;
 use self::server::REQUEST_TIMEOUT;
-pub(crate) use self::server::{listen, serve};
+pub(crate) use self::server::{listen, serve_socket, serve_tcp};
 
 use crate::config::HookCapture;
 use crate::health::{Health, HealthSource, Moment, Status};

@@ -14,13 +14,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::AddExtension;
 use axum::serve::Listener;
 use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tower::Layer;
@@ -52,48 +53,35 @@ pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Which of our addresses a request has reached; among the extensions of each. `None` on the Unix socket.
 #[derive(Clone, Copy)]
-pub(crate) struct LocalAddress(pub Option<SocketAddr>);
+pub(super) struct LocalAddress(pub Option<SocketAddr>);
 
-/// A connection that can tell which of our addresses it has reached.
-pub(crate) trait Reached {
-    fn local_address(&self) -> LocalAddress;
+/// Serves on the Unix socket until the task is aborted. Requests under way go on then.
+pub(crate) async fn serve_socket(listener: UnixListener, router: Router) {
+    serve(listener, router, |_| None).await;
 }
 
-impl Reached for TcpStream {
-    fn local_address(&self) -> LocalAddress {
-        LocalAddress(self.local_addr().ok())
-    }
+/// Serves on TCP in the same way.
+pub(crate) async fn serve_tcp(listener: TcpListener, router: Router) {
+    serve(listener, router, |stream| stream.local_addr().ok()).await;
 }
 
-impl Reached for UnixStream {
-    fn local_address(&self) -> LocalAddress {
-        LocalAddress(None)
-    }
-}
-
-/// Serves `router` on `listener` until the task is aborted. Requests under way go on then.
-pub(crate) async fn serve<L>(mut listener: L, router: Router)
-where
-    L: Listener,
-    L::Io: Reached,
-{
+async fn serve<L: Listener>(mut listener: L, router: Router, reached: fn(&L::Io) -> Option<SocketAddr>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let place = places.clone().acquire_owned().await.expect("nobody closes the semaphore");
         let (io, _) = listener.accept().await;
-        let router = router.clone();
+        let service = Extension(LocalAddress(reached(&io))).layer(router.clone());
         tokio::spawn(async move {
-            serve_connection(io, router, WRITE_TIMEOUT).await;
+            serve_connection(io, service, WRITE_TIMEOUT).await;
             drop(place);
         });
     }
 }
 
-async fn serve_connection<I>(io: I, router: Router, write_timeout: Duration)
+async fn serve_connection<I>(io: I, service: AddExtension<Router, LocalAddress>, write_timeout: Duration)
 where
-    I: Reached + AsyncRead + AsyncWrite + Send + 'static,
+    I: AsyncRead + AsyncWrite + Send + 'static,
 {
-    let service = TowerToHyperService::new(Extension(io.local_address()).layer(router));
     let mut io = TimeoutStream::new(io);
     io.set_write_timeout(Some(write_timeout));
     let serving = http1::Builder::new()
@@ -103,7 +91,7 @@ where
         .max_headers(HEADER_FIELDS_MAX)
         // A hook rings and is gone: what it asked for is done nevertheless.
         .half_close(true)
-        .serve_connection(TokioIo::new(Box::pin(io)), service);
+        .serve_connection(TokioIo::new(Box::pin(io)), TowerToHyperService::new(service));
     // A connection that broke off, or that was too slow, is its caller's business.
     let _ = serving.await;
 }
@@ -111,22 +99,17 @@ where
 #[cfg(test)]
 mod tests {
     use axum::routing::get;
-    use tokio::io::{AsyncWriteExt, DuplexStream};
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
-
-    impl Reached for DuplexStream {
-        fn local_address(&self) -> LocalAddress {
-            LocalAddress(None)
-        }
-    }
 
     #[tokio::test]
     async fn a_client_that_does_not_read_its_answer_loses_the_connection() {
         let (mut client, io) = tokio::io::duplex(64);
         client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         let router = Router::new().route("/", get(|| async { "x".repeat(1 << 20) }));
-        let serving = serve_connection(io, router, Duration::from_millis(50));
+        let service = Extension(LocalAddress(None)).layer(router);
+        let serving = serve_connection(io, service, Duration::from_millis(50));
         tokio::time::timeout(Duration::from_secs(30), serving).await.expect("the connection is closed");
     }
 }

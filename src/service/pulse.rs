@@ -89,7 +89,7 @@ impl State {
             health.queue.pending,
             health.writes.succeeded,
             health.queue.dead_letters,
-            health.database.state
+            health.database.state.as_str()
         )));
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::lock;
-use crate::event::{Event, Origin, Timestamp};
+use crate::event::{Event, Timestamp};
 
 /// Events that are remembered.
 const EVENTS_MAX: usize = 20;
@@ -54,7 +54,7 @@ impl RecentEvent {
             timestamp: event.timestamp().to_string(),
             captured_at: now.to_string(),
             origin: event.origin().kind().to_owned(),
-            session: field(&["session_uuid", "claude_session_id"]).or_else(|| session_of(event.origin())),
+            session: field(&["session_uuid", "claude_session_id"]),
             project: field(&["project_path"]).as_deref().and_then(last_folder),
             detail: Some(words.join(" ")).filter(|words| !words.is_empty()),
         }
@@ -64,12 +64,6 @@ impl RecentEvent {
     pub(crate) fn without_names(self) -> RecentEvent {
         RecentEvent { event_id: None, session: None, project: None, detail: None, ..self }
     }
-}
-
-/// A transcript is named after its session.
-fn session_of(origin: &Origin) -> Option<String> {
-    let Origin::Transcript { path, .. } = origin else { return None };
-    Path::new(&**path).file_stem().map(|stem| stem.to_string_lossy().into_owned())
 }
 
 fn last_folder(path: &str) -> Option<String> {
