@@ -502,6 +502,11 @@ if [ -n "$config" ]; then
   [ "$config" -ef "$project/config.yaml" ] || lock_name=run-watcher-$(printf '%s' "$config" | cksum | awk '{ print $1 }').lock
 elif [ -f "$project/config.yaml" ]; then
   config=$project/config.yaml
+else
+  # A checkout keeps its state in data/, beside the private PostgreSQL; without a file the program would not.
+  export HEADSPACE_QUEUE__PATH="${HEADSPACE_QUEUE__PATH:-$project/data/queue}"
+  export HEADSPACE_QUEUE__SPOOL_PATH="${HEADSPACE_QUEUE__SPOOL_PATH:-$project/data/spool}"
+  export HEADSPACE_HTTP__SOCKET="${HEADSPACE_HTTP__SOCKET:-$project/data/watcher.sock}"
 fi
 
 if [ -e "$log_file" ] && [ ! -f "$log_file" ]; then

@@ -33,7 +33,7 @@ pub use environment::Environment;
 
 use values::*;
 
-/// File that is read from the current folder when none is named.
+/// File that is read when none is named: from the current folder, else from the user's folder of configurations.
 pub(crate) const CONFIG_FILE: &str = "config.yaml";
 
 /// Everything that can be configured, checked. Paths are absolute.
@@ -206,12 +206,33 @@ pub struct Loaded {
     pub config: Config,
     /// Absolute path of the file that was read; `None` when built-in defaults serve.
     pub file: Option<PathBuf>,
+    /// Folder of what no key places elsewhere: `data` beside the file; for the user's own file, and without one, the
+    /// system's folder of state.
+    pub state_folder: PathBuf,
     /// Names of the environment variables that set a key.
     pub variables: Vec<String>,
+    /// Environment variables that set nothing but look as if they were to: name and nearest right one, for people.
+    pub misspelt_variables: Vec<String>,
     /// Sections and keys of the file that belong to other programs, and are not used.
     pub unused: Vec<String>,
-    /// The effective value of each key, by `section.key`.
-    values: BTreeMap<String, Secret>,
+    /// By `section.key`.
+    values: BTreeMap<String, KeyValue>,
+}
+
+/// The effective value of a key.
+#[derive(Clone, Debug)]
+pub struct KeyValue {
+    value: Secret,
+    is_secret: bool,
+    /// `config.yaml:2`, `environment HEADSPACE_QUEUE__PATH` or `default`.
+    pub source: String,
+}
+
+impl KeyValue {
+    /// The value as it may be shown.
+    pub fn shown(&self) -> &str {
+        if self.is_secret && self.value.reveal() != "null" { "***" } else { self.value.reveal() }
+    }
 }
 
 impl Loaded {
@@ -221,16 +242,22 @@ impl Loaded {
     /// # Errors
     /// There is no such key; names one that is like it.
     pub fn value(&self, key: &str) -> Result<&str, String> {
-        self.values.get(key).map(Secret::reveal).ok_or_else(|| load::unknown_key(key))
+        self.values.get(key).map(|key| key.value.reveal()).ok_or_else(|| load::unknown_key(key))
+    }
+
+    /// Every key with its effective value, by `section.key`.
+    pub fn values(&self) -> &BTreeMap<String, KeyValue> {
+        &self.values
     }
 }
 
 impl Config {
-    /// Reads `file`, else `config.yaml` in the current folder where there is one, else takes the built-in defaults;
+    /// Reads `file`, else `config.yaml` in the current folder, else the user's own, else takes the built-in defaults;
     /// then what the environment sets.
     ///
     /// Relative paths, also those of the environment, are relative to the folder of the file (without a file: to the
-    /// current folder). `~` is the home, and `CLAUDE_CONFIG_DIR` moves `~/.claude`.
+    /// current folder). `~` is the home, and `CLAUDE_CONFIG_DIR` moves `~/.claude`. Where the file is the user's own,
+    /// or there is none, the defaults in `data/` are in the system's folder of state instead.
     ///
     /// # Errors
     /// Every mistake found, not only the first.

@@ -1,10 +1,11 @@
 //! `check`: what is wrong, and how to fix it.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::claude::retention::WARN_DAYS;
 use crate::claude::settings;
-use crate::config::{Config, HttpConfig};
+use crate::config::{CONFIG_FILE, Config, HttpConfig};
 use crate::finding::Finding::{self, Fine, Note, Wrong};
 use crate::health::Health;
 use crate::http::token;
@@ -24,7 +25,8 @@ use clap::Args;
 
 use super::client;
 use super::hooks::own_command;
-use super::{Context, Exit, Failure, block_on, database, inspect_queue};
+use super::service::service_files;
+use super::{Context, Exit, Failure, block_on, database, inspect_queue, own_program, written};
 
 /// Below this the queue can't be expected to work.
 const FREE_BYTES_MIN: u64 = 64 << 20;
@@ -38,10 +40,16 @@ pub(super) struct CheckArguments {
     /// Leave the database out
     #[arg(long)]
     no_database: bool,
+    /// Only show every path in use, and why it is that one
+    #[arg(long)]
+    paths: bool,
 }
 
 pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exit, Failure> {
     let config = context.config();
+    if arguments.paths {
+        return written(write_paths(context, &mut io::stdout().lock()));
+    }
     let mut findings =
         vec![("configuration", configuration(context)), ("schemas", schemas(config)), ("redact", redact(config))];
     let projects = &config.claude.projects_paths;
@@ -65,6 +73,45 @@ pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exi
     Ok(print(&findings))
 }
 
+/// A line for each path: what it is for, where it is, and why there.
+fn write_paths(context: &Context, out: &mut impl Write) -> io::Result<()> {
+    let loaded = &context.loaded;
+    let own = context.environment.user_config_file();
+    let here = context.environment.folder().join(CONFIG_FILE);
+    let (file, why) = match &loaded.file {
+        Some(file) if *file == here => (file.display().to_string(), "in the current folder"),
+        Some(file) if Some(file) == own.as_ref() => {
+            (file.display().to_string(), "your own, as none is in the current folder")
+        }
+        Some(file) => (file.display().to_string(), "--config"),
+        None => ("none".to_owned(), "none in the current folder or in ~/.config/headspace-watcher"),
+    };
+    let is_beside = loaded.file.as_ref().and_then(|file| file.parent()) == loaded.state_folder.parent();
+    let state = if is_beside { "beside the configuration" } else { "where the system keeps state" };
+    let mut lines = vec![
+        ("configuration", file, why.to_owned()),
+        ("state", loaded.state_folder.display().to_string(), state.to_owned()),
+    ];
+    for (key, value) in loaded.values().iter().filter(|(key, _)| key.ends_with("path") || *key == "http.socket") {
+        lines.push((key, value.shown().to_owned(), value.source.clone()));
+    }
+    let mut add = |subject, path: PathBuf, why: &str| lines.push((subject, path.display().to_string(), why.to_owned()));
+    if let HttpConfig { token: None, listen: Some(_), .. } = context.config().http {
+        add("token", context.config().http.token_file(), "beside http.socket");
+    }
+    if let Ok(settings) = context.settings_file() {
+        add("hooks", settings, "Claude Code's settings: CLAUDE_CONFIG_DIR, else ~/.claude");
+    }
+    for (subject, path) in service_files(context) {
+        let why = if path.exists() { "is there" } else { "is not there" };
+        add(subject, path, why);
+    }
+    if let Ok(program) = own_program() {
+        add("program", program, "this one");
+    }
+    lines.iter().try_for_each(|(subject, path, why)| writeln!(out, "{subject:<20}  {path}  ({why})"))
+}
+
 /// One line for each finding. The exit code says whether anything is wrong.
 fn print(findings: &[(&str, Finding)]) -> Exit {
     for (subject, finding) in findings {
@@ -83,15 +130,19 @@ fn print(findings: &[(&str, Finding)]) -> Exit {
 fn configuration(context: &Context) -> Finding {
     let mut text = match &context.loaded.file {
         Some(file) => file.display().to_string(),
-        None => "no config.yaml here: built-in defaults".to_owned(),
+        None => "no file: built-in defaults (\"headspace-watcher config init\" makes one)".to_owned(),
     };
     if !context.loaded.variables.is_empty() {
         text.push_str(&format!("; set by the environment: {}", context.loaded.variables.join(", ")));
     }
-    if context.loaded.unused.is_empty() {
+    let mut notes = context.loaded.misspelt_variables.clone();
+    if !context.loaded.unused.is_empty() {
+        notes.push(format!("of another program, not used here: {}", context.loaded.unused.join(", ")));
+    }
+    if notes.is_empty() {
         return Fine(text);
     }
-    Note(format!("{text}; of another program, not used here: {}", context.loaded.unused.join(", ")))
+    Note(format!("{text}; {}", notes.join("; ")))
 }
 
 fn schemas(config: &Config) -> Finding {

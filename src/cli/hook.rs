@@ -153,12 +153,10 @@ impl Keeper {
             _ => Redactor::careful(&config.redact.patterns),
         };
         let capture = if is_whole { config.hooks.capture } else { HookCapture::Summary };
-        // Without a configuration the spool is in the folder where the agent works. Where no watcher has made it, nobody
-        // would ever read what is left there.
+        // Without a configuration, and where no watcher has made the spool, nobody might ever read what is left there.
         let folder = &config.queue.spool_path;
         let is_set = std::env::var_os(SPOOL_VARIABLE).is_some_and(|value| !value.is_empty());
-        let is_named = loaded.file.is_some() || is_set;
-        let is_wanted = is_named || !folder.starts_with(environment.folder()) || folder.is_dir();
+        let is_wanted = loaded.file.is_some() || is_set || folder.is_dir();
         let spool = is_wanted.then(|| Spool::new(folder));
         Keeper { config, redactor, capture, spool }
     }

@@ -197,7 +197,7 @@ fn say_what_else(context: &Context, file: &SettingsFile, text: &str) {
 /// what a project calls `config.yaml` is none of ours.
 fn command(context: &Context) -> Result<String, Failure> {
     let Some(config) = &context.loaded.file else {
-        let message = "no configuration file: hooks run in any folder and would not find this watcher's queue; give it with --config FILE";
+        let message = "no configuration file: hooks run in any folder and would not find this watcher's queue; make one with \"headspace-watcher config init\", or give it with --config FILE";
         return Err(Failure::new(Exit::Configuration, message));
     };
     let word = |path: &Path| plain_path(path, "a settings file").map(|path| settings::shell_word(&path));
@@ -210,6 +210,18 @@ pub(super) fn own_command(context: &Context) -> Result<String, Failure> {
         Ok(command) => Ok(command),
         Err(_) => Ok(format!("{} hook", settings::shell_word(&own_program()?.to_string_lossy()))),
     }
+}
+
+/// For `uninstall`: the settings, and how many hooks in them call this program.
+pub(super) fn installed(context: &Context) -> Result<(PathBuf, usize), Failure> {
+    let file = SettingsFile::read(context.settings_file()?)?;
+    let found = find(&file, file.text.as_deref().unwrap_or(EMPTY), &own_command(context)?)?;
+    Ok((file.path, found.iter().filter(|found| found.is_own).count()))
+}
+
+/// As `hooks uninstall` does without further options.
+pub(super) fn uninstall_default(context: &Context) -> Result<Exit, Failure> {
+    uninstall(context, &SettingsFile::read(context.settings_file()?)?)
 }
 
 fn find(file: &SettingsFile, text: &str, own: &str) -> Result<Vec<Found>, Failure> {

@@ -16,6 +16,7 @@ mod service;
 mod status;
 mod table;
 mod top;
+mod uninstall;
 mod verify;
 
 use std::fmt;
@@ -45,7 +46,7 @@ watcher, queue), 70 internal, 74 input or output (the queue can't be written), 7
 #[derive(Parser)]
 #[command(name = "headspace-watcher", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 struct Arguments {
-    /// Configuration file [default: ./config.yaml if there is one, else built-in defaults]
+    /// Configuration file [default: ./config.yaml, else ~/.config/headspace-watcher/config.yaml, else built-in defaults]
     #[arg(long, global = true, value_name = "FILE", help_heading = EVERYWHERE)]
     config: Option<PathBuf>,
     /// How log lines look; auto is text on a terminal, else JSON
@@ -83,7 +84,7 @@ enum Command {
     Emit(emit::EmitArguments),
     /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
     #[command(
-        after_help = "Example:\n  headspace-watcher --config ~/watcher/config.yaml hook < hook-input.json   # as \"hooks install\" sets it up\n\nWaits for its input for 10 s at most. Without a configuration file it keeps nothing,\nunless a watcher has run with its defaults in the current folder."
+        after_help = "Example:\n  headspace-watcher --config ~/watcher/config.yaml hook < hook-input.json   # as \"hooks install\" sets it up\n\nWaits for its input for 10 s at most. Without a configuration file it keeps nothing,\nunless a watcher has run with its defaults."
     )]
     Hook,
     Hooks(hooks::HooksArguments),
@@ -97,6 +98,7 @@ enum Command {
     Explain(explain::ExplainArguments),
     Migrate(migrate::MigrateArguments),
     Service(service::ServiceArguments),
+    Uninstall(uninstall::UninstallArguments),
     Completions(completions::CompletionsArguments),
 }
 
@@ -246,6 +248,11 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
     }
     let environment = Environment::of_process()
         .map_err(|error| Failure::new(Exit::Io, format!("the current folder can't be used: {error}")))?;
+    if let Command::Config(command) = &arguments.command
+        && command.is_init()
+    {
+        return config::init(arguments.config.as_deref(), &environment);
+    }
     let loaded = Config::load(arguments.config.as_deref(), &environment)
         .map_err(|error| Failure::new(Exit::Configuration, error))?;
     let context =
@@ -266,6 +273,7 @@ fn perform(arguments: Arguments) -> Result<Exit, Failure> {
         Command::Explain(arguments) => explain::explain(&context, &arguments),
         Command::Migrate(arguments) => migrate::migrate(&context, &arguments),
         Command::Service(arguments) => service::service(&context, &arguments),
+        Command::Uninstall(arguments) => uninstall::uninstall(&context, &arguments),
         Command::Completions(arguments) => completions::completions(&arguments),
     }
 }

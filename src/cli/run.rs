@@ -39,6 +39,9 @@ pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Fa
     if !context.loaded.unused.is_empty() {
         warn!(unused = context.loaded.unused.join(", "), "the configuration has sections or keys of another program");
     }
+    for misspelt in &context.loaded.misspelt_variables {
+        warn!(variable = misspelt, "an environment variable may be misspelt");
+    }
     allow_files();
     let (target, has_database) = database::of_watcher(&context)?;
     if arguments.until_idle && !has_database {

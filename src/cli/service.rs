@@ -11,10 +11,11 @@ use std::process::{Command, Output, Stdio};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::config::Config;
+use crate::queue::QueueError;
 use crate::regular_file;
 use crate::service::limits;
 
-use super::{Context, Exit, Failure, own_program, plain_path};
+use super::{Context, Exit, Failure, inspect_queue, own_program, plain_path};
 
 const UNIT: &str = include_str!("../../scripts/headspace-watcher.service");
 const AGENT: &str = include_str!("../../scripts/com.headspace.watcher.plist");
@@ -63,18 +64,34 @@ enum ServiceKind {
 }
 
 pub(super) fn service(context: &Context, arguments: &ServiceArguments) -> Result<Exit, Failure> {
-    let kind =
-        arguments.kind.unwrap_or(if cfg!(target_os = "macos") { ServiceKind::Launchd } else { ServiceKind::Systemd });
-    let values = Values::of(context)?;
-    let service = match kind {
-        ServiceKind::Systemd => Service::systemd(&values),
-        ServiceKind::Launchd => Service::launchd(&values),
-    };
+    let service = of_kind(context, arguments.kind)?;
     match arguments.action {
         ServiceAction::Install { no_enable } => service.install(context, !no_enable),
         ServiceAction::Uninstall { no_enable } => service.uninstall(!no_enable),
         ServiceAction::Status => service.status(),
     }
+}
+
+/// The service of one supervisor, of this system's where none is named.
+fn of_kind(context: &Context, kind: Option<ServiceKind>) -> Result<Service, Failure> {
+    let usual = if cfg!(target_os = "macos") { ServiceKind::Launchd } else { ServiceKind::Systemd };
+    let values = Values::of(context)?;
+    Ok(match kind.unwrap_or(usual) {
+        ServiceKind::Systemd => Service::systemd(&values),
+        ServiceKind::Launchd => Service::launchd(&values),
+    })
+}
+
+/// Where this system's supervisor has the service, and its environment.
+pub(super) fn service_files(context: &Context) -> Vec<(&'static str, PathBuf)> {
+    let Ok(service) = of_kind(context, None) else { return Vec::new() };
+    let environment = service.environment.map(|file| ("its environment", file));
+    [("service", service.file)].into_iter().chain(environment).collect()
+}
+
+/// As `service uninstall` does without further options.
+pub(super) fn uninstall_default(context: &Context) -> Result<Exit, Failure> {
+    of_kind(context, None)?.uninstall(true)
 }
 
 /// A command of the supervisor: program and arguments.
@@ -100,8 +117,8 @@ struct Service {
     /// Run after the file was removed.
     reload: Option<CommandLine>,
     enable_by_hand: String,
-    /// Where to put the value of an environment variable.
-    environment_advice: &'static str,
+    /// Where its environment is, one variable a line; `None`: it has what the configuration says, and nothing more.
+    environment: Option<PathBuf>,
     /// Asks whether it is enabled and what state it is in.
     state: fn() -> (String, String),
 }
@@ -112,6 +129,7 @@ impl Service {
         let config_home = config_home.unwrap_or_else(|| values.home.join(".config"));
         Service {
             file: config_home.join("systemd/user").join(UNIT_NAME),
+            environment: Some(config_home.join("headspace-watcher/environment")),
             text: values.unit(),
             probe: command_line("systemctl --user show --property=Version"),
             unload: None,
@@ -124,7 +142,6 @@ impl Service {
             disable: command_line(&format!("systemctl --user disable --now {UNIT_NAME}")),
             reload: Some(command_line("systemctl --user daemon-reload")),
             enable_by_hand: format!("systemctl --user daemon-reload && systemctl --user enable --now {UNIT_NAME}"),
-            environment_advice: "put it into ~/.config/headspace-watcher/environment (mode 0600) or into config.yaml",
             state: || {
                 let ask = |question: &str| answer(&command_line(&format!("systemctl --user {question} {UNIT_NAME}")));
                 (ask("is-enabled"), ask("is-active"))
@@ -148,7 +165,7 @@ impl Service {
             disable: unload,
             reload: None,
             enable_by_hand: format!("launchctl bootstrap gui/$(id -u) {shown}"),
-            environment_advice: "put it into config.yaml, passwords into ~/.pgpass",
+            environment: None,
             state: || {
                 let loaded = answer(&command_line(&format!("launchctl print {}", agent_target())));
                 let state = loaded.lines().find_map(|line| line.trim().strip_prefix("state = "));
@@ -159,13 +176,15 @@ impl Service {
     }
 
     fn install(&self, context: &Context, enable: bool) -> Result<Exit, Failure> {
+        self.expect_database(context)?;
         if enable {
-            self.reach_supervisor()?;
+            self.reach_supervisor("write the file alone with --no-enable, or use scripts/run-watcher.sh")?;
+            self.expect_free_queue(context)?;
         }
         self.write()?;
         println!("wrote {}", self.file.display());
-        for name in hidden_from_service(context) {
-            println!("note: {name} is set here, but the service will not see it; {}", self.environment_advice);
+        for name in hidden_from_service(context).iter().filter(|name| !self.sets(&[name])) {
+            println!("note: {name} is set here, but the service will not see it; {}", self.environment_advice());
         }
         if !enable {
             println!("not enabled; to do so: {}", self.enable_by_hand);
@@ -186,15 +205,14 @@ impl Service {
             println!("nothing to do: there is no {}", self.file.display());
             return Ok(Exit::Fine);
         }
-        if disable {
-            self.reach_supervisor()?;
-            run(&self.disable)?;
+        if disable && let Err(failure) = run(&self.disable) {
+            println!("note: {}; if the service runs, end it by hand", failure.message);
         }
         std::fs::remove_file(&self.file).map_err(|error| self.io("remove", &error))?;
         println!("removed {}", self.file.display());
-        match &self.reload {
-            Some(reload) if disable => run(reload)?,
-            _ => {}
+        if let Some(reload) = self.reload.as_ref().filter(|_| disable) {
+            // It can't be reached: that was said.
+            let _ = run(reload);
         }
         Ok(Exit::Fine)
     }
@@ -213,19 +231,77 @@ impl Service {
             }
             Err(error) => return Err(self.io("read", &error)),
         }
-        self.reach_supervisor()?;
+        self.reach_supervisor("its state is not known")?;
         let (enabled, state) = (self.state)();
         println!("enabled   {enabled}\nstate     {state}");
-        Ok(if matches!(state.as_str(), "active" | "running") { Exit::Fine } else { Exit::NotRunning })
+        Ok(if self.is_running() { Exit::Fine } else { Exit::NotRunning })
     }
 
     /// Whether there is a supervisor to enable it: asked before anything is changed.
-    fn reach_supervisor(&self) -> Result<(), Failure> {
+    fn reach_supervisor(&self, otherwise: &str) -> Result<(), Failure> {
         run(&self.probe).map_err(|failure| {
-            let way_out =
-                "log in as the user it is for, or write the file alone with --no-enable, or use scripts/run-watcher.sh";
-            Failure::new(Exit::Unavailable, format!("{}; {way_out}", failure.message))
+            let message = format!("{}; log in as the user it is for, or {otherwise}", failure.message);
+            Failure::new(Exit::Unavailable, message)
         })
+    }
+
+    /// Refuses a service whose events would have nowhere to go: it does not see the shell's environment, and the private
+    /// PostgreSQL of scripts/run-watcher.sh runs only with that script.
+    fn expect_database(&self, context: &Context) -> Result<(), Failure> {
+        let is_configured = context.config().database.url.is_some()
+            && !context.loaded.variables.iter().any(|name| name == "HEADSPACE_DATABASE__URL");
+        if is_configured || self.sets(&["HEADSPACE_DATABASE__URL", "DATABASE_URL", "PGHOST", "PGHOSTADDR"]) {
+            return Ok(());
+        }
+        let config = match &context.loaded.file {
+            Some(file) => format!("set database.url in {}", file.display()),
+            None => "make a configuration with \"headspace-watcher config init\" and set database.url in it".to_owned(),
+        };
+        let environment = self.environment.as_ref();
+        let environment =
+            environment.map(|file| format!(", or write DATABASE_URL=… into {} (mode 0600)", file.display()));
+        let message = format!(
+            "the service would have no database: {config}{}. It sees neither this shell's environment nor the private \
+             PostgreSQL of scripts/run-watcher.sh, which runs only with that script",
+            environment.unwrap_or_default()
+        );
+        Err(Failure::new(Exit::Configuration, message))
+    }
+
+    /// Refuses to start a service that could not open the queue. Its own process is replaced.
+    fn expect_free_queue(&self, context: &Context) -> Result<(), Failure> {
+        let Err(QueueError::InUse { pid, .. }) = inspect_queue(context.config()) else { return Ok(()) };
+        if self.is_running() {
+            return Ok(());
+        }
+        let (holder, kill) = match pid {
+            Some(pid) => (format!("process {pid}"), format!("kill {pid}")),
+            None => ("another process".to_owned(), "end it".to_owned()),
+        };
+        let message = format!(
+            "another watcher ({holder}) holds the queue: stop it first (Ctrl-C where scripts/run-watcher.sh runs, or {kill}), \
+             then install again"
+        );
+        Err(Failure::new(Exit::Unavailable, message))
+    }
+
+    fn is_running(&self) -> bool {
+        matches!((self.state)().1.as_str(), "active" | "running")
+    }
+
+    /// Whether the service's environment gives one of these variables a value.
+    fn sets(&self, names: &[&str]) -> bool {
+        let read = |file: &PathBuf| regular_file::read_to_string(file, UNIT_BYTES_MAX).ok();
+        let text = self.environment.as_ref().and_then(read).unwrap_or_default();
+        let mut set = text.lines().filter_map(|line| line.trim().split_once('='));
+        set.any(|(name, value)| names.contains(&name.trim_end()) && !value.trim_matches(['"', '\'', ' ']).is_empty())
+    }
+
+    fn environment_advice(&self) -> String {
+        match &self.environment {
+            Some(file) => format!("put it into {} (mode 0600) or into the configuration", file.display()),
+            None => "put it into the configuration, passwords into ~/.pgpass".to_owned(),
+        }
     }
 
     fn write(&self) -> Result<(), Failure> {
@@ -263,16 +339,14 @@ impl Values {
         let plain = |path: &Path| plain_path(path, "a service file");
         plain(&home)?;
         let config = context.loaded.file.as_deref();
-        let folder = match config {
-            Some(config) => config.parent().map(Path::to_owned),
-            None => std::env::current_dir().ok(),
-        };
+        // Without a file nothing is relative to it, and no config.yaml of the current folder may come in later.
+        let folder = config.and_then(Path::parent).unwrap_or(Path::new("/"));
         let Config { file_watcher, event_system, .. } = context.config();
         let memory_bytes = limits::memory_bytes_max(file_watcher.max_line_bytes, event_system.max_event_bytes);
         Ok(Values {
             program: plain(&own_program()?)?,
             config: config.map(plain).transpose()?,
-            folder: plain(&folder.unwrap_or_else(|| PathBuf::from("/")))?,
+            folder: plain(folder)?,
             home,
             kill_after_seconds: limits::kill_after_seconds(event_system.shutdown_timeout),
             memory_mebibytes: memory_bytes.div_ceil(1 << 20),
@@ -314,11 +388,14 @@ fn xml(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
+/// What else than the overrides of keys changes where things are.
+const HIDDEN: [&str; 4] = ["DATABASE_URL", "CLAUDE_CONFIG_DIR", "XDG_CONFIG_HOME", "XDG_STATE_HOME"];
+
 /// Names of variables that this command sees and the service will not.
 fn hidden_from_service(context: &Context) -> Vec<String> {
     let postgres = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     let mut names: Vec<String> = postgres
-        .filter(|name| name == "DATABASE_URL" || name == "CLAUDE_CONFIG_DIR" || name.starts_with("PG"))
+        .filter(|name| HIDDEN.contains(&name.as_str()) || name.starts_with("PG"))
         .chain(context.loaded.variables.iter().cloned())
         .collect();
     names.sort();

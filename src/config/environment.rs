@@ -5,6 +5,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
 use std::{fmt, io};
 
+use super::CONFIG_FILE;
+
 /// What surrounds the process. An argument everywhere, so that a test needs no environment of its own.
 #[derive(Clone)]
 pub struct Environment {
@@ -62,6 +64,24 @@ impl Environment {
             Some(moved) => Some(absolute(&self.folder, Path::new(moved))),
             None => self.home.as_ref().map(|home| home.join(".claude")),
         }
+    }
+
+    /// The user's own configuration file: `$XDG_CONFIG_HOME` or `~/.config`, on macOS too; `None` without a home.
+    pub fn user_config_file(&self) -> Option<PathBuf> {
+        let file = self.xdg("XDG_CONFIG_HOME", "~/.config") + "/" + CONFIG_FILE;
+        self.locate(&file, &self.folder).ok()
+    }
+
+    /// Folder of queue, spool and socket where no configuration file has them beside it. `~` stands for the home.
+    pub(super) fn state_folder(&self) -> String {
+        let usual = if cfg!(target_os = "macos") { "~/Library/Application Support" } else { "~/.local/state" };
+        self.xdg("XDG_STATE_HOME", usual)
+    }
+
+    /// This program's folder below the one that `variable` names. The XDG specification has relative ones ignored.
+    fn xdg(&self, variable: &str, usual: &str) -> String {
+        let named = self.set(variable).and_then(OsStr::to_str).filter(|folder| folder.starts_with('/'));
+        format!("{}/{}", named.unwrap_or(usual), env!("CARGO_PKG_NAME"))
     }
 
     /// A variable that is set and not empty, as text. The error is for people.

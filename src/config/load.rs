@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::environment::{Environment, absolute};
 use super::nearest::nearest;
 use super::yaml::{self, Node};
-use super::{CONFIG_FILE, Config, Loaded, Secret, database};
+use super::{CONFIG_FILE, Config, KeyValue, Loaded, Secret, database};
 use crate::regular_file;
 
 /// Every key with its default.
@@ -25,6 +25,9 @@ const VARIABLE_PREFIX: &str = "HEADSPACE_";
 const SECRETS: [&str; 2] = ["database.url", "http.token"];
 
 const PROJECTS: &str = "claude.projects_path";
+
+/// Where the defaults of paths are, beside a configuration file.
+const STATE_FOLDER: &str = "data";
 
 /// Keys of Claude Headspace's own in sections that both programs have.
 const CLAUDE_HEADSPACE_KEYS: [(&str, &[&str]); 3] = [
@@ -43,15 +46,20 @@ const SOCKET_PATH_BYTES_MAX: usize = if cfg!(target_os = "macos") { 103 } else {
 /// that can't be read as YAML is the only mistake.
 pub(super) fn load(file: Option<&Path>, environment: &Environment) -> (Loaded, Vec<String>) {
     // The name of the file in messages, and its path.
+    let users_own = environment.user_config_file();
     let implied = || {
-        let found = environment.folder().join(CONFIG_FILE).symlink_metadata().is_ok();
-        found.then(|| PathBuf::from(CONFIG_FILE))
+        let mut files = [Some(PathBuf::from(CONFIG_FILE)), users_own.clone()].into_iter().flatten();
+        files.find(|file| environment.folder().join(file).symlink_metadata().is_ok())
     };
     let name = file.map(Path::to_path_buf).or_else(implied);
     let path = name.as_ref().map(|name| absolute(environment.folder(), name));
     let folder = path.as_ref().and_then(|path| path.parent()).unwrap_or(environment.folder());
+    // However it was named: what calls the program with "--config" must find the same folder.
+    let is_users_own = path.as_ref().is_none_or(|path| users_own.is_some_and(|own| is_same_file(path, &own)));
+    let state = if is_users_own { environment.state_folder() } else { STATE_FOLDER.to_owned() };
 
-    let mut loader = Loader { environment, folder, keys: documented_keys(), issues: Vec::new(), unused: Vec::new() };
+    let keys = documented_keys(&state);
+    let mut loader = Loader { environment, folder, keys, issues: Vec::new(), unused: Vec::new() };
     let mut unusable = None;
     if let (Some(name), Some(path)) = (&name, &path) {
         match read_tree(path) {
@@ -60,11 +68,18 @@ pub(super) fn load(file: Option<&Path>, environment: &Environment) -> (Loaded, V
             Err(issue) => unusable = Some(format!("{}{issue}", name.display())),
         }
     }
-    let variables = loader.read_variables();
+    let (variables, misspelt_variables) = loader.read_variables();
     let (config, values) = loader.finish();
+    let state_folder = loader.locate(Path::new(&state)).unwrap_or_default();
     let Loader { issues, unused, .. } = loader;
     let issues = unusable.map_or(issues, |issue| vec![issue]);
-    (Loaded { config, file: path, variables, unused, values }, issues)
+    (Loaded { config, file: path, state_folder, variables, misspelt_variables, unused, values }, issues)
+}
+
+/// Whether both paths lead to one file, by names of their own in perhaps linked folders.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let folder = |path: &Path| path.parent().and_then(|folder| folder.canonicalize().ok());
+    a == b || (a.file_name() == b.file_name() && folder(a).is_some() && folder(a) == folder(b))
 }
 
 /// The file as YAML; `None` where nothing is in it. The error continues the name of the file.
@@ -89,14 +104,16 @@ struct Key {
     is_wrong: bool,
 }
 
-/// All keys, by `section.key`.
-fn documented_keys() -> BTreeMap<String, Key> {
+/// All keys, by `section.key`. Those whose default is in `data/` have it in `state` instead.
+fn documented_keys(state: &str) -> BTreeMap<String, Key> {
     let root = yaml::parse(DEFAULTS).ok().flatten().expect("a test reads the defaults");
     let mut keys = BTreeMap::new();
     for (section, content) in root.entries() {
         for (name, value) in content.entries() {
             let path = format!("{}.{}", section.text().unwrap_or_default(), name.text().unwrap_or_default());
-            let key = Key { default: value.value(), value: value.value(), location: None, is_wrong: false };
+            let below = value.text().and_then(|text| text.strip_prefix(STATE_FOLDER));
+            let default = below.map_or_else(|| value.value(), |below| Value::String(format!("{state}{below}")));
+            let key = Key { value: default.clone(), default, location: None, is_wrong: false };
             keys.insert(path, key);
         }
     }
@@ -217,12 +234,22 @@ impl Loader<'_> {
         first.is_none()
     }
 
-    /// Takes the environment overrides; returns the names of those that set a key.
-    fn read_variables(&mut self) -> Vec<String> {
-        let mut taken = Vec::new();
+    /// Takes the environment overrides; returns the names of those that set a key, and what is said of those that may be
+    /// meant to. Other programs have variables with this prefix, so these are no mistakes.
+    fn read_variables(&mut self) -> (Vec<String>, Vec<String>) {
+        /// Similarity from which a variable without `__` is taken for a typing error.
+        const NEAR: f64 = 0.8;
+        let (mut taken, mut misspelt) = (Vec::new(), Vec::new());
         for (variable, value) in self.environment.starting_with(VARIABLE_PREFIX) {
             let rest = variable.strip_prefix(VARIABLE_PREFIX).unwrap_or_default();
-            let Some((section, name)) = rest.split_once("__") else { continue };
+            let Some((section, name)) = rest.split_once("__") else {
+                let known = |path: &String| path.replacen('.', "_", 1).to_uppercase();
+                let likeness = |path: &String| strsim::normalized_damerau_levenshtein(&known(path), rest);
+                let nearest = self.keys.keys().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+                let nearest = nearest.filter(|path| likeness(path) >= NEAR).map(|path| variable_of(path));
+                misspelt.extend(nearest.map(|near| format!("{variable} sets nothing; did you mean {near}?")));
+                continue;
+            };
             let location = format!("environment {variable}");
             let Some(path) = self.keys.keys().find(|path| variable_of(path) == variable).cloned() else {
                 let hint = suggest_key(&self.keys, &section.to_lowercase(), name, variable_of);
@@ -237,12 +264,14 @@ impl Loader<'_> {
                 None => self.issues.push(format!("{location}: expected UTF-8 text, found other bytes")),
             }
         }
-        taken
+        (taken, misspelt)
     }
 
     /// Gives a key a value if it accepts it, else its default.
-    fn take(&mut self, path: &str, value: Value, location: String) {
-        let accepted = self.accepts(path, &value);
+    fn take(&mut self, path: &str, given: Value, location: String) {
+        let value =
+            given.as_str().and_then(|text| in_bare_units(path, text)).map_or_else(|| given.clone(), Value::from);
+        let accepted = self.accepts(path, &value, &given);
         if let Some(key) = self.keys.get_mut(path) {
             key.is_wrong = accepted.is_err();
             key.value = if key.is_wrong { key.default.clone() } else { value };
@@ -253,15 +282,15 @@ impl Loader<'_> {
         }
     }
 
-    /// Says why a key does not accept a value.
-    fn accepts(&self, path: &str, value: &Value) -> Result<(), String> {
+    /// Says why a key does not accept a value, which was `given` so.
+    fn accepts(&self, path: &str, value: &Value, given: &Value) -> Result<(), String> {
         // Hooks load a copy of the documented file each time: defaults need no trial.
         if self.keys.get(path).is_some_and(|key| key.default == *value) {
             return Ok(());
         }
         let mut config = self
             .config(|other, key| if other == path { value.clone() } else { key.default.clone() })
-            .map_err(|expected| format!("expected {expected}, found {}", describe(value, SECRETS.contains(&path))))?;
+            .map_err(|expected| format!("expected {expected}, found {}", describe(given, SECRETS.contains(&path))))?;
         if let Some(url) = &config.database.url {
             database::parse(url.text.reveal())?;
         }
@@ -285,20 +314,20 @@ impl Loader<'_> {
     }
 
     /// The configuration with absolute paths, and the value of each key as `config.yaml` would have it.
-    fn finish(&mut self) -> (Config, BTreeMap<String, Secret>) {
+    fn finish(&mut self) -> (Config, BTreeMap<String, KeyValue>) {
         let mut config = self.config(|_, key| key.value.clone()).expect("each value was accepted alone");
         if let (Some(url), Some(key)) = (&mut config.database.url, self.keys.get("database.url")) {
             (url.location, url.folder) = (key.location.clone().unwrap_or_default(), self.folder.to_owned());
         }
-        let values = self.keys.iter().map(|(path, key)| (path.clone(), Secret::new(shown(&key.value))));
-        let mut values: BTreeMap<String, Secret> = values.collect();
+        let mut values: BTreeMap<String, String> =
+            self.keys.iter().map(|(path, key)| (path.clone(), shown(&key.value))).collect();
         for (key, path) in paths(&mut config) {
             match self.locate(path) {
                 Ok(located) => *path = located,
                 // Only a default can have no path: there is no home.
                 Err(message) => self.require(false, key, key, message),
             }
-            values.insert(key.to_owned(), Secret::new(path.display().to_string()));
+            values.insert(key.to_owned(), path.display().to_string());
         }
         // Each once: CLAUDE_CONFIG_DIR can make one of two.
         let mut projects: Vec<PathBuf> = Vec::new();
@@ -310,10 +339,16 @@ impl Loader<'_> {
         config.claude.projects_paths = projects;
         if self.keys.get(PROJECTS).is_some_and(|key| key.value.is_array()) {
             let folders = config.claude.projects_paths.iter().map(|folder| folder.display().to_string());
-            values.insert(PROJECTS.to_owned(), Secret::new(folders.collect::<Value>().to_string()));
+            values.insert(PROJECTS.to_owned(), folders.collect::<Value>().to_string());
         }
         self.cross_validate(&config);
-        (config, values)
+        let sourced = |(path, value): (String, String)| {
+            let location = self.keys.get(&path).and_then(|key| key.location.as_deref()).unwrap_or("default");
+            let source = location.strip_suffix(&format!(": {path}")).unwrap_or(location).to_owned();
+            let is_secret = SECRETS.contains(&&*path);
+            (path, KeyValue { value: Secret::new(value), is_secret, source })
+        };
+        (config, values.into_iter().map(sourced).collect())
     }
 
     /// Checks what no key can know alone.
@@ -392,6 +427,30 @@ fn name_of(path: &str) -> &str {
     path.split_once('.').map_or(path, |(_, name)| name)
 }
 
+/// `text`, a number with a unit such as `64MiB` or `90m`, as the bare number that the key `path` takes. Names of keys end
+/// with what their bare numbers count: bytes, milliseconds, or seconds. `None` where it is something else.
+pub(super) fn in_bare_units(path: &str, text: &str) -> Option<String> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
+    let number = number.trim_end();
+    if path.ends_with("_bytes") {
+        let power = ["B", "KiB", "MiB", "GiB", "TiB"].iter().position(|known| *known == unit)?;
+        return Some(number.parse::<u64>().ok()?.checked_mul(1 << (10 * power))?.to_string());
+    }
+    let bare = if path.ends_with("_ms") {
+        1.0
+    } else if ["_seconds", "_interval", "_timeout"].iter().any(|end| path.ends_with(end)) {
+        1000.0
+    } else {
+        return None;
+    };
+    let units = [("ms", 1.0), ("s", 1000.0), ("m", 60_000.0), ("h", 3_600_000.0), ("d", 86_400_000.0)];
+    let (_, milliseconds) = units.into_iter().find(|(known, _)| *known == unit)?;
+    let is_decimal = number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let number: f64 = is_decimal.then(|| number.parse().ok()).flatten()?;
+    Some(((number * milliseconds / bare * 1000.0).round() / 1000.0).to_string())
+}
+
 /// The environment override of a key.
 fn variable_of(path: &str) -> String {
     format!("{VARIABLE_PREFIX}{}", path.replacen('.', "__", 1).to_uppercase())
@@ -458,5 +517,5 @@ fn suggest_key(keys: &BTreeMap<String, Key>, section: &str, name: &str, show: im
 /// For a user who asks for one key.
 pub(super) fn unknown_key(key: &str) -> String {
     let (section, name) = key.split_once('.').unwrap_or(("", key));
-    format!("unknown key {key:?}; {}", suggest_key(&documented_keys(), section, name, str::to_owned))
+    format!("unknown key {key:?}; {}", suggest_key(&documented_keys(STATE_FOLDER), section, name, str::to_owned))
 }

@@ -1,6 +1,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
+use super::load::in_bare_units;
 use super::*;
 
 /// A folder with a `config.yaml` of its own.
@@ -79,8 +80,7 @@ fn without_a_file_the_defaults_serve() {
     assert_eq!(claude.projects_paths, [Path::new("/home/ada/.claude/projects")]);
     assert_eq!((event_system.write_retry_attempts, event_system.shutdown_timeout), (3, Duration::from_secs(2)));
     assert_eq!((database.url, database.events_table.quoted()), (None, r#""events""#.to_owned()));
-    assert_eq!((queue.path, queue.spool_path), (desk.path("data/queue"), desk.path("data/spool")));
-    assert_eq!((http.listen, http.socket), (Some("127.0.0.1:5056".parse().unwrap()), desk.path("data/watcher.sock")));
+    assert_eq!((queue.max_pending_bytes, http.listen), (4 << 30, Some("127.0.0.1:5056".parse().unwrap())));
 }
 
 /// A key as config.yaml documents it: `section.key`, its default, and the line above it.
@@ -110,7 +110,7 @@ fn the_shipped_file_is_the_defaults() {
     assert_eq!(include_str!("../../config.yaml"), include_str!("defaults.yaml"));
     let desk = Desk::with(include_str!("../../config.yaml"));
     let by_file = desk.config();
-    std::fs::remove_file(desk.path(CONFIG_FILE)).unwrap();
+    std::fs::write(desk.path(CONFIG_FILE), "").unwrap();
     assert_eq!(by_file, desk.config());
 }
 
@@ -151,6 +151,7 @@ fn ranges_hold_at_both_ends_in_file_and_environment() {
     for (path, _, line) in documented() {
         let Some((kind, range)) = line.split_once(" from ") else { continue };
         let (min, max) = range.split_once(". Default").unwrap().0.split_once(" to ").unwrap();
+        let max = max.split_once(',').map_or(max, |(max, _)| max);
         tried_keys += 1;
         assert_eq!((tried(&path, min, true), tried(&path, max, true)), (vec![], vec![]), "{path}");
         let step = if kind.contains("whole") { 1.0 } else { 0.01 };
@@ -205,6 +206,113 @@ fn values_land_in_their_fields() {
     assert_eq!(schemas.path, Some(desk.path("schemas")));
     assert_eq!(hooks.capture, HookCapture::Full);
     assert_eq!((redact.enabled, redact.patterns), (true, vec!["a{1,2}".to_owned(), "b".to_owned()]));
+}
+
+#[test]
+fn numbers_with_units_are_the_bare_ones() {
+    for (key, given, bare) in [
+        ("file_watcher.max_line_bytes", "64MiB", "67108864"),
+        ("queue.max_pending_bytes", "1 TiB", "1099511627776"),
+        ("event_system.max_event_bytes", "2048B", "2048"),
+        ("file_watcher.inactivity_timeout", "90m", "5400"),
+        ("file_watcher.inactivity_timeout", "7d", "604800"),
+        ("file_watcher.polling_interval", "500ms", "0.5"),
+        ("file_watcher.debounce_interval", "0s", "0"),
+        ("event_system.shutdown_timeout_seconds", "1.5s", "1.5"),
+        ("database.statement_timeout_ms", "0.5h", "1800000"),
+        ("database.connect_timeout_ms", "20 ms", "20"),
+    ] {
+        let (section, name) = key.split_once('.').unwrap();
+        let by_file = Desk::with(format!("{section}:\n  {name}: {given}\n")).load().unwrap();
+        let by_variable = Desk::new().set(&variable(key), given).load().unwrap();
+        assert_eq!((by_file.value(key).unwrap(), by_variable.value(key).unwrap()), (bare, bare), "{key}: {given}");
+    }
+}
+
+#[test]
+fn every_key_with_bytes_or_times_takes_units_and_no_other_does() {
+    for (path, _, line) in documented() {
+        let unit = if line.contains(" of bytes ") { "MiB" } else { "m" };
+        let takes = in_bare_units(&path, &format!("1{unit}")).is_some();
+        assert_eq!(takes, line.contains(", or with "), "{path}");
+    }
+}
+
+#[test]
+fn a_wrong_unit_is_told_as_it_was_given() {
+    refuses_each(
+        r#"
+        queue:|  max_pending_bytes: 4GB => 2: queue.max_pending_bytes: expected a whole number of bytes from 1048576 to 1099511627776, or with KiB, MiB, GiB or TiB, found "4GB"
+        queue:|  max_pending_bytes: 1KiB => 2: queue.max_pending_bytes: expected a whole number of bytes from 1048576 to 1099511627776, or with KiB, MiB, GiB or TiB, found "1KiB"
+        queue:|  max_pending_bytes: 99999999999999TiB => 2: queue.max_pending_bytes: expected a whole number of bytes from 1048576 to 1099511627776, or with KiB, MiB, GiB or TiB, found "99999999999999TiB"
+        database:|  connect_timeout_ms: 0.5ms => 2: database.connect_timeout_ms: expected a whole number of milliseconds from 10 to 60000, or with ms, s, m, h or d, found "0.5ms"
+        database:|  pool_size: 2s => 2: database.pool_size: expected a whole number from 1 to 64, found "2s"
+        "#,
+    );
+}
+
+#[test]
+fn a_misspelt_variable_is_named_with_the_nearest_and_those_of_others_are_not() {
+    let desk = Desk::new()
+        .set("HEADSPACE_QUEUE_PATH", "/srv/q")
+        .set("HEADSPACE_DATABASE_ULR", "x")
+        .set("HEADSPACE_WATCHER_BIN", "x")
+        .set("HEADSPACE_CRASH_WINDOW_SECONDS", "60")
+        .set("HEADSPACE_TEST_DATABASE_URL", "x")
+        .set("HEADSPACE_SERVER_PORT", "x");
+    assert_eq!(
+        desk.load().unwrap().misspelt_variables,
+        [
+            "HEADSPACE_DATABASE_ULR sets nothing; did you mean HEADSPACE_DATABASE__URL?",
+            "HEADSPACE_QUEUE_PATH sets nothing; did you mean HEADSPACE_QUEUE__PATH?"
+        ]
+    );
+}
+
+// Where things are.
+
+#[test]
+fn without_a_file_state_is_in_one_place_wherever_one_stands() {
+    let usual = if cfg!(target_os = "macos") { "Library/Application Support" } else { ".local/state" };
+    let home = Path::new("/home/ada").join(usual).join("headspace-watcher");
+    for desk in [Desk::new(), Desk::new()] {
+        let loaded = desk.load().unwrap();
+        let Config { queue, http, .. } = &loaded.config;
+        assert_eq!((&queue.path, &queue.spool_path), (&home.join("queue"), &home.join("spool")));
+        assert_eq!((&http.socket, &loaded.state_folder), (&home.join("watcher.sock"), &home));
+    }
+    let moved = Desk::new().set("XDG_STATE_HOME", "/srv/state").load().unwrap();
+    assert_eq!(moved.config.queue.path, Path::new("/srv/state/headspace-watcher/queue"));
+    let relative = Desk::new().set("XDG_STATE_HOME", "state").load().unwrap();
+    assert_eq!(relative.config.queue.path, home.join("queue"), "the specification has relative ones ignored");
+}
+
+#[test]
+fn the_users_own_file_is_read_where_none_is_here_and_has_its_state_elsewhere() {
+    let desk = Desk::new();
+    let own = desk.path("xdg/headspace-watcher/config.yaml");
+    std::fs::create_dir_all(own.parent().unwrap()).unwrap();
+    std::fs::write(&own, "queue:\n  spool_path: mine\ndatabase:\n  pool_size: 3\n").unwrap();
+    let folders = [("XDG_CONFIG_HOME", "xdg"), ("XDG_STATE_HOME", "state")];
+    let desk = folders.iter().fold(desk, |desk, (name, folder)| {
+        let folder = desk.path(folder);
+        desk.set(name, folder)
+    });
+    let link = desk.path("link");
+    std::os::unix::fs::symlink(desk.path("xdg"), &link).unwrap();
+    let linked = link.join("headspace-watcher/config.yaml");
+    for named in [None, Some(own.as_path()), Some(&linked)] {
+        let loaded = Config::load(named, &desk.environment()).unwrap();
+        assert_eq!(loaded.file.as_deref(), Some(named.unwrap_or(&own)));
+        assert_eq!(loaded.config.queue.path, desk.path("state/headspace-watcher/queue"), "{named:?}");
+        assert_eq!(loaded.config.queue.spool_path, named.unwrap_or(&own).with_file_name("mine"), "{named:?}");
+        assert_eq!(loaded.values()["database.pool_size"].source, format!("{}:4", named.unwrap_or(&own).display()));
+    }
+    // One that is here comes first, and keeps its state beside it.
+    std::fs::write(desk.path(CONFIG_FILE), "").unwrap();
+    let loaded = desk.load().unwrap();
+    assert_eq!(loaded.config.queue.path, desk.path("data/queue"));
+    assert_eq!((loaded.state_folder, loaded.file), (desk.path("data"), Some(desk.path(CONFIG_FILE))));
 }
 
 // The file.
@@ -356,8 +464,8 @@ fn wrong_values_say_what_was_expected_and_found() {
         ),
         (
             "file_watcher.polling_interval",
-            "a number of seconds from 0.05 to 3600",
-            r#"2s => "2s";-2 => -2;.inf => ".inf";inf => "inf";.nan => ".nan";1e2 => 1e2"#,
+            "a number of seconds from 0.05 to 3600, or with ms, s, m, h or d",
+            r#"2x => "2x";2S => "2S";s => "s";10ms => "10ms";2h => "2h";1e2s => "1e2s";-2s => "-2s";-2 => -2;.inf => ".inf";inf => "inf";.nan => ".nan";1e2 => 1e2"#,
         ),
         ("redact.enabled", "true or false", r#"yes => "yes";1 => 1;on => "on""#),
         ("queue.path", "a path", r#" => nothing;'' => "";[a] => a list of length 1"#),
@@ -412,7 +520,7 @@ fn every_key_has_an_environment_override() {
     assert_eq!(loaded.config.queue.path, desk.path("from-environment"));
     assert_eq!(loaded.variables, ["HEADSPACE_QUEUE__PATH"]);
     for (path, default, _) in documented() {
-        let desk = Desk::new().set(&variable(&path), default);
+        let desk = Desk::with("").set(&variable(&path), default);
         assert_eq!(
             desk.config(),
             Desk { variables: vec![("HOME".into(), "/home/ada".into())], ..desk }.config(),
@@ -518,7 +626,7 @@ fn claude_config_dir_moves_what_lies_in_the_claude_folder() {
     let desk = Desk::new().set("CLAUDE_CONFIG_DIR", "/srv/claude").set("HEADSPACE_CLAUDE__PROJECTS_PATH", "/other");
     assert_eq!(desk.config().claude.projects_paths, [Path::new("/other")]);
     // Also where there is no home at all.
-    let desk = Desk { variables: Vec::new(), ..Desk::new() }.set("CLAUDE_CONFIG_DIR", "claude");
+    let desk = Desk { variables: Vec::new(), ..Desk::with("") }.set("CLAUDE_CONFIG_DIR", "claude");
     assert_eq!(desk.config().claude.projects_paths, [desk.path("claude/projects")]);
     assert_eq!(desk.environment().claude_folder(), Some(desk.path("claude")));
     assert_eq!(
@@ -587,7 +695,7 @@ fn a_wrong_override_is_the_only_complaint_about_its_key() {
     assert_eq!(
         desk.errors(),
         ["environment HEADSPACE_EVENT_SYSTEM__WRITE_RETRY_MAX_DELAY_MS: expected a whole number of milliseconds from \
-             1 to 600000, found \"x\""]
+             1 to 600000, or with ms, s, m, h or d, found \"x\""]
     );
 }
 

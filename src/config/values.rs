@@ -45,8 +45,12 @@ fn optional<'de, D: Deserializer<'de>, T>(
     })
 }
 
-fn whole_in<'de, D: Deserializer<'de>>(input: D, min: u64, max: u64, unit: &str) -> Result<u64, D::Error> {
-    text(input, &format!("a whole number{unit} from {min} to {max}"), |text| {
+/// Numbers with a unit arrive without it: [`super::load`] has made bare numbers of them.
+const BYTE_UNITS: &str = ", or with KiB, MiB, GiB or TiB";
+const TIME_UNITS: &str = ", or with ms, s, m, h or d";
+
+fn whole_in<'de, D: Deserializer<'de>>(input: D, [min, max]: [u64; 2], of: &str, units: &str) -> Result<u64, D::Error> {
+    text(input, &format!("a whole number{of} from {min} to {max}{units}"), |text| {
         text.trim().parse().ok().filter(|number| (min..=max).contains(number))
     })
 }
@@ -54,18 +58,18 @@ fn whole_in<'de, D: Deserializer<'de>>(input: D, min: u64, max: u64, unit: &str)
 pub(super) fn whole<'de, const MIN: u64, const MAX: u64, T: TryFrom<u64>, D: Deserializer<'de>>(
     input: D,
 ) -> Result<T, D::Error> {
-    let number = whole_in(input, MIN, MAX, "")?;
+    let number = whole_in(input, [MIN, MAX], "", "")?;
     T::try_from(number).map_err(|_| D::Error::custom("a smaller number"))
 }
 
 pub(super) fn bytes<'de, const MIN: u64, const MAX: u64, D: Deserializer<'de>>(input: D) -> Result<u64, D::Error> {
-    whole_in(input, MIN, MAX, " of bytes")
+    whole_in(input, [MIN, MAX], " of bytes", BYTE_UNITS)
 }
 
 pub(super) fn milliseconds<'de, const MIN: u64, const MAX: u64, D: Deserializer<'de>>(
     input: D,
 ) -> Result<Duration, D::Error> {
-    whole_in(input, MIN, MAX, " of milliseconds").map(Duration::from_millis)
+    whole_in(input, [MIN, MAX], " of milliseconds", TIME_UNITS).map(Duration::from_millis)
 }
 
 /// Seconds with a fraction; the bounds are in milliseconds.
@@ -73,7 +77,7 @@ pub(super) fn seconds<'de, const MIN_MS: u64, const MAX_MS: u64, D: Deserializer
     input: D,
 ) -> Result<Duration, D::Error> {
     let [min, max] = [MIN_MS, MAX_MS].map(|bound| Duration::from_millis(bound).as_secs_f64());
-    text(input, &format!("a number of seconds from {min} to {max}"), |text| {
+    text(input, &format!("a number of seconds from {min} to {max}{TIME_UNITS}"), |text| {
         // No exponents, no infinities.
         let is_decimal = text.trim().bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
         let number = is_decimal.then(|| text.trim().parse().ok()).flatten();

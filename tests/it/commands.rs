@@ -1,5 +1,7 @@
 //! The commands as a user types them: output, exit codes, and what they say when something is wrong.
 
+use std::path::Path;
+
 use crate::stage::{SOON, Server, Stage, wait_until};
 
 #[test]
@@ -191,4 +193,89 @@ fn config_get_prints_effective_values_as_the_watcher_has_them() {
     let wrong = stage.run(&["config", "get", "queue.path"]);
     assert_eq!((wrong.code(), wrong.output()), (78, String::new()));
     assert!(wrong.error().contains("queue.drain_window"), "{}", wrong.error());
+}
+
+#[test]
+fn config_init_writes_a_file_that_is_right_and_never_overwrites_one() {
+    let stage = Stage::with(None);
+    let own = stage.folder().join("home/.config/headspace-watcher/config.yaml");
+    let given = stage.folder().join("made/config.yaml");
+    for (arguments, file) in
+        [(vec!["config", "init"], &own), (vec!["--config", "made/config.yaml", "config", "init"], &given)]
+    {
+        let ran = stage.run(&arguments);
+        assert!(ran.code() == 0 && ran.output().contains(file.to_str().unwrap()), "{}{}", ran.output(), ran.error());
+        let mode = std::os::unix::fs::PermissionsExt::mode(&file.metadata().unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::write(file, "redact:\n  enabled: true\n").unwrap();
+        let again = stage.run(&arguments);
+        assert!(again.code() == 78 && again.error().contains("left as it is"), "{}", again.error());
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "redact:\n  enabled: true\n");
+        std::fs::remove_file(file).unwrap();
+    }
+    assert_eq!(stage.run(&["config", "init"]).code(), 0);
+    // It says what the defaults are.
+    let elsewhere = stage.folder().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let show = || stage.run_in(&elsewhere, &["config", "show"]).output();
+    let by_file = show();
+    assert!(by_file.contains(&format!("{}:", own.display())), "{by_file}");
+    std::fs::remove_file(&own).unwrap();
+    let values = |text: &str| -> Vec<Vec<String>> {
+        text.lines().map(|line| line.split_whitespace().take(2).map(str::to_owned).collect()).collect()
+    };
+    assert_eq!(values(&by_file), values(&show()));
+}
+
+#[test]
+fn config_show_names_the_source_of_each_value_and_masks_secrets() {
+    let mut stage = Stage::with(None);
+    stage.set("database.url", "postgresql://me:hunter2@db/x").set("queue.max_pending_bytes", "4GiB");
+    let shown = stage.run(&["config", "show"]).output();
+    let line = |key: &str| -> Vec<String> {
+        let line = shown.lines().find(|line| line.starts_with(key)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert_eq!(line("database.url")[1..], ["***", "environment", "HEADSPACE_DATABASE__URL"]);
+    assert_eq!(line("queue.max_pending_bytes")[1..3], ["4294967296", "environment"]);
+    assert_eq!(line("http.listen")[1..], ["null", "config.yaml:6"]);
+    assert_eq!(line("queue.drain_window")[1..], ["256", "default"]);
+}
+
+#[test]
+fn without_a_configuration_the_watcher_and_every_command_meet_wherever_one_stands() {
+    let mut stage = Stage::with(None);
+    std::fs::remove_file(stage.folder().join("config.yaml")).unwrap();
+    let projects = stage.projects().to_str().unwrap().to_owned();
+    stage.set("claude.projects_path", &projects).set("http.listen", "null");
+    stage.transcript("-home-me-app", 1).say("hello");
+    let watcher = stage.start();
+    let state = stage.state_folder();
+    wait_until("it answers in another folder", SOON, || {
+        let ran = stage.run_in(Path::new("/"), &["status", "--json"]);
+        ran.code() == 0 && ran.output().contains("\"lines\":1")
+    });
+    let paths = stage.run_in(Path::new("/"), &["check", "--paths"]);
+    assert_eq!(paths.code(), 0, "{}", paths.error());
+    for path in ["queue", "spool", "watcher.sock"] {
+        assert!(paths.output().contains(&format!("{}/{path}  (default)", state.display())), "{}", paths.output());
+    }
+    assert!(
+        paths.output().contains("claude.projects_path") && paths.output().contains("HEADSPACE_CLAUDE__PROJECTS_PATH")
+    );
+    let queue = state.join("queue");
+    assert!(queue.is_dir() && !stage.folder().join("data").exists());
+    assert_eq!(watcher.stop().0.code(), Some(0));
+}
+
+#[test]
+fn a_misspelt_variable_is_named_by_check_and_by_the_log_and_stops_nothing() {
+    let mut stage = Stage::with(None);
+    stage.environment.insert("HEADSPACE_QUEUE_PATH".to_owned(), "/nowhere".to_owned());
+    let hint = "HEADSPACE_QUEUE_PATH sets nothing; did you mean HEADSPACE_QUEUE__PATH?";
+    let checked = stage.run(&["check", "--no-database"]);
+    assert!(checked.code() == 0 && checked.output().contains(hint), "{}", checked.output());
+    let watcher = stage.start();
+    assert!(watcher.log().contains(hint), "{}", watcher.log());
 }

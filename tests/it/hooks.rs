@@ -424,9 +424,10 @@ fn a_hook_without_a_configuration_leaves_nothing_where_the_agent_works() {
     assert!(child.wait().unwrap().success());
     assert_eq!(std::fs::read_dir(&told).unwrap().count(), 1);
     // Where a watcher has run with its defaults, the spool is there, and somebody reads it.
-    std::fs::create_dir_all(elsewhere.join("data/spool")).unwrap();
+    let spool = stage.state_folder().join("spool");
+    std::fs::create_dir_all(&spool).unwrap();
     run(true);
-    assert_eq!(std::fs::read_dir(elsewhere.join("data/spool")).unwrap().count(), 1);
+    assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 1);
 }
 
 #[test]

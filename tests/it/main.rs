@@ -59,4 +59,5 @@ mod stopping;
 mod supervisor;
 mod top;
 mod torture;
+mod uninstall;
 mod verify;

@@ -43,6 +43,27 @@ impl Manager {
     }
 }
 
+/// With a database in its configuration, at which nobody listens.
+fn stage_with_url() -> Stage {
+    let stage = Stage::with(None);
+    let file = stage.folder().join("config.yaml");
+    let config = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(file, format!("{config}database:\n  url: postgresql://me@localhost:1/db\n")).unwrap();
+    stage
+}
+
+/// A `systemctl` that writes down what it is asked to do, first in PATH; returns that file.
+fn fake_systemctl(stage: &mut Stage, state: &str) -> std::path::PathBuf {
+    let (programs, log) = (stage.folder().join("bin"), stage.folder().join("asked"));
+    std::fs::create_dir_all(&programs).unwrap();
+    let systemctl = programs.join("systemctl");
+    let script = format!("#!/bin/sh\necho \"$*\" >> '{}'\ncase $2 in is-*) echo {state};; esac\n", log.display());
+    std::fs::write(&systemctl, script).unwrap();
+    std::fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    stage.environment.insert("PATH".to_owned(), programs.to_str().unwrap().to_owned());
+    log
+}
+
 #[test]
 fn systemd_is_told_ready_status_watchdog_and_stopping() {
     let mut stage = Stage::new();
@@ -100,7 +121,7 @@ fn a_manager_that_does_not_listen_holds_nothing_up() {
 
 #[test]
 fn the_unit_is_written_where_systemd_looks_and_systemd_finds_nothing_wrong() {
-    let stage = Stage::with(None);
+    let stage = stage_with_url();
     let ran = stage.run(&["service", "--for", "systemd", "install", "--no-enable"]);
     assert_eq!(ran.code(), 0, "{}", ran.error());
     assert!(ran.output().contains("systemctl --user enable --now headspace-watcher.service"), "{}", ran.output());
@@ -136,7 +157,7 @@ fn the_unit_is_written_where_systemd_looks_and_systemd_finds_nothing_wrong() {
 
 #[test]
 fn the_service_is_enabled_and_disabled_through_systemctl_and_nothing_is_written_without_it() {
-    let mut stage = Stage::with(None);
+    let mut stage = stage_with_url();
     let file = stage.folder().join("home/.config/systemd/user/headspace-watcher.service");
     let programs = stage.folder().join("bin");
     std::fs::create_dir(&programs).unwrap();
@@ -145,12 +166,7 @@ fn the_service_is_enabled_and_disabled_through_systemctl_and_nothing_is_written_
     assert_eq!(ran.code(), 69);
     assert!(ran.error().contains("systemctl") && ran.error().contains("--no-enable"), "the way out: {}", ran.error());
     assert!(!file.exists());
-    // A systemctl that writes down what it is asked to do.
-    let log = stage.folder().join("asked");
-    let systemctl = programs.join("systemctl");
-    let script = format!("#!/bin/sh\necho \"$*\" >> '{}'\ncase $2 in is-*) echo active;; esac\n", log.display());
-    std::fs::write(&systemctl, script).unwrap();
-    std::fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let log = fake_systemctl(&mut stage, "active");
     stage.environment.insert("DATABASE_URL".to_owned(), "postgresql://me:hunter2@localhost/db".to_owned());
     let ran = stage.run(&["service", "--for", "systemd", "install"]);
     assert_eq!(ran.code(), 0, "{}", ran.error());
@@ -158,6 +174,12 @@ fn the_service_is_enabled_and_disabled_through_systemctl_and_nothing_is_written_
     assert!(!ran.output().contains("hunter2") && !std::fs::read_to_string(&file).unwrap().contains("hunter2"));
     assert_eq!(stage.run(&["service", "--for", "systemd", "status"]).code(), 0);
     assert_eq!(stage.run(&["service", "--for", "systemd", "uninstall"]).code(), 0);
+    assert!(!file.exists());
+    // Also where the supervisor can't be reached any more.
+    assert_eq!(stage.run(&["service", "--for", "systemd", "install", "--no-enable"]).code(), 0);
+    stage.environment.insert("PATH".to_owned(), "/nowhere".to_owned());
+    let ran = stage.run(&["service", "--for", "systemd", "uninstall"]);
+    assert!(ran.code() == 0 && ran.output().contains("note: could not run"), "{}{}", ran.output(), ran.error());
     assert!(!file.exists());
     let asked = std::fs::read_to_string(log).unwrap();
     let asked: Vec<&str> = asked.lines().filter(|line| !line.contains("show") && !line.contains("is-")).collect();
@@ -174,8 +196,45 @@ fn the_service_is_enabled_and_disabled_through_systemctl_and_nothing_is_written_
 }
 
 #[test]
-fn the_limits_of_the_unit_and_the_agent_follow_the_configuration() {
+fn a_service_without_a_database_is_refused_and_says_where_to_set_one() {
     let mut stage = Stage::with(None);
+    stage.environment.insert("DATABASE_URL".to_owned(), "postgresql://me@localhost/db".to_owned());
+    stage.set("database.url", "postgresql://me@localhost/db");
+    let install = ["service", "--for", "systemd", "install", "--no-enable"];
+    let environment = stage.folder().join("home/.config/headspace-watcher/environment");
+    std::fs::create_dir_all(environment.parent().unwrap()).unwrap();
+    std::fs::write(&environment, "DATABASE_URL=\n").unwrap();
+    let ran = stage.run(&install);
+    assert_eq!(ran.code(), 78);
+    for part in ["config.yaml", environment.to_str().unwrap(), "database.url", "DATABASE_URL=", "run-watcher.sh"] {
+        assert!(ran.error().contains(part), "{part}: {}", ran.error());
+    }
+    assert!(!stage.folder().join("home/.config/systemd").exists());
+    std::fs::write(&environment, "DATABASE_URL='postgresql://me@localhost/db'\n").unwrap();
+    let ran = stage.run(&install);
+    assert_eq!(ran.code(), 0, "{}", ran.error());
+    assert!(!ran.output().contains("DATABASE_URL is set here"), "{}", ran.output());
+    let launchd = stage.run(&["service", "--for", "launchd", "install", "--no-enable"]);
+    assert_eq!(launchd.code(), 78, "launchd reads no such file: {}", launchd.output());
+}
+
+#[test]
+fn a_service_whose_queue_another_watcher_holds_is_refused_and_names_it() {
+    let mut stage = stage_with_url();
+    let watcher = stage.start();
+    let log = fake_systemctl(&mut stage, "inactive");
+    let ran = stage.run(&["service", "--for", "systemd", "install"]);
+    assert_eq!(ran.code(), 69);
+    assert!(ran.error().contains(&format!("kill {}", watcher.pid())), "{}", ran.error());
+    assert!(!std::fs::read_to_string(&log).unwrap().contains("enable "));
+    // Its own process is replaced.
+    fake_systemctl(&mut stage, "active");
+    assert_eq!(stage.run(&["service", "--for", "systemd", "install"]).code(), 0);
+}
+
+#[test]
+fn the_limits_of_the_unit_and_the_agent_follow_the_configuration() {
+    let mut stage = stage_with_url();
     let unit = stage.folder().join("home/.config/systemd/user/headspace-watcher.service");
     let agent = stage.folder().join("home/Library/LaunchAgents/com.headspace.watcher.plist");
     assert_eq!(stage.run(&["service", "--for", "systemd", "install", "--no-enable"]).code(), 0);
@@ -202,7 +261,7 @@ fn the_limits_of_the_unit_and_the_agent_follow_the_configuration() {
 
 #[test]
 fn the_agent_of_launchd_is_a_whole_property_list() {
-    let stage = Stage::with(None);
+    let stage = stage_with_url();
     let ran = stage.run(&["service", "--for", "launchd", "install", "--no-enable"]);
     assert_eq!(ran.code(), 0, "{}", ran.error());
     let file = stage.folder().join("home/Library/LaunchAgents/com.headspace.watcher.plist");

@@ -419,6 +419,12 @@ impl Stage {
         self.folder.path()
     }
 
+    /// Where the state is of a watcher without a configuration file.
+    pub fn state_folder(&self) -> PathBuf {
+        let usual = if cfg!(target_os = "macos") { "Library/Application Support" } else { ".local/state" };
+        self.folder().join("home").join(usual).join("headspace-watcher")
+    }
+
     /// The token that the watcher has made.
     #[track_caller]
     pub fn token(&self) -> String {
@@ -496,6 +502,11 @@ impl Stage {
     /// Runs a command to its end.
     pub fn run(&self, arguments: &[&str]) -> Ran {
         Ran(self.command(arguments).output().unwrap())
+    }
+
+    /// Runs a command in another folder to its end.
+    pub fn run_in(&self, folder: &Path, arguments: &[&str]) -> Ran {
+        Ran(self.command(arguments).current_dir(folder).output().unwrap())
     }
 
     /// `run`, once it is ready.
