@@ -235,8 +235,17 @@ fn the_commands_of_the_documents_do_what_they_say() {
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_headspace-watcher"), folder.join("headspace-watcher")).unwrap();
     let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
     // What needs a terminal, a service manager or a watcher of its own has its own tests.
-    let elsewhere =
-        [" top", " service ", " run", "emit --ndjson", " hook", "run-watcher.sh", "--watch", "status --watch"];
+    let elsewhere = [
+        " top",
+        " service ",
+        " run",
+        "emit --ndjson",
+        " hook",
+        "run-watcher.sh",
+        "--watch",
+        "config init",
+        "r uninstall",
+    ];
     let mut ran = 0;
     for (document, text) in documents() {
         for line in blocks(&text, "sh") {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::stage::Stage;
+use crate::stage::{Stage, project};
 
 /// A watcher that has run without a database, with hooks, a service file, and one event that waits.
 fn used() -> Stage {
@@ -79,4 +79,29 @@ fn a_watcher_that_is_no_service_is_named_and_nothing_is_removed() {
     assert_eq!(ran.code(), 69);
     assert!(ran.error().contains(&format!("process {}", watcher.pid())), "{}", ran.error());
     assert!(stage.folder().join("data/queue/HIGHEST").exists());
+}
+
+/// The recipe of docs/install.md.
+#[test]
+fn a_session_whose_rows_were_deleted_does_not_come_back() {
+    let stage = Stage::new();
+    let (mut forgotten, mut other) = (stage.transcript("-home-me-app", 1), stage.transcript("-home-me-app", 2));
+    forgotten.say("a secret");
+    other.say("stays");
+    stage.run_until_idle();
+    let recipe = std::fs::read_to_string(project().join("docs/install.md")).unwrap();
+    let delete = recipe.lines().find(|line| line.starts_with("DELETE FROM events")).unwrap();
+    let session = delete.split('\'').nth(3).unwrap();
+    stage.database().query(&delete.replace(session, &forgotten.session));
+    assert_eq!(stage.database().count(), 2);
+    assert_eq!(stage.run(&["verify"]).code(), 1, "verify sees that rows are gone");
+    assert_eq!(stage.run(&["verify", "--accept-missing"]).code(), 0);
+    // A new queue reads everything again.
+    std::fs::remove_dir_all(stage.folder().join("data/queue")).unwrap();
+    stage.run_until_idle();
+    assert_eq!(stage.run(&["verify", "--repair"]).code(), 0);
+    stage.run_until_idle();
+    let turns = "SELECT count(*) FROM events WHERE payload->>'session_uuid' = ";
+    assert_eq!(stage.database().value(&format!("{turns}'{}'", forgotten.session)), "0");
+    assert_eq!(stage.database().count(), 2);
 }
