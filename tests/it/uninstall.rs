@@ -91,7 +91,7 @@ fn a_session_whose_rows_were_deleted_does_not_come_back() {
     stage.run_until_idle();
     let recipe = std::fs::read_to_string(project().join("docs/install.md")).unwrap();
     let delete = recipe.lines().find(|line| line.starts_with("DELETE FROM events")).unwrap();
-    let session = delete.split('\'').nth(3).unwrap();
+    let session = delete.split('\'').nth(1).unwrap();
     stage.database().query(&delete.replace(session, &forgotten.session));
     assert_eq!(stage.database().count(), 2);
     assert_eq!(stage.run(&["verify"]).code(), 1, "verify sees that rows are gone");
