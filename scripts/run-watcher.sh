@@ -593,7 +593,7 @@ while :; do
       exit 0
       ;;
     64 | 78)
-      log ERROR "$ended; not restarted, for it would end the same way: fix the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
+      log ERROR "$ended; not restarting: it would fail the same way; fix the $([ "$status" -eq 64 ] && echo "command line" || echo "configuration") (see above), then start again"
       exit "$status"
       ;;
     74)

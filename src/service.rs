@@ -603,7 +603,7 @@ fn serve_tcp(
                 Err(error) if !said => {
                     said = true;
                     warn!(%address, error = %error,
-                          "can't listen for HTTP, trying on; the commands use the socket. Set http.listen to another port or null");
+                          "can't listen for HTTP, retrying; the commands use the socket and work all the same. Set http.listen to another port or null");
                 }
                 Err(_) => {}
             }

@@ -3,7 +3,7 @@
 //!
 //! * The watcher tells its own over its socket, everything but the password, which each process takes from `PGPASSWORD`
 //!   or the password file.
-//! * `scripts/dev-postgres.sh` leaves its URL in `postgres.url` beside the queue's folder.
+//! * `scripts/dev-postgres.sh` leaves its URL in `postgres.url` in the folder of the state.
 //!
 //! Both are asked only where the socket or the file belongs to this user: others must not choose where events go.
 
@@ -22,7 +22,7 @@ use crate::sink::postgres::TargetSource;
 
 use super::{Context, Exit, Failure, block_on, client};
 
-/// In the folder of `queue.path`.
+/// In the folder of the state.
 const PRIVATE_URL_FILE: &str = "postgres.url";
 
 /// A larger file is not read.
@@ -65,7 +65,7 @@ fn source(
     let configured =
         database.resolve(&environment).map_err(|error| Failure::new(Exit::Configuration, one_line(&error)))?;
     let mut is_there = configured.is_some();
-    if !is_there && let Some(found) = ask(context.config())?.or_else(|| private(&context.config().queue.path)) {
+    if !is_there && let Some(found) = ask(context.config())?.or_else(|| private(&context.loaded.state_folder)) {
         (database.url, hint, is_there) = (Some(found.url), Some(found.hint), true);
     }
     let resolve = move || {
@@ -100,9 +100,8 @@ async fn ask_watcher(socket: &Path) -> Option<Found> {
     Some(Found { url: ConnectionString::found(&connection, location), hint: hint.to_owned() })
 }
 
-/// The private PostgreSQL, where the queue is that of a checkout in which it has been started.
-fn private(queue: &Path) -> Option<Found> {
-    let data = queue.parent()?;
+/// The private PostgreSQL, where the state is in the `data` of a checkout in which it has been started.
+fn private(data: &Path) -> Option<Found> {
     let file = data.join(PRIVATE_URL_FILE);
     if !is_own(file.symlink_metadata()) {
         return None;

@@ -34,7 +34,7 @@ const UNIT_BYTES_MAX: u64 = 1 << 20;
 pub(super) struct ServiceArguments {
     #[command(subcommand)]
     action: ServiceAction,
-    /// For whom; the system's own supervisor when not given
+    /// Supervisor to write for [default: this system's]
     #[arg(long = "for", global = true, value_enum, value_name = "SUPERVISOR")]
     kind: Option<ServiceKind>,
 }

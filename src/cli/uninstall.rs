@@ -80,6 +80,10 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
         })?;
         println!("removed {}", path.display());
     }
+    if let Some(postgres) = postgres {
+        // What says where its server listens; see `database`.
+        let _ = std::fs::remove_file(postgres.with_extension("url"));
+    }
     drop(queue);
     let folders = [&context.config().queue.path, &context.config().queue.spool_path, &context.loaded.state_folder];
     for folder in folders {

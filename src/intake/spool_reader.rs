@@ -138,7 +138,7 @@ impl SpoolReader {
                     UnreadSpool { files: 0, error: Some(format!("{folder}: {error}")), is_folder_unread: true };
                 if !self.spool.set_unread(unread).is_folder_unread {
                     warn!(spool = folder, error = %error,
-                          "the spool can't be read, trying on; correct its owner or mode, or set queue.spool_path");
+                          "the spool can't be read, retrying; correct its owner or mode, or set queue.spool_path");
                 }
             }
         }

@@ -34,6 +34,7 @@ fn it_removes_hooks_service_and_state_and_leaves_all_else() {
     let postgres = stage.folder().join("data/postgres");
     std::fs::create_dir_all(postgres.join("cluster")).unwrap();
     std::fs::write(postgres.join("cluster/headspace.conf"), "").unwrap();
+    std::fs::write(stage.folder().join("data/postgres.url"), "postgresql:///headspace\n").unwrap();
     stage.environment.insert("PATH".to_owned(), "/nowhere".to_owned());
 
     let unasked = stage.run(&["uninstall"]);
@@ -55,7 +56,7 @@ fn it_removes_hooks_service_and_state_and_leaves_all_else() {
         names.sort();
         names
     };
-    assert_eq!(left(&stage.folder().join("data")), ["postgres", "queue"]);
+    assert_eq!(left(&stage.folder().join("data")), ["postgres", "postgres.url", "queue"]);
     assert_eq!(left(&stage.folder().join("data/queue")), ["mine.txt"]);
     assert!(stage.folder().join("config.yaml").exists());
 
