@@ -16,7 +16,7 @@
 //! 8. The longer is the copy: it has more of the common beginning. Else the larger name.
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -113,32 +113,30 @@ impl Look {
         let Ok(mended) = MendedLine::new(line.strip_suffix(b"\n").unwrap_or(line)) else { return };
         let Ok(fields) = Fields::of(&mended.text) else { return };
         let mut mender = Mender { is_mended: false };
-        self.is_background |= mender.string(fields.session_kind).is_some_and(|kind| kind == "bg");
-        let name = mender.string(fields.line_type);
-        if name.as_deref() == Some("continued-in") {
-            self.continued_in
-                .extend(mender.string(fields.continued_in).and_then(|session| session.parse::<Uuid>().ok()));
+        self.is_background |= mender.string(fields.get("sessionKind")).is_some_and(|kind| kind == "bg");
+        if mender.string(fields.get("type")).is_some_and(|name| name == "continued-in") {
+            self.continued_in.extend(
+                mender.string(fields.get("continuedInSessionId")).and_then(|session| session.parse::<Uuid>().ok()),
+            );
         }
         let Some(is_said) = is_said else { return };
-        let at = mender.string(fields.timestamp).and_then(|text| text.parse::<Timestamp>().ok());
-        if !is_envelope(&fields, name.map_or(LineType::Unknown, |name| LineType::named(&name))) {
+        let at = mender.string(fields.get("timestamp")).and_then(|text| text.parse::<Timestamp>().ok());
+        let Some(said) = Said::of(&fields, &mut mender) else {
             if !*is_said {
                 self.opened_at = self.opened_at.or(at);
             }
             return;
-        }
-        let session = mender.string(fields.session).and_then(|text| text.parse::<Uuid>().ok());
-        let is_foreign = session.is_some_and(|session| session != self.stem);
-        if !*is_said {
-            *is_said = true;
+        };
+        let is_foreign = said.session.is_some_and(|session| session != self.stem);
+        if !std::mem::replace(is_said, true) {
             self.said_at = at;
-            self.root = mender.filled_string(fields.uuid);
+            self.root = said.uuid;
             self.is_marked |= is_foreign;
         }
         if !is_foreign {
             self.own_at = self.own_at.or(at);
         }
-        self.is_marked |= fields.forked_from.is_some();
+        self.is_marked |= said.is_forked;
     }
 
     fn began_at(&self) -> Option<Timestamp> {
@@ -226,12 +224,15 @@ impl Said {
     pub(crate) fn read(line: &[u8]) -> Option<Said> {
         let mended = MendedLine::new(line).ok()?;
         let fields = Fields::of(&mended.text).ok()?;
-        let mut mender = Mender { is_mended: false };
-        let line_type = mender.string(fields.line_type).map_or(LineType::Unknown, |name| LineType::named(&name));
-        is_envelope(&fields, line_type).then(|| Said {
-            uuid: mender.filled_string(fields.uuid),
-            session: mender.string(fields.session).and_then(|text| text.parse().ok()),
-            is_forked: fields.forked_from.is_some(),
+        Said::of(&fields, &mut Mender { is_mended: false })
+    }
+
+    fn of(fields: &Fields<'_>, mender: &mut Mender) -> Option<Said> {
+        let line_type = mender.string(fields.get("type")).map_or(LineType::Unknown, |name| LineType::named(&name));
+        is_envelope(fields, line_type).then(|| Said {
+            uuid: mender.filled_string(fields.get("uuid")),
+            session: mender.string(fields.get("sessionId")).and_then(|text| text.parse().ok()),
+            is_forked: fields.get("forkedFrom").is_some(),
         })
     }
 
@@ -249,25 +250,20 @@ pub(crate) fn root(head: &[u8]) -> Option<String> {
 
 /// How many `continued-in` lines lead to each file.
 fn depths(looks: &[Look]) -> Vec<u32> {
-    /// No session goes on so often; a circle would lead round for ever.
-    const DEPTH_MAX: u32 = 1000;
-    let mut indexes: HashMap<Uuid, Vec<usize>> = HashMap::new();
-    for (index, look) in looks.iter().enumerate() {
-        indexes.entry(look.stem).or_default().push(index);
-    }
+    /// No session goes on so often, and a circle has no end.
+    const DEPTH_MAX: u32 = 100;
     let mut depths = vec![0; looks.len()];
-    let mut changed: Vec<usize> = (0..looks.len()).collect();
-    while let Some(index) = changed.pop() {
-        let (Some(look), Some(depth)) = (looks.get(index), depths.get(index).copied()) else { continue };
-        for next in look.continued_in.iter().filter_map(|session| indexes.get(session)).flatten() {
-            match depths.get_mut(*next) {
-                Some(other) if *other <= depth && depth < DEPTH_MAX => {
-                    *other = depth + 1;
-                    changed.push(*next);
-                }
-                _ => {}
-            }
+    let mut level: HashSet<Uuid> = looks.iter().flat_map(|look| &look.continued_in).copied().collect();
+    for depth in 1..=DEPTH_MAX {
+        if level.is_empty() {
+            break;
         }
+        let reached = looks.iter().zip(&mut depths).filter(|(look, _)| level.contains(&look.stem));
+        let next = reached.flat_map(|(look, reached)| {
+            *reached = depth;
+            &look.continued_in
+        });
+        level = next.copied().collect();
     }
     depths
 }

@@ -4,86 +4,70 @@ use std::borrow::Cow;
 
 use crate::json::{self, items, members};
 
-/// The fields of one line; the last one of a name wins. Null counts as absent.
-#[derive(Default)]
-pub(super) struct Fields<'a> {
-    pub(super) line_type: Option<&'a str>,
-    pub(super) version: Option<&'a str>,
-    pub(super) session_kind: Option<&'a str>,
-    pub(super) continued_in: Option<&'a str>,
-    pub(super) uuid: Option<&'a str>,
-    pub(super) parent: Option<&'a str>,
-    pub(super) session: Option<&'a str>,
-    pub(super) timestamp: Option<&'a str>,
-    pub(super) cwd: Option<&'a str>,
-    pub(super) git_branch: Option<&'a str>,
-    pub(super) is_sidechain: Option<&'a str>,
-    pub(super) is_meta: Option<&'a str>,
-    pub(super) is_compact_summary: Option<&'a str>,
-    pub(super) is_visible_in_transcript_only: Option<&'a str>,
-    pub(super) turn_companion: Option<&'a str>,
-    pub(super) is_api_error_message: Option<&'a str>,
-    pub(super) source_tool_use_id: Option<&'a str>,
-    pub(super) scheduled_task_id: Option<&'a str>,
-    pub(super) scheduled_fire_id: Option<&'a str>,
-    pub(super) interrupted_by_shutdown: Option<&'a str>,
-    pub(super) origin: Option<&'a str>,
-    pub(super) prompt_source: Option<&'a str>,
-    pub(super) turn_origin: Option<&'a str>,
-    pub(super) tool_use_result: Option<&'a str>,
-    pub(super) user_feedback: Option<&'a str>,
-    pub(super) prompt_id: Option<&'a str>,
-    pub(super) plan_content: Option<&'a str>,
-    pub(super) forked_from: Option<&'a str>,
-    pub(super) message: Option<&'a str>,
-    pub(super) attachment: Option<&'a str>,
-}
+/// The names of the fields that are kept, of a line and of an attachment. The most frequent first.
+const NAMES: [&str; 34] = [
+    "type",
+    "uuid",
+    "parentUuid",
+    "sessionId",
+    "timestamp",
+    "message",
+    "cwd",
+    "gitBranch",
+    "version",
+    "isSidechain",
+    "isMeta",
+    "toolUseResult",
+    "promptId",
+    "origin",
+    "promptSource",
+    "turnOrigin",
+    "attachment",
+    "sourceToolUseID",
+    "sessionKind",
+    "forkedFrom",
+    "isCompactSummary",
+    "isVisibleInTranscriptOnly",
+    "turnCompanion",
+    "isApiErrorMessage",
+    "scheduledTaskId",
+    "scheduledFireId",
+    "interruptedByShutdown",
+    "userFeedback",
+    "planContent",
+    "continuedInSessionId",
+    "commandMode",
+    "prompt",
+    "humanTurn",
+    "source_uuid",
+];
+
+/// The fields of one line, or of its attachment. Null counts as absent.
+pub(super) struct Fields<'a>([Option<&'a str>; NAMES.len()]);
 
 impl<'a> Fields<'a> {
-    pub(super) fn of(line: &'a str) -> Result<Self, serde_json::Error> {
-        let mut fields = Fields::default();
-        members(line, |key, value| {
-            let field = match key {
-                "type" => &mut fields.line_type,
-                "version" => &mut fields.version,
-                "sessionKind" => &mut fields.session_kind,
-                "continuedInSessionId" => &mut fields.continued_in,
-                "uuid" => &mut fields.uuid,
-                "parentUuid" => &mut fields.parent,
-                "sessionId" => &mut fields.session,
-                "timestamp" => &mut fields.timestamp,
-                "cwd" => &mut fields.cwd,
-                "gitBranch" => &mut fields.git_branch,
-                "isSidechain" => &mut fields.is_sidechain,
-                "isMeta" => &mut fields.is_meta,
-                "isCompactSummary" => &mut fields.is_compact_summary,
-                "isVisibleInTranscriptOnly" => &mut fields.is_visible_in_transcript_only,
-                "turnCompanion" => &mut fields.turn_companion,
-                "isApiErrorMessage" => &mut fields.is_api_error_message,
-                "sourceToolUseID" => &mut fields.source_tool_use_id,
-                "scheduledTaskId" => &mut fields.scheduled_task_id,
-                "scheduledFireId" => &mut fields.scheduled_fire_id,
-                "interruptedByShutdown" => &mut fields.interrupted_by_shutdown,
-                "origin" => &mut fields.origin,
-                "promptSource" => &mut fields.prompt_source,
-                "turnOrigin" => &mut fields.turn_origin,
-                "toolUseResult" => &mut fields.tool_use_result,
-                "userFeedback" => &mut fields.user_feedback,
-                "promptId" => &mut fields.prompt_id,
-                "planContent" => &mut fields.plan_content,
-                "forkedFrom" => &mut fields.forked_from,
-                "message" => &mut fields.message,
-                "attachment" => &mut fields.attachment,
-                _ => return,
-            };
-            *field = given(value);
-        })?;
-        Ok(fields)
+    pub(super) fn of(object: &'a str) -> Result<Self, serde_json::Error> {
+        named(object, NAMES).map(Fields)
+    }
+
+    /// The raw value of a field that is in [`NAMES`].
+    pub(super) fn get(&self, name: &str) -> Option<&'a str> {
+        let index = NAMES.iter().position(|known| *known == name);
+        debug_assert!(index.is_some(), "{name} is not in NAMES");
+        self.0.get(index?).copied()?
     }
 }
 
-fn given(value: &str) -> Option<&str> {
-    (value != "null").then_some(value)
+/// The members called `names` of an object; the last one of a name wins.
+fn named<'a, const N: usize>(object: &'a str, names: [&str; N]) -> Result<[Option<&'a str>; N], serde_json::Error> {
+    let mut values = [None; N];
+    members(object, |key, value| {
+        let index = names.iter().position(|name| *name == key);
+        if let Some(slot) = index.and_then(|index| values.get_mut(index)) {
+            *slot = (value != "null").then_some(value);
+        }
+    })?;
+    Ok(values)
 }
 
 /// A flag is set by `true` alone.
@@ -126,20 +110,9 @@ impl Mender {
     }
 }
 
-/// The members called `names` of the object `raw`, last ones first served; all absent where it is no object.
+/// The members called `names` of the value `raw`; all absent where it is no object.
 pub(super) fn pick<'a, const N: usize>(raw: Option<&'a str>, names: [&str; N]) -> [Option<&'a str>; N] {
-    let mut found = [None; N];
-    if let Some(raw) = raw {
-        // What is no object has no members, which is all there is to know here.
-        let _ = members(raw, |key, value| {
-            for (name, slot) in names.iter().zip(&mut found) {
-                if *name == key {
-                    *slot = given(value);
-                }
-            }
-        });
-    }
-    found
+    raw.and_then(|raw| named(raw, names).ok()).unwrap_or([None; N])
 }
 
 /// Texts of one message that are kept apart.

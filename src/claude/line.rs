@@ -254,13 +254,13 @@ pub(crate) fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeanin
     let fields = Fields::of(text).map_err(|error| bad_json(&error))?;
     let mut mender = Mender { is_mended: mended.is_mended };
 
-    let type_name = mender.string(fields.line_type);
+    let type_name = mender.string(fields.get("type"));
     let line_type = type_name.as_deref().map_or(LineType::Unknown, LineType::named);
     let is_envelope = is_envelope(&fields, line_type);
-    let timestamp = mender.string(fields.timestamp).and_then(|text| text.parse::<Timestamp>().ok());
-    let cwd = mender.filled_string(fields.cwd).filter(|path| path.len() <= FOLDER_BYTES_MAX);
-    let git_branch = mender.filled_string(fields.git_branch).filter(|name| name.len() <= FOLDER_BYTES_MAX);
-    let session = mender.string(fields.session).and_then(|text| text.parse::<Uuid>().ok());
+    let timestamp = mender.string(fields.get("timestamp")).and_then(|text| text.parse::<Timestamp>().ok());
+    let cwd = mender.filled_string(fields.get("cwd")).filter(|path| path.len() <= FOLDER_BYTES_MAX);
+    let git_branch = mender.filled_string(fields.get("gitBranch")).filter(|name| name.len() <= FOLDER_BYTES_MAX);
+    let session = mender.string(fields.get("sessionId")).and_then(|text| text.parse::<Uuid>().ok());
     let said_in = forked_from(&fields, &mut mender).or(session);
 
     let mut unknowns = Vec::new();
@@ -295,7 +295,7 @@ pub(crate) fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeanin
         timestamp,
         cwd,
         git_branch,
-        is_forked: fields.forked_from.is_some(),
+        is_forked: fields.get("forkedFrom").is_some(),
         turn,
         no_turn,
         unknowns,
@@ -361,7 +361,7 @@ pub(super) fn is_envelope(fields: &Fields<'_>, line_type: LineType) -> bool {
         LineType::User | LineType::Assistant | LineType::System | LineType::Attachment | LineType::Progress => true,
         LineType::Metadata | LineType::Blank => false,
         // What newer versions add to the conversation is stamped and has an identity.
-        LineType::Unknown => fields.uuid.is_some() && fields.timestamp.is_some(),
+        LineType::Unknown => fields.get("uuid").is_some() && fields.get("timestamp").is_some(),
     }
 }
 
@@ -378,7 +378,7 @@ fn user_turn(
         kind: Some(human.kind),
         provenance: Some(human.provenance),
         text: human.text,
-        message_id: mender.filled_string(fields.prompt_id),
+        message_id: mender.filled_string(fields.get("promptId")),
         has_attachment: human.has_attachment,
         ..Turn::default()
     })
@@ -388,12 +388,12 @@ fn user_turn(
 const SYNTHETIC_MODEL: &str = "<synthetic>";
 
 fn agent_turn(fields: &Fields<'_>, mender: &mut Mender) -> Result<Turn, NoTurn> {
-    if is_something(fields.is_sidechain) {
+    if is_something(fields.get("isSidechain")) {
         return Err(NoTurn::Structure("isSidechain"));
     }
-    let [content, id, model, stop_reason] = pick(fields.message, ["content", "id", "model", "stop_reason"]);
+    let [content, id, model, stop_reason] = pick(fields.get("message"), ["content", "id", "model", "stop_reason"]);
     let model = mender.filled_string(model);
-    if is_something(fields.is_api_error_message) || model.as_deref() == Some(SYNTHETIC_MODEL) {
+    if is_something(fields.get("isApiErrorMessage")) || model.as_deref() == Some(SYNTHETIC_MODEL) {
         return Err(NoTurn::Synthetic);
     }
     let content = Content::of(content, mender, |_| None);
@@ -417,17 +417,17 @@ fn agent_turn(fields: &Fields<'_>, mender: &mut Mender) -> Result<Turn, NoTurn> 
 }
 
 fn turn_uuid(fields: &Fields<'_>, mender: &mut Mender) -> Option<String> {
-    let [copied_from] = pick(fields.forked_from, ["messageUuid"]);
+    let [copied_from] = pick(fields.get("forkedFrom"), ["messageUuid"]);
     // A queued prompt may come again as a `user` line with the uuid that it names.
-    let [queued_as] = pick(fields.attachment, ["source_uuid"]);
+    let [queued_as] = pick(fields.get("attachment"), ["source_uuid"]);
     mender
         .filled_string(copied_from)
         .or_else(|| mender.filled_string(queued_as))
-        .or_else(|| mender.filled_string(fields.uuid))
+        .or_else(|| mender.filled_string(fields.get("uuid")))
 }
 
 fn forked_from(fields: &Fields<'_>, mender: &mut Mender) -> Option<Uuid> {
-    let [session] = pick(fields.forked_from, ["sessionId"]);
+    let [session] = pick(fields.get("forkedFrom"), ["sessionId"]);
     mender.string(session)?.parse().ok()
 }
 
@@ -437,10 +437,12 @@ pub(super) fn looks_like_a_line(record: &[u8]) -> bool {
     let Ok(mended) = MendedLine::new(record) else { return false };
     let Ok(fields) = Fields::of(&mended.text) else { return false };
     let mut mender = Mender { is_mended: false };
-    match mender.string(fields.line_type).as_deref().map(LineType::named) {
+    match mender.string(fields.get("type")).as_deref().map(LineType::named) {
         Some(LineType::Metadata) => true,
-        Some(LineType::Unknown) | None => fields.session.is_some(),
-        Some(_) => fields.session.is_some() || fields.parent.is_some() || fields.cwd.is_some(),
+        Some(LineType::Unknown) | None => fields.get("sessionId").is_some(),
+        Some(_) => {
+            fields.get("sessionId").is_some() || fields.get("parentUuid").is_some() || fields.get("cwd").is_some()
+        }
     }
 }
 

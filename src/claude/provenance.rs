@@ -17,9 +17,11 @@
 //! none of the fields and are judged by their text alone.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::LazyLock;
+
+use regex::Regex;
 
 use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, pick};
 use crate::json::members;
@@ -181,24 +183,8 @@ const PROMPT_SOURCES: &[&str] = &["queued", "sdk", "suggestion_accepted", "syste
 const TURN_ORIGINS: &[&str] =
     &["auto_continuation", "human", "peer", "scheduled", "sdk", "system", "task_notification"];
 
-/// What is not known of where a line came from.
-fn unknowns(source: &Labels<'_>, fields: &Fields<'_>, mender: &mut Mender) -> Vec<Unknown> {
-    let known = [
-        ("origin", &source.origin, ORIGINS),
-        ("promptSource", &source.prompt_source, PROMPT_SOURCES),
-        ("turnOrigin", &source.turn_origin, TURN_ORIGINS),
-    ];
-    let mut unknowns = Vec::new();
-    for (field, value, known) in known {
-        if let Some(value) = value.as_deref().filter(|value| !known.contains(value)) {
-            unknowns.push(Unknown { field, value: shortened(value), version: version(fields, mender) });
-        }
-    }
-    unknowns
-}
-
 pub(super) fn version(fields: &Fields<'_>, mender: &mut Mender) -> String {
-    mender.string(fields.version).map_or_else(String::new, |version| shortened(&version))
+    mender.string(fields.get("version")).map_or_else(String::new, |version| shortened(&version))
 }
 
 /// Whether words of this version say where they came from.
@@ -219,21 +205,22 @@ pub(super) fn judge(
     mender: &mut Mender,
     unknowns: &mut Vec<Unknown>,
 ) -> Result<Human, NoTurn> {
-    let queued = if is_attachment { Some(Queued::of(fields, mender).ok_or(NoTurn::NoQueuedCommand)?) } else { None };
-    if queued.is_none() && !is_object(fields.message) {
+    let queued =
+        if is_attachment { Some(queued_command(fields, mender).ok_or(NoTurn::NoQueuedCommand)?) } else { None };
+    if queued.is_none() && !is_object(fields.get("message")) {
         return Err(NoTurn::NoMessage);
     }
-    structure(fields, queued.as_ref())?;
-    let labels = Labels::of(fields, queued.as_ref(), mender);
-    unknowns.extend(self::unknowns(&labels, fields, mender));
-    let provenance = provenance(&labels, queued.as_ref(), mender)?;
+    if let Some(field) = field_of_the_program(fields, queued.as_ref()) {
+        return Err(NoTurn::Structure(field));
+    }
+    let provenance = provenance(fields, queued.as_ref(), mender, unknowns)?;
     let content = match &queued {
-        Some(queued) => queued.prompt,
-        None => pick(fields.message, ["content"])[0],
+        Some(queued) => queued.get("prompt"),
+        None => pick(fields.get("message"), ["content"])[0],
     };
     let read = |mender: &mut Mender| {
         let mut content = Content::of(content, mender, rejection_reason);
-        let is_result = content.has_tool_result || is_something(fields.tool_use_result);
+        let is_result = content.has_tool_result || is_something(fields.get("toolUseResult"));
         if is_result {
             content.texts.retain(|text| !matches!(trim(text), "" | "Tool loaded."));
         }
@@ -254,7 +241,7 @@ pub(super) fn judge(
     let (kind, text) = kind_of(text, has_attachment)?;
     let kind = match kind {
         _ if is_attachment => TurnKind::Queued,
-        TurnKind::Prompt if is_something(fields.plan_content) => TurnKind::Plan,
+        TurnKind::Prompt if is_something(fields.get("planContent")) => TurnKind::Plan,
         kind => kind,
     };
     if provenance == Provenance::Unlabelled && matches!(kind, TurnKind::Prompt | TurnKind::Queued) {
@@ -266,68 +253,20 @@ pub(super) fn judge(
     Ok(Human { kind, provenance, text, has_attachment })
 }
 
-/// The members of an attachment that is a prompt typed while the agent worked.
-struct Queued<'a> {
-    mode: Option<&'a str>,
-    prompt: Option<&'a str>,
-    origin: Option<&'a str>,
-    turn_origin: Option<&'a str>,
-    prompt_source: Option<&'a str>,
-    human_turn: Option<&'a str>,
-    /// `isSidechain`, `isMeta`, `isCompactSummary`, `isVisibleInTranscriptOnly`, `turnCompanion`.
-    flags: [Option<&'a str>; 5],
+/// The attachment of a line, where that is a prompt typed while the agent worked.
+fn queued_command<'a>(fields: &Fields<'a>, mender: &mut Mender) -> Option<Fields<'a>> {
+    let attachment = Fields::of(fields.get("attachment")?).ok()?;
+    (mender.string(attachment.get("type"))? == "queued_command").then_some(attachment)
 }
 
-impl<'a> Queued<'a> {
-    fn of(fields: &Fields<'a>, mender: &mut Mender) -> Option<Self> {
-        let [kind, mode, prompt, origin, turn_origin, prompt_source, human_turn, flags @ ..] = pick(
-            fields.attachment,
-            [
-                "type",
-                "commandMode",
-                "prompt",
-                "origin",
-                "turnOrigin",
-                "promptSource",
-                "humanTurn",
-                "isSidechain",
-                "isMeta",
-                "isCompactSummary",
-                "isVisibleInTranscriptOnly",
-                "turnCompanion",
-            ],
-        );
-        let queued = Queued { mode, prompt, origin, turn_origin, prompt_source, human_turn, flags };
-        (mender.string(kind)? == "queued_command").then_some(queued)
-    }
-}
-
-/// Fields that only lines of the program have.
-fn structure(fields: &Fields<'_>, queued: Option<&Queued<'_>>) -> Result<(), NoTurn> {
-    let flags = [
-        ("isSidechain", fields.is_sidechain),
-        ("isMeta", fields.is_meta),
-        ("isCompactSummary", fields.is_compact_summary),
-        ("isVisibleInTranscriptOnly", fields.is_visible_in_transcript_only),
-        ("turnCompanion", fields.turn_companion),
-    ];
-    let of_attachment = queued.map_or([None; 5], |queued| queued.flags);
-    for ((name, on_line), on_attachment) in flags.into_iter().zip(of_attachment) {
-        if is_set(on_line) || is_set(on_attachment) {
-            return Err(NoTurn::Structure(name));
-        }
-    }
-    for (name, value) in [
-        ("sourceToolUseID", fields.source_tool_use_id),
-        ("scheduledTaskId", fields.scheduled_task_id),
-        ("scheduledFireId", fields.scheduled_fire_id),
-        ("interruptedByShutdown", fields.interrupted_by_shutdown),
-    ] {
-        if is_something(value) {
-            return Err(NoTurn::Structure(name));
-        }
-    }
-    Ok(())
+/// The first field that only lines of the program have.
+fn field_of_the_program(fields: &Fields<'_>, queued: Option<&Fields<'_>>) -> Option<&'static str> {
+    const FLAGS: [&str; 5] =
+        ["isSidechain", "isMeta", "isCompactSummary", "isVisibleInTranscriptOnly", "turnCompanion"];
+    const VALUES: [&str; 4] = ["sourceToolUseID", "scheduledTaskId", "scheduledFireId", "interruptedByShutdown"];
+    let is_flagged = |name: &&str| is_set(fields.get(name)) || queued.is_some_and(|queued| is_set(queued.get(name)));
+    let flag = FLAGS.into_iter().find(is_flagged);
+    flag.or_else(|| VALUES.into_iter().find(|name| is_something(fields.get(name))))
 }
 
 /// Longest value of a field that a reason names.
@@ -338,30 +277,36 @@ fn value<'a>(raw: &'a str, mender: &mut Mender) -> Cow<'a, str> {
     mender.string(Some(raw)).unwrap_or(Cow::Borrowed(raw))
 }
 
-/// Where a line came from, as it says itself: what the attachment says goes before what its line says.
-struct Labels<'a> {
-    origin: Option<Cow<'a, str>>,
-    turn_origin: Option<Cow<'a, str>>,
-    prompt_source: Option<Cow<'a, str>>,
-}
-
-impl<'a> Labels<'a> {
-    fn of(fields: &Fields<'a>, queued: Option<&Queued<'a>>, mender: &mut Mender) -> Self {
-        let filled = |raw: &&str| is_something(Some(raw));
-        let origin = queued.and_then(|queued| queued.origin).or(fields.origin);
-        let origin = origin.and_then(|raw| if raw.starts_with('{') { pick(Some(raw), ["kind"])[0] } else { Some(raw) });
-        let turn_origin = queued.and_then(|queued| queued.turn_origin).filter(filled).or(fields.turn_origin);
-        let prompt_source = queued.and_then(|queued| queued.prompt_source).filter(filled).or(fields.prompt_source);
-        let mut value = |raw: Option<&'a str>| raw.map(|raw| value(raw, mender));
-        Labels { origin: value(origin), turn_origin: value(turn_origin), prompt_source: value(prompt_source) }
+/// How well a line is known to be a person's, by the fields that say where it came from: those of the attachment before
+/// those of its line. Adds values that are not known to `unknowns`.
+fn provenance(
+    fields: &Fields<'_>,
+    queued: Option<&Fields<'_>>,
+    mender: &mut Mender,
+    unknowns: &mut Vec<Unknown>,
+) -> Result<Provenance, NoTurn> {
+    let queued_origin = queued.and_then(|queued| queued.get("origin"));
+    let origin = queued_origin.or(fields.get("origin"));
+    let origin = origin.and_then(|raw| if is_object(Some(raw)) { pick(Some(raw), ["kind"])[0] } else { Some(raw) });
+    let label = |name| {
+        let on_attachment = queued.and_then(|queued| queued.get(name)).filter(|raw| is_something(Some(raw)));
+        on_attachment.or(fields.get(name))
+    };
+    let mut labels = [None, None, None];
+    let raw = [
+        ("origin", origin, ORIGINS),
+        ("promptSource", label("promptSource"), PROMPT_SOURCES),
+        ("turnOrigin", label("turnOrigin"), TURN_ORIGINS),
+    ];
+    for ((field, raw, known), label) in raw.into_iter().zip(&mut labels) {
+        *label = raw.map(|raw| value(raw, mender));
+        if let Some(value) = label.as_deref().filter(|value| !known.contains(value)) {
+            unknowns.push(Unknown { field, value: shortened(value), version: version(fields, mender) });
+        }
     }
-}
-
-/// How well a line is known to be a person's, by the fields that say where it came from.
-fn provenance(labels: &Labels<'_>, queued: Option<&Queued<'_>>, mender: &mut Mender) -> Result<Provenance, NoTurn> {
+    let [origin, source, turn] = &labels;
+    let (origin, source, turn) = (origin.as_deref(), source.as_deref(), turn.as_deref());
     let not_human = |field, value: &str| NoTurn::Value(field, shortened(value));
-    let (origin, turn, source) =
-        (labels.origin.as_deref(), labels.turn_origin.as_deref(), labels.prompt_source.as_deref());
     if let Some(origin) = origin.filter(|origin| *origin != "human") {
         return Err(not_human("origin", origin));
     }
@@ -371,9 +316,9 @@ fn provenance(labels: &Labels<'_>, queued: Option<&Queued<'_>>, mender: &mut Men
     if source == Some("system") {
         return Err(not_human("promptSource", "system"));
     }
-    let is_human_turn = is_set(queued.and_then(|queued| queued.human_turn));
+    let is_human_turn = is_set(queued.and_then(|queued| queued.get("humanTurn")));
     if let Some(queued) = queued {
-        match queued.mode.map(|raw| value(raw, mender)).as_deref() {
+        match queued.get("commandMode").map(|raw| value(raw, mender)).as_deref() {
             Some("prompt") => {}
             Some(mode) => return Err(not_human("commandMode", mode)),
             None if origin == Some("human") || is_human_turn => {}
@@ -396,11 +341,11 @@ fn provenance(labels: &Labels<'_>, queued: Option<&Queued<'_>>, mender: &mut Men
 
 /// What a person said by the way they met a tool, where no text stands beside its result.
 fn said_by_result(fields: &Fields<'_>, rejection: Option<String>, mender: &mut Mender) -> Option<(TurnKind, String)> {
-    let [answers] = pick(fields.tool_use_result, ["answers"]);
+    let [answers] = pick(fields.get("toolUseResult"), ["answers"]);
     if let Some(text) = answers.and_then(|answers| questions_and_answers(answers, mender)) {
         return Some((TurnKind::Answer, text));
     }
-    let feedback = mender.string(fields.user_feedback).filter(|feedback| !trim(feedback).is_empty());
+    let feedback = mender.string(fields.get("userFeedback")).filter(|feedback| !trim(feedback).is_empty());
     feedback.map(Cow::into_owned).or(rejection).map(|reason| (TurnKind::Rejection, reason))
 }
 
@@ -601,8 +546,12 @@ fn without_last_block(text: &str) -> Option<&str> {
     (before.is_empty() || before.ends_with('\n')).then(|| before.trim_end_matches(is_blank))
 }
 
-/// Of more than so many pastes in one text the marks stay: each takes memory while they are looked for.
-const PASTES_MAX: usize = 10_000;
+/// Of more than so many tags in one text all stay: each takes memory while its partner is searched.
+const PASTE_TAGS_MAX: usize = 10_000;
+
+static PASTE_TAG: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r#"<(/?)pasted_content id="([^"]*)">"#).expect("a constant pattern that the tests compile")
+});
 
 /// What a person pasted is their text; from 2.1.332 on the program marks where it begins and ends.
 fn unwrap_pasted(text: Cow<'_, str>) -> Cow<'_, str> {
@@ -625,35 +574,23 @@ fn unwrap_pasted(text: Cow<'_, str>) -> Cow<'_, str> {
 
 /// The tags around what was pasted, each with the line break inside it, in order.
 fn paste_marks(text: &str) -> Vec<Range<usize>> {
-    const OPENING: &str = "<pasted_content id=\"";
-    const CLOSING: &str = "</pasted_content id=\"";
-    if text.matches(CLOSING).nth(PASTES_MAX).is_some() {
-        return Vec::new();
-    }
-    // Where each closing tag stands, by its id.
-    let mut closings: HashMap<&str, Vec<usize>> = HashMap::new();
-    for (at, _) in text.match_indices(CLOSING) {
-        let after = text.get(at + CLOSING.len()..).and_then(|after| after.split_once('"'));
-        if let Some((id, _)) = after.filter(|(_, after)| after.starts_with('>')) {
-            closings.entry(id).or_default().push(at);
-        }
-    }
+    let tags = PASTE_TAG.captures_iter(text).map(|captures| captures.extract());
+    let tags: Vec<(&str, [&str; 2])> = tags.take(PASTE_TAGS_MAX + 1).collect();
     let mut marks = Vec::new();
-    let mut position = 0;
-    while let Some(opening) = text.get(position..).and_then(|rest| rest.find(OPENING)).map(|at| position + at) {
-        position = opening + OPENING.len();
-        let Some((id, _)) = text.get(position..).and_then(|after| after.split_once('"')) else { break };
-        let inside = position + id.len() + "\">".len();
-        if text.get(inside - 1..inside) != Some(">") {
+    let mut rest = if tags.len() > PASTE_TAGS_MAX { &[][..] } else { tags.as_slice() };
+    while let Some(((opening, [slash, id]), after)) = rest.split_first() {
+        rest = after;
+        let closing = after.iter().position(|(_, [slash, other])| *slash == "/" && other == id);
+        let Some((closing, after)) = closing.filter(|_| slash.is_empty()).and_then(|at| after.get(at..)?.split_first())
+        else {
             continue;
-        }
-        let closing = closings.get(id).and_then(|places| places.get(places.partition_point(|place| *place < inside)));
-        let Some(&closing) = closing else { continue };
-        let pasted = text.get(inside..closing).unwrap_or_default();
+        };
+        let (opening, closing) = (range_of(opening, text), range_of(closing.0, text));
+        let pasted = text.get(opening.end..closing.start).unwrap_or_default();
         let pasted = pasted.strip_prefix('\n').unwrap_or(pasted);
         let pasted = range_of(pasted.strip_suffix('\n').unwrap_or(pasted), text);
-        position = closing + CLOSING.len() + id.len() + "\">".len();
-        marks.extend([opening..pasted.start, pasted.end..position]);
+        marks.extend([opening.start..pasted.start, pasted.end..closing.end]);
+        rest = after;
     }
     marks
 }
