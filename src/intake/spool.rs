@@ -310,41 +310,12 @@ impl Draft {
     fn rename(&mut self) -> io::Result<()> {
         self.file.flush()?;
         self.file.get_ref().sync_data()?;
-        let name = NameSync::open(&self.spool.folder, self.file.get_ref())?;
+        // Opened before there is the name, so that only the disk can fail afterwards.
+        let folder = File::open(&self.spool.folder)?;
         let path = self.spool.folder.join(format!("{}.{EXTENSION}", Uuid::now_v7()));
-        rename_durably(&self.path, &path, || name.sync())?;
+        rename_durably(&self.path, &path, || folder.sync_all())?;
         self.path = PathBuf::new();
         Ok(())
-    }
-}
-
-/// What makes a new name durable; opened before there is the name, so that only the disk can fail afterwards.
-enum NameSync {
-    Folder(File),
-    /// In a folder that may be written but not read: all of its file system, through a file in it.
-    #[cfg(target_os = "linux")]
-    FileSystem(File),
-}
-
-impl NameSync {
-    #[cfg_attr(not(target_os = "linux"), allow(unused_variables))]
-    fn open(folder: &Path, file: &File) -> io::Result<NameSync> {
-        match File::open(folder) {
-            Ok(folder) => Ok(NameSync::Folder(folder)),
-            #[cfg(target_os = "linux")]
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                Ok(NameSync::FileSystem(file.try_clone()?))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        match self {
-            NameSync::Folder(folder) => folder.sync_all(),
-            #[cfg(target_os = "linux")]
-            NameSync::FileSystem(file) => Ok(rustix::fs::syncfs(file)?),
-        }
     }
 }
 
