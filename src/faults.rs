@@ -85,10 +85,6 @@ pub(crate) fn reach_task(name: &str) {
 /// Size above which a segment gets no more events: `bytes`, or in a debug build what
 /// `HEADSPACE_SEGMENT_BYTES` says, so that a test need not fill tens of megabytes.
 pub(crate) fn segment_bytes(bytes: u64) -> u64 {
-    threshold("HEADSPACE_SEGMENT_BYTES", bytes)
-}
-
-fn threshold(name: &'static str, usual: u64) -> u64 {
-    let asked = if cfg!(debug_assertions) { std::env::var(name).ok() } else { None };
-    asked.and_then(|text| text.parse().ok()).unwrap_or(usual)
+    let asked = if cfg!(debug_assertions) { std::env::var("HEADSPACE_SEGMENT_BYTES").ok() } else { None };
+    asked.and_then(|text| text.parse().ok()).unwrap_or(bytes)
 }

@@ -44,16 +44,6 @@ pub(crate) enum Ensured {
     Tightened { mode: u32 },
 }
 
-/// Who may use a folder that is there, as [`look`] finds it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Privacy {
-    Private,
-    /// Others have rights to it, by this mode.
-    Open {
-        mode: u32,
-    },
-}
-
 /// Why a folder can't be trusted with what is private. Each message names the path and the fix.
 #[derive(Clone, Debug, Error)]
 pub enum FolderError {
@@ -106,18 +96,18 @@ pub(crate) fn ensure(path: &Path) -> Result<Ensured, FolderError> {
     })
 }
 
-/// Says who may use the folder at `path` and changes nothing; `None` where there is none.
+/// The mode of the folder at `path` where others have rights to it. Changes nothing.
 ///
 /// # Errors
 /// As [`ensure`], but for what that would put right.
-pub(crate) fn look(path: &Path) -> Result<Option<Privacy>, FolderError> {
+pub(crate) fn look(path: &Path) -> Result<Option<u32>, FolderError> {
     let Some(folder) = Folder::open_existing(path)? else { return Ok(None) };
     folder.refuse_owner()?;
     let mode = folder.mode;
     if mode & OTHERS_WRITE != 0 {
         folder.refuse_planted(mode)?;
     }
-    Ok(Some(if mode & OTHERS == 0 { Privacy::Private } else { Privacy::Open { mode } }))
+    Ok((mode & OTHERS != 0).then_some(mode))
 }
 
 /// Sees to it that nobody can replace what is in the folder at `path`: takes the right to write from group and others
@@ -313,7 +303,7 @@ mod tests {
         assert_eq!(ensure(&path).unwrap(), Ensured::Created);
         assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o700, 0o700));
         assert_eq!(ensure(&path).unwrap(), Ensured::Private);
-        assert_eq!(look(&path).unwrap(), Some(Privacy::Private));
+        assert_eq!(look(&path).unwrap(), None);
     }
 
     #[test]
@@ -323,7 +313,7 @@ mod tests {
             std::fs::create_dir_all(&path).unwrap();
             std::fs::write(path.join("file"), "").unwrap();
             set_mode(&path, open);
-            assert_eq!(look(&path).unwrap(), Some(Privacy::Open { mode: open }));
+            assert_eq!(look(&path).unwrap(), Some(open));
             assert_eq!(mode(&path), open, "looking changes nothing");
             assert_eq!(ensure(&path).unwrap(), Ensured::Tightened { mode: open });
             assert_eq!(mode(&path) & 0o777, 0o700);

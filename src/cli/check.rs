@@ -14,7 +14,7 @@ use crate::intake::retention::{Retention, settings_beside};
 use crate::intake::schema::Schemas;
 use crate::intake::transcripts::do_notifications_arrive;
 use crate::intake::transcripts::polling::CHECK_INTERVAL;
-use crate::private_folder::{self, FolderError, Privacy};
+use crate::private_folder::{self, FolderError};
 use crate::queue::QueueError;
 use crate::regular_file;
 use crate::service::connect_settings;
@@ -238,8 +238,8 @@ fn judge_retention(days: u64, settings: &Path) -> Finding {
 /// Whether nobody else may use a private folder, and files can be made in it, or in the nearest parent that exists.
 fn folder(path: &Path, key: &str) -> Finding {
     let shown = path.display();
-    let privacy = match private_folder::look(path) {
-        Ok(privacy) => privacy,
+    let others = match private_folder::look(path) {
+        Ok(others) => others,
         // What follows has better words for it.
         Err(FolderError::Io { .. }) => None,
         Err(error) => return Wrong(format!("{error} ({key})")),
@@ -249,11 +249,11 @@ fn folder(path: &Path, key: &str) -> Finding {
         let existing = existing.display();
         return Wrong(format!("could not write in {existing}: {error}; fix its owner or mode, or set {key}"));
     }
-    match privacy {
-        Some(Privacy::Open { mode }) => Note(format!(
+    match others {
+        Some(mode) => Note(format!(
             "others have rights to {shown} (mode {mode:04o}); the next start takes them away, or chmod 700 {shown}"
         )),
-        Some(Privacy::Private) | None => Fine(shown.to_string()),
+        None => Fine(shown.to_string()),
     }
 }
 
