@@ -1,6 +1,6 @@
 //! Everything that stands on disk, and where else each of it was found.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::claude::line::{event_id_of_turn, session_registered_event_id};
 use crate::config::Config;
@@ -49,7 +49,7 @@ pub(super) struct Occurrence {
     pub(super) offset: u64,
     pub(super) file: u32,
     /// By which different texts under one identity are told apart.
-    text_hash: u32,
+    pub(super) text_hash: u32,
     /// The same for all occurrences.
     pub(super) standing: Standing,
     pub(super) is_registration: bool,
@@ -161,6 +161,12 @@ impl Inventory {
         Ok(inventory)
     }
 
+    /// Path of a transcript.
+    pub(super) fn path(&self, file: u32) -> String {
+        let transcript = self.transcripts.get(file as usize);
+        transcript.map(|transcript| shown(&transcript.main.path)).unwrap_or_default()
+    }
+
     pub(super) fn is_anything_missing(&self) -> bool {
         self.occurrences.iter().any(|one| one.is_missing())
     }
@@ -264,10 +270,6 @@ impl Occurrence {
         matches!(self.standing, Standing::Missing(_))
     }
 
-    pub(super) fn has_text_of(&self, other: &Occurrence) -> bool {
-        self.text_hash == other.text_hash
-    }
-
     pub(super) fn event_type(&self) -> &'static str {
         if self.is_registration { "session_registered" } else { "turn_detected" }
     }
@@ -309,16 +311,20 @@ fn identity_of(row: &AuditedRow) -> Option<EventId> {
 /// Where an event is that Postgres does not have; `None`: nowhere, though it was read.
 fn standing_elsewhere(group: &[Occurrence], waiting: &Waiting) -> Option<Standing> {
     let id = group.first().map(|one| one.id)?;
-    let is_rejected = |one: &Occurrence| waiting.is_rejected(one.file, one.offset, one.is_registration);
-    if waiting.is_pending(&id) {
+    let is_rejected = |one: &Occurrence| waiting.rejected.contains(&(one.file, one.offset, one.is_registration));
+    if waiting.pending.contains(&id) {
         Some(Standing::Pending)
-    } else if waiting.is_dead(&id) || group.iter().any(is_rejected) {
+    } else if waiting.dead.contains(&id) || group.iter().any(is_rejected) {
         Some(Standing::Dead)
     } else if group.iter().any(|one| one.is_read) {
         None
     } else {
         Some(Standing::NotYetRead)
     }
+}
+
+pub(super) fn shown(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
 }
 
 /// The occurrences of each event.

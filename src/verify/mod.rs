@@ -98,7 +98,7 @@ pub(crate) async fn verify(
     let outcome = match look(config, database, &mut inventory).await {
         Ok(auditor) if inventory.is_anything_missing() => {
             let sender = if remedy == Remedy::Repair { Some(Sender::new(config, &auditor)?) } else { None };
-            let revisited = repair::revisit(&mut inventory, sender.as_ref()).await;
+            let revisited = repair::revisit(&mut inventory, sender).await;
             if remedy == Remedy::Accept { repair::accept(&mut inventory, &auditor).await } else { revisited }
         }
         Ok(_) => Ok(()),

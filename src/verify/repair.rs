@@ -28,20 +28,19 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 /// Looks on disk again for all that is missing, and sends it where there is a sender. What stands there no more is not
 /// missing.
-pub(super) async fn revisit(inventory: &mut Inventory, sender: Option<&Sender<'_>>) -> Result<(), VerifyError> {
+pub(super) async fn revisit(inventory: &mut Inventory, mut sender: Option<Sender<'_>>) -> Result<(), VerifyError> {
     let files: BTreeSet<u32> =
         inventory.occurrences.iter().filter(|one| one.is_missing()).map(|one| one.file).collect();
     let bar = progress("looking at what is missing", files.len() as u64, "{pos}/{len} files");
     let census = inventory.census.clone();
-    let mut sending = sender.map(|sender| Sending { sender, batch: None, outcome: Ok(()) });
     for file in files {
         let Some(transcript) = inventory.transcripts.get(file as usize) else { continue };
         let main = transcript.main.clone();
         let read = census.read(&main, None, &mut NoTurns::new(), |sighting| {
             if inventory.confirm(file, &sighting)
-                && let Some(sending) = &mut sending
+                && let Some(sender) = &mut sender
             {
-                sending.add(sighting.candidate);
+                sender.add(sighting.candidate);
             }
         });
         if read.is_err() {
@@ -49,15 +48,13 @@ pub(super) async fn revisit(inventory: &mut Inventory, sender: Option<&Sender<'_
             let missing = inventory.occurrences.iter_mut().filter(|one| one.file == file && one.is_missing());
             missing.for_each(|one| one.is_confirmed = true);
         }
-        if let Some(sending) = &mut sending
-            && sending.is_full()
-        {
-            sending.send(inventory).await;
+        if let Some(sender) = sender.as_mut().filter(|sender| sender.is_full()) {
+            sender.send(inventory).await;
         }
         bar.inc(1);
     }
-    if let Some(sending) = &mut sending {
-        sending.send(inventory).await;
+    if let Some(sender) = &mut sender {
+        sender.send(inventory).await;
     }
     bar.finish_and_clear();
     for group in inventory.occurrences.chunk_by_mut(|a, b| a.id == b.id) {
@@ -65,7 +62,7 @@ pub(super) async fn revisit(inventory: &mut Inventory, sender: Option<&Sender<'_
             set(group, Standing::Vanished);
         }
     }
-    sending.map_or(Ok(()), |sending| sending.outcome)
+    sender.map_or(Ok(()), |sender| sender.outcome)
 }
 
 /// Takes rows that are gone for removed on purpose. Where the receipt is gone, too, nothing can say so.
@@ -90,7 +87,7 @@ fn not_accepted(error: DeliverError) -> VerifyError {
     }
 }
 
-/// Sends events again.
+/// Sends events again, a file of the spool at a time, until the first failure.
 pub(super) struct Sender<'a> {
     auditor: &'a Auditor,
     spool: Spool,
@@ -98,6 +95,8 @@ pub(super) struct Sender<'a> {
     spool_bytes_max: u64,
     redactor: Redactor,
     socket: &'a Path,
+    batch: Option<Batch>,
+    outcome: Result<(), VerifyError>,
 }
 
 impl<'a> Sender<'a> {
@@ -108,11 +107,56 @@ impl<'a> Sender<'a> {
             spool_bytes_max: config.queue.max_pending_bytes,
             redactor: Redactor::new(&config.redact)?,
             socket: &config.http.socket,
+            batch: None,
+            outcome: Ok(()),
         })
     }
 
+    fn add(&mut self, candidate: Candidate) {
+        if self.outcome.is_ok()
+            && let Err(error) = self.try_add(candidate)
+        {
+            self.batch = None;
+            self.outcome = Err(error.into());
+        }
+    }
+
+    fn try_add(&mut self, candidate: Candidate) -> Result<(), SpoolError> {
+        let batch = match &mut self.batch {
+            Some(batch) => batch,
+            none => {
+                let draft = self.spool.draft(Some(self.spool_bytes_max))?;
+                none.insert(Batch { draft, events: Vec::new() })
+            }
+        };
+        let field = if candidate.event_type == "session_registered" { "session_uuid" } else { "turn_uuid" };
+        batch.events.push(SentEvent {
+            id: candidate.id.0,
+            event_type: candidate.event_type.clone(),
+            identity: candidate.payload.get(field).and_then(Value::as_str).map(str::to_owned),
+        });
+        batch.draft.add(&self.redactor.record(Record::Event(candidate)))
+    }
+
+    fn is_full(&self) -> bool {
+        self.batch.as_ref().is_some_and(|batch| batch.events.len() >= ASKED_MAX)
+    }
+
+    /// Sends what was added, and notes what became of it.
+    async fn send(&mut self, inventory: &mut Inventory) {
+        let Some(batch) = self.batch.take() else { return };
+        let ids: Vec<Uuid> = batch.events.iter().map(|event| event.id).collect();
+        self.outcome = self.publish(batch).await;
+        for id in ids.into_iter().filter(|_| self.outcome.is_ok()) {
+            let group = inventory.group(id);
+            if let Some(Standing::Missing(absence)) = group.first().map(|one| one.standing) {
+                set(group, Standing::SentAgain(absence));
+            }
+        }
+    }
+
     /// Durable on return.
-    async fn send(&self, batch: Batch) -> Result<(), VerifyError> {
+    async fn publish(&self, batch: Batch) -> Result<(), VerifyError> {
         for events in batch.events.chunks(ASKED_MAX) {
             self.forget_stale(events).await?;
         }
@@ -143,13 +187,6 @@ impl<'a> Sender<'a> {
     }
 }
 
-/// A file of the spool on its way, until the first failure.
-struct Sending<'a> {
-    sender: &'a Sender<'a>,
-    batch: Option<Batch>,
-    outcome: Result<(), VerifyError>,
-}
-
 struct Batch {
     draft: Draft,
     events: Vec<SentEvent>,
@@ -160,49 +197,4 @@ struct SentEvent {
     id: Uuid,
     event_type: String,
     identity: Option<String>,
-}
-
-impl Sending<'_> {
-    fn add(&mut self, candidate: Candidate) {
-        if self.outcome.is_ok()
-            && let Err(error) = self.try_add(candidate)
-        {
-            self.batch = None;
-            self.outcome = Err(error.into());
-        }
-    }
-
-    fn try_add(&mut self, candidate: Candidate) -> Result<(), SpoolError> {
-        let batch = match &mut self.batch {
-            Some(batch) => batch,
-            none => {
-                let draft = self.sender.spool.draft(Some(self.sender.spool_bytes_max))?;
-                none.insert(Batch { draft, events: Vec::new() })
-            }
-        };
-        let field = if candidate.event_type == "session_registered" { "session_uuid" } else { "turn_uuid" };
-        batch.events.push(SentEvent {
-            id: candidate.id.0,
-            event_type: candidate.event_type.clone(),
-            identity: candidate.payload.get(field).and_then(Value::as_str).map(str::to_owned),
-        });
-        batch.draft.add(&self.sender.redactor.record(Record::Event(candidate)))
-    }
-
-    fn is_full(&self) -> bool {
-        self.batch.as_ref().is_some_and(|batch| batch.events.len() >= ASKED_MAX)
-    }
-
-    /// Sends what was added, and notes what became of it.
-    async fn send(&mut self, inventory: &mut Inventory) {
-        let Some(batch) = self.batch.take() else { return };
-        let ids: Vec<Uuid> = batch.events.iter().map(|event| event.id).collect();
-        self.outcome = self.sender.send(batch).await;
-        for id in ids.into_iter().filter(|_| self.outcome.is_ok()) {
-            let group = inventory.group(id);
-            if let Some(Standing::Missing(absence)) = group.first().map(|one| one.standing) {
-                set(group, Standing::SentAgain(absence));
-            }
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use jiff::SignedDuration;
 use serde::{Serialize, Serializer};
 
-use super::inventory::{Absence, Inventory, Occurrence, Standing};
+use super::inventory::{Absence, Inventory, Occurrence, Standing, shown};
 use crate::event::Timestamp;
 use crate::intake::transcripts::census::NoTurns;
 
@@ -109,7 +109,7 @@ impl Missing<'_> {
         missing(self.0).filter_map(|one| {
             let main = &self.0.transcripts.get(one.file as usize)?.main;
             Some(MissingLine {
-                path: main.path.to_string_lossy().into_owned(),
+                path: shown(&main.path),
                 offset: one.offset,
                 event_type: one.event_type(),
                 event_id: one.id.to_string(),
@@ -136,7 +136,6 @@ impl<'a> Report<'a> {
         }
         let expiring = expiring(inventory, &not_stored);
         let inventory = &*inventory;
-        let shown = |path: &std::path::Path| path.to_string_lossy().into_owned();
         let unreadable = inventory.unreadable.iter();
         Report {
             turns,
@@ -213,7 +212,7 @@ fn expiring(inventory: &mut Inventory, not_stored: &[u64]) -> Vec<Expiring> {
     let expiring = transcripts.filter_map(|(transcript, not_stored)| {
         let modified = transcript.extent.map(|extent| extent.modified).filter(|at| *at < expires_before)?;
         Some(Expiring {
-            path: transcript.main.path.to_string_lossy().into_owned(),
+            path: shown(&transcript.main.path),
             kept_until: modified.checked_add(period).unwrap_or(Timestamp::MAX).to_string(),
             not_stored: *not_stored,
         })
@@ -243,8 +242,7 @@ fn incomplete(inventory: &Inventory) -> impl Iterator<Item = IncompleteLine> {
     inventory.transcripts.iter().filter_map(|transcript| {
         let extent = transcript.extent?;
         let offset = extent.incomplete_at?;
-        let path = transcript.main.path.to_string_lossy().into_owned();
-        Some(IncompleteLine { path, offset, bytes: extent.bytes - offset })
+        Some(IncompleteLine { path: shown(&transcript.main.path), offset, bytes: extent.bytes - offset })
     })
 }
 
@@ -252,18 +250,13 @@ fn incomplete(inventory: &Inventory) -> impl Iterator<Item = IncompleteLine> {
 fn conflicting(inventory: &Inventory) -> impl Iterator<Item = ConflictingLines> {
     let groups = inventory.occurrences.chunk_by(|a, b| a.id == b.id);
     groups.filter_map(|group| Some((group.first()?, group))).flat_map(move |(first, group)| {
-        let others = group.iter().filter(|one| !one.has_text_of(first));
+        let others = group.iter().filter(|one| one.text_hash != first.text_hash);
         others.map(move |other| ConflictingLines {
             event_id: first.id.to_string(),
-            path: transcript_path(inventory, first),
+            path: inventory.path(first.file),
             offset: first.offset,
-            other_path: transcript_path(inventory, other),
+            other_path: inventory.path(other.file),
             other_offset: other.offset,
         })
     })
-}
-
-fn transcript_path(inventory: &Inventory, occurrence: &Occurrence) -> String {
-    let transcript = inventory.transcripts.get(occurrence.file as usize);
-    transcript.map(|transcript| transcript.main.path.to_string_lossy().into_owned()).unwrap_or_default()
 }

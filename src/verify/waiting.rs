@@ -33,25 +33,11 @@ pub(super) type Files = HashMap<String, u32>;
 #[derive(Default)]
 pub(super) struct Waiting {
     /// In the spool or in the queue.
-    pending: HashSet<Uuid>,
+    pub(super) pending: HashSet<Uuid>,
     /// Events among the dead letters.
-    dead: HashSet<Uuid>,
+    pub(super) dead: HashSet<Uuid>,
     /// What was rejected has no identity any more: transcript, offset, and whether it is a registration.
-    rejected: HashSet<(u32, u64, bool)>,
-}
-
-impl Waiting {
-    pub(super) fn is_pending(&self, id: &Uuid) -> bool {
-        self.pending.contains(id)
-    }
-
-    pub(super) fn is_dead(&self, id: &Uuid) -> bool {
-        self.dead.contains(id)
-    }
-
-    pub(super) fn is_rejected(&self, file: u32, offset: u64, is_registration: bool) -> bool {
-        self.rejected.contains(&(file, offset, is_registration))
-    }
+    pub(super) rejected: HashSet<(u32, u64, bool)>,
 }
 
 /// How far the watcher has read, durably.
