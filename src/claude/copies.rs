@@ -37,7 +37,7 @@ pub(super) fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
 const HEAD_LINES_MAX: usize = 50;
 
 /// What head and tail of a transcript tell of its descent.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Look {
     /// The session, by the name of the file.
     pub stem: Uuid,
@@ -77,19 +77,7 @@ impl Look {
     /// `head`: the first bytes of the file. `tail`: its last bytes, where the head is not all of it. Lines that are cut at
     /// their edges are passed over.
     pub(crate) fn at(stem: Uuid, head: &[u8], tail: &[u8]) -> Look {
-        let mut look = Look {
-            stem,
-            root: None,
-            said_at: None,
-            opened_at: None,
-            own_at: None,
-            is_marked: false,
-            is_background: false,
-            continued_in: Vec::new(),
-            born: None,
-            is_known: false,
-            bytes: 0,
-        };
+        let mut look = Look { stem, ..Look::default() };
         let mut is_said = false; // a line of the conversation was there
         let whole = |bytes: &'_ [u8]| bytes.ends_with(b"\n");
         let mut behind = 0;

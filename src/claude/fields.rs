@@ -174,13 +174,13 @@ impl<'a> Content<'a> {
             _ => self.texts.push(text),
         }
     }
+}
 
-    /// All texts, a line break between them. Moves a single one, which may be long.
-    pub(super) fn into_text(self) -> String {
-        match <[Cow<'a, str>; 1]>::try_from(self.texts) {
-            Ok([text]) => text.into_owned(),
-            Err(texts) => texts.join("\n"),
-        }
+/// All texts, a line break between them. Moves a single one, which may be long.
+pub(super) fn joined(texts: Vec<Cow<'_, str>>) -> String {
+    match <[Cow<'_, str>; 1]>::try_from(texts) {
+        Ok([text]) => text.into_owned(),
+        Err(texts) => texts.join("\n"),
     }
 }
 

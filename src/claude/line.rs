@@ -27,7 +27,7 @@ use thiserror::Error;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::fields::{Content, Fields, Mender, is_something, pick};
+use super::fields::{Content, Fields, Mender, is_something, joined, pick};
 pub(crate) use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
 use super::provenance::{judge, trim, version};
 use crate::event::EventId;
@@ -398,7 +398,7 @@ fn agent_turn(fields: &Fields<'_>, mender: &mut Mender) -> Result<Turn, NoTurn> 
     }
     let content = Content::of(content, mender, |_| None);
     let has_attachment = content.has_attachment;
-    let text = content.into_text();
+    let text = joined(content.texts);
     if trim(&text).is_empty() {
         return Err(NoTurn::NoText);
     }

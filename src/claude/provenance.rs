@@ -23,7 +23,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, pick};
+use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, joined, pick};
 use crate::json::members;
 
 /// How well it is known that a person said it.
@@ -234,7 +234,7 @@ pub(super) fn judge(
     }
     let text = match without_context(content, provenance) {
         // They pasted it. Read again rather than kept, for it may be long.
-        Err(NoTurn::NothingButContext) if provenance == Provenance::Typed => read(mender).0.into_text(),
+        Err(NoTurn::NothingButContext) if provenance == Provenance::Typed => joined(read(mender).0.texts),
         text => text?,
     };
     let text = without_sentences(text, provenance)?;
@@ -397,7 +397,7 @@ fn range_of(inside: &str, text: &str) -> Range<usize> {
 
 /// The texts without the context that the program put around them, joined.
 fn without_context(content: Content<'_>, provenance: Provenance) -> Result<String, NoTurn> {
-    let mut kept: Vec<String> = Vec::with_capacity(content.texts.len());
+    let mut kept: Vec<Cow<'_, str>> = Vec::with_capacity(content.texts.len());
     let mut is_peeled = false;
     for text in content.texts {
         let was_empty = text.is_empty();
@@ -416,33 +416,21 @@ fn without_context(content: Content<'_>, provenance: Provenance) -> Result<Strin
         // A text of which nothing is left leaves no empty line behind.
         if was_empty || !trim(peeled.rest).is_empty() {
             let range = range_of(peeled.rest, &text);
-            kept.push(part(text, range));
+            kept.push(part(text, range).into());
         }
     }
     let is_gone = kept.iter().all(|text| trim(text).is_empty());
     if is_peeled && is_gone && (provenance == Provenance::Typed || !content.has_attachment) {
         return Err(NoTurn::NothingButContext);
     }
-    let mut kept = kept.into_iter();
-    let mut text = kept.next().unwrap_or_default();
-    for more in kept {
-        text.push('\n');
-        text.push_str(&more);
-    }
-    Ok(text)
+    Ok(joined(kept))
 }
 
 /// The text without what the program says of an interrupt.
 fn without_sentences(text: String, provenance: Provenance) -> Result<String, NoTurn> {
-    let behind_interrupt = behind_interrupt(&text);
-    if provenance == Provenance::Typed {
-        return match behind_interrupt {
-            Some(behind) if trim(behind).is_empty() => Err(NoTurn::Interrupt),
-            _ => Ok(text),
-        };
-    }
-    let text = match behind_interrupt {
+    let text = match behind_interrupt(&text) {
         Some(behind) if trim(behind).is_empty() => return Err(NoTurn::Interrupt),
+        _ if provenance == Provenance::Typed => return Ok(text),
         Some(behind) => {
             let range = range_of(behind.trim_start_matches(['\r', '\n', ' ']), &text);
             part(text.into(), range)

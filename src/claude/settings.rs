@@ -15,7 +15,9 @@
 use std::fmt;
 
 use jsonc_parser::ParseOptions;
-use jsonc_parser::cst::{CstArray, CstInputValue, CstNode, CstObject, CstObjectProp, CstRootNode, CstStringLit};
+use jsonc_parser::cst::{
+    CstContainerNode, CstInputValue, CstNode, CstObject, CstObjectProp, CstRootNode, CstStringLit,
+};
 use serde::de::IgnoredAny;
 use thiserror::Error;
 
@@ -208,16 +210,8 @@ impl Settings {
             for group in groups.elements().iter().filter_map(CstNode::as_object) {
                 let Some(hooks) = member(&group, "hooks", &format!("{place}: \"hooks\""))? else { continue };
                 let Some(hooks) = hooks.array_value() else { continue };
-                let holders = Holders {
-                    hooks_member: hooks_member.clone(),
-                    events: events.clone(),
-                    event_member: event_member.clone(),
-                    groups: groups.clone(),
-                    group,
-                    hooks: hooks.clone(),
-                };
                 for hook in hooks.elements().iter().filter_map(CstNode::as_object) {
-                    calls.extend(Call::of(&event, hook, holders.clone(), own));
+                    calls.extend(Call::of(&event, hook, own));
                 }
             }
         }
@@ -261,29 +255,17 @@ fn member(object: &CstObject, name: &str, place: &str) -> Result<Option<CstObjec
     }
 }
 
-/// What holds a hook, from the outside in.
-#[derive(Clone)]
-struct Holders {
-    hooks_member: CstObjectProp,
-    events: CstObject,
-    event_member: CstObjectProp,
-    groups: CstArray,
-    group: CstObject,
-    hooks: CstArray,
-}
-
 /// A hook that calls this program or names it, in the syntax tree.
 struct Call {
     found: Found,
     hook: CstObject,
     command: CstStringLit,
     arguments: Option<CstObjectProp>,
-    holders: Holders,
 }
 
 impl Call {
     /// `None` where the hook has nothing to do with this program. `own` as for [`find`].
-    fn of(event: &str, hook: CstObject, holders: Holders, own: &str) -> Option<Call> {
+    fn of(event: &str, hook: CstObject, own: &str) -> Option<Call> {
         let literal = hook.get("command")?.value()?.as_string_lit()?;
         let program = literal.decoded_value().ok()?;
         let arguments = hook.get("args");
@@ -302,7 +284,7 @@ impl Call {
             return None;
         }
         let found = Found { event: event.to_owned(), command, is_own };
-        Some(Call { found, hook, command: literal, arguments, holders })
+        Some(Call { found, hook, command: literal, arguments })
     }
 
     /// Its matcher and its timeout stay.
@@ -315,18 +297,24 @@ impl Call {
 
     /// Takes the hook out, and what held nothing else. A group goes with its last hook: its matcher is about that.
     fn remove(self) {
-        let Holders { hooks_member, events, event_member, groups, group, hooks } = self.holders;
+        use CstContainerNode::{Array, Object, ObjectProp};
+        let holders: Vec<CstContainerNode> = self.hook.ancestors().collect();
         self.hook.remove();
+        let [Array(hooks), _, Object(group), Array(groups), ObjectProp(event), Object(events), ObjectProp(all), ..] =
+            holders.as_slice()
+        else {
+            return;
+        };
         if !hooks.elements().is_empty() {
             return;
         }
-        group.remove();
+        group.clone().remove();
         if !groups.elements().is_empty() {
             return;
         }
-        event_member.remove();
+        event.clone().remove();
         if events.properties().is_empty() {
-            hooks_member.remove();
+            all.clone().remove();
         }
     }
 }

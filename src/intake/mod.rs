@@ -134,9 +134,8 @@ impl Intake {
             self.admit(registration, batch);
         }
         let ended = hook::session_end(&candidate);
-        if let Some((session, at)) = ended {
-            self.note_session_end(session, at, batch);
-        }
+        // In the batch of the hook's own event: after a restart the follower finds it there.
+        batch.session_ends.extend(ended.map(|(session, at)| (session, Some(at))));
         self.admit(candidate, batch);
         ended
     }
@@ -167,13 +166,6 @@ impl Intake {
         let counts = BatchCounts::of(batch);
         let begun = Instant::now();
         Submission { ticket: self.queue.submit(batch), begun, counts: Some(counts), metrics: self.metrics.clone() }
-    }
-
-    /// Puts a note into the batch that the SessionEnd hook of `session` came at `at`; to be in the batch of the hook's own
-    /// event. Once the batch is taken in, [`Intake::session_closed`] says so to the follower, which tells the session's
-    /// end when it has read the transcript to its end; after a restart it finds the note.
-    pub(crate) fn note_session_end(&self, session: Uuid, at: Timestamp, batch: &mut Batch) {
-        batch.session_ends.push((session, Some(at)));
     }
 
     /// Says that the SessionEnd hook of `session`, which ran at `at`, has arrived: its end is emitted at the next rescan.
@@ -232,6 +224,21 @@ impl BatchCounts {
             recent: RecentEvent::last_of(&batch.events, Timestamp::now()),
         }
     }
+
+    fn add_to(self, metrics: &Metrics, begun: Instant) {
+        let mut events = 0;
+        for (event_type, count) in &self.types {
+            metrics.events_captured.add(event_type.as_str(), *count);
+            events += count;
+        }
+        for kind in self.rejections {
+            metrics.events_dead_lettered.add(kind.as_str(), 1);
+        }
+        if events > 0 {
+            metrics.capture_seconds.observe(begun.elapsed(), events);
+            metrics.recent_events.extend(self.recent);
+        }
+    }
 }
 
 impl Submission {
@@ -242,10 +249,7 @@ impl Submission {
 
     /// Blocks this thread until there is an answer. Needs no runtime; in async code await the submission instead.
     pub(crate) fn wait(self) -> Result<Accepted, QueueError> {
-        let Submission { ticket, begun, counts, metrics } = self;
-        let answer = ticket.wait();
-        note_answer(&metrics, &answer, counts, begun);
-        answer
+        pollster::block_on(self)
     }
 }
 
@@ -254,26 +258,10 @@ impl Future for Submission {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = std::task::ready!(Pin::new(&mut self.ticket).poll(context));
-        let counts = self.counts.take();
-        note_answer(&self.metrics, &answer, counts, self.begun);
+        if let (Ok(_), Some(counts)) = (&answer, self.counts.take()) {
+            counts.add_to(&self.metrics, self.begun);
+        }
         Poll::Ready(answer)
-    }
-}
-
-/// Counts what the queue has taken in.
-fn note_answer(metrics: &Metrics, answer: &Result<Accepted, QueueError>, counts: Option<BatchCounts>, begun: Instant) {
-    let (Ok(_), Some(counts)) = (answer, counts) else { return };
-    let mut events = 0;
-    for (event_type, count) in &counts.types {
-        metrics.events_captured.add(event_type.as_str(), *count);
-        events += count;
-    }
-    for kind in counts.rejections {
-        metrics.events_dead_lettered.add(kind.as_str(), 1);
-    }
-    if events > 0 {
-        metrics.capture_seconds.observe(begun.elapsed(), events);
-        metrics.recent_events.extend(counts.recent);
     }
 }
 
@@ -296,14 +284,11 @@ fn rejection_of(invalid: &Invalid, candidate: Candidate) -> Rejection {
 }
 
 fn log_rejection(invalid: &Invalid, origin: &Origin) {
-    match origin {
-        Origin::Transcript { path, offset } => {
-            warn!(file = %path, offset, field = invalid.field(), error = %invalid, "an event was rejected");
-        }
-        Origin::Hook | Origin::Http | Origin::Cli => {
-            warn!(origin = origin.kind(), field = invalid.field(), error = %invalid, "an event was rejected");
-        }
-    }
+    let (file, offset) = match origin {
+        Origin::Transcript { path, offset } => (Some(&**path), Some(*offset)),
+        Origin::Hook | Origin::Http | Origin::Cli => (None, None),
+    };
+    warn!(origin = origin.kind(), file, offset, field = invalid.field(), error = %invalid, "an event was rejected");
 }
 
 fn place(origin: &Origin) -> String {

@@ -97,15 +97,10 @@ impl Patterns {
     /// `text` with every match of each pattern replaced; `None` where there is none. All are searched for in the text as it
     /// is, so that a secret within another one does not hide the ends of that.
     fn strike(&self, text: &str) -> Option<String> {
-        let matching: Vec<usize> = if self.set.is_empty() {
-            (0..self.each.len()).collect()
-        } else {
-            self.set.matches(text).into_iter().collect()
-        };
-        let mut found: Vec<Range<usize>> = Vec::new();
-        for pattern in matching.into_iter().filter_map(|index| self.each.get(index)) {
-            found.extend(secrets(pattern, text));
-        }
+        let matching = self.set.matches(text);
+        let matching =
+            self.each.iter().enumerate().filter(|(index, _)| self.set.is_empty() || matching.matched(*index));
+        let mut found: Vec<Range<usize>> = matching.flat_map(|(_, pattern)| secrets(pattern, text)).collect();
         if found.is_empty() {
             return None;
         }
