@@ -17,6 +17,7 @@ What the tests get, to run them without this script:
   HEADSPACE_TEST_PG_BIN        the folder of initdb, pg_ctl and postgres, for tests that need a server to themselves
   HEADSPACE_TEST_PG_USER       only where root runs the tests: the user to run such servers as
                                (scripts/dev-postgres.sh start --throwaway starts a server, "bin" and "user" tell the rest)
+  HEADSPACE_TEST_SKIPS         the file in which a test notes what it lacks; shown at the end (see tests/skips.txt)
 
 Example: scripts/test.sh --no-fail-fast -E 'test(/dead_letters::/)'
 USAGE
@@ -62,6 +63,10 @@ command -v cargo >/dev/null 2>&1 ||
   die 69 "cargo is not installed: get Rust from https://rustup.rs, then try again"
 
 cluster=''
+export HEADSPACE_TEST_SKIPS=$root/target/skipped-tests
+mkdir -p target
+rm -f "$HEADSPACE_TEST_SKIPS"
+# shellcheck disable=SC2317 # the trap calls it
 clean_up() {
   trap '' INT TERM HUP
   [ -z "$cluster" ] || "$postgres" stop "$cluster" >/dev/null 2>&1 || true
@@ -86,11 +91,20 @@ if ! cargo nextest --version >/dev/null 2>&1; then
 fi
 
 cargo build --locked
-# Not exec: the server is stopped afterwards. The runner's summary stays the last thing printed.
+# Not exec: the server is stopped afterwards.
+status=0
 if cargo nextest --version >/dev/null 2>&1; then
-  cargo nextest run --locked "$@"
+  cargo nextest run --locked "$@" 2>&1 | tee target/nextest.log || status=$?
 else
   printf 'test: cargo-nextest could not be installed; running cargo test instead\n' >&2
   [ $# -eq 0 ] || printf 'test: arguments for nextest are passed over: %s\n' "$*" >&2
-  cargo test --locked
+  cargo test --locked 2>&1 | tee target/nextest.log || status=$?
 fi
+# The runner's summary stays the last thing printed.
+if [ -s "$HEADSPACE_TEST_SKIPS" ]; then
+  printf '\n'
+  sort -u "$HEADSPACE_TEST_SKIPS"
+  summary=$(grep -nE '^ *(Summary \[|test result: )' target/nextest.log | tail -n 1)
+  [ -z "$summary" ] || tail -n "+${summary%%:*}" target/nextest.log
+fi
+exit "$status"

@@ -65,6 +65,9 @@ mod queue;
 mod regular_file;
 mod service;
 mod sink;
+#[cfg(test)]
+#[path = "../tests/it/skip.rs"]
+mod skip;
 mod source;
 mod telemetry;
 mod verify;

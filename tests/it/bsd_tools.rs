@@ -16,7 +16,7 @@ use std::time::Duration;
 use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::stage::{SOON, Stage, project, wait_until};
+use crate::stage::{SOON, Stage, lacks, project, wait_until};
 use crate::supervisor::Real;
 
 /// Programs of macOS with the options that theirs and Linux's have in common, as getopts takes them. No options: see the
@@ -464,8 +464,8 @@ fn the_private_postgres_is_made_started_and_stopped_with_what_macos_has() {
 /// Root is somebody else for all that is the server's. The comma makes its sockets' folder another one.
 #[test]
 fn root_runs_the_private_postgres_through_sudo_with_what_macos_has() {
-    if user().is_none() {
-        return eprintln!("SKIPPED: this needs root");
+    if lacks("root", user().is_some()) {
+        return;
     }
     let place = Place::new();
     place.mac.pour("99");
@@ -536,7 +536,10 @@ fn the_newest_postgres_of_homebrew_is_found_on_apple_silicon_and_on_intel() {
         let output = command.arg(place.path("scripts/dev-postgres.sh")).arg("bin").output();
         let output = match output {
             Ok(output) if !said(&output).starts_with("unshare: ") && !said(&output).starts_with("mount: ") => output,
-            _ => return eprintln!("SKIPPED: no mount namespace may be made here"),
+            _ => {
+                lacks("the right to mount", false);
+                return;
+            }
         };
         assert_eq!(output.status.code(), Some(0), "{kegs}: {}", said(&output));
         found.push(String::from_utf8(output.stdout).unwrap().trim().to_owned());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, Transcript, wait_until};
+use crate::stage::{SOON, Stage, Transcript, corpora, wait_until};
 
 #[test]
 fn a_turn_becomes_a_row_with_its_session_registered_first() {
@@ -502,37 +502,30 @@ fn a_line_is_a_row_within_a_second() {
 
 #[test]
 fn the_corpus_gives_each_turn_once() {
-    let corpus = crate::stage::project().join("../shared/transcripts");
-    if !corpus.exists() {
-        eprintln!("skipped: no corpus of transcripts beside the checkout");
-        return;
+    for corpus in corpora() {
+        let stage = Stage::new();
+        copy_folder(&corpus, &stage.projects());
+        stage.run_until_idle();
+        // Each uuid once, however many files hold it.
+        let turns = std::fs::read_to_string(corpus.join("TURNS.jsonl")).unwrap();
+        let turns: Vec<Value> = turns.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let fields = ["turn_uuid", "actor", "kind", "provenance"];
+        let expected: BTreeSet<[Option<String>; 4]> =
+            turns.iter().map(|turn| fields.map(|field| turn[field].as_str().map(str::to_owned))).collect();
+        let rows = stage.database().query(
+            "SELECT payload->>'turn_uuid', payload->>'actor', payload->>'kind', payload->>'provenance' FROM events
+              WHERE event_type = 'turn_detected'",
+        );
+        assert_eq!(rows.len(), expected.len());
+        let rows: BTreeSet<[Option<String>; 4]> = rows.into_iter().map(|row| row.try_into().unwrap()).collect();
+        assert_eq!(rows, expected);
+        let sessions: BTreeSet<&str> = turns.iter().map(|turn| turn["file"].as_str().unwrap()).collect();
+        let registered = "SELECT count(*) FROM events WHERE event_type = 'session_registered'";
+        assert_eq!(stage.database().value(registered), sessions.len().to_string());
+        let before = stage.database().count();
+        stage.run_until_idle();
+        assert_eq!(stage.database().count(), before, "running again adds none");
     }
-    let stage = Stage::new();
-    copy_folder(&corpus, &stage.projects());
-    stage.run_until_idle();
-    // Each uuid once, however many files hold it.
-    let expected = std::fs::read_to_string(corpus.join("TURNS.jsonl")).unwrap();
-    let expected: BTreeSet<[Option<String>; 4]> = expected
-        .lines()
-        .map(|line| {
-            let turn: Value = serde_json::from_str(line).unwrap();
-            ["turn_uuid", "actor", "kind", "provenance"].map(|field| turn[field].as_str().map(str::to_owned))
-        })
-        .collect();
-    let rows = stage.database().query(
-        "SELECT payload->>'turn_uuid', payload->>'actor', payload->>'kind', payload->>'provenance' FROM events
-          WHERE event_type = 'turn_detected'",
-    );
-    assert_eq!(rows.len(), expected.len());
-    assert_eq!(
-        rows.into_iter().map(|row| row.try_into().unwrap()).collect::<BTreeSet<[Option<String>; 4]>>(),
-        expected
-    );
-    let sessions = "SELECT count(*) FROM events WHERE event_type = 'session_registered'";
-    assert_eq!(stage.database().value(sessions), "38");
-    let before = stage.database().count();
-    stage.run_until_idle();
-    assert_eq!(stage.database().count(), before, "running again adds none");
 }
 
 pub fn copy_folder(from: &Path, to: &Path) {

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::stage::{Database, Dice, SOON, Stage, Transcript, Watcher, project, rounds, wait_until};
+use crate::stage::{Database, Dice, SOON, Stage, Transcript, Watcher, lacks, project, rounds, wait_until};
 
 const BACKLOG: u32 = 2000;
 
@@ -24,8 +24,7 @@ impl Cluster {
     /// `None` where it can't run; says why.
     fn start() -> Option<Cluster> {
         let script = project().join("../shared/citus/citus-cluster.sh");
-        if !script.exists() {
-            eprintln!("SKIPPED: no script that makes a Citus cluster beside the checkout");
+        if lacks("a Citus cluster", script.exists()) {
             return None;
         }
         // Another user runs the servers when the tests run as root.
@@ -36,7 +35,8 @@ impl Cluster {
             Ok(nodes) => nodes,
             Err(error) => {
                 let log = std::fs::read_to_string(cluster.parent.path().join("cluster/coordinator.log"));
-                eprintln!("SKIPPED: no Citus cluster can be made here: {error}\n{}", log.unwrap_or_default());
+                eprintln!("{error}\n{}", log.unwrap_or_default());
+                lacks("a Citus cluster", false);
                 return None;
             }
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::capture::said;
-use crate::stage::{SOON, Stage, Transcript, wait_until};
+use crate::stage::{SOON, Stage, Transcript, lacks, wait_until};
 
 /// Sessions end after an hour and a half.
 fn stage() -> Stage {
@@ -380,8 +380,7 @@ fn the_other_session_of_a_file_is_told_of_as_if_it_had_been_read_at_once() {
 #[test]
 fn cases_of_several_files_come_out_as_they_were_judged_by_hand() {
     let cases = crate::stage::project().join("../shared/turn-cases");
-    if !cases.exists() {
-        eprintln!("SKIPPED: there is no {}", cases.display());
+    if lacks("cases of turns", cases.exists()) {
         return;
     }
     let mut judged = 0;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::stage::{AWAY, SOON, Stage, Transcript, Watcher, is_root, wait_until};
+use crate::stage::{AWAY, SOON, Stage, Transcript, Watcher, is_root, lacks, wait_until};
 
 /// A small file system in memory.
 pub struct SmallDisk {
@@ -22,7 +22,7 @@ impl SmallDisk {
         let disk = SmallDisk { folder: tempfile::Builder::new().prefix("hw-small").tempdir().unwrap() };
         let options = format!("size={megabytes}m");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(disk.path()).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(disk)
+        (!lacks("the right to mount", mounted.is_ok_and(|output| output.status.success()))).then_some(disk)
     }
 
     pub fn path(&self) -> &Path {
@@ -60,10 +60,7 @@ fn with_events_queued_on(disk: &SmallDisk) -> (Stage, Transcript, Watcher, Vec<S
 
 #[test]
 fn a_full_disk_ends_it_with_74_loses_nothing_and_it_goes_on_when_there_is_room() {
-    let Some(disk) = SmallDisk::new(24) else {
-        eprintln!("SKIPPED: a small file system needs root");
-        return;
-    };
+    let Some(disk) = SmallDisk::new(24) else { return };
     let (mut stage, mut transcript, mut watcher, mut texts) = with_events_queued_on(&disk);
     let ballast = disk.fill(200_000);
     let filler = "x".repeat(3000);
@@ -84,10 +81,7 @@ fn a_full_disk_ends_it_with_74_loses_nothing_and_it_goes_on_when_there_is_room()
 
 #[test]
 fn a_hook_whose_spool_is_full_is_silent_and_the_next_one_with_room_is_stored_alone() {
-    let Some(disk) = SmallDisk::new(1) else {
-        eprintln!("SKIPPED: a small file system needs root");
-        return;
-    };
+    let Some(disk) = SmallDisk::new(1) else { return };
     let mut stage = Stage::new();
     stage.set("queue.spool_path", disk.path().join("spool").to_str().unwrap());
     let hook = |prompt: &str| {
@@ -111,10 +105,7 @@ fn a_hook_whose_spool_is_full_is_silent_and_the_next_one_with_room_is_stored_alo
 
 #[test]
 fn it_stops_in_time_with_a_full_disk_and_loses_nothing() {
-    let Some(disk) = SmallDisk::new(24) else {
-        eprintln!("SKIPPED: a small file system needs root");
-        return;
-    };
+    let Some(disk) = SmallDisk::new(24) else { return };
     let (mut stage, mut transcript, watcher, mut texts) = with_events_queued_on(&disk);
     let ballast = disk.fill(0);
     texts.extend(transcript.say_many(&"x".repeat(3000), 300));
@@ -130,10 +121,7 @@ fn it_stops_in_time_with_a_full_disk_and_loses_nothing() {
 
 #[test]
 fn a_folder_that_cannot_be_written_is_named_with_the_way_out() {
-    let Some(disk) = SmallDisk::new(4) else {
-        eprintln!("SKIPPED: a read-only file system needs root");
-        return;
-    };
+    let Some(disk) = SmallDisk::new(4) else { return };
     assert!(Command::new("mount").args(["-o", "remount,ro"]).arg(disk.path()).status().unwrap().success());
     let mut stage = Stage::new();
     let queue = disk.path().join("queue");
@@ -156,8 +144,7 @@ fn without_roots_rights() -> Option<Vec<String>> {
         return Some(Vec::new());
     }
     let words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all"];
-    if Command::new("setpriv").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: root may write everywhere, and there is no setpriv to take that away");
+    if lacks("setpriv", Command::new("setpriv").arg("--version").output().is_ok()) {
         return None;
     }
     Some(words.map(str::to_owned).to_vec())
@@ -235,8 +222,7 @@ fn without_open_files_it_says_so_and_what_was_written_meanwhile_is_not_lost() {
     stage.run_until_idle();
     assert_eq!(stage.database().texts(), texts);
     // While it runs: no file and no connection can be opened any more.
-    if Command::new("prlimit").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: there is no prlimit to lower a limit while it runs");
+    if lacks("prlimit", Command::new("prlimit").arg("--version").output().is_ok()) {
         return;
     }
     stage.set("file_watcher.polling_interval", "0.2");

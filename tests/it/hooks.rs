@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{Dice, SOON, Stage, Watcher, busy_socket, project, rounds, signal, wait_until, when_busy};
+use crate::stage::{Dice, SOON, Stage, Watcher, busy_socket, lacks, project, rounds, signal, wait_until, when_busy};
 
 const SESSION: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -160,10 +160,10 @@ fn a_byte_order_mark_before_a_hooks_input_is_accepted() {
 #[test]
 fn the_inputs_that_claude_code_documents_become_the_right_rows() {
     let file = project().join("../shared/hook-payloads.jsonl");
-    let Ok(inputs) = std::fs::read_to_string(&file) else {
-        eprintln!("skipped: {} is not there", file.display());
+    if lacks("hook inputs of the documentation", file.exists()) {
         return;
-    };
+    }
+    let inputs = std::fs::read_to_string(file).unwrap();
     every_input_becomes_the_right_row(&inputs.lines().map(str::to_owned).collect::<Vec<_>>());
 }
 
@@ -438,7 +438,7 @@ fn a_hook_on_a_terminal_on_which_nobody_types_ends_and_leaves_nothing() {
     terminal.args(["-qec", &format!("{program} hook"), "/dev/null"]).current_dir(stage.folder());
     // What script reads is typed on its terminal: nothing, and no end.
     let Ok(mut child) = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
-        eprintln!("SKIPPED: no script, which makes a terminal");
+        lacks("script(1)", false);
         return;
     };
     let stdin = child.stdin.take();

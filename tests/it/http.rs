@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::stage::{Answer, SOON, Stage, Watcher, exchange, is_root, project, wait_until};
+use crate::stage::{Answer, SOON, Stage, Watcher, exchange, is_root, lacks, project, wait_until};
 
 const EVENT: &str = r#"{"event_type":"session_ended","payload":{"session_uuid":"s","reason":"closed"}}"#;
 
@@ -118,17 +118,11 @@ fn without_the_token_every_route_and_method_is_closed_but_the_open_ones() {
 /// What a program prints that another user of this machine runs; `None`, said aloud, where we can't become one.
 fn as_another_user(program: &str, arguments: &[&str]) -> Option<Output> {
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", program];
-    if !is_root() {
-        eprintln!("SKIPPED: only root can make a request as another user");
+    if lacks("root", is_root()) {
         return None;
     }
-    match Command::new("setpriv").args(nobody).args(arguments).output() {
-        Ok(output) => Some(output),
-        Err(error) => {
-            eprintln!("SKIPPED: no setpriv to make a request as another user: {error}");
-            None
-        }
-    }
+    let output = Command::new("setpriv").args(nobody).args(arguments).output();
+    if lacks("setpriv", output.is_ok()) { None } else { output.ok() }
 }
 
 #[test]
@@ -136,8 +130,7 @@ fn another_user_of_the_machine_reads_no_text_no_payload_and_no_path_and_changes_
     if as_another_user("true", &[]).is_none() {
         return;
     }
-    if Command::new("curl").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: no curl to make a request with");
+    if lacks("curl", Command::new("curl").arg("--version").output().is_ok()) {
         return;
     }
     let mut stage = Stage::with(None);
@@ -371,8 +364,7 @@ fn a_request_must_name_the_address_that_it_has_reached() {
 #[test]
 fn where_it_listens_on_every_address_the_one_that_was_reached_counts() {
     for listen in ["0.0.0.0", "[::]"] {
-        if TcpListener::bind(format!("{listen}:0")).is_err() {
-            eprintln!("SKIPPED: there is no {listen} here");
+        if lacks("an IPv6 address", TcpListener::bind(format!("{listen}:0")).is_ok()) {
             continue;
         }
         let mut stage = Stage::with(None);

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::stage::{SOON, Server, Stage, wait_until};
+use crate::stage::{SOON, Server, Stage, lacks, wait_until};
 
 /// Neither stands anywhere in what the program writes, whatever goes wrong.
 const SECRET_TEXT: &str = "planted-payload-text";
@@ -110,8 +110,7 @@ fn lines_are_text_with_colour_on_a_terminal_and_json_elsewhere() {
     let text = stage.command(&["--log-format", "text", "run"]);
     let shown = first_lines(text);
     assert!(shown.contains(" INFO ") && shown.contains("ready") && !shown.contains('\u{1b}'), "{shown}");
-    if Command::new("script").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: no script(1) here to make a terminal");
+    if lacks("script(1)", Command::new("script").arg("--version").output().is_ok()) {
         return;
     }
     let program = env!("CARGO_BIN_EXE_headspace-watcher");

@@ -6,6 +6,7 @@
 // In a test a panic is an answer.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+mod skip;
 mod spool;
 mod stage;
 

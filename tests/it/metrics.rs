@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::stage::{SOON, Stage, Watcher, wait_until};
+use crate::stage::{SOON, Stage, Watcher, lacks, wait_until};
 
 /// Every sample of the page under its name with labels, as it stands there.
 pub fn samples(watcher: &Watcher) -> BTreeMap<String, f64> {
@@ -74,10 +74,7 @@ fn every_number_of_the_contract_is_there_and_prometheus_finds_nothing_wrong() {
     }
     let page = watcher.get("/metrics").unwrap().1;
     assert!(page.contains("# TYPE headspace_watcher_unknown_line_types_total counter\n"));
-    if Command::new("promtool").arg("--version").output().is_err() {
-        eprintln!(
-            "SKIPPED: promtool is not here (Debian: apt-get install prometheus); checked with our own parser only"
-        );
+    if lacks("promtool", Command::new("promtool").arg("--version").output().is_ok()) {
         return;
     }
     let mut promtool = Command::new("promtool");
@@ -171,7 +168,7 @@ fn dashboard_and_alerts_ask_only_for_numbers_that_there_are_and_each_alert_can_b
     }
     let Ok(output) = Command::new("promtool").args(["test", "rules", "alerts.test.yml"]).current_dir(docs).output()
     else {
-        eprintln!("SKIPPED: promtool is not here, so the alerts were not caused");
+        lacks("promtool", false);
         return;
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, Transcript, Watcher, is_root, lacks_proc, pause, resume, wait_until};
+use crate::stage::{SOON, Stage, Transcript, Watcher, is_root, lacks, lacks_proc, pause, resume, wait_until};
 
 /// The texts of all turns, whatever their order.
 fn texts(stage: &Stage) -> BTreeSet<String> {
@@ -245,8 +245,7 @@ fn permission_taken_away_and_given_back_loses_nothing_and_is_said_once() {
     let mut stage = Stage::with(None);
     stage.set("file_watcher.polling_interval", "0.2");
     if is_root() {
-        if Command::new("setpriv").arg("--version").output().is_err() {
-            eprintln!("skipped: root reads everything, and there is no setpriv to take that away");
+        if lacks("setpriv", Command::new("setpriv").arg("--version").output().is_ok()) {
             return;
         }
         let wanted = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"];
@@ -403,10 +402,11 @@ fn a_transcript_that_grows_fast_is_read_whole_and_holds_up_no_other() {
 
 #[test]
 fn an_overflow_of_notifications_leads_to_a_rescan() {
-    let Ok(limit) = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events") else {
-        eprintln!("skipped: no inotify on this system");
+    let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events");
+    if lacks("inotify", limit.is_ok()) {
         return;
-    };
+    }
+    let limit = limit.unwrap();
     let mut stage = Stage::new();
     // Nothing is found by the clock here.
     stage.set("file_watcher.polling_interval", "60");
@@ -436,8 +436,7 @@ fn with_inotify_limit(stage: &mut Stage, limit: &str, value: u32) -> Option<()> 
     let wrapper = ["unshare", "--user", "--map-root-user", "sh", "-c", &script, "sh"].map(str::to_owned).to_vec();
     let (program, arguments) = wrapper.split_first().unwrap();
     let works = Command::new(program).args(arguments).arg("true").output().is_ok_and(|output| output.status.success());
-    if !works {
-        eprintln!("skipped: no user namespace can be made to limit inotify in");
+    if lacks("a user namespace", works) {
         return None;
     }
     stage.wrapped_by = wrapper;

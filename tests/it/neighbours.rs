@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Server, Stage, Writer, is_root, wait_until};
+use crate::stage::{Database, SOON, Server, Stage, Writer, is_root, lacks, wait_until};
 
 /// PgBouncer in front of a database.
 pub struct Pooler {
@@ -21,10 +21,8 @@ impl Pooler {
             .map(PathBuf::from)
             .into_iter()
             .find(|path| path.exists());
-        let Some(program) = program else {
-            eprintln!("SKIPPED: pgbouncer is not here (Debian: apt-get install pgbouncer)");
-            return None;
-        };
+        lacks("pgbouncer", program.is_some());
+        let program = program?;
         static NEXT: AtomicU8 = AtomicU8::new(0);
         let folder = tempfile::Builder::new().prefix("hw-pool").tempdir().unwrap();
         std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
@@ -281,8 +279,8 @@ fn a_listener_gets_the_id_of_each_committed_row_and_of_no_other() {
 fn a_full_queue_of_notifications_is_waited_out_and_blamed_on_no_event() {
     let server = Server::start();
     let database = server.database.another();
-    if database.value("SELECT current_setting('server_version_num')::int >= 170000") != "t" {
-        eprintln!("SKIPPED: before PostgreSQL 17 that queue takes 8 GB");
+    // Before, that queue takes 8 GB.
+    if lacks("PostgreSQL 17", database.value("SELECT current_setting('server_version_num')::int >= 170000") == "t") {
         return;
     }
     server.restart_with(&["max_notify_queue_pages = 64"]);

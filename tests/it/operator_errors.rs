@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use crate::stage::{Database, SOON, Server, Stage, Watcher, exchange, wait_for, wait_until, when_busy};
+use crate::stage::{Database, SOON, Server, Stage, Watcher, exchange, lacks, wait_for, wait_until, when_busy};
 
 /// How soon health must tell.
 const TOLD_WITHIN: Duration = Duration::from_secs(2);
@@ -189,8 +189,8 @@ struct Guarded {
 impl Guarded {
     fn start() -> Option<Guarded> {
         let folder = tempfile::tempdir().unwrap();
-        if !Command::new("openssl").arg("version").output().is_ok_and(|output| output.status.success()) {
-            eprintln!("SKIPPED: openssl is not here, so there are no certificates");
+        if lacks("openssl", Command::new("openssl").arg("version").output().is_ok_and(|output| output.status.success()))
+        {
             return None;
         }
         // All of 127.0.0.0/8 is this machine, on Linux; the port is the same for all.

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::proxy::{Proxy, Road};
-use crate::stage::{Database, SOON, Server, Stage, Watcher, Writer, rounds, wait_for, wait_until, when_busy};
+use crate::stage::{Database, SOON, Server, Stage, Watcher, Writer, lacks, rounds, wait_for, wait_until, when_busy};
 
 /// How soon rows must come after the cause is gone.
 const BACK_WITHIN: Duration = Duration::from_millis(2500);
@@ -416,8 +416,7 @@ fn a_full_disk_of_the_server_is_waited_out() {
     let folder = tempfile::Builder::new().prefix("hw-disk").tempdir().unwrap();
     let mut mount = Command::new("mount");
     mount.args(["-t", "tmpfs", "-o", "size=24m,mode=0777", "tmpfs"]).arg(folder.path());
-    if !mount.output().is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED: a_full_disk_of_the_server_is_waited_out: a small disk can't be mounted here (needs root)");
+    if lacks("the right to mount", mount.output().is_ok_and(|output| output.status.success())) {
         return;
     }
     struct Mounted<'a>(&'a Path);

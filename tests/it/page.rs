@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::stage::{SOON, Stage, wait_until};
+use crate::stage::{SOON, Stage, lacks, wait_until};
 
 /// A stage whose watcher listens on TCP, and where.
 fn with_port(mut stage: Stage) -> (Stage, u16) {
@@ -160,12 +160,9 @@ fn only_so_many_look_on_and_a_place_is_given_back() {
 fn rendered(stage: &Stage, port: u16) -> Option<(String, String)> {
     let found = ["chromium", "chromium-browser", "google-chrome"].into_iter();
     let program = found.into_iter().find(|program| Command::new(program).arg("--version").output().is_ok());
-    let Some(program) = program else {
-        eprintln!("SKIPPED: no Chromium here (Debian: apt-get install chromium)");
-        return None;
-    };
+    lacks("Chromium", program.is_some());
     let profile = stage.folder().join("profile");
-    let output = Command::new(program)
+    let output = Command::new(program?)
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
         .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
         .args(["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"])
@@ -226,7 +223,7 @@ impl Browser {
         let mut driver = Command::new("chromedriver");
         driver.arg(format!("--port={port}")).stdout(Stdio::null()).stderr(Stdio::null());
         let Ok(driver) = driver.spawn() else {
-            eprintln!("SKIPPED: no chromedriver here (Debian: apt-get install chromium-driver)");
+            lacks("chromedriver", false);
             return None;
         };
         let mut browser = Browser { driver, port, session: String::new() };

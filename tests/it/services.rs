@@ -4,7 +4,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::stage::{SOON, Stage, pause, project, resume, wait_until};
+use crate::stage::{SOON, Stage, lacks, pause, project, resume, wait_until};
 
 /// systemd's end of the conversation.
 struct Manager {
@@ -130,9 +130,7 @@ fn the_unit_is_written_where_systemd_looks_and_systemd_finds_nothing_wrong() {
     let config = stage.folder().canonicalize().unwrap().join("config.yaml");
     assert!(unit.contains(&format!("--config \"{}\" run", config.display())), "{unit}");
     assert!(unit.contains("Type=notify\n") && unit.contains("WatchdogSec=60\n"), "{unit}");
-    if Command::new("systemd-analyze").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: systemd-analyze is not here");
-    } else {
+    if !lacks("systemd-analyze", Command::new("systemd-analyze").arg("--version").output().is_ok()) {
         let verified = Command::new("systemd-analyze").args(["verify", "--user"]).arg(&file).output().unwrap();
         let said = String::from_utf8_lossy(&verified.stderr);
         // What is newer than the systemd at hand is passed over by it, and says so.

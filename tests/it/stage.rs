@@ -23,6 +23,8 @@ use tokio::runtime::Runtime;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use uuid::Uuid;
 
+pub(crate) use crate::skip::lacks;
+
 /// A database's address where no Postgres is.
 pub const AWAY: &str = "postgresql:///away?host=/nowhere&user=nobody";
 
@@ -60,11 +62,7 @@ pub fn when_busy(within: Duration) -> Duration {
 
 /// Whether this system has no `/proc`, which alone tells what a test has to know; says then that the test is skipped.
 pub fn lacks_proc() -> bool {
-    let lacks = !Path::new("/proc/self/status").exists();
-    if lacks {
-        eprintln!("SKIPPED: needs /proc");
-    }
-    lacks
+    lacks("/proc", Path::new("/proc/self/status").exists())
 }
 
 pub fn is_root() -> bool {
@@ -96,6 +94,14 @@ pub fn busy_socket(path: &Path) -> Vec<OwnedFd> {
 /// The project's folder.
 pub fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Folders of transcripts with the turns in them: a made-up one, and one of real sessions where that is beside the checkout.
+pub fn corpora() -> impl Iterator<Item = PathBuf> {
+    ["tests/data/transcripts", "../shared/transcripts"]
+        .map(|folder| project().join(folder))
+        .into_iter()
+        .filter(|path| path.exists())
 }
 
 /// Letters and digits that nothing else has, so that they are good in a name.

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::full_disk::SmallDisk;
 use crate::proxy::Proxy;
 use crate::stage::{
-    Database, Dice, SOON, Stage, busy_socket, is_root, lacks_proc, rounds, signal, wait_for, wait_until,
+    Database, Dice, SOON, Stage, busy_socket, is_root, lacks, lacks_proc, rounds, signal, wait_for, wait_until,
 };
 
 /// What a whole stop may take.
@@ -114,8 +114,7 @@ fn sockets_that_belong_to_another_program_are_left_alone() {
             "busy" => kept.push(Box::new(busy_socket(&path))),
             // One that may not be connected to: whether somebody listens can't be told.
             _ => {
-                if is_root() && Command::new("setpriv").arg("--version").output().is_err() {
-                    eprintln!("SKIPPED: root connects to everything, and there is no setpriv to take that away");
+                if is_root() && lacks("setpriv", Command::new("setpriv").arg("--version").output().is_ok()) {
                     continue;
                 }
                 if is_root() {
@@ -252,10 +251,7 @@ fn it_stops_in_time_while_the_queue_is_being_opened_and_the_next_start_goes_on()
 
 #[test]
 fn a_damaged_queue_in_a_mount_point_is_put_right_there() {
-    let Some(disk) = SmallDisk::new(64) else {
-        eprintln!("SKIPPED: a mount point needs root");
-        return;
-    };
+    let Some(disk) = SmallDisk::new(64) else { return };
     let (mut stage, texts) = damaged();
     let copied = Command::new("cp").arg("-a").arg(stage.folder().join("data/queue/.")).arg(disk.path()).status();
     assert!(copied.unwrap().success());
@@ -323,8 +319,7 @@ fn a_task_that_ends_ends_the_process_with_an_error_that_names_it() {
 /// A stage whose program reads only what the modes of files let it read; `None` where that can't be had.
 pub fn without_privileges(mut stage: Stage) -> Option<Stage> {
     if is_root() {
-        if Command::new("setpriv").arg("--version").output().is_err() {
-            eprintln!("SKIPPED: root reads everything, and there is no setpriv to take that away");
+        if lacks("setpriv", Command::new("setpriv").arg("--version").output().is_ok()) {
             return None;
         }
         let wrapped = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"];

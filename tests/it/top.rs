@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::stage::{SOON, Stage, signal, wait_for, wait_until};
+use crate::stage::{SOON, Stage, lacks, signal, wait_for, wait_until};
 
 /// A terminal in which a shell runs `top` and then says how it has left the terminal.
 struct Terminal {
@@ -13,8 +13,7 @@ struct Terminal {
 impl Terminal {
     /// 80 columns and 24 rows. `None`, said aloud, where there is no tmux.
     fn start(stage: &Stage, fault: &str) -> Option<Terminal> {
-        if Command::new("tmux").arg("-V").output().is_err() {
-            eprintln!("SKIPPED: tmux is not here (Debian: apt-get install tmux)");
+        if lacks("tmux", Command::new("tmux").arg("-V").output().is_ok()) {
             return None;
         }
         static TERMINALS: AtomicU32 = AtomicU32::new(0);

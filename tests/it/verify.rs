@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::stage::{Database, Dice, Ran, SOON, Server, Stage, Writer, rounds, wait_until};
+use crate::stage::{Database, Dice, Ran, SOON, Server, Stage, Writer, corpora, lacks, rounds, wait_until};
 
 /// `verify --json` with further arguments: exit code and object.
 #[track_caller]
@@ -509,8 +509,7 @@ fn a_transcript_that_can_t_be_read_is_named_and_not_passed_over() {
     if File::open(&locked[1].0).is_ok() {
         // Root reads everything: in a shell of its own that right is taken away.
         let wanted = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"];
-        if Command::new(wanted[0]).arg("--version").output().is_err() {
-            eprintln!("SKIPPED: root reads everything, and there is no setpriv to take that away");
+        if lacks("setpriv", Command::new(wanted[0]).arg("--version").output().is_ok()) {
             return;
         }
         stage.wrapped_by = wanted.map(str::to_owned).to_vec();
@@ -556,21 +555,18 @@ fn many_that_are_missing_are_all_in_the_object_and_some_of_them_in_the_table() {
 
 #[test]
 fn the_corpus_is_all_there() {
-    let corpus = crate::stage::project().join("../shared/transcripts");
-    if !corpus.exists() {
-        eprintln!("SKIPPED: no corpus of transcripts beside the checkout");
-        return;
-    }
-    let mut stage = Stage::new();
-    stage.environment.insert("HEADSPACE_CLAUDE__PROJECTS_PATH".to_owned(), corpus.to_str().unwrap().to_owned());
-    stage.run_until_idle();
-    let (code, report) = verify(&stage, &[]);
-    assert_eq!((code, &report["missing"]), (0, &Value::Array(vec![])), "{report}");
-    assert_eq!(report["conflicting"], Value::Array(vec![]));
-    for (what, event_type) in [("turns", "turn_detected"), ("sessions", "session_registered")] {
-        let rows = format!("SELECT count(*) FROM events WHERE event_type = '{event_type}'");
-        let rows = stage.database().value(&rows).parse().unwrap();
-        assert_eq!(counts(&report, what), expected(&[("on_disk", rows), ("in_postgres", rows)]));
+    for corpus in corpora() {
+        let mut stage = Stage::new();
+        stage.environment.insert("HEADSPACE_CLAUDE__PROJECTS_PATH".to_owned(), corpus.to_str().unwrap().to_owned());
+        stage.run_until_idle();
+        let (code, report) = verify(&stage, &[]);
+        assert_eq!((code, &report["missing"]), (0, &Value::Array(vec![])), "{report}");
+        assert_eq!(report["conflicting"], Value::Array(vec![]));
+        for (what, event_type) in [("turns", "turn_detected"), ("sessions", "session_registered")] {
+            let rows = format!("SELECT count(*) FROM events WHERE event_type = '{event_type}'");
+            let rows = stage.database().value(&rows).parse().unwrap();
+            assert_eq!(counts(&report, what), expected(&[("on_disk", rows), ("in_postgres", rows)]));
+        }
     }
 }
 

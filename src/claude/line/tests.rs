@@ -1,4 +1,4 @@
-//! Every rule with a small made-up line; the corpus beside the checkout for the whole.
+//! Every rule with a small made-up line; a corpus, with transcripts of real sessions beside the checkout, for the whole.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
@@ -760,7 +760,7 @@ mod identities {
     }
 }
 
-/// Beside the checkout there may be transcripts of real sessions, with the turns that an independent program finds in them.
+/// Made-up transcripts, and those of real sessions beside the checkout, with the turns that an independent program finds in them.
 mod corpus {
     use sha2::{Digest, Sha256};
 
@@ -792,17 +792,20 @@ mod corpus {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    fn shared(name: &str) -> Option<std::path::PathBuf> {
+    fn shared(name: &str, what: &str) -> Option<std::path::PathBuf> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
-        if !path.exists() {
-            eprintln!("SKIPPED: no {name} beside the checkout");
-        }
-        path.exists().then_some(path)
+        (!crate::skip::lacks(what, path.exists())).then_some(path)
     }
 
     #[test]
     fn the_turns_are_those_that_another_program_finds() {
-        let Some(corpus) = shared("transcripts") else { return };
+        the_turns_are_those_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/transcripts"));
+        if let Some(corpus) = shared("transcripts", "transcripts of real sessions") {
+            the_turns_are_those_of(&corpus);
+        }
+    }
+
+    fn the_turns_are_those_of(corpus: &Path) {
         let expected = std::fs::read_to_string(corpus.join("TURNS.jsonl")).unwrap();
         let mut files = BTreeMap::<String, Vec<Value>>::new();
         for line in expected.lines() {
@@ -810,10 +813,10 @@ mod corpus {
             let file = turn.as_object_mut().unwrap().remove("file").unwrap();
             files.entry(file.as_str().unwrap().to_owned()).or_default().push(turn);
         }
-        let paths = walkdir::WalkDir::new(&corpus).into_iter().map(|entry| entry.unwrap().into_path());
+        let paths = walkdir::WalkDir::new(corpus).into_iter().map(|entry| entry.unwrap().into_path());
         let mut turns = 0;
         for path in paths.filter(|path| path.is_file()) {
-            let file = path.strip_prefix(&corpus).unwrap().to_str().unwrap().to_owned();
+            let file = path.strip_prefix(corpus).unwrap().to_str().unwrap().to_owned();
             let Some(kind @ TranscriptKind::Main { .. }) = classify(Path::new(&file)) else { continue };
             let ours = found(&std::fs::read(&path).unwrap(), &kind).into_iter().map(|(offset, mut turn, text)| {
                 turn["offset"] = offset.into();
@@ -831,7 +834,7 @@ mod corpus {
 
     #[test]
     fn the_cases_have_the_right_answer() {
-        let Some(cases) = shared("turn-cases") else { return };
+        let Some(cases) = shared("turn-cases", "cases of turns") else { return };
         let mut checked = 0;
         for case in std::fs::read_dir(&cases).unwrap() {
             let case = case.unwrap().path();
