@@ -33,6 +33,10 @@ const ATTEMPTS_MAX: u32 = 2;
 /// How often a stop is looked for while there is no room.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Files that are remembered as done though the last look did not find them: their folder may have been renamed, or moved
+/// away, for a while. Above this the oldest are forgotten.
+const GONE_FILES_MAX: usize = 10_000;
+
 /// Why a pass over the spool ended early.
 #[derive(Debug)]
 enum Interruption {
@@ -148,7 +152,7 @@ impl SpoolReader {
     /// Takes in the files at `paths`, which are sorted.
     fn ingest(&mut self, paths: &[PathBuf]) -> Result<(), Interruption> {
         self.unread.retain(|path, _| paths.binary_search(path).is_ok());
-        self.done.retain(|path, _| paths.binary_search(path).is_ok());
+        self.forget_gone(paths);
         let mut gathered = Gathered::default();
         for path in paths {
             if self.is_stopped() {
@@ -177,6 +181,15 @@ impl SpoolReader {
             taken?;
         }
         self.submit(&mut gathered)
+    }
+
+    /// Forgets the oldest of the files that are done and that `paths` lacks, where there are too many.
+    fn forget_gone(&mut self, paths: &[PathBuf]) {
+        let excess = self.done.len().saturating_sub(paths.len() + GONE_FILES_MAX);
+        let gone = self.done.keys().filter(|path| paths.binary_search(path).is_err());
+        for path in gone.take(excess).cloned().collect::<Vec<_>>() {
+            self.done.remove(&path);
+        }
     }
 
     /// Notes that this file is being processed. `None`, and the file is renamed, where that has ended the program
@@ -415,6 +428,19 @@ mod tests {
         let letters = intake.queue().dead_letters(None, 10).unwrap();
         assert_eq!(letters.len(), 1);
         assert_eq!(letters[0].failure.kind, FailureKind::Damaged);
+    }
+
+    #[test]
+    fn of_files_that_are_gone_the_latest_ten_thousand_are_remembered() {
+        let folder = tempfile::tempdir().unwrap();
+        let (spool, intake) = scene(folder.path(), 1 << 30);
+        let (mut reader, _handle) = SpoolReader::new(spool, intake, Duration::ZERO);
+        let path = |number: usize| PathBuf::from(format!("{number:05}"));
+        reader.done = (0..GONE_FILES_MAX + 101).map(|number| (path(number), Done::TakenIn)).collect();
+        reader.forget_gone(&[path(3)]);
+        assert_eq!(reader.done.len(), GONE_FILES_MAX + 1);
+        let has = |number: usize| reader.done.contains_key(&path(number));
+        assert!(has(3) && !has(0) && !has(100) && has(101) && has(GONE_FILES_MAX + 100));
     }
 
     #[test]
