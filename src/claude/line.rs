@@ -389,18 +389,18 @@ const SYNTHETIC_MODEL: &str = "<synthetic>";
 
 fn agent_turn(fields: &Fields<'_>, mender: &mut Mender) -> Result<Turn, NoTurn> {
     if is_something(fields.get("isSidechain")) {
-        return Err(NoTurn::Structure("isSidechain"));
+        return Err(NoTurn::because("isSidechain"));
     }
     let [content, id, model, stop_reason] = pick(fields.get("message"), ["content", "id", "model", "stop_reason"]);
     let model = mender.filled_string(model);
     if is_something(fields.get("isApiErrorMessage")) || model.as_deref() == Some(SYNTHETIC_MODEL) {
-        return Err(NoTurn::Synthetic);
+        return Err(NoTurn::because("words_of_the_program"));
     }
     let content = Content::of(content, mender, |_| None);
     let has_attachment = content.has_attachment;
     let text = joined(content.texts);
     if trim(&text).is_empty() {
-        return Err(NoTurn::NoText);
+        return Err(NoTurn::because("no_text"));
     }
     let is_final = mender
         .string(stop_reason)

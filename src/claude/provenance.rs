@@ -94,63 +94,38 @@ pub(super) struct Human {
 
 /// Why a line of the user's side, or of the agent's, is no turn. Names fields and tags, never a text.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum NoTurn {
-    NoMessage,
-    /// An attachment that is no prompt.
-    NoQueuedCommand,
-    /// This field says so.
-    Structure(&'static str),
-    /// This field has this value.
-    Value(&'static str, String),
-    NoCommandMode,
-    ToolResult,
-    UnclosedContext(String),
-    Envelope(String),
-    NothingButContext,
-    Interrupt,
-    Sentence,
-    EmptyCommand,
-    EmptyShell,
-    Empty,
-    /// The agent's: an error of the API, or the program's own words.
-    Synthetic,
-    /// The agent's: thinking, or use of a tool.
-    NoText,
+pub struct NoTurn {
+    label: &'static str,
+    /// The field's value or the tag, where that varies.
+    detail: String,
 }
 
+const NOTHING_BUT_CONTEXT: &str = "nothing_but_context";
+
 impl NoTurn {
-    /// The reason without what varies, to count by: a field's name, or a name in lower case.
+    /// `label`: a field's name, or a reason in lower case.
+    pub(super) fn because(label: &'static str) -> NoTurn {
+        NoTurn { label, detail: String::new() }
+    }
+
+    fn value(field: &'static str, value: &str) -> NoTurn {
+        NoTurn { label: field, detail: shortened(value) }
+    }
+
+    fn tag(label: &'static str, tag: &str) -> NoTurn {
+        NoTurn { label, detail: format!("<{}>", shortened(tag)) }
+    }
+
+    /// The reason without what varies, to count by.
     pub fn label(&self) -> &'static str {
-        match self {
-            NoTurn::NoMessage => "no_message",
-            NoTurn::NoQueuedCommand => "no_queued_command",
-            NoTurn::Structure(field) | NoTurn::Value(field, _) => field,
-            NoTurn::NoCommandMode => "no_command_mode",
-            NoTurn::ToolResult => "tool_result",
-            NoTurn::UnclosedContext(_) => "unclosed_context",
-            NoTurn::Envelope(_) => "envelope",
-            NoTurn::NothingButContext => "nothing_but_context",
-            NoTurn::Interrupt => "interrupt",
-            NoTurn::Sentence => "sentence_of_the_program",
-            NoTurn::EmptyCommand => "empty_command",
-            NoTurn::EmptyShell => "empty_shell",
-            NoTurn::Empty => "empty",
-            NoTurn::Synthetic => "words_of_the_program",
-            NoTurn::NoText => "no_text",
-        }
+        self.label
     }
 }
 
 impl fmt::Display for NoTurn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            NoTurn::Structure(field) => f.write_str(field),
-            NoTurn::Value(field, value) => write!(f, "{field} {value}"),
-            NoTurn::NoCommandMode => f.write_str("no commandMode"),
-            NoTurn::UnclosedContext(tag) => write!(f, "unclosed <{tag}>"),
-            NoTurn::Envelope(tag) => write!(f, "envelope <{tag}>"),
-            _ => f.write_str(&self.label().replace('_', " ")),
-        }
+        f.write_str(self.label.replace('_', " ").as_str())?;
+        if self.detail.is_empty() { Ok(()) } else { write!(f, " {}", self.detail) }
     }
 }
 
@@ -205,13 +180,16 @@ pub(super) fn judge(
     mender: &mut Mender,
     unknowns: &mut Vec<Unknown>,
 ) -> Result<Human, NoTurn> {
-    let queued =
-        if is_attachment { Some(queued_command(fields, mender).ok_or(NoTurn::NoQueuedCommand)?) } else { None };
+    let queued = if is_attachment {
+        Some(queued_command(fields, mender).ok_or(NoTurn::because("no_queued_command"))?)
+    } else {
+        None
+    };
     if queued.is_none() && !is_object(fields.get("message")) {
-        return Err(NoTurn::NoMessage);
+        return Err(NoTurn::because("no_message"));
     }
     if let Some(field) = field_of_the_program(fields, queued.as_ref()) {
-        return Err(NoTurn::Structure(field));
+        return Err(NoTurn::because(field));
     }
     let provenance = provenance(fields, queued.as_ref(), mender, unknowns)?;
     let content = match &queued {
@@ -229,12 +207,14 @@ pub(super) fn judge(
     let (content, is_result) = read(mender);
     let has_attachment = content.has_attachment;
     if is_result && content.texts.is_empty() {
-        let (kind, text) = said_by_result(fields, content.rejection, mender).ok_or(NoTurn::ToolResult)?;
+        let (kind, text) = said_by_result(fields, content.rejection, mender).ok_or(NoTurn::because("tool_result"))?;
         return Ok(Human { kind, provenance, text, has_attachment });
     }
     let text = match without_context(content, provenance) {
         // They pasted it. Read again rather than kept, for it may be long.
-        Err(NoTurn::NothingButContext) if provenance == Provenance::Typed => joined(read(mender).0.texts),
+        Err(no_turn) if no_turn.label == NOTHING_BUT_CONTEXT && provenance == Provenance::Typed => {
+            joined(read(mender).0.texts)
+        }
         text => text?,
     };
     let text = without_sentences(text, provenance)?;
@@ -306,23 +286,22 @@ fn provenance(
     }
     let [origin, source, turn] = &labels;
     let (origin, source, turn) = (origin.as_deref(), source.as_deref(), turn.as_deref());
-    let not_human = |field, value: &str| NoTurn::Value(field, shortened(value));
     if let Some(origin) = origin.filter(|origin| *origin != "human") {
-        return Err(not_human("origin", origin));
+        return Err(NoTurn::value("origin", origin));
     }
     if let Some(turn) = turn.filter(|turn| !matches!(*turn, "human" | "sdk")) {
-        return Err(not_human("turnOrigin", turn));
+        return Err(NoTurn::value("turnOrigin", turn));
     }
     if source == Some("system") {
-        return Err(not_human("promptSource", "system"));
+        return Err(NoTurn::value("promptSource", "system"));
     }
     let is_human_turn = is_set(queued.and_then(|queued| queued.get("humanTurn")));
     if let Some(queued) = queued {
         match queued.get("commandMode").map(|raw| value(raw, mender)).as_deref() {
             Some("prompt") => {}
-            Some(mode) => return Err(not_human("commandMode", mode)),
+            Some(mode) => return Err(NoTurn::value("commandMode", mode)),
             None if origin == Some("human") || is_human_turn => {}
-            None => return Err(NoTurn::NoCommandMode),
+            None => return Err(NoTurn::because("no_command_mode")),
         }
     }
     let is_typed = matches!(source, Some("typed" | "queued" | "suggestion_accepted"))
@@ -405,13 +384,13 @@ fn without_context(content: Content<'_>, provenance: Provenance) -> Result<Strin
         let peeled = peel(&text);
         is_peeled |= peeled.is_peeled;
         if let (Some(tag), Provenance::Unlabelled) = (peeled.unclosed, provenance) {
-            return Err(NoTurn::UnclosedContext(shortened(tag)));
+            return Err(NoTurn::tag("unclosed_context", tag));
         }
         if provenance != Provenance::Typed
             && kept.is_empty()
             && let Some(tag) = opening_tag(trim_start(peeled.rest)).filter(|tag| is_envelope(tag))
         {
-            return Err(NoTurn::Envelope(shortened(tag)));
+            return Err(NoTurn::tag("envelope", tag));
         }
         // A text of which nothing is left leaves no empty line behind.
         if was_empty || !trim(peeled.rest).is_empty() {
@@ -421,7 +400,7 @@ fn without_context(content: Content<'_>, provenance: Provenance) -> Result<Strin
     }
     let is_gone = kept.iter().all(|text| trim(text).is_empty());
     if is_peeled && is_gone && (provenance == Provenance::Typed || !content.has_attachment) {
-        return Err(NoTurn::NothingButContext);
+        return Err(NoTurn::because(NOTHING_BUT_CONTEXT));
     }
     Ok(joined(kept))
 }
@@ -429,7 +408,7 @@ fn without_context(content: Content<'_>, provenance: Provenance) -> Result<Strin
 /// The text without what the program says of an interrupt.
 fn without_sentences(text: String, provenance: Provenance) -> Result<String, NoTurn> {
     let text = match behind_interrupt(&text) {
-        Some(behind) if trim(behind).is_empty() => return Err(NoTurn::Interrupt),
+        Some(behind) if trim(behind).is_empty() => return Err(NoTurn::because("interrupt")),
         _ if provenance == Provenance::Typed => return Ok(text),
         Some(behind) => {
             let range = range_of(behind.trim_start_matches(['\r', '\n', ' ']), &text);
@@ -444,7 +423,7 @@ fn without_sentences(text: String, provenance: Provenance) -> Result<String, NoT
             let after = trim_start(after);
             ["<teammate-message", "<agent-message", "<cross-session-message"].iter().any(|tag| after.starts_with(tag))
         });
-    if is_sentence { Err(NoTurn::Sentence) } else { Ok(text) }
+    if is_sentence { Err(NoTurn::because("sentence_of_the_program")) } else { Ok(text) }
 }
 
 /// What follows the note of an interrupt that `text` begins with.
@@ -457,14 +436,14 @@ fn behind_interrupt(text: &str) -> Option<&str> {
 fn kind_of(text: String, has_attachment: bool) -> Result<(TurnKind, String), NoTurn> {
     match opening_tag(trim_start(&text)) {
         Some("command-name" | "command-message") => {
-            Ok((TurnKind::Command, command(&text).ok_or(NoTurn::EmptyCommand)?))
+            Ok((TurnKind::Command, command(&text).ok_or(NoTurn::because("empty_command"))?))
         }
         Some("bash-input") => {
             let line = tagged(&text, "bash-input").filter(|line| !trim(line).is_empty());
-            let range = range_of(line.ok_or(NoTurn::EmptyShell)?, &text);
+            let range = range_of(line.ok_or(NoTurn::because("empty_shell"))?, &text);
             Ok((TurnKind::Shell, part(text.into(), range)))
         }
-        _ if trim(&text).is_empty() && !has_attachment => Err(NoTurn::Empty),
+        _ if trim(&text).is_empty() && !has_attachment => Err(NoTurn::because("empty")),
         _ => Ok((TurnKind::Prompt, text)),
     }
 }

@@ -57,16 +57,13 @@ pub(crate) fn encode(record: &Record) -> serde_json::Result<Vec<u8>> {
             origin: candidate.origin.clone(),
             payload: &candidate.payload,
         })),
-        Record::Rejected(rejection) => {
-            let stored: StoredRecord<()> = StoredRecord::Rejected(StoredRejection {
-                too_large: rejection.failure.kind == FailureKind::TooLarge,
-                message: rejection.failure.message.clone(),
-                event_type: rejection.event_type.clone(),
-                origin: rejection.origin.clone(),
-                input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
-            });
-            serde_json::to_vec(&stored)
-        }
+        Record::Rejected(rejection) => serde_json::to_vec(&StoredRecord::<()>::Rejected(StoredRejection {
+            too_large: rejection.failure.kind == FailureKind::TooLarge,
+            message: rejection.failure.message.clone(),
+            event_type: rejection.event_type.clone(),
+            origin: rejection.origin.clone(),
+            input: String::from_utf8_lossy(&rejection.bytes).into_owned(),
+        })),
     }
 }
 
