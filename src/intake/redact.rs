@@ -1,4 +1,4 @@
-//! Strikes keys and tokens out of text before anything is written: `redact` in the configuration.
+//! Replaces keys and tokens in text before anything is written: `redact` in the configuration.
 //!
 //! The built-in patterns know what a secret looks like, or the words that stand before one. Patterns of the
 //! configuration are added to them. What a pattern matches becomes `[redacted]`; where it has a group named `secret`,
@@ -96,7 +96,7 @@ impl Patterns {
 
     /// `text` with every match of each pattern replaced; `None` where there is none. All are searched for in the text as it
     /// is, so that a secret within another one does not hide the ends of that.
-    fn strike(&self, text: &str) -> Option<String> {
+    fn redact_matches(&self, text: &str) -> Option<String> {
         let matching = self.set.matches(text);
         let matching =
             self.each.iter().enumerate().filter(|(index, _)| self.set.is_empty() || matching.matched(*index));
@@ -105,17 +105,17 @@ impl Patterns {
             return None;
         }
         found.sort_unstable_by_key(|range| range.start);
-        let mut struck = String::new();
+        let mut redacted = String::new();
         let mut copied = 0;
         for range in found {
             if range.start >= copied {
-                struck.push_str(text.get(copied..range.start).unwrap_or_default());
-                struck.push_str(REPLACEMENT);
+                redacted.push_str(text.get(copied..range.start).unwrap_or_default());
+                redacted.push_str(REPLACEMENT);
             }
             copied = copied.max(range.end);
         }
-        struck.push_str(text.get(copied..).unwrap_or_default());
-        Some(struck)
+        redacted.push_str(text.get(copied..).unwrap_or_default());
+        Some(redacted)
     }
 }
 
@@ -168,7 +168,7 @@ impl Redactor {
         let mut redacted = Cow::Borrowed(text);
         for (patterns, rounds) in self.patterns.iter().zip([ROUNDS_MAX, 1]) {
             for _ in 0..rounds {
-                let Some(replaced) = patterns.strike(&redacted) else { break };
+                let Some(replaced) = patterns.redact_matches(&redacted) else { break };
                 redacted = Cow::Owned(replaced);
             }
         }
@@ -187,7 +187,7 @@ impl Redactor {
         }
     }
 
-    /// Input as it came, redacted as text: what is no UTF-8 is replaced where anything is struck out.
+    /// Input as it came, redacted as text: what is no UTF-8 is replaced where anything is redacted.
     pub(crate) fn bytes(&self, bytes: Vec<u8>) -> Vec<u8> {
         if !self.is_on() {
             return bytes;
@@ -236,8 +236,8 @@ impl Redactor {
     }
 }
 
-/// Whether a field of a payload says what an event is, when, or what it belongs to: no place for free text, and struck
-/// out it would make the event useless.
+/// Whether a field of a payload says what an event is, when, or what it belongs to: no place for free text, and redacted
+/// it would make the event useless.
 fn is_exempt(name: &str, value: &Value) -> bool {
     const NAMES: &[&str] = &["actor", "kind", "source", "trigger", "hook_type", "from_state", "to_state"];
     let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
@@ -483,7 +483,7 @@ mod tests {
             });
             let (unicode, redactor) = &*BOTH;
             let ours = redactor.text(&text);
-            let theirs = unicode.strike(&text).unwrap_or_else(|| text.clone());
+            let theirs = unicode.redact_matches(&text).unwrap_or_else(|| text.clone());
             prop_assert!(is_left_of(&ours, &theirs), "{text:?} becomes {ours:?}, and not {theirs:?}");
         }
     }
