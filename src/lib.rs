@@ -48,6 +48,7 @@
 mod claude;
 pub mod cli;
 mod client;
+mod codex;
 mod config;
 mod event;
 mod faults;

@@ -57,6 +57,7 @@ fn a_layer_imports_only_what_lies_below_it() {
             "faults" | "finding" | "json" | "private_folder" | "regular_file" => &[],
             // Pure: it sees no file and no clock of its own.
             "claude" => &["event", "json", "config"],
+            "codex" => &["event", "json"],
             "queue" => &["queue"],
             "intake" => &["claude", "queue"],
             "sink" => &["sink", "queue"],
@@ -79,7 +80,8 @@ fn a_layer_imports_only_what_lies_below_it() {
         for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
             for (_, after) in line.match_indices("crate::").map(|(at, found)| (at, &line[at + found.len()..])) {
                 let imported = after.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
-                let is_leaf = leaves.contains(&imported) && !leaves.contains(&layer) && layer != "claude";
+                let is_leaf =
+                    leaves.contains(&imported) && !leaves.contains(&layer) && !matches!(layer, "claude" | "codex");
                 if imported != layer && !is_leaf && !allowed(layer).contains(&imported) {
                     wrong.push(format!("{file}: {}", line.trim()));
                 }
@@ -90,9 +92,10 @@ fn a_layer_imports_only_what_lies_below_it() {
 }
 
 #[test]
-fn what_knows_claude_code_sees_no_clock_and_no_file() {
+fn what_knows_an_agent_sees_no_clock_and_no_file() {
     for word in ["::now", "std::fs", "std::io", "std::time::Instant", "SystemTime", "regular_file"] {
-        let users: Vec<String> = mentions(word).into_iter().filter(|file| module(file) == "claude").collect();
+        let users: Vec<String> =
+            mentions(word).into_iter().filter(|file| matches!(module(file), "claude" | "codex")).collect();
         assert!(users.is_empty(), "{word} in {users:?}");
     }
 }
