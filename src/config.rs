@@ -41,6 +41,7 @@ pub(crate) const CONFIG_FILE: &str = "config.yaml";
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub claude: ClaudeConfig,
+    pub codex: CodexConfig,
     pub file_watcher: FileWatcherConfig,
     pub event_system: EventSystemConfig,
     pub database: DatabaseConfig,
@@ -58,6 +59,15 @@ pub struct ClaudeConfig {
     /// At least one; none of them is or lies in another.
     #[serde(rename = "projects_path", deserialize_with = "paths")]
     pub projects_paths: Vec<PathBuf>,
+}
+
+/// Section `codex`: where the Codex CLI keeps what is watched.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodexConfig {
+    /// Beside it is `archived_sessions`. `None`: nothing is followed, also where there is no home.
+    #[serde(deserialize_with = "optional_path")]
+    pub sessions_path: Option<PathBuf>,
 }
 
 /// Section `file_watcher`: how transcripts are followed.
@@ -256,7 +266,7 @@ impl Config {
     /// then what the environment sets.
     ///
     /// Relative paths, also those of the environment, are relative to the folder of the file (without a file: to the
-    /// current folder). `~` is the home, and `CLAUDE_CONFIG_DIR` moves `~/.claude`. Where the file is the user's own,
+    /// current folder). `~` is the home, `CLAUDE_CONFIG_DIR` moves `~/.claude`, and `CODEX_HOME` `~/.codex`. Where the file is the user's own,
     /// or there is none, the defaults in `data/` are in the system's folder of state instead.
     ///
     /// # Errors

@@ -311,7 +311,7 @@ pub struct Cursor {
     pub session: SessionState,
 }
 
-/// What is remembered of a session from one line to the next; see `claude::session`.
+/// What is remembered of a session from one line to the next; see `session`.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SessionState {
     /// When it began. Before its first line of its own was read: the first time that any line of the file names.

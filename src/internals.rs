@@ -2,9 +2,8 @@
 //!
 //! No interface for others: it changes with what is inside.
 
-pub use crate::claude::line::{TranscriptKind, classify};
+pub use crate::agent::{Agent, Memory};
 pub use crate::claude::repair::{Segment, salvage};
-pub use crate::claude::transcript::{Found, LineReport, OtherSession, START, Source};
 pub use crate::config::{Config, Environment, TableName};
 pub use crate::event::{
     Candidate, Cursor, Envelope, Event, EventId, ForeignKeys, Origin, Rejection, Sequence, Timestamp,
@@ -15,3 +14,6 @@ pub use crate::sink::drain::{DrainConfig, Drainer};
 pub use crate::sink::postgres::{ConnectSettings, Needs, PostgresSink, TargetSource};
 pub use crate::sink::{Delivered, Place, Sink, Verdict};
 pub use crate::telemetry::Metrics;
+pub use uuid::Uuid;
+
+pub use crate::transcript::{Found, LineReport, START, Source, TranscriptKind};

@@ -1,10 +1,10 @@
 //! A durable outbox pipeline: from what happens in Claude Code sessions to rows in Postgres, exactly once, in order.
 //!
 //! ```text
-//!  ~/.claude/projects/**/*.jsonl
+//!  ~/.claude/projects/**/*.jsonl, ~/.codex/sessions/**/rollout-*.jsonl
 //!         │ notified, checked, rescanned
 //!         ▼
-//!  intake/transcripts ─► claude ─► Intake      ◄── schemas/*.json
+//!  intake/transcripts ─► agent ─► Intake      ◄── schemas/*.json
 //!                                         │ events + rejections + cursor: one commit, one real fsync
 //!                                         ▼
 //!                                       queue     pending · dead letters · cursors
@@ -35,7 +35,7 @@
 //!
 //! # Layers
 //!
-//! `main → cli → service → http → intake | sink → claude | queue → event`; [`config`], [`telemetry`], [`json`],
+//! `main → cli → service → http → intake | sink → agent → claude | codex → session | queue → event`; [`config`], [`telemetry`], [`json`],
 //! [`private_folder`], [`regular_file`] and `finding` are leaves, open to all. `verify` sees intake, sink and queue and is seen by cli
 //! alone; `source` is the queue for those who only look.
 //! `intake` and `sink` never see each other. One outside crate is known in one place. `tests/it/architecture.rs` reads
@@ -45,6 +45,7 @@
 // The documentation is for who works on the program.
 #![allow(rustdoc::private_intra_doc_links)]
 
+mod agent;
 mod claude;
 pub mod cli;
 mod client;
@@ -65,10 +66,12 @@ mod private_folder;
 mod queue;
 mod regular_file;
 mod service;
+mod session;
 mod sink;
 #[cfg(test)]
 #[path = "../tests/it/skip.rs"]
 mod skip;
 mod source;
 mod telemetry;
+mod transcript;
 mod verify;

@@ -37,6 +37,7 @@ use self::pulse::Pulse;
 use self::socket::{BoundSocket, SocketState};
 use self::systemd::{Notice, Systemd};
 use self::tasks::Tasks;
+use crate::agent;
 use crate::config::{Config, HttpConfig};
 use crate::event::{FailureKind, Timestamp};
 use crate::health::{HealthSource, HttpHealth, Moment};
@@ -288,7 +289,7 @@ impl Service {
         }
         let follower = Follower::new(
             FollowConfig {
-                projects: config.claude.projects_paths.clone(),
+                folders: agent::folders(config),
                 polling_interval: config.file_watcher.polling_interval,
                 debounce: config.file_watcher.debounce_interval,
                 line_bytes_max: config.file_watcher.max_line_bytes,

@@ -23,15 +23,7 @@ use uuid::Uuid;
 
 use super::fields::{Fields, Mender};
 use super::line::{LineType, MendedLine, is_envelope};
-
-/// A copy is made this long after its first line was said, at least. In originals the two are milliseconds to some
-/// seconds apart, in copies minutes or hours.
-const COPY_DELAY_SECONDS_MIN: i64 = 60;
-
-/// Whether a transcript that was opened at `opened_at` and whose first line was said at `said_at` is a copy.
-pub(super) fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
-    opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
-}
+use crate::session::is_copied_by;
 
 /// Lines that are looked at behind the first one of the conversation.
 const HEAD_LINES_MAX: usize = 50;

@@ -13,12 +13,12 @@
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::line::{SessionFacts, session_registered_event_id};
 use crate::config::HookCapture;
 use crate::event::{
     Candidate, EventId, EventType, Failure, FailureKind, ForeignKeys, Origin, Record, Rejection, Timestamp,
 };
 use crate::json;
+use crate::session::{Agent, SessionFacts, session_registered_event_id};
 
 /// The type of every event that is made here.
 pub(crate) const EVENT_TYPE: &str = "hook_received";
@@ -41,6 +41,8 @@ const KEPT: &[(&str, &str)] = &[
     ("trigger", "trigger"),
     ("message", "message"),
     ("title", "title"),
+    ("turn_id", "turn_id"),
+    ("model", "model"),
 ];
 
 /// What a payload has beside `data`, as a rule.
@@ -176,18 +178,20 @@ fn kept_fields(text: &str, is_mended: &mut bool) -> Option<Map<String, Value>> {
 }
 
 /// The registration that a SessionStart hook stands for. It has the identity that the session's first line would give it,
-/// so that whichever comes second is refused.
-pub(crate) fn registration(hook: &Candidate) -> Option<Candidate> {
+/// so that whichever comes second is refused. `agent_of`: whose transcript has this path.
+pub(crate) fn registration(hook: &Candidate, agent_of: impl Fn(&str) -> Option<Agent>) -> Option<Candidate> {
     let field = |name: &str| hook.payload.get(name).and_then(Value::as_str);
     if hook.event_type != EVENT_TYPE || field("hook_type") != Some("SessionStart") {
         return None;
     }
     let session = field("claude_session_id")?.parse().ok()?;
+    let transcript_path = field("transcript_path");
     let facts = SessionFacts {
+        agent: transcript_path.and_then(agent_of),
         session,
         cwd: field("working_directory")?,
         git_branch: None,
-        transcript_path: field("transcript_path"),
+        transcript_path,
         started_at: Some(hook.timestamp),
     };
     Some(Candidate {
@@ -309,7 +313,7 @@ mod tests {
         let hook = |name: &str| {
             let input = json!({"session_id": session, "cwd": "/app", "hook_event_name": name}).to_string();
             match record(input.as_bytes(), arrival(), HookCapture::Summary, 1 << 20) {
-                Record::Event(candidate) => registration(&candidate),
+                Record::Event(candidate) => registration(&candidate, |_| None),
                 Record::Rejected(_) => None,
             }
         };

@@ -23,27 +23,20 @@ use std::path::{Component, Path};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
-use thiserror::Error;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::fields::{Content, Fields, Mender, is_something, joined, pick};
-pub(crate) use super::provenance::{NoTurn, Provenance, TurnKind, Unknown};
+pub(crate) use super::provenance::{NoTurn, Provenance, TurnKind};
 use super::provenance::{judge, trim, version};
 use crate::event::EventId;
 use crate::json;
-
-/// What the place of a file below the projects folder says about it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum TranscriptKind {
-    /// `<project>/<session>.jsonl`: the transcript of a session, whose identity is the file's stem.
-    Main { session: Uuid },
-    /// `<project>/agent-*.jsonl` or `<project>/<session>/subagents/**/agent-*.jsonl`: its lines are no turns.
-    SubAgent,
-}
+use crate::session::{Agent, event_id_of_turn, iso_8601, known};
+use crate::transcript::UNKNOWN_TYPE;
+pub(crate) use crate::transcript::{BadLine, TranscriptKind, Unknown};
 
 /// Tells what kind of transcript lies at `relative`, a path below the projects folder; `None` for anything else.
-pub fn classify(relative: &Path) -> Option<TranscriptKind> {
+pub(crate) fn classify(relative: &Path) -> Option<TranscriptKind> {
     let mut folders = relative
         .components()
         .map(|component| match component {
@@ -107,9 +100,6 @@ pub(crate) const NO_TYPE: &str = "none";
 
 /// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
 const FOLDER_BYTES_MAX: usize = 4096;
-
-/// The field of an [`Unknown`] that is a type of lines.
-pub(crate) const UNKNOWN_TYPE: &str = "type";
 
 /// Longest name of an unknown type that is passed on.
 pub(crate) const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
@@ -233,13 +223,6 @@ impl Actor {
             Actor::Agent => "agent",
         }
     }
-}
-
-/// A complete line that is no JSON object. The message names cause and column, never text of the line.
-#[derive(Clone, PartialEq, Eq, Debug, Error)]
-#[error("{message}")]
-pub struct BadLine {
-    pub message: String,
 }
 
 /// Reads one complete line, given without its newline, of a transcript of the given kind.
@@ -455,6 +438,7 @@ impl Turn {
     pub(crate) fn payload(self, session: Uuid, project_path: Option<&str>, otherwise: Timestamp) -> Map<String, Value> {
         let text = |text: Option<String>| text.map(Value::from);
         known([
+            ("agent", Some(Agent::ClaudeCode.as_str().into())),
             ("session_uuid", Some(self.said_in.unwrap_or(session).to_string().into())),
             ("actor", Some(self.actor.as_str().into())),
             ("text", Some(self.text.into())),
@@ -475,57 +459,12 @@ impl Turn {
     }
 }
 
-/// The fields of a payload that have a value.
-fn known<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
-    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
-}
-
-/// Milliseconds as Claude Code writes them; finer where the line was.
-pub(super) fn iso_8601(timestamp: Timestamp) -> String {
-    if timestamp.subsec_nanosecond() % 1_000_000 == 0 { format!("{timestamp:.3}") } else { timestamp.to_string() }
-}
-
 /// The identity of a turn, the same wherever and whenever the turn is read: by the line's own uuid, which copies of a
 /// session share; without one by session, place and content. `line` begins at byte `offset` of the session's file.
 pub(crate) fn turn_event_id(turn: &Turn, session: Uuid, offset: u64, line: &[u8]) -> EventId {
     match &turn.uuid {
         Some(uuid) => event_id_of_turn(uuid),
         None => EventId::derived(format!("turn/{session}/{offset}/{:032x}", xxh3_128(line)).as_bytes()),
-    }
-}
-
-/// The identity of the turn whose line has this uuid: `turn_uuid` in its payload.
-pub(crate) fn event_id_of_turn(uuid: &str) -> EventId {
-    EventId::derived(format!("turn/{uuid}").as_bytes())
-}
-
-/// The identity of a session's registration.
-pub(crate) fn session_registered_event_id(session: Uuid) -> EventId {
-    EventId::derived(format!("session_registered/{session}").as_bytes())
-}
-
-/// What is known when a session is first seen.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct SessionFacts<'a> {
-    pub session: Uuid,
-    /// The first working directory: project path and working directory at once.
-    pub cwd: &'a str,
-    pub git_branch: Option<&'a str>,
-    pub transcript_path: Option<&'a str>,
-    pub started_at: Option<Timestamp>,
-}
-
-impl SessionFacts<'_> {
-    /// The payload of `session_registered`.
-    pub(crate) fn payload(&self) -> Map<String, Value> {
-        known([
-            ("session_uuid", Some(self.session.to_string().into())),
-            ("project_path", Some(self.cwd.into())),
-            ("working_directory", Some(self.cwd.into())),
-            ("git_branch", self.git_branch.map(Value::from)),
-            ("transcript_path", self.transcript_path.map(Value::from)),
-            ("started_at", self.started_at.map(|at| iso_8601(at).into())),
-        ])
     }
 }
 

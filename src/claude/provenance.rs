@@ -25,6 +25,7 @@ use regex::Regex;
 
 use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, joined, pick};
 use crate::json::members;
+use crate::transcript::Unknown;
 
 /// How well it is known that a person said it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -94,7 +95,7 @@ pub(super) struct Human {
 
 /// Why a line of the user's side, or of the agent's, is no turn. Names fields and tags, never a text.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NoTurn {
+pub(crate) struct NoTurn {
     label: &'static str,
     /// The field's value or the tag, where that varies.
     detail: String,
@@ -117,7 +118,7 @@ impl NoTurn {
     }
 
     /// The reason without what varies, to count by.
-    pub fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         self.label
     }
 }
@@ -127,17 +128,6 @@ impl fmt::Display for NoTurn {
         f.write_str(self.label.replace('_', " ").as_str())?;
         if self.detail.is_empty() { Ok(()) } else { write!(f, " {}", self.detail) }
     }
-}
-
-/// Something on a line that the format did not have when this was written. It is judged all the same.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Unknown {
-    /// The field, `type` being that of the line, or `unlabelled` for words that say nothing of who typed them, from a version
-    /// that says so of all.
-    pub field: &'static str,
-    pub value: String,
-    /// The version of Claude Code that wrote the line; empty where it does not say.
-    pub version: String,
 }
 
 /// All words of this version and later ones say where they came from.

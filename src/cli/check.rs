@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::agent::{self, Agent, AgentFolder};
 use crate::claude::retention::WARN_DAYS;
 use crate::claude::settings;
 use crate::config::{CONFIG_FILE, Config, HttpConfig};
@@ -55,6 +56,8 @@ pub(super) fn check(context: &Context, arguments: &CheckArguments) -> Result<Exi
     let projects = &config.claude.projects_paths;
     findings.extend(projects.iter().map(|projects| ("transcripts", transcripts(projects))));
     findings.extend(projects.iter().map(|projects| ("retention", retention(projects))));
+    let others = agent::folders(config).into_iter().filter(|folder| !folder.agent.is_expected());
+    findings.extend(others.filter_map(|folder| Some(("transcripts", other_transcripts(&folder)?))));
     findings.extend([
         ("notifications", notifications(projects)),
         ("hooks", hooks(context)),
@@ -218,9 +221,22 @@ fn transcripts(folder: &Path) -> Finding {
     }
 }
 
+/// Of an agent that need not be used: nothing where its folder is missing.
+fn other_transcripts(folder: &AgentFolder) -> Option<Finding> {
+    let (agent, shown) = (folder.agent.as_str(), folder.path.display());
+    match std::fs::read_dir(&folder.path) {
+        Ok(_) => Some(Fine(format!("{shown}: followed ({agent})"))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => {
+            Some(Wrong(format!("could not read {shown} ({agent}): {error}; give this user the right to read it")))
+        }
+    }
+}
+
 /// How long Claude Code keeps transcripts: what was not captured by then is gone for good.
 fn retention(projects: &Path) -> Finding {
-    let period = Retention::new(&[projects.to_owned()]).period();
+    let folder = AgentFolder { agent: Agent::ClaudeCode, path: projects.to_owned() };
+    let period = Retention::new(&[folder]).period();
     judge_retention(period.as_secs() / (24 * 60 * 60), &settings_beside(projects))
 }
 

@@ -9,9 +9,10 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::claude::line::{self, BadLine, LineMeaning, LineType, TranscriptKind, Unknown};
-use crate::claude::repair;
+use crate::agent::{Agent, Memory};
+use crate::intake::transcripts::compressed::{is_compressed, unpacked};
 use crate::telemetry::{UnknownFormat, UnknownFormats};
+use crate::transcript::{BadLine, Explained, ExplainedTurn, TranscriptKind, Unknown};
 
 use super::{Context, Exit, Failure, written};
 
@@ -42,7 +43,7 @@ struct Record {
 }
 
 enum Outcome {
-    Read(Box<LineMeaning>),
+    Read(Explained),
     Unreadable(String),
 }
 
@@ -53,7 +54,9 @@ pub(super) fn explain(context: &Context, arguments: &ExplainArguments) -> Result
         Failure::new(exit, format!("could not read {}: {error}", path.display()))
     };
     let file = File::open(&path).map_err(failed)?;
-    let kind = kind_of(&path);
+    let file = if is_compressed(&path) { unpacked(file).map_err(failed)? } else { file };
+    let (agent, kind) = kind_of(&path);
+    let mut memory = Memory::default();
     let bytes_max = context.config().file_watcher.max_line_bytes;
     let mut out = BufWriter::new(io::stdout().lock());
     let (mut file, mut bytes, mut number, mut offset) = (BufReader::new(file), Vec::new(), 0, 0);
@@ -64,13 +67,17 @@ pub(super) fn explain(context: &Context, arguments: &ExplainArguments) -> Result
         let is_whole = bytes.last() == Some(&b'\n');
         let text = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
         let is_too_long = length > bytes.len() as u64;
-        if only.is_none_or(|only| only == number) && (is_too_long || !text.trim_ascii().is_empty()) {
-            is_found = true;
-            let records = if is_too_long {
+        if is_too_long || !text.trim_ascii().is_empty() {
+            let mut records = if is_too_long {
                 vec![unreadable(number, offset, format!("{length} bytes, more than file_watcher.max_line_bytes"))]
             } else {
-                records(text, number, offset, &kind, is_whole)
+                let explained = agent.explain(text, &kind, is_whole, &mut memory).into_iter();
+                explained.map(|(at, outcome)| Record::of(number, offset + at as u64, outcome, is_whole)).collect()
             };
+            if only.is_some_and(|only| only != number) {
+                records.clear();
+            }
+            is_found |= !records.is_empty();
             for record in &records {
                 for Unknown { field, value, version } in record.unknowns() {
                     unknown_formats.note(field, value, version, Instant::now());
@@ -101,7 +108,7 @@ pub(super) fn explain(context: &Context, arguments: &ExplainArguments) -> Result
 fn write_unknown(out: &mut impl Write, formats: &UnknownFormats) -> io::Result<()> {
     for UnknownFormat { field, value, version, lines } in formats.list() {
         let lines = if lines == 1 { "1 line".to_owned() } else { format!("{lines} lines") };
-        writeln!(out, "unknown to this version: {field} \"{value}\" on {lines} (Claude Code \"{version}\")")?;
+        writeln!(out, "unknown to this version: {field} \"{value}\" on {lines} (version \"{version}\")")?;
     }
     Ok(())
 }
@@ -116,10 +123,10 @@ fn place(place: &Path) -> (PathBuf, Option<u64>) {
 }
 
 /// By its name alone: it may lie anywhere.
-fn kind_of(path: &Path) -> TranscriptKind {
-    let name = path.file_name().unwrap_or_default();
-    let kind = line::classify(&Path::new("project").join(name));
-    kind.unwrap_or(TranscriptKind::Main { session: Uuid::nil() })
+fn kind_of(path: &Path) -> (Agent, TranscriptKind) {
+    let agent = Agent::of_transcript(path).unwrap_or(Agent::ClaudeCode);
+    let kind = agent.classify(&Path::new("project").join(path.file_name().unwrap_or_default()));
+    (agent, kind.unwrap_or(TranscriptKind::Main { session: Uuid::nil() }))
 }
 
 /// Reads the next line with its newline; of a line above `bytes_max` only the beginning is kept. Returns its length in the
@@ -137,86 +144,53 @@ fn unreadable(line: u64, offset: u64, message: String) -> Record {
     Record { line, offset, is_whole: true, outcome: Outcome::Unreadable(message) }
 }
 
-/// What stands on a line: itself, or the whole records of a damaged one and what lies between them.
-fn records(text: &[u8], line: u64, offset: u64, kind: &TranscriptKind, is_whole: bool) -> Vec<Record> {
-    let read = |offset: u64, outcome: Result<LineMeaning, BadLine>| {
+impl Record {
+    fn of(line: u64, offset: u64, outcome: Result<Explained, BadLine>, is_whole: bool) -> Record {
         let outcome = match outcome {
-            Ok(meaning) => Outcome::Read(Box::new(meaning)),
+            Ok(explained) => Outcome::Read(explained),
             Err(_) if !is_whole => Outcome::Unreadable("incomplete: it has no newline yet".to_owned()),
             Err(bad) => Outcome::Unreadable(bad.message),
         };
         Record { line, offset, is_whole, outcome }
-    };
-    match line::read_line(text, kind) {
-        Ok(meaning) => vec![read(offset, Ok(meaning))],
-        Err(bad) if !is_whole => vec![read(offset, Err(bad))],
-        Err(bad) => {
-            let found = repair::read_damaged(text, kind, &bad);
-            found.map(|(range, record)| read(offset + range.start as u64, record)).collect()
-        }
     }
-}
 
-impl Record {
     fn unknowns(&self) -> &[Unknown] {
         match &self.outcome {
-            Outcome::Read(meaning) => &meaning.unknowns,
+            Outcome::Read(explained) => &explained.unknowns,
             Outcome::Unreadable(_) => &[],
         }
     }
 
     fn type_name(&self) -> &str {
-        let Outcome::Read(meaning) = &self.outcome else { return "-" };
-        match meaning.line_type {
-            LineType::User => "user",
-            LineType::Assistant => "assistant",
-            LineType::System => "system",
-            LineType::Attachment => "attachment",
-            LineType::Progress => "progress",
-            LineType::Metadata => "state",
-            LineType::Unknown => meaning.unknown_type().unwrap_or(line::NO_TYPE),
-            LineType::Blank => "blank",
+        match &self.outcome {
+            Outcome::Read(explained) => &explained.line_type,
+            Outcome::Unreadable(_) => "-",
         }
     }
 
-    /// Why it is no turn; `None` for a turn.
-    fn reason(&self) -> Option<String> {
-        let meaning = match &self.outcome {
-            Outcome::Unreadable(message) => return Some(message.clone()),
-            Outcome::Read(meaning) => meaning,
-        };
-        if meaning.turn.is_some() {
-            return None;
+    /// The turn, or why it is none.
+    fn turn(&self) -> Result<&ExplainedTurn, &str> {
+        match &self.outcome {
+            Outcome::Read(explained) => explained.turn.as_ref().map_err(String::as_str),
+            Outcome::Unreadable(message) => Err(message),
         }
-        let of_its_type = match meaning.line_type {
-            LineType::Metadata => "state",
-            LineType::Unknown => "unknown type",
-            LineType::User | LineType::Assistant | LineType::Attachment => "in a sub-agent's transcript",
-            LineType::System | LineType::Progress | LineType::Blank => "nothing said",
-        };
-        Some(meaning.no_turn.as_ref().map_or_else(|| of_its_type.to_owned(), ToString::to_string))
     }
 
     fn write(&self, out: &mut impl Write, with_text: bool) -> io::Result<()> {
-        let turn = match &self.outcome {
-            Outcome::Read(meaning) => meaning.turn.as_ref(),
-            Outcome::Unreadable(_) => None,
-        };
+        let turn = self.turn();
         let mut what = match turn {
-            None => format!("no turn: {}", self.reason().unwrap_or_default()),
-            Some(turn) => {
-                let kind = turn.kind.map(line::TurnKind::as_str);
-                let provenance = turn.provenance.map(line::Provenance::as_str);
-                let words = [Some(turn.actor.as_str()), kind, provenance];
+            Err(reason) => format!("no turn: {reason}"),
+            Ok(turn) => {
+                let words = [Some(turn.actor), turn.kind, turn.provenance];
                 format!("turn: {}", words.into_iter().flatten().collect::<Vec<_>>().join(", "))
             }
         };
-        if turn.is_some() && !self.is_whole {
+        if turn.is_ok() && !self.is_whole {
             what.push_str(" (it has no newline yet)");
         }
         let (line_type, what) = (harmless(self.type_name()), harmless(&what));
         writeln!(out, "{:>7} {:>11}  {line_type:<10}  {what}", self.line, self.offset)?;
-        for line in turn.filter(|_| with_text).into_iter().flat_map(|turn| turn.text.lines()) {
+        for line in turn.ok().filter(|_| with_text).into_iter().flat_map(|turn| turn.text.lines()) {
             writeln!(out, "{:>22}| {}", "", harmless(line))?;
         }
         Ok(())
@@ -239,21 +213,21 @@ impl Record {
         if !unknowns.is_empty() {
             put("unknown", unknowns.into());
         }
-        let turn = match &self.outcome {
-            Outcome::Unreadable(message) => {
-                put("unreadable", message.as_str().into());
+        if let Outcome::Unreadable(message) = &self.outcome {
+            put("unreadable", message.as_str().into());
+            return object.into();
+        }
+        let turn = match self.turn() {
+            Ok(turn) => turn,
+            Err(reason) => {
+                put("reason", reason.into());
                 return object.into();
             }
-            Outcome::Read(meaning) => meaning.turn.as_ref(),
         };
-        let Some(turn) = turn else {
-            put("reason", self.reason().into());
-            return object.into();
-        };
-        put("actor", turn.actor.as_str().into());
+        put("actor", turn.actor.into());
         if let (Some(kind), Some(provenance)) = (turn.kind, turn.provenance) {
-            put("kind", kind.as_str().into());
-            put("provenance", provenance.as_str().into());
+            put("kind", kind.into());
+            put("provenance", provenance.into());
         }
         put("turn_uuid", turn.uuid.as_deref().into());
         put("text_bytes", turn.text.len().into());

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::json::{self, items, members};
+use crate::transcript::UNKNOWN_TYPE;
 
 /// Longest `cwd`, branch and model that is kept: no system has longer paths (Linux's PATH_MAX).
 const NAME_BYTES_MAX: usize = 4096;
@@ -167,10 +168,18 @@ pub(super) fn read(line: &str) -> Result<Line, serde_json::Error> {
         _ => Content::Other,
     };
     if !LINE_TYPES.contains(&&*line_type) {
-        unknown = Some(("type", known_by(if line_type.is_empty() { "none" } else { &line_type })));
+        unknown = Some((UNKNOWN_TYPE, known_by(if line_type.is_empty() { "none" } else { &line_type })));
     }
     let is_activity = matches!(&*line_type, "event_msg" | "response_item" | "session_meta");
     Ok(Line { at: time(timestamp), is_activity, content, unknown })
+}
+
+/// Type of a line, and of its payload: `event_msg/user_message`.
+pub(super) fn type_of(line: &str) -> String {
+    let [line_type, payload] = pick(Some(line), ["type", "payload"]);
+    let [kind] = pick(payload, ["type"]);
+    let types = [line_type, kind].map(text);
+    known_by(&types.iter().flatten().map(|name| &**name).collect::<Vec<_>>().join("/"))
 }
 
 fn session_meta(payload: Option<&str>) -> Option<SessionMeta> {

@@ -66,6 +66,14 @@ impl Environment {
         }
     }
 
+    /// Codex's own folder: `CODEX_HOME`, else `~/.codex`; `None` without a home.
+    pub(crate) fn codex_folder(&self) -> Option<PathBuf> {
+        match self.set("CODEX_HOME") {
+            Some(moved) => Some(absolute(&self.folder, Path::new(moved))),
+            None => self.home.as_ref().map(|home| home.join(".codex")),
+        }
+    }
+
     /// The user's own configuration file: `$XDG_CONFIG_HOME` or `~/.config`, on macOS too; `None` without a home.
     pub fn user_config_file(&self) -> Option<PathBuf> {
         let file = self.xdg("XDG_CONFIG_HOME", "~/.config") + "/" + CONFIG_FILE;
@@ -103,7 +111,7 @@ impl Environment {
             .filter(move |(name, _)| name.starts_with(prefix))
     }
 
-    /// The absolute path meant by `text`: `~` is the home, `~/.claude` is Claude Code's folder wherever it was moved,
+    /// The absolute path meant by `text`: `~` is the home, `~/.claude` and `~/.codex` are the agents' folders wherever they were moved,
     /// and what is relative is relative to `base`. The error says what was expected.
     pub(super) fn locate(&self, text: &str, base: &Path) -> Result<PathBuf, String> {
         let Some(rest) = text.strip_prefix('~') else {
@@ -113,9 +121,10 @@ impl Environment {
             return Err("expected the folder written out: only ~ and ~/ are expanded".to_owned());
         }
         let below = Path::new(rest.trim_start_matches('/'));
-        let place = match below.strip_prefix(".claude") {
-            Ok(inner) => self.claude_folder().map(|folder| folder.join(inner)),
-            Err(_) => self.home.as_ref().map(|home| home.join(below)),
+        let place = match (below.strip_prefix(".claude"), below.strip_prefix(".codex")) {
+            (Ok(inner), _) => self.claude_folder().map(|folder| folder.join(inner)),
+            (_, Ok(inner)) => self.codex_folder().map(|folder| folder.join(inner)),
+            _ => self.home.as_ref().map(|home| home.join(below)),
         };
         place
             .map(|place| absolute(base, &place))

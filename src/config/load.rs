@@ -28,6 +28,7 @@ const PROJECTS: &str = "claude.projects_path";
 
 /// Where the defaults of paths are, beside a configuration file.
 const STATE_FOLDER: &str = "data";
+const CODEX_SESSIONS: &str = "codex.sessions_path";
 
 /// Keys of Claude Headspace's own in sections that both programs have.
 const CLAUDE_HEADSPACE_KEYS: [(&str, &[&str]); 3] = [
@@ -321,6 +322,9 @@ impl Loader<'_> {
         }
         let mut values: BTreeMap<String, String> =
             self.keys.iter().map(|(path, key)| (path.clone(), shown(&key.value))).collect();
+        // Without a home there is no Codex CLI either.
+        let is_default = self.keys.get(CODEX_SESSIONS).is_some_and(|key| key.location.is_none());
+        config.codex.sessions_path = config.codex.sessions_path.filter(|path| !is_default || self.locate(path).is_ok());
         for (key, path) in paths(&mut config) {
             match self.locate(path) {
                 Ok(located) => *path = located,
@@ -414,6 +418,7 @@ fn paths(config: &mut Config) -> Vec<(&'static str, &mut PathBuf)> {
         ("queue.spool_path", &mut config.queue.spool_path),
         ("http.socket", &mut config.http.socket),
     ];
+    paths.extend(config.codex.sessions_path.iter_mut().map(|path| (CODEX_SESSIONS, path)));
     paths.extend(config.schemas.path.iter_mut().map(|path| ("schemas.path", path)));
     paths.extend(config.claude.projects_paths.iter_mut().map(|path| (PROJECTS, path)));
     paths

@@ -117,7 +117,7 @@ fn the_shipped_file_is_the_defaults() {
 #[test]
 fn the_shipped_file_says_the_range_that_is_enforced_above_each_key() {
     let keys = documented();
-    assert_eq!(keys.len(), 31);
+    assert_eq!(keys.len(), 32);
     for (path, default, line) in keys {
         let (section, name) = path.split_once('.').unwrap();
         let errors = Desk::with(format!("{section}:\n  {name}: {{}}\n")).errors();
@@ -167,6 +167,7 @@ fn ranges_hold_at_both_ends_in_file_and_environment() {
 fn values_land_in_their_fields() {
     let desk = Desk::with(
         "claude: {projects_path: /srv/projects}\n\
+         codex: {sessions_path: /srv/sessions}\n\
          file_watcher: {polling_interval: 0.25, inactivity_timeout: 90.5, debounce_interval: .5,\n\
          \x20 max_line_bytes: 5000}\n\
          event_system: {write_retry_attempts: 4, write_retry_delay_ms: 7, write_retry_max_delay_ms: 70,\n\
@@ -179,8 +180,10 @@ fn values_land_in_their_fields() {
          hooks: {capture: full}\n\
          redact: {enabled: true, patterns: ['a{1,2}', \"b\"]}\n",
     );
-    let Config { claude, file_watcher, event_system, database, queue, http, schemas, hooks, redact } = desk.config();
+    let Config { claude, codex, file_watcher, event_system, database, queue, http, schemas, hooks, redact } =
+        desk.config();
     assert_eq!(claude.projects_paths, [Path::new("/srv/projects")]);
+    assert_eq!(codex.sessions_path, Some("/srv/sessions".into()));
     assert_eq!(file_watcher.polling_interval, Duration::from_millis(250));
     assert_eq!(file_watcher.inactivity_timeout, Duration::from_millis(90_500));
     assert_eq!(file_watcher.debounce_interval, Duration::from_millis(500));
@@ -613,6 +616,15 @@ fn without_a_home_the_tilde_is_refused_where_it_stands() {
     );
     let desk = Desk { variables: Vec::new(), ..Desk::with("claude:\n  projects_path: /p\n") };
     assert_eq!(desk.config().claude.projects_paths, [Path::new("/p")]);
+}
+
+#[test]
+fn codex_home_moves_what_lies_in_the_codex_folder_and_without_a_home_there_is_none() {
+    let sessions = |desk: Desk| desk.config().codex.sessions_path;
+    assert_eq!(sessions(Desk::new()), Some("/home/ada/.codex/sessions".into()));
+    assert_eq!(sessions(Desk::new().set("CODEX_HOME", "/srv/codex")), Some("/srv/codex/sessions".into()));
+    assert_eq!(sessions(Desk::with("codex: {sessions_path: null}\n")), None);
+    assert_eq!(sessions(Desk { variables: Vec::new(), ..Desk::with("claude:\n  projects_path: /p\n") }), None);
 }
 
 #[test]

@@ -17,6 +17,7 @@ pub(crate) mod spool_reader;
 pub(crate) mod transcripts;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -28,6 +29,7 @@ use uuid::Uuid;
 use self::redact::Redactor;
 use self::request::IdempotencyKeys;
 use self::schema::{Invalid, Refused, Schemas};
+use crate::agent::Agent;
 use crate::claude::hook;
 use crate::event::{Candidate, Event, EventType, Failure, FailureKind, Origin, Record, Rejection, Timestamp};
 use crate::json::ValuesMemory;
@@ -130,7 +132,7 @@ impl Intake {
                 return None;
             }
         };
-        if let Some(registration) = hook::registration(&candidate) {
+        if let Some(registration) = hook::registration(&candidate, |path| Agent::of_transcript(Path::new(path))) {
             self.admit(registration, batch);
         }
         let ended = hook::session_end(&candidate);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::agent::AgentFolder;
 use crate::claude::retention::{self, CLEANUP_PERIOD_DAYS, WARN_DAYS};
 use crate::claude::settings::FILE_BYTES_MAX;
 use crate::event::Timestamp;
@@ -23,9 +24,10 @@ pub(crate) struct Retention {
 }
 
 impl Retention {
-    /// `projects`: the projects folders; Claude Code's `settings.json` is beside each.
-    pub(crate) fn new(projects: &[PathBuf]) -> Retention {
-        let settings = projects.iter().map(|projects| settings_beside(projects)).collect();
+    /// Claude Code's `settings.json` is beside each of its folders.
+    pub(crate) fn new(folders: &[AgentFolder]) -> Retention {
+        let settings = folders.iter().filter(|folder| folder.agent.deletes_transcripts());
+        let settings = settings.map(|folder| settings_beside(&folder.path)).collect();
         Retention { settings, period: Duration::ZERO, read_at: None }
     }
 
@@ -62,6 +64,11 @@ fn cleanup_period_days(settings: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::Agent;
+
+    fn projects(folder: &Path) -> AgentFolder {
+        AgentFolder { agent: Agent::ClaudeCode, path: folder.join("projects") }
+    }
 
     fn days_until_warned(settings: Option<&str>) -> i64 {
         let folder = tempfile::tempdir().unwrap();
@@ -69,7 +76,7 @@ mod tests {
             std::fs::write(folder.path().join("settings.json"), settings).unwrap();
         }
         let now: Timestamp = "2026-06-01T00:00:00Z".parse().unwrap();
-        let before = Retention::new(&[folder.path().join("projects")]).expires_before(now);
+        let before = Retention::new(&[projects(folder.path())]).expires_before(now);
         now.duration_since(before).as_hours() / 24
     }
 
@@ -88,6 +95,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let endless = format!("{{\"cleanupPeriodDays\": {}}}", u64::MAX);
         std::fs::write(folder.path().join("settings.json"), endless).unwrap();
-        assert_eq!(Retention::new(&[folder.path().join("projects")]).expires_before(Timestamp::now()), Timestamp::MIN);
+        assert_eq!(Retention::new(&[projects(folder.path())]).expires_before(Timestamp::now()), Timestamp::MIN);
     }
 }

@@ -1,6 +1,6 @@
 //! Which sessions live, by what the system tells: processes that have one open, SessionEnd hooks, times of files.
 //!
-//! When a session has ended follows from that and from its lines, see [`session`](crate::claude::session).
+//! When a session has ended follows from that and from its lines, see [`session`](crate::session).
 
 use std::collections::HashMap;
 use std::fs::Metadata;

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::claude::line::{event_id_of_turn, session_registered_event_id};
+use crate::agent;
 use crate::config::Config;
 use crate::event::{Candidate, EventId, Timestamp};
 use crate::intake::retention::Retention;
 use crate::intake::transcripts::census::{Census, Extent, MainTranscript, NoTurns, Sighting};
+use crate::session::{event_id_of_turn, session_registered_event_id};
 use crate::sink::DeliverError;
 use crate::sink::postgres::{ASKED_MAX, AuditedRow, Auditor, Receipt};
 use crate::source::SourceError;
@@ -117,10 +118,10 @@ impl Absence {
 impl Inventory {
     /// Reads every transcript.
     pub(super) async fn take(config: &Config, since: Option<Timestamp>) -> Result<Inventory, SourceError> {
-        let projects = config.claude.projects_paths.clone();
-        let retention = Retention::new(&projects);
+        let folders = agent::folders(config);
+        let retention = Retention::new(&folders);
         let watcher = &config.file_watcher;
-        let mut census = Census::new(projects, watcher.max_line_bytes, watcher.inactivity_timeout);
+        let mut census = Census::new(folders, watcher.max_line_bytes, watcher.inactivity_timeout);
         let cursors = waiting::cursors(config).await?;
         let found = census.find();
         let bar = progress("reading", found.bytes, "{bytes}/{total_bytes}");

@@ -113,7 +113,7 @@ impl Missing<'_> {
                 offset: one.offset,
                 event_type: one.event_type(),
                 event_id: one.id.to_string(),
-                session_uuid: main.path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned),
+                session_uuid: Some(main.session.to_string()),
                 reason: one.standing.absence()?,
                 sent_again: matches!(one.standing, Standing::SentAgain(_)),
             })

@@ -10,7 +10,6 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::VerifyError;
-use crate::claude::transcript;
 use crate::config::Config;
 use crate::event::Cursor;
 use crate::intake::record;
@@ -19,6 +18,7 @@ use crate::intake::transcripts::census::Cursors;
 use crate::listing::{CursorLine, Filter, Listing};
 use crate::queue::QueueError;
 use crate::source::{self, Part, SourceError};
+use crate::transcript;
 
 /// How long a watcher may be starting or ending, neither of which lets the queue be asked.
 const PATIENCE: Duration = Duration::from_secs(15);

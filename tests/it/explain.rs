@@ -76,7 +76,7 @@ fn each_line_is_a_turn_or_says_why_not() {
     assert_eq!(found[8], (9, "user", "no turn: origin oracle"));
     assert_eq!(found[9], (10, "-", "no turn: incomplete: it has no newline yet"));
     assert_eq!(found.len(), 10, "{lines:?}");
-    assert_eq!(unknown, ["unknown to this version: origin \"oracle\" on 1 line (Claude Code \"2.1.300\")"]);
+    assert_eq!(unknown, ["unknown to this version: origin \"oracle\" on 1 line (version \"2.1.300\")"]);
     // No text but where it is asked for, and then without the power to steer a terminal.
     assert!(!lines.concat().contains("what is"), "{lines:?}");
     let lines = explained(&stage, &["--text", &format!("{path}:1")]);

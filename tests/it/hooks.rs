@@ -65,6 +65,8 @@ fn summary_of(input: &Value) -> Value {
         ("trigger", "trigger"),
         ("message", "message"),
         ("title", "title"),
+        ("turn_id", "turn_id"),
+        ("model", "model"),
     ] {
         if let Some(Value::String(text)) = input.get(from) {
             summary[to] = text.clone().into();

@@ -16,6 +16,7 @@ mod bsd_tools;
 mod capture;
 mod check;
 mod citus;
+mod codex;
 mod commands;
 mod copies;
 mod damage;

@@ -275,7 +275,7 @@ fn a_session_is_registered_once_with_the_working_directory_that_its_lines_name()
     assert_eq!(
         payloads,
         [json!({
-            "session_uuid": transcript.session, "project_path": "/home/me/my_app",
+            "agent": "claude-code", "session_uuid": transcript.session, "project_path": "/home/me/my_app",
             "working_directory": "/home/me/my_app", "git_branch": "fix/login",
             "transcript_path": transcript.path.to_str().unwrap(), "started_at": "2026-01-02T03:04:05.678Z",
         })]

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::super::copies::Look;
 use super::super::repair::{Segment, salvage};
 use super::*;
+use crate::session::{SessionFacts, session_registered_event_id};
 
 const SESSION: Uuid = Uuid::from_u128(0x5f00_0000_0000_4000_8000_0000_0000_0001);
 const OTHER: Uuid = Uuid::from_u128(0x5f00_0000_0000_4000_8000_0000_0000_0002);
@@ -665,7 +666,7 @@ mod payloads {
         assert_eq!(
             payload(&line, Some("/home/u")),
             json!({
-                "session_uuid": SESSION.to_string(), "actor": "user", "text": "see", "source": "polling",
+                "agent": "claude-code", "session_uuid": SESSION.to_string(), "actor": "user", "text": "see", "source": "polling",
                 "turn_timestamp": "2026-07-28T18:20:34.312Z", "turn_uuid": "b1000000-0000-4000-8000-000000000001",
                 "message_id": "7c", "kind": "prompt", "provenance": "unlabelled", "project_path": "/home/u", "working_directory": "/home/u/app",
                 "git_branch": "main", "has_attachment": true,
@@ -680,7 +681,7 @@ mod payloads {
         assert_eq!(
             payload(&line, None),
             json!({
-                "session_uuid": SESSION.to_string(), "actor": "agent", "text": "a\u{fffd}", "source": "polling",
+                "agent": "claude-code", "session_uuid": SESSION.to_string(), "actor": "agent", "text": "a\u{fffd}", "source": "polling",
                 "turn_timestamp": "2026-07-28T18:20:34.312Z", "turn_uuid": "b1000000-0000-4000-8000-000000000001",
                 "message_id": "msg_01X", "working_directory": "/home/u/app", "git_branch": "main", "is_final": null,
                 "model": "claude-opus-4-8", "metadata": {"repaired": true},
@@ -694,7 +695,7 @@ mod payloads {
         assert_eq!(
             payload(&line, None),
             json!({
-                "session_uuid": SESSION.to_string(), "actor": "user", "text": "hi", "source": "polling",
+                "agent": "claude-code", "session_uuid": SESSION.to_string(), "actor": "user", "text": "hi", "source": "polling",
                 "turn_timestamp": "1970-01-01T00:00:00.000Z", "kind": "prompt", "provenance": "unlabelled",
             })
         );
@@ -709,13 +710,20 @@ mod payloads {
 
     #[test]
     fn a_session_is_registered_with_what_is_known() {
-        let facts =
-            SessionFacts { session: SESSION, cwd: "/a", git_branch: None, transcript_path: None, started_at: None };
+        let facts = SessionFacts {
+            agent: None,
+            session: SESSION,
+            cwd: "/a",
+            git_branch: None,
+            transcript_path: None,
+            started_at: None,
+        };
         assert_eq!(
             Value::Object(facts.payload()),
             json!({"session_uuid": SESSION.to_string(), "project_path": "/a", "working_directory": "/a"})
         );
         let facts = SessionFacts {
+            agent: Some(Agent::CodexCli),
             git_branch: Some("main"),
             transcript_path: Some("/p/s.jsonl"),
             started_at: Some(Timestamp::UNIX_EPOCH),
@@ -723,7 +731,7 @@ mod payloads {
         };
         assert_eq!(
             Value::Object(facts.payload()),
-            json!({"session_uuid": SESSION.to_string(), "project_path": "/a", "working_directory": "/a",
+            json!({"agent": "codex-cli", "session_uuid": SESSION.to_string(), "project_path": "/a", "working_directory": "/a",
                 "git_branch": "main", "transcript_path": "/p/s.jsonl", "started_at": "1970-01-01T00:00:00.000Z"})
         );
     }

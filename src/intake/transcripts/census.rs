@@ -11,18 +11,17 @@ use uuid::Uuid;
 
 use super::super::sessions;
 use super::descent::{Compared, look_at, with_ancestors};
-use super::reader::open;
+use super::reader::open_lines;
 use super::scanner::{self, DEPTH_MAX};
 use super::tail::Tail;
-use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{self, Found, LastLine, Source};
+use crate::agent::{Agent, AgentFolder, Memory};
 use crate::event::{Candidate, Cursor, Origin, Timestamp};
+use crate::transcript::{Found, LastLine, START, Source, TranscriptKind};
 
 /// How transcripts are found and read: as the follower does.
 #[derive(Clone, Debug)]
 pub(crate) struct Census {
-    /// The folders that hold project folders, outside of each other.
-    projects: Vec<PathBuf>,
+    folders: Vec<AgentFolder>,
     line_bytes_max: u64,
     inactivity_timeout: Duration,
     /// The sessions that have a transcript of their own with anything said in it, as they were found.
@@ -33,6 +32,8 @@ pub(crate) struct Census {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct MainTranscript {
     pub path: PathBuf,
+    pub agent: Agent,
+    pub session: Uuid,
     /// Those it may have been copied from.
     pub ancestors: Vec<PathBuf>,
 }
@@ -48,7 +49,7 @@ pub(crate) struct Transcripts {
     pub bytes: u64,
     /// Folders that can't be looked into, and why.
     pub unreadable: Vec<(PathBuf, String)>,
-    /// Projects folders that do not exist.
+    /// Folders that do not exist, of agents that are expected to be used.
     pub missing_folders: Vec<PathBuf>,
 }
 
@@ -76,22 +77,23 @@ pub(crate) struct Extent {
 pub(crate) type NoTurns = BTreeMap<&'static str, u64>;
 
 impl Census {
-    pub(crate) fn new(projects: Vec<PathBuf>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
-        Census { projects, line_bytes_max, inactivity_timeout, sessions: HashSet::new() }
+    pub(crate) fn new(folders: Vec<AgentFolder>, line_bytes_max: u64, inactivity_timeout: Duration) -> Census {
+        Census { folders, line_bytes_max, inactivity_timeout, sessions: HashSet::new() }
     }
 
     /// Looks for all transcripts.
     pub(crate) fn find(&mut self) -> Transcripts {
         let mut found = Transcripts::default();
         let mut main = Vec::new();
-        let walks = self.projects.iter().map(walkdir::WalkDir::new);
-        for entry in walks.flat_map(|walk| walk.follow_links(true).max_depth(DEPTH_MAX)) {
+        let walk = |folder: &AgentFolder| walkdir::WalkDir::new(&folder.path).follow_links(true).max_depth(DEPTH_MAX);
+        let walks = self.folders.iter().flat_map(|folder| walk(folder).into_iter().map(|entry| (folder.agent, entry)));
+        for (agent, entry) in walks {
             match entry {
                 Ok(entry) if entry.depth() == 0 && !entry.file_type().is_dir() => {
                     found.unreadable.push((entry.into_path(), "it is no folder".to_owned()));
                 }
                 Ok(entry) if entry.file_type().is_file() => match self.kind_of(entry.path()) {
-                    Some(TranscriptKind::SubAgent) => found.sub_agents += 1,
+                    Some((_, TranscriptKind::SubAgent)) => found.sub_agents += 1,
                     Some(kind) => {
                         found.bytes += entry.metadata().map_or(0, |metadata| metadata.len());
                         main.push((look_at(entry.path(), Some(kind)), entry.into_path()));
@@ -103,7 +105,7 @@ impl Census {
                     let kind = error.io_error().map(io::Error::kind);
                     match (kind, error.path()) {
                         (Some(io::ErrorKind::NotFound), Some(path)) if error.depth() == 0 => {
-                            found.missing_folders.push(path.to_owned());
+                            found.missing_folders.extend(agent.is_expected().then(|| path.to_owned()));
                         }
                         (kind, Some(path)) if error.depth() == 0 || kind == Some(io::ErrorKind::PermissionDenied) => {
                             found.unreadable.push((path.to_owned(), error.to_string()));
@@ -116,14 +118,17 @@ impl Census {
         let (looks, paths): (Vec<_>, Vec<_>) = main.into_iter().unzip();
         let mut ordered: Vec<_> = with_ancestors(&looks, &paths).collect();
         ordered.sort_unstable();
-        let main = ordered.into_iter().map(|(_, path, ancestors)| (path.clone(), ancestors.unwrap_or_default()));
-        found.main = main.map(|(path, ancestors)| MainTranscript { path, ancestors }).collect();
+        let main = ordered.into_iter().filter_map(|(_, path, ancestors)| {
+            let (agent, TranscriptKind::Main { session }) = self.kind_of(path)? else { return None };
+            Some(MainTranscript { path: path.clone(), agent, session, ancestors: ancestors.unwrap_or_default() })
+        });
+        found.main = main.collect();
         self.sessions = looks.iter().filter(|look| look.root.is_some()).map(|look| look.stem).collect();
         found
     }
 
-    fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
-        scanner::kind_of(&self.projects, path)
+    fn kind_of(&self, path: &Path) -> Option<(Agent, TranscriptKind)> {
+        scanner::kind_of(&self.folders, path)
     }
 
     /// Reads one transcript up to the size it has now. `cursor`: the follower's, as it stood before. `Ok(None)`: it is
@@ -135,14 +140,13 @@ impl Census {
         no_turns: &mut NoTurns,
         mut sighted: impl FnMut(Sighting),
     ) -> io::Result<Option<Extent>> {
-        let MainTranscript { path, ancestors } = transcript;
-        let Some(kind @ TranscriptKind::Main { session }) = self.kind_of(path) else { return Ok(None) };
-        let (handle, metadata) = match open(path) {
+        let MainTranscript { path, agent, session, ancestors } = transcript;
+        let (agent, session) = (*agent, *session);
+        let (handle, bytes, metadata) = match open_lines(path) {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let bytes = metadata.len();
         let read_bytes = match cursor {
             Some(cursor) if self.is_as_read(&handle, bytes, cursor)? => cursor.offset,
             _ => 0,
@@ -150,22 +154,23 @@ impl Census {
         let may_register = read_bytes == 0 || cursor.is_some_and(|cursor| cursor.project_path.is_some());
         let compared = Compared { path, session, bytes, may_go_on: &|| true };
         let source = Source {
-            kind,
+            agent,
+            kind: TranscriptKind::Main { session },
             path: path.to_string_lossy().into(),
             inactivity_timeout: self.inactivity_timeout,
             active_max: sessions::active_max(&metadata, Timestamp::now()),
-            inherited_to: compared.inherited_to(ancestors)?,
+            inherited_to: if agent.copies_lines() { compared.inherited_to(ancestors)? } else { 0 },
         };
-        let (mut scratch, mut other) = (transcript::START, None);
+        let (mut scratch, mut memory) = (START, Memory::default());
         let mut take = |offset: u64, line: &[u8]| {
-            source.read(line, offset, &mut scratch, &mut other, |found| {
+            source.read(line, offset, &mut scratch, &mut memory, |found| {
                 let candidate = match found {
                     // The follower registers no session of which it has found nothing but what it inherited.
                     Found::Event(candidate) if candidate.event_type == "session_registered" && !may_register => return,
                     Found::Event(candidate) => candidate,
                     Found::OfOther(session, _) if self.sessions.contains(&session) => return,
                     Found::OfOther(_, candidate) => candidate,
-                    Found::NoTurn(reason) => return *no_turns.entry(reason.label()).or_default() += 1,
+                    Found::NoTurn(reason) => return *no_turns.entry(reason).or_default() += 1,
                     Found::Unreadable(_) => return,
                 };
                 let Origin::Transcript { offset, .. } = candidate.origin else { return };
@@ -178,7 +183,7 @@ impl Census {
         let mut tail = Tail::new(bytes, self.line_bytes_max);
         tail.for_each_line(&handle, &mut take)?;
         // A last line without newline counts when it is complete: then the follower reads it, too, once its file is quiet.
-        let (judged, line) = tail.last_line(&handle, &kind)?;
+        let (judged, line) = tail.last_line(&handle, agent)?;
         if judged == LastLine::Complete {
             take(tail.offset(), &line);
         }
@@ -215,8 +220,10 @@ mod tests {
         let path = projects.join("-app").join(format!("{}.jsonl", Uuid::from_u128(1)));
         std::fs::create_dir(path.parent().unwrap()).unwrap();
         std::fs::write(&path, bytes).unwrap();
-        let mut census = Census::new(vec![projects], line_bytes_max, Duration::from_secs(60));
-        let transcript = MainTranscript { path, ancestors: Vec::new() };
+        let folder = AgentFolder { agent: Agent::ClaudeCode, path: projects };
+        let mut census = Census::new(vec![folder], line_bytes_max, Duration::from_secs(60));
+        let session = Uuid::from_u128(1);
+        let transcript = MainTranscript { path, agent: Agent::ClaudeCode, session, ancestors: Vec::new() };
         assert_eq!(census.find().main, std::slice::from_ref(&transcript));
         let mut found = Vec::new();
         census
@@ -271,7 +278,7 @@ mod tests {
         let mut tail = Tail::new(text.len() as u64, 1 << 20);
         tail.for_each_line(text.as_bytes(), |_, _| false).unwrap();
         let (offset, fingerprint) = (tail.offset(), tail.fingerprint());
-        let cursor = Cursor { offset, fingerprint, ..transcript::START };
+        let cursor = Cursor { offset, fingerprint, ..START };
         let read = |text: &str| -> Vec<bool> {
             prompts(text.as_bytes(), 1 << 20, Some(&cursor)).into_iter().map(|(_, _, is_read)| is_read).collect()
         };

@@ -15,13 +15,14 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Follower;
+use super::compressed::{self, is_compressed};
 use super::followed::Followed;
-use super::reader::open;
+use super::reader::{open, open_lines};
 use super::tail::{Tail, read_full_at};
+use crate::agent::{Agent, Memory};
 use crate::claude::copies::{self, Look, Place, Said};
-use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{OtherSession, START, Source};
 use crate::event::{Cursor, Timestamp};
+use crate::transcript::{START, Source, TranscriptKind};
 
 /// Bytes at the end of a file that are looked at.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -47,29 +48,32 @@ pub(crate) struct Fresh {
 }
 
 /// What a transcript tells of its descent. Nothing where it can't be read, or is a sub-agent's.
-pub(crate) fn look_at(path: &Path, kind: Option<TranscriptKind>) -> Look {
-    let Some(TranscriptKind::Main { session }) = kind else { return Look::at(Uuid::nil(), b"", b"") };
+pub(crate) fn look_at(path: &Path, kind: Option<(Agent, TranscriptKind)>) -> Look {
+    let Some((agent, TranscriptKind::Main { session })) = kind else { return Look::at(Uuid::nil(), b"", b"") };
     let read = || -> io::Result<Look> {
         let (file, metadata) = open(path)?;
-        let head = head_of(&file)?;
+        let head = head_of(path, &file, agent)?;
         let mut tail = Vec::new();
-        if metadata.len() > head.len() as u64 {
+        if metadata.len() > head.len() as u64 && agent.copies_lines() {
             tail.resize(TAIL_BYTES as usize, 0);
             let length = read_full_at(&file, &mut tail, metadata.len().saturating_sub(TAIL_BYTES))?;
             tail.truncate(length);
         }
         let born = metadata.created().ok().and_then(|born| Timestamp::try_from(born).ok());
-        Ok(Look { born, bytes: metadata.len(), ..Look::at(session, &head, &tail) })
+        Ok(Look { born, bytes: metadata.len(), ..agent.look(session, &head, &tail) })
     };
     read().unwrap_or_else(|_| Look::at(session, b"", b""))
 }
 
 /// The beginning of a file, with the first line of its conversation if that is there.
-fn head_of(file: &File) -> io::Result<Vec<u8>> {
+fn head_of(path: &Path, file: &File, agent: Agent) -> io::Result<Vec<u8>> {
+    if is_compressed(path) {
+        return compressed::head(file.try_clone()?, HEAD_BYTES_MAX);
+    }
     let mut head = vec![0; HEAD_BYTES];
     loop {
         let length = read_full_at(file, &mut head, 0)?;
-        if length < head.len() || head.len() >= HEAD_BYTES_MAX || copies::root(&head).is_some() {
+        if length < head.len() || head.len() >= HEAD_BYTES_MAX || agent.is_head_complete(&head) {
             head.truncate(length);
             return Ok(head);
         }
@@ -79,7 +83,7 @@ fn head_of(file: &File) -> io::Result<Vec<u8>> {
 
 /// The uuid of the first line of a transcript's conversation, as far as its head tells.
 fn root_of(path: &Path) -> Option<String> {
-    copies::root(&head_of(&open(path).ok()?.0).ok()?)
+    copies::root(&head_of(path, &open(path).ok()?.0, Agent::ClaudeCode).ok()?)
 }
 
 /// The place of each file in the order of reading, and its ancestors, where it tells them.
@@ -136,7 +140,7 @@ impl Compared<'_> {
             known.len() < COMPARED_LINES_MAX && (self.may_go_on)()
         })?;
         // Its last line may not be finished for its own reader.
-        let (_, line) = tail.last_line(&file, &TranscriptKind::Main { session: self.session })?;
+        let (_, line) = tail.last_line(&file, Agent::ClaudeCode)?;
         known.extend(uuid_hash(&line));
         Ok(())
     }
@@ -192,7 +196,11 @@ impl Follower {
     /// The transcripts that were read before.
     fn look_up_families(&self) -> Families {
         let mut families = Families::default();
-        for file in self.files.values().filter(|file| file.cursor.offset > 0 && file.session().is_some()) {
+        for file in self
+            .files
+            .values()
+            .filter(|file| file.cursor.offset > 0 && file.session().is_some() && file.agent.copies_lines())
+        {
             if !self.may_go_on() {
                 break;
             }
@@ -206,13 +214,14 @@ impl Follower {
     /// Finds out what a file has inherited, before anything of its own was read.
     pub(super) fn note_beginning(&mut self, file: &mut Followed, size: u64, source: &mut Source) -> io::Result<()> {
         let Some(session) = file.session() else { return Ok(()) };
-        if file.cursor.session.last_activity.is_some() {
+        if file.has_begun() {
             file.beginning = None;
             return Ok(());
         }
+        let agent = file.agent;
         let path = Arc::clone(&file.path);
         let beginning = file.beginning.get_or_insert_default();
-        if beginning.ancestors.is_none() {
+        if beginning.ancestors.is_none() && agent.copies_lines() {
             beginning.ancestors = self.ancestors_of(&path);
         }
         let ancestors = beginning.ancestors.as_deref().unwrap_or_default();
@@ -222,8 +231,8 @@ impl Follower {
             beginning.compared_to = size;
         }
         source.inherited_to = beginning.inherited_to;
-        if !std::mem::replace(&mut beginning.knows_other, true) {
-            beginning.other = self.read_again(&path, &file.cursor, source)?;
+        if !std::mem::replace(&mut beginning.remembers, true) {
+            beginning.memory = self.read_again(&path, &file.cursor, source)?;
         }
         Ok(())
     }
@@ -236,22 +245,23 @@ impl Follower {
         with_ancestors(&looks, &paths).next().and_then(|(_, _, ancestors)| ancestors)
     }
 
-    /// The other session of which the lines before the cursor told last.
-    fn read_again(&self, path: &Path, cursor: &Cursor, source: &Source) -> io::Result<Option<OtherSession>> {
+    /// What the lines before the cursor leave in memory.
+    fn read_again(&self, path: &Path, cursor: &Cursor, source: &Source) -> io::Result<Memory> {
+        let (mut scratch, mut memory) = (START, Memory::default());
         if cursor.offset == 0 {
-            return Ok(None);
+            return Ok(memory);
         }
-        let (mut scratch, mut other) = (START, None);
-        let (file, _) = open(path)?;
+        let (file, _, _) = open_lines(path)?;
         let mut tail = Tail::new(cursor.offset, self.config.line_bytes_max);
         tail.for_each_line(&file, |offset, line| {
-            source.read(line, offset, &mut scratch, &mut other, |_| {});
+            source.read(line, offset, &mut scratch, &mut memory, |_| {});
             self.may_go_on()
         })?;
         // It may have been read without its newline.
-        let (_, line) = tail.last_line(&file, &source.kind)?;
-        source.read(&line, tail.offset(), &mut scratch, &mut other, |_| {});
-        Ok(other.map(|other| other.ended_through(cursor.session.ended_through)))
+        let (_, line) = tail.last_line(&file, source.agent)?;
+        source.read(&line, tail.offset(), &mut scratch, &mut memory, |_| {});
+        memory.other = memory.other.map(|other| other.ended_through(cursor.session.ended_through));
+        Ok(memory)
     }
 }
 

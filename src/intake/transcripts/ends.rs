@@ -1,19 +1,20 @@
 //! When sessions have ended: by all that is known of their transcripts, their processes and their hooks. The clock is an
 //! argument.
 //!
-//! What a transcript's lines say of its session's end is in [`session`](crate::claude::session).
+//! What a transcript's lines say of its session's end is in [`session`](crate::session).
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::followed::{Access, Files, Followed};
-use crate::claude::session::{End, EndReason};
+use crate::agent::AgentFolder;
 use crate::event::{Origin, SessionState, Timestamp};
 use crate::intake::sessions::{Closing, Now, OpenSessions, Roots};
+use crate::session::{End, EndReason};
 
 /// Sessions without a transcript that are ended at once.
 const WITHOUT_TRANSCRIPT_MAX: usize = 256;
@@ -51,9 +52,8 @@ pub(crate) struct OtherEnding {
 }
 
 impl Ends {
-    /// `projects`: the projects folders; `sessions/` is beside each.
-    pub(crate) fn new(projects: &[PathBuf], inactivity_timeout: Duration) -> Ends {
-        let folders = projects.iter().map(|projects| projects.with_file_name("sessions"));
+    pub(crate) fn new(folders: &[AgentFolder], inactivity_timeout: Duration) -> Ends {
+        let folders = folders.iter().map_while(|folder| folder.agent.processes_folder(&folder.path));
         Ends {
             inactivity_timeout,
             open_sessions: OpenSessions::new(folders),
@@ -251,9 +251,9 @@ mod tests {
     use jiff::SignedDuration;
 
     use super::*;
-    use crate::claude::line::TranscriptKind;
-    use crate::claude::transcript::START;
+    use crate::agent::Agent;
     use crate::event::Cursor;
+    use crate::transcript::{START, TranscriptKind};
 
     const SESSION: Uuid = Uuid::from_u128(1);
     const TIMEOUT: Duration = Duration::from_secs(600);
@@ -268,10 +268,14 @@ mod tests {
         let session = SessionState { began_at: Some(noon()), last_activity: Some(noon()), ..SessionState::default() };
         let cursor = Cursor { offset: 100, project_path: Some("/a".into()), session, ..START };
         let kind = TranscriptKind::Main { session: SESSION };
-        let mut file = Followed::new(Roots::of(0), Arc::clone(&path), kind, cursor);
+        let mut file = Followed::new(Roots::of(0), Arc::clone(&path), Agent::ClaudeCode, kind, cursor);
         file.access = Access::Unreadable;
         file.modified = noon().as_second();
         Files::from([(path, Box::new(file))])
+    }
+
+    fn ends() -> Ends {
+        Ends::new(&[AgentFolder { agent: Agent::ClaudeCode, path: "/nowhere/projects".into() }], TIMEOUT)
     }
 
     fn at(seconds: i64) -> Now {
@@ -287,7 +291,7 @@ mod tests {
     #[test]
     fn a_session_ends_when_its_time_has_come_and_not_a_second_before() {
         let files = files();
-        let mut ends = Ends::new(&["/nowhere/projects".into()], TIMEOUT);
+        let mut ends = ends();
         assert_eq!(end(&mut ends, &files, at(599)), None);
         assert_eq!(end(&mut ends, &files, at(600)), Some(("timeout", at(600).wall)));
         assert_eq!(end(&mut ends, &files, at(9000)), Some(("timeout", at(600).wall)), "whenever it is noticed");
@@ -296,7 +300,7 @@ mod tests {
     #[test]
     fn a_hook_ends_a_session_when_it_ran_and_is_used_once() {
         let files = files();
-        let mut ends = Ends::new(&["/nowhere/projects".into()], TIMEOUT);
+        let mut ends = ends();
         let closing = Closing::noted(at(20).wall, at(30).wall);
         ends.look(BTreeMap::from([(SESSION, closing)]), &files, at(30));
         assert!(ends.without_transcript(&files).is_empty());
@@ -307,7 +311,7 @@ mod tests {
     #[test]
     fn a_session_waits_for_what_was_not_read_and_one_without_transcript_does_not() {
         let mut files = files();
-        let mut ends = Ends::new(&["/nowhere/projects".into()], TIMEOUT);
+        let mut ends = ends();
         files.values_mut().for_each(|file| file.access = Access::Readable);
         let closings = [(SESSION, at(20)), (Uuid::from_u128(2), at(25))];
         let closings = closings.map(|(session, ran)| (session, Closing::noted(ran.wall, at(30).wall)));

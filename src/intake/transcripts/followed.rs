@@ -10,17 +10,19 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::tail::Scanned;
-use crate::claude::line::TranscriptKind;
-use crate::claude::session::End;
+use crate::agent::{Agent, Memory};
 use crate::claude::transcript::OtherSession;
 use crate::event::{Cursor, FileIdentity};
 use crate::intake::sessions::Roots;
+use crate::session::End;
+use crate::transcript::TranscriptKind;
 
 /// All transcripts. Boxed, since a map has room for up to twice as many as are in it.
 pub(crate) type Files = HashMap<Arc<Path>, Box<Followed>>;
 
 /// One transcript that is followed.
 pub(crate) struct Followed {
+    pub(crate) agent: Agent,
     pub(crate) kind: TranscriptKind,
     /// Which of the projects folders it lies below.
     pub(crate) roots: Roots,
@@ -36,7 +38,7 @@ pub(crate) struct Followed {
     pub(crate) unterminated: Option<Instant>,
     /// When a line was read in this run that is its session's latest activity.
     pub(crate) advanced_at: Option<Instant>,
-    /// What is known of its beginning, while nothing of its own was read.
+    /// What is known of its beginning, while nothing of its own was read; of some agents' files for good.
     pub(crate) beginning: Option<Box<Beginning>>,
 }
 
@@ -50,8 +52,9 @@ pub(crate) enum Access {
 }
 
 impl Followed {
-    pub(crate) fn new(roots: Roots, path: Arc<Path>, kind: TranscriptKind, cursor: Cursor) -> Followed {
+    pub(crate) fn new(roots: Roots, path: Arc<Path>, agent: Agent, kind: TranscriptKind, cursor: Cursor) -> Followed {
         Followed {
+            agent,
             kind,
             roots,
             path,
@@ -85,15 +88,20 @@ impl Followed {
         self.cursor.project_path.is_some()
     }
 
+    /// Whether its beginning is of no interest any more.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.cursor.session.last_activity.is_some() && !self.agent.always_remembers()
+    }
+
     /// The other session whose lines were read last, where nothing of its own came after them.
     pub(crate) fn other(&self) -> Option<&OtherSession> {
-        self.beginning.as_ref()?.other.as_ref()
+        self.beginning.as_ref()?.memory.other.as_ref()
     }
 
     /// The end of the other session was emitted. The cursor says so in the place of the file's own session, of which nothing
     /// was read yet.
     pub(crate) fn note_end_of_other(&mut self, end: &End) {
-        let other = self.beginning.as_mut().and_then(|beginning| beginning.other.as_mut());
+        let other = self.beginning.as_mut().and_then(|beginning| beginning.memory.other.as_mut());
         self.cursor.session.ended_through = other.and_then(|other| other.ended(end));
     }
 
@@ -157,10 +165,9 @@ pub(crate) struct Beginning {
     pub(crate) inherited_to: u64,
     /// The file was compared with its ancestors as far as this.
     pub(crate) compared_to: u64,
-    /// The other session whose lines were read last.
-    pub(crate) other: Option<OtherSession>,
-    /// `other` is what the lines before the cursor say.
-    pub(crate) knows_other: bool,
+    pub(crate) memory: Memory,
+    /// `memory` is what the lines before the cursor say.
+    pub(crate) remembers: bool,
 }
 
 impl Beginning {

@@ -12,6 +12,7 @@
 //! | `ends` | when sessions have ended |
 //! | `watching` | notifications |
 //! | `polling` | checks of active files by `stat` |
+//! | `compressed` | files that were compressed |
 //! | `census` | what stands on disk, for `verify` |
 //!
 //! Notifications are hints. Correctness relies on the rescan by size every `polling_interval`; it finds what notifications
@@ -24,6 +25,7 @@
 //! Runs on a thread of its own. The only user of notify.
 
 pub(crate) mod census;
+pub(crate) mod compressed;
 mod descent;
 mod ends;
 mod followed;
@@ -56,10 +58,11 @@ use self::watching::Watch;
 use super::Intake;
 use super::retention::Retention;
 use super::sessions::{Closing, Now};
-use crate::claude::line::TranscriptKind;
+use crate::agent::{Agent, AgentFolder};
 use crate::event::{Cursor, Timestamp};
 use crate::queue::{Batch, QueueError};
 use crate::telemetry::RescanCause;
+use crate::transcript::{START, TranscriptKind};
 
 /// Ends of sessions, or files that have gone, in one batch.
 const BATCH_SESSIONS_MAX: usize = 256;
@@ -73,9 +76,8 @@ const RESCAN_PAUSE_MIN: Duration = Duration::from_millis(2);
 
 #[derive(Clone, Debug)]
 pub(crate) struct FollowConfig {
-    /// The folders that hold project folders, outside of each other. Beside each Claude Code keeps `sessions/` and
-    /// `settings.json`.
-    pub projects: Vec<PathBuf>,
+    /// The folders that the transcripts lie below, outside of each other.
+    pub folders: Vec<AgentFolder>,
     pub polling_interval: Duration,
     /// Time to gather notifications before files are read; zero reads at once.
     pub debounce: Duration,
@@ -84,7 +86,7 @@ pub(crate) struct FollowConfig {
     pub inactivity_timeout: Duration,
 }
 
-/// Follows all transcripts below the projects folders.
+/// Follows all transcripts below the agents' folders.
 pub(crate) struct Follower {
     config: FollowConfig,
     intake: Arc<Intake>,
@@ -117,13 +119,13 @@ impl Follower {
         for (session, at) in intake.queue().session_ends()? {
             intake.note_closing(session, Closing::noted(at, now.wall));
         }
-        let scanner = Scanner::new(config.projects.clone());
+        let scanner = Scanner::new(config.folders.clone());
         let doorbell = Doorbell::default();
         let port = QueuePort { intake: Arc::clone(&intake), doorbell: doorbell.clone() };
         let outbox = Outbox::new(port, intake.queue().stats().last_sequence);
-        let ends = Ends::new(&config.projects, config.inactivity_timeout);
+        let ends = Ends::new(&config.folders, config.inactivity_timeout);
         let mut follower = Follower {
-            retention: Retention::new(&config.projects),
+            retention: Retention::new(&config.folders),
             config,
             intake: Arc::clone(&intake),
             files: Files::new(),
@@ -142,8 +144,8 @@ impl Follower {
         };
         intake.queue().for_each_cursor(|path, cursor| {
             // Of a folder that is not followed any more: should it come back, its files go on where they were.
-            if let Some(kind) = follower.kind_of(&path) {
-                follower.insert(path, kind, cursor);
+            if let Some((agent, kind)) = follower.kind_of(&path) {
+                follower.insert(path, agent, kind, cursor);
             }
         })?;
         Ok(follower)
@@ -163,7 +165,7 @@ impl Follower {
             self.intake.metrics().live.reading.beat();
             if Instant::now() >= next_rescan {
                 let begun = Instant::now();
-                self.watch.renew(&self.config.projects, &self.doorbell);
+                self.watch.renew(&self.config.folders, &self.doorbell);
                 more.extend(self.rescan(Now::read())?);
                 self.outbox.flush()?;
                 let is_undecided =
@@ -310,15 +312,15 @@ impl Follower {
         self.files.get(path).is_some_and(|file| file.is_skipping(self.config.line_bytes_max))
     }
 
-    fn kind_of(&self, path: &Path) -> Option<TranscriptKind> {
+    fn kind_of(&self, path: &Path) -> Option<(Agent, TranscriptKind)> {
         self.scanner.kind_of(path)
     }
 
     /// Follows a file from this cursor on.
-    fn insert(&mut self, path: PathBuf, kind: TranscriptKind, mut cursor: Cursor) -> &mut Followed {
+    fn insert(&mut self, path: PathBuf, agent: Agent, kind: TranscriptKind, mut cursor: Cursor) -> &mut Followed {
         self.intern(&mut cursor);
         let path: Arc<Path> = path.into();
-        let file = Followed::new(self.scanner.roots_of(&path), Arc::clone(&path), kind, cursor);
+        let file = Followed::new(self.scanner.roots_of(&path), Arc::clone(&path), agent, kind, cursor);
         self.files.entry(path).insert_entry(Box::new(file)).into_mut()
     }
 
@@ -338,13 +340,13 @@ impl Follower {
             if !self.may_go_on() {
                 break;
             }
-            let Some(Followed { kind, cursor, .. }) = self.files.remove(from.as_path()).map(|file| *file) else {
+            let Some(Followed { agent, kind, cursor, .. }) = self.files.remove(from.as_path()).map(|file| *file) else {
                 continue;
             };
             info!(from = %from.display(), to = %to.display(), "a transcript was moved");
             self.outbox.rename(&from, &to);
             batch.cursors.extend([(from, None), (to.clone(), Some(cursor.clone()))]);
-            paths.push(Arc::clone(&self.insert(to, kind, cursor).path));
+            paths.push(Arc::clone(&self.insert(to, agent, kind, cursor).path));
             if batch.cursors.len() >= BATCH_SESSIONS_MAX {
                 self.outbox.submit(std::mem::take(&mut batch))?;
             }
@@ -358,8 +360,8 @@ impl Follower {
         fresh.retain(|path| !self.files.contains_key(path.as_path()));
         let mut paths = Vec::with_capacity(fresh.len());
         for fresh in self.in_order_of_reading(fresh) {
-            let Some(kind) = self.kind_of(&fresh.path) else { continue };
-            let file = self.insert(fresh.path, kind, crate::claude::transcript::START);
+            let Some((agent, kind)) = self.kind_of(&fresh.path) else { continue };
+            let file = self.insert(fresh.path, agent, kind, START);
             file.beginning = fresh.ancestors.map(|ancestors| Box::new(followed::Beginning::of_copy_of(ancestors)));
             paths.push(Arc::clone(&file.path));
         }
@@ -459,7 +461,7 @@ impl Follower {
         let is_expiring = |file: &Followed| {
             let is_stored =
                 file.seen.is_some() && file.access != Access::Unreadable && self.outbox.is_delivered(&file.path);
-            (1..expires_before).contains(&file.modified) && !is_stored
+            file.agent.deletes_transcripts() && (1..expires_before).contains(&file.modified) && !is_stored
         };
         metrics.live.transcripts_expiring.set(self.files.values().filter(|file| is_expiring(file)).count() as u64);
         self.doorbell.set_unread(Unread {

@@ -179,8 +179,8 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
-    use crate::claude::transcript::START;
     use crate::event::{Cursor, Failure, FailureKind, Origin, Rejection};
+    use crate::transcript::START;
 
     /// A queue that has room for so many more submissions at once.
     #[derive(Clone, Default)]

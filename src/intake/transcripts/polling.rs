@@ -69,12 +69,16 @@ impl Active {
 }
 
 impl Follower {
-    /// Keeps those active whose session a process has open.
+    /// Keeps those active whose session a process has open. What is remembered of others is dropped where it can be.
     pub(super) fn note_open_sessions(&mut self) {
         let until = Instant::now() + ACTIVE_FOR;
-        for file in self.files.values() {
+        for file in self.files.values_mut() {
             if file.session().is_some_and(|session| self.ends.is_open(session)) {
                 self.active.insert(&file.path, until);
+            } else if file.beginning.as_ref().is_some_and(|beginning| beginning.memory.is_disposable())
+                && !self.active.until.contains_key(&file.path)
+            {
+                file.beginning = None;
             }
         }
     }

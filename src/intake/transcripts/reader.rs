@@ -14,15 +14,16 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
+use super::compressed::{is_compressed, unpacked};
 use super::followed::{Access, Followed, Stamp, identity};
 use super::tail::{CHUNK_BYTES, Step, Tail};
 use super::{Follower, ends};
-use crate::claude::line::{TranscriptKind, UNKNOWN_TYPE, Unknown};
-use crate::claude::transcript::{self, Found, LastLine, Source};
-use crate::event::{Cursor, Timestamp};
+use crate::agent::Memory;
+use crate::event::{Cursor, FileIdentity, Timestamp};
 use crate::intake::sessions;
 use crate::queue::{Batch, QueueError};
 use crate::telemetry::name_or_none;
+use crate::transcript::{Found, LastLine, START, Source, TranscriptKind, UNKNOWN_TYPE, Unknown};
 
 /// How long a file must be unchanged before its last line is read without a newline.
 const UNTERMINATED_QUIET: Duration = Duration::from_secs(5);
@@ -104,6 +105,19 @@ pub(crate) fn open(path: &Path) -> io::Result<(File, Metadata)> {
     if metadata.is_file() { Ok((handle, metadata)) } else { Err(io::Error::other("it is no file")) }
 }
 
+/// Opens a transcript to read its lines: the bytes, how many, and what the system says of the file. One that was compressed
+/// is unpacked for it.
+pub(crate) fn open_lines(path: &Path) -> io::Result<(File, u64, Metadata)> {
+    let (handle, metadata) = open(path)?;
+    if !is_compressed(path) {
+        let bytes = metadata.len();
+        return Ok((handle, bytes, metadata));
+    }
+    let handle = unpacked(handle)?;
+    let bytes = handle.metadata()?.len();
+    Ok((handle, bytes, metadata))
+}
+
 /// One pass over one file.
 struct Pass {
     handle: File,
@@ -180,17 +194,22 @@ impl Follower {
         if file.seen != Some(stamp) {
             self.active.note_change(file, &stamp);
         }
-        let (handle, metadata) = open(&file.path)?;
+        // Only after its end was reached the cursor names a compressed file; such a file does not grow.
+        if is_compressed(&file.path) && file.cursor.file == identity(&metadata) {
+            (file.seen, file.access) = (Some(stamp), Access::Readable);
+            return Ok(Progress::End);
+        }
+        let (handle, bytes, metadata) = open_lines(&file.path)?;
         #[cfg(test)]
         cut::opened(&file.path);
         if std::mem::replace(&mut file.access, Access::Readable) == Access::Unreadable {
             info!(file = %file.path.display(), "the transcript can be read again");
         }
         let stamp = Stamp::of(&metadata);
-        let tail = self.find_place(file, &handle, &metadata)?;
+        let tail = self.find_place(file, &handle, bytes, &metadata)?;
         self.note_change_in_place(file, &stamp);
         let mut source = self.source(file, &metadata);
-        self.note_beginning(file, stamp.size, &mut source)?;
+        self.note_beginning(file, bytes, &mut source)?;
         let (batch, begun) = (Batch::default(), Instant::now());
         let mut pass = Pass { handle, tail, source, batch, batch_bytes: 0, made_bytes: 0, bad_lines: 0, begun };
         let progress = self.read_lines(&mut pass, file);
@@ -211,15 +230,19 @@ impl Follower {
         }
         self.read_unterminated(&mut pass, file, &metadata)?;
         file.seen = Some(stamp);
-        if file.cursor.session.last_activity.is_some() {
+        if file.has_begun() {
             file.beginning = None;
+        }
+        if is_compressed(&file.path) {
+            file.cursor.file = identity(&metadata);
+            self.submit_cursor(file)?;
         }
         Ok(Progress::End)
     }
 
     /// Where reading goes on: at the start where the bytes before the cursor are not those that were read.
-    fn find_place(&self, file: &mut Followed, handle: &File, metadata: &Metadata) -> io::Result<Tail> {
-        let (bytes, line_bytes_max) = (metadata.len(), self.config.line_bytes_max);
+    fn find_place(&self, file: &mut Followed, handle: &File, bytes: u64, metadata: &Metadata) -> io::Result<Tail> {
+        let line_bytes_max = self.config.line_bytes_max;
         let cursor = &mut file.cursor;
         let mut tail = match Tail::resume(handle, bytes, line_bytes_max, cursor, file.scanned)? {
             Some(tail) => tail,
@@ -228,13 +251,13 @@ impl Follower {
                       "the transcript was replaced or truncated; reading it again, what is known is not stored twice");
                 // It is the same session still, with all that was told of it.
                 let (project_path, session) = (cursor.project_path.take(), cursor.session);
-                *cursor = Cursor { project_path, session, ..transcript::START };
+                *cursor = Cursor { project_path, session, ..START };
                 (file.beginning, file.scanned) = (None, None);
                 Tail::new(bytes, line_bytes_max)
             }
         };
         // Copied or restored from a backup: other inode, same bytes.
-        cursor.file = identity(metadata);
+        cursor.file = if is_compressed(&file.path) { FileIdentity::default() } else { identity(metadata) };
         tail.chunk_bytes = self.chunk_bytes;
         Ok(tail)
     }
@@ -244,6 +267,7 @@ impl Follower {
         // What was written since the last pass was written just now, whatever the file system's clock says.
         let is_growing = file.seen.is_some_and(|seen| seen.inode == metadata.ino() && seen.size < metadata.len());
         Source {
+            agent: file.agent,
             kind: file.kind,
             path: file.path.to_string_lossy().into(),
             inactivity_timeout: self.config.inactivity_timeout,
@@ -309,15 +333,15 @@ impl Follower {
         let (events, rejections) = (batch.events.len(), batch.rejections.len());
         let active_before = file.cursor.session.last_activity;
         let Followed { cursor, beginning, .. } = file;
-        let mut none = None;
-        let other = beginning.as_mut().map_or(&mut none, |beginning| &mut beginning.other);
-        let report = source.read(line, offset, cursor, other, |found| match found {
+        let mut none = Memory::default();
+        let memory = beginning.as_mut().map_or(&mut none, |beginning| &mut beginning.memory);
+        let report = source.read(line, offset, cursor, memory, |found| match found {
             Found::Event(candidate) => self.intake.admit(candidate, batch),
             // Its own file tells of it.
             Found::OfOther(session, _) if ends::has_transcript(&self.files, session) => {}
             Found::OfOther(_, candidate) => self.intake.admit(candidate, batch),
             Found::Unreadable(rejection) => batch.rejections.push(rejection),
-            Found::NoTurn(reason) => metrics.lines_skipped.add(reason.label(), 1),
+            Found::NoTurn(reason) => metrics.lines_skipped.add(reason, 1),
         });
         if file.cursor.session.last_activity != active_before {
             file.advanced_at = Some(Instant::now());
@@ -375,7 +399,7 @@ impl Follower {
             return Ok(());
         }
         file.unterminated = None;
-        let (judged, line) = pass.tail.last_line(&pass.handle, &file.kind)?;
+        let (judged, line) = pass.tail.last_line(&pass.handle, file.agent)?;
         match judged {
             LastLine::Blank => {}
             LastLine::Incomplete => self.note_incomplete(file, pass.tail.rest_bytes()),
@@ -423,6 +447,12 @@ impl Follower {
         file.cursor.fingerprint = pass.tail.fingerprint();
         let mut batch = std::mem::take(&mut pass.batch);
         pass.made_bytes += std::mem::take(&mut pass.batch_bytes);
+        batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
+        self.outbox.submit(batch)
+    }
+
+    fn submit_cursor(&mut self, file: &Followed) -> Result<(), QueueError> {
+        let mut batch = Batch::default();
         batch.cursors.push((file.path.to_path_buf(), Some(file.cursor.clone())));
         self.outbox.submit(batch)
     }

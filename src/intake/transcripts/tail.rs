@@ -12,9 +12,9 @@ use std::os::unix::fs::FileExt;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::claude::line::TranscriptKind;
-use crate::claude::transcript::{self, LastLine};
+use crate::agent::Agent;
 use crate::event::Cursor;
+use crate::transcript::LastLine;
 
 /// Bytes that are read at once.
 pub(crate) const CHUNK_BYTES: usize = 1 << 20;
@@ -265,17 +265,13 @@ impl Tail {
     ///
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] where the file has become shorter.
-    pub(crate) fn last_line(
-        &self,
-        file: &(impl ReadAt + ?Sized),
-        kind: &TranscriptKind,
-    ) -> io::Result<(LastLine, Vec<u8>)> {
+    pub(crate) fn last_line(&self, file: &(impl ReadAt + ?Sized), agent: Agent) -> io::Result<(LastLine, Vec<u8>)> {
         if self.rest_bytes() > self.line_bytes_max {
             return Ok((LastLine::Incomplete, Vec::new()));
         }
         let bytes = usize::try_from(self.rest_bytes()).unwrap_or(usize::MAX);
         let line = read_exact_at(file, bytes, self.offset())?;
-        Ok((transcript::last_line(&line, kind), line))
+        Ok((agent.last_line(&line), line))
     }
 
     /// Moves on over the last line, which has no newline.
@@ -349,7 +345,8 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::claude::transcript::{Found, START, Source};
+    use crate::agent::Memory;
+    use crate::transcript::{Found, START, Source, TranscriptKind};
 
     impl ReadAt for [u8] {
         fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -369,19 +366,21 @@ mod tests {
         lines: BTreeMap<u64, Option<Vec<u8>>>,
         events: Vec<String>,
         cursor: Cursor,
-        other: Option<crate::claude::transcript::OtherSession>,
+        memory: Memory,
     }
 
     /// Reads a file that has each of these sizes in turn.
     fn read(file: &[u8], sizes: &[usize], chunk_bytes: usize) -> Outcome {
         let source = Source {
+            agent: Agent::ClaudeCode,
             kind: TranscriptKind::Main { session: SESSION },
             path: "/p/a.jsonl".into(),
             inactivity_timeout: Duration::from_secs(600),
             active_max: "2026-01-04T00:00:00Z".parse().unwrap(),
             inherited_to: 0,
         };
-        let mut outcome = Outcome { lines: BTreeMap::new(), events: Vec::new(), cursor: START, other: None };
+        let mut outcome =
+            Outcome { lines: BTreeMap::new(), events: Vec::new(), cursor: START, memory: Memory::default() };
         let mut scanned = None;
         for size in sizes {
             let now = &file[..*size];
@@ -390,8 +389,8 @@ mod tests {
             loop {
                 match tail.next(now).unwrap() {
                     Step::Line { offset, line } => {
-                        let Outcome { events, cursor, other, .. } = &mut outcome;
-                        source.read(line, offset, cursor, other, |found| match found {
+                        let Outcome { events, cursor, memory, .. } = &mut outcome;
+                        source.read(line, offset, cursor, memory, |found| match found {
                             Found::Event(event) => events.push(format!("{} {:?}", event.event_type, event.payload)),
                             Found::OfOther(session, event) => events.push(format!("{session} {}", event.event_type)),
                             Found::Unreadable(bytes) => events.push(format!("{bytes:?}")),
@@ -499,8 +498,7 @@ mod tests {
 
     #[test]
     fn the_last_line_is_judged_only_where_it_may_be_read() {
-        let kind = TranscriptKind::Main { session: SESSION };
-        let judge = |file: &[u8], max| Tail::new(file.len() as u64, max).last_line(file, &kind).unwrap();
+        let judge = |file: &[u8], max| Tail::new(file.len() as u64, max).last_line(file, Agent::ClaudeCode).unwrap();
         assert_eq!(judge(b"{\"type\":\"user\"}", 100), (LastLine::Complete, b"{\"type\":\"user\"}".to_vec()));
         assert_eq!(judge(b"{\"type\":\"user\"}", 10), (LastLine::Incomplete, Vec::new()));
         assert_eq!(judge(b"", 10), (LastLine::Blank, Vec::new()));

@@ -77,7 +77,7 @@ impl Scene {
         let schemas = Schemas::load(None, 1 << 24).unwrap();
         let intake = Intake::new(schemas, self.queue.clone(), Redactor::default(), Arc::new(Metrics::default()));
         let config = FollowConfig {
-            projects: vec![self.folder.path().join("projects")],
+            folders: vec![AgentFolder { agent: Agent::ClaudeCode, path: self.folder.path().join("projects") }],
             polling_interval: Duration::from_secs(1),
             debounce: Duration::ZERO,
             line_bytes_max: LINE_BYTES_MAX,

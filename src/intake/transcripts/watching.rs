@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::followed::identity;
 use super::polling::CHECK_INTERVAL;
+use crate::agent::AgentFolder;
 use crate::event::FileIdentity;
 
 /// Paths that are remembered between two looks. More of them: a rescan finds them all.
@@ -153,9 +154,10 @@ const AGAIN_AFTER: Duration = Duration::from_secs(300);
 
 impl Watch {
     /// Sets the watch where it is missing: at the start, after a folder was replaced, and now and then where it failed.
-    pub(crate) fn renew(&mut self, folders: &[PathBuf], doorbell: &Doorbell) {
+    pub(crate) fn renew(&mut self, folders: &[AgentFolder], doorbell: &Doorbell) {
         // One that can't be read can't be watched either; the walk says so.
-        let identity_of = |folder: &PathBuf| {
+        let folders: Vec<&PathBuf> = folders.iter().map(|folder| &folder.path).collect();
+        let identity_of = |folder: &&PathBuf| {
             let metadata = std::fs::read_dir(folder).and_then(|_| std::fs::metadata(folder));
             metadata.map(|metadata| identity(&metadata)).ok()
         };

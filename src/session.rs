@@ -1,4 +1,5 @@
-//! When a session is active and when it has ended, by what its lines say. Pure: the time is an argument.
+//! When a session is active and when it has ended, by what its lines say, whichever agent's they are; and what is told of
+//! it. Pure: the time is an argument.
 //!
 //! * A session is active when something is said or done in it: lines of its conversation. State that Claude Code writes
 //!   again whenever a session is merely opened is no activity; nor are lines that it inherited from another session.
@@ -17,9 +18,24 @@ use jiff::SignedDuration;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::copies::is_copied_by;
-use super::line::iso_8601;
 use crate::event::{Candidate, EventId, ForeignKeys, Origin, SessionState, Timestamp};
+
+/// Who wrote a transcript.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Agent {
+    ClaudeCode,
+    CodexCli,
+}
+
+impl Agent {
+    /// As events name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Agent::ClaudeCode => "claude-code",
+            Agent::CodexCli => "codex-cli",
+        }
+    }
+}
 
 /// Why a session has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -174,6 +190,63 @@ impl SessionState {
         self.ended_through = self.ended_through.max(Some(through));
         self.process = None;
     }
+}
+
+/// The identity of a session's registration.
+pub(crate) fn session_registered_event_id(session: Uuid) -> EventId {
+    EventId::derived(format!("session_registered/{session}").as_bytes())
+}
+
+/// What is known when a session is first seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct SessionFacts<'a> {
+    /// `None`: not known.
+    pub agent: Option<Agent>,
+    pub session: Uuid,
+    /// The first working directory: project path and working directory at once.
+    pub cwd: &'a str,
+    pub git_branch: Option<&'a str>,
+    pub transcript_path: Option<&'a str>,
+    pub started_at: Option<Timestamp>,
+}
+
+impl SessionFacts<'_> {
+    /// The payload of `session_registered`.
+    pub(crate) fn payload(&self) -> Map<String, Value> {
+        known([
+            ("agent", self.agent.map(|agent| agent.as_str().into())),
+            ("session_uuid", Some(self.session.to_string().into())),
+            ("project_path", Some(self.cwd.into())),
+            ("working_directory", Some(self.cwd.into())),
+            ("git_branch", self.git_branch.map(Value::from)),
+            ("transcript_path", self.transcript_path.map(Value::from)),
+            ("started_at", self.started_at.map(|at| iso_8601(at).into())),
+        ])
+    }
+}
+
+/// The identity of the turn whose line has this uuid: `turn_uuid` in its payload.
+pub(crate) fn event_id_of_turn(uuid: &str) -> EventId {
+    EventId::derived(format!("turn/{uuid}").as_bytes())
+}
+
+/// A copy is made this long after its first line was said, at least. In originals the two are milliseconds to some
+/// seconds apart, in copies minutes or hours.
+const COPY_DELAY_SECONDS_MIN: i64 = 60;
+
+/// Whether a transcript that was opened at `opened_at` and whose first line was said at `said_at` is a copy.
+pub(crate) fn is_copied_by(opened_at: Timestamp, said_at: Timestamp) -> bool {
+    opened_at.as_second() - said_at.as_second() >= COPY_DELAY_SECONDS_MIN
+}
+
+/// Milliseconds, as agents write them; finer where the line was.
+pub(crate) fn iso_8601(timestamp: Timestamp) -> String {
+    if timestamp.subsec_nanosecond() % 1_000_000 == 0 { format!("{timestamp:.3}") } else { timestamp.to_string() }
+}
+
+/// The fields of a payload that have a value.
+pub(crate) fn known<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
 }
 
 #[cfg(test)]
