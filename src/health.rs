@@ -1,15 +1,14 @@
-//! Health: one answer made of what the layers know, the same for `status`, `GET /health` and systemd's watchdog.
+//! Health: one answer for `status`, `GET /health` and systemd's watchdog.
 //!
 //! ```text
-//! fail   events can't be taken in: the queue failed or is full, or the thread that reads transcripts hangs
-//!        or they don't leave: the database is up and nothing moves, or the drainer hangs
-//! warn   it works, but someone should look: database unavailable, misconfigured or not configured, dead letters,
-//!        queue filling
-//! pass   else
+//! fail   events can't be accepted: the queue failed or is full, or the thread that reads transcripts hangs;
+//!        or they are not delivered: the database is up and nothing moves, or the drainer hangs
+//! warn   degraded: database unavailable, misconfigured or not configured, dead letters, queue filling
+//! pass   otherwise
 //! ```
 //!
-//! It decides by what the parts of the program say of themselves ([`LiveState`](crate::telemetry::LiveState)) and by the
-//! state of the queue and the spool, never by a counter.
+//! It is judged by the program's live state ([`LiveState`](crate::telemetry::LiveState)), the queue and the spool, never by
+//! a counter.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,13 +22,13 @@ use crate::intake::spool::Spool;
 use crate::queue::{Queue, QueueError, QueueStats};
 use crate::telemetry::{Database, Metrics, UnknownFormat};
 
-/// With the database up and something waiting, so much time without anything leaving the queue is a stall.
+/// Delivery is stalled when events wait, the database is up, and nothing has left the queue for this long.
 pub(crate) const STALLED_AFTER: Duration = Duration::from_secs(30);
 
-/// Silence of a part, on top of the longest wait that it is allowed, after which it is taken to hang.
+/// A part hangs when it has been silent for this long on top of its longest allowed wait.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
-/// Share of the queue's limit from which on it is said that it fills.
+/// The queue is reported as filling from this share of its limit.
 const FILLING_PERCENT: u64 = 80;
 
 /// `GET /health` and `status --json`. Readers ignore fields that they do not know.
@@ -80,9 +79,9 @@ fn without_cause(message: &str) -> &str {
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Status {
     Pass,
-    /// Works, but someone should look: the database is unavailable, there are dead letters.
+    /// Degraded: the database is unavailable, there are dead letters.
     Warn,
-    /// Events can't be taken in, or wait although the database is up.
+    /// Events can't be accepted, or wait although the database is up.
     Fail,
 }
 
@@ -210,13 +209,13 @@ impl HealthSource {
         health
     }
 
-    /// Whether events are taken in.
+    /// Whether events are accepted.
     pub(crate) fn ready(&self) -> bool {
         self.queue.failed().borrow().is_none() && !self.queue.stats().full
     }
 
-    /// Whether every part of this program makes progress: what systemd's watchdog and `GET /livez` ask. A full queue, a
-    /// database that is unavailable or one in which somebody else holds a lock is no hang: a restart would not help.
+    /// Whether every part of the program makes progress, for systemd's watchdog and `GET /livez`. A full queue, an
+    /// unavailable database or a lock held in it is not a hang: a restart would not help.
     pub(crate) fn is_alive(&self, now: Moment) -> bool {
         let progress = self.progress(now);
         progress.reading_hangs.is_none() && progress.draining_hangs.is_none()
@@ -278,23 +277,23 @@ impl HealthSource {
     }
 }
 
-/// How long a part hangs, where it has been silent for longer than it may.
+/// How long a part has been silent, if that is longer than it may wait.
 fn hang(silence: Duration, wait_max: Duration) -> Option<Duration> {
     (silence > wait_max + SILENCE_MAX).then_some(silence)
 }
 
-/// What health is judged by beside what it tells.
+/// What health is judged by in addition to its own fields.
 struct Progress {
     queue_error: Option<String>,
     pending_bytes_max: u64,
     reading_hangs: Option<Duration>,
     draining_hangs: Option<Duration>,
-    /// How long the database has been as it is without anything leaving the queue.
+    /// For how long the database's state has not changed and nothing has left the queue.
     still: Duration,
 }
 
 impl Progress {
-    /// What is not as it should be: how bad it is, and words for people with what to do.
+    /// Everything that is wrong: its status, and a message that says what to do.
     fn issues(&self, health: &Health) -> Vec<(Status, String)> {
         let mut issues = Vec::new();
         let mut add = |status, reason: String| issues.push((status, reason));
@@ -305,7 +304,7 @@ impl Progress {
         let filled_percent = pending_bytes.saturating_mul(100) / self.pending_bytes_max.max(1);
         let room = "bring the database back or raise queue.max_pending_bytes";
         if full {
-            add(Status::Fail, format!("the queue is full: nothing is taken in; {room}"));
+            add(Status::Fail, format!("the queue is full: no events are accepted; {room}"));
         } else if filled_percent >= FILLING_PERCENT {
             add(Status::Warn, format!("the queue is {filled_percent} % full; {room}"));
         }

@@ -140,7 +140,7 @@ pub(super) fn no_answer(socket: &Path, problem: &str, pid: Option<u32>) -> Strin
     format!("the watcher on {}{process} does not answer: {problem}; {remedy}", socket.display())
 }
 
-/// There is no watcher: what waits in its queue, or why that can't be said, and the files that wait in its spool.
+/// No watcher runs: what waits in its queue and its spool, or why that can't be read.
 fn gone(config: &Config, queue: Result<QueueStats, QueueError>) -> Standing {
     let queue = queue.map(|stats| QueueHealth::of(&stats, Timestamp::now()));
     let folder = &config.queue.spool_path;

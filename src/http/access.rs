@@ -10,7 +10,7 @@
 //! Loopback is open to every user of the machine, so being able to connect says nothing; the token does. The Unix socket
 //! (mode 0600) is its owner's alone and asks for none of this.
 //!
-//! Whoever asks, a request must name the address that it has reached (`Host`, and the target where it is absolute), which
+//! With and without the token, a request must name the address that it has reached (`Host`, and the target where it is absolute), which
 //! keeps out a page whose own name was made to lead here (DNS rebinding); and where it says which page it comes from
 //! (`Origin`), that page must be ours: same scheme, host and port. No answer carries CORS headers, so a page of another
 //! origin can't read what it asks for without an `Origin`.
@@ -77,7 +77,7 @@ fn is_token(value: &HeaderValue, access: &Access) -> bool {
     presented.zip(access.token.as_ref()).is_some_and(|(presented, token)| token.matches(presented))
 }
 
-/// Says where the token is, but no path: whoever asks may be another user.
+/// Says where the token is without a path: the caller may be another user.
 fn unauthorized() -> Response {
     let problem = "this needs the token: send \"Authorization: Bearer TOKEN\". It is http.token of the configuration, or \
                    in the file http.token beside the socket; \"headspace-watcher status\" shows where";
@@ -85,7 +85,7 @@ fn unauthorized() -> Response {
     ([(WWW_AUTHENTICATE, bearer)], error(StatusCode::UNAUTHORIZED, problem)).into_response()
 }
 
-/// The error says why a request is turned away whoever sends it.
+/// Refuses requests for another host or from another origin. The error is the message to the caller.
 fn check_origin(request: &Request, reached: SocketAddr) -> Result<(), String> {
     let (headers, target) = (request.headers(), request.uri());
     let [address, localhost] = names(reached);

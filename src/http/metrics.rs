@@ -35,7 +35,7 @@ fn exposition(source: &HealthSource, now: Moment) -> String {
         ("database_up", "1 when the last thing heard of the database was good.", number(is_up)),
         ("transcripts_expiring", "Transcripts about to be deleted and not fully delivered.", expiring as f64),
         ("spool_unread_files", "Files of the spool, or its folder, that can't be read.", unread_spool as f64),
-        ("ready", "1 when events are taken in.", number(health.ready)),
+        ("ready", "1 when events are accepted.", number(health.ready)),
         ("last_write_timestamp_seconds", "When an event was last stored; 0 when none was.", last_write),
     ])
 }

@@ -41,7 +41,7 @@ use crate::intake::spool::Spool;
 /// Listings at once. Each takes a thread and a page of the queue.
 const LISTINGS_MAX: usize = 16;
 
-/// Pages and terminals that look on at once.
+/// Pages that are open at once.
 const VIEWERS_MAX: usize = 32;
 
 /// Requests that check, write or sync at once; each of them holds a thread.

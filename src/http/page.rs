@@ -40,7 +40,7 @@ pub(super) async fn page() -> Response {
     (headers, PAGE.replace("{{nonce}}", &nonce)).into_response()
 }
 
-/// What people who look on want to see.
+/// What the page and `top` show.
 #[derive(Serialize, Deserialize, Debug)]
 pub(crate) struct Overview {
     pub health: Health,
@@ -50,7 +50,7 @@ pub(crate) struct Overview {
     pub lag: Lag,
     /// Since the start.
     pub totals: Totals,
-    /// The last events that were taken in, newest first.
+    /// The last events that were captured, newest first.
     pub events: Vec<RecentEvent>,
 }
 

@@ -40,7 +40,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 32 << 10;
 const HEADER_FIELDS_MAX: usize = 64;
 
-/// Connections that wait to be served. With fewer, the system turns callers away when many come at the same moment.
+/// Connections that wait to be served. With a shorter backlog, the system refuses callers when many connect at once.
 const BACKLOG: u32 = 1024;
 
 /// Listens on a TCP address.
@@ -89,7 +89,7 @@ where
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADER_FIELDS_MAX)
-        // A hook rings and is gone: what it asked for is done nevertheless.
+        // A hook closes the connection after sending; its request is handled nevertheless.
         .half_close(true)
         .serve_connection(TokioIo::new(Box::pin(io)), TowerToHyperService::new(service));
     // A connection that broke off, or that was too slow, is its caller's business.

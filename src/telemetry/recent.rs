@@ -1,4 +1,4 @@
-//! The last events that were taken in, for people who look on. Names only: no text of a payload is kept.
+//! The last captured events, for the page and `top`. Names only: no text of a payload is kept.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -16,7 +16,7 @@ const EVENTS_MAX: usize = 20;
 /// A larger payload is not searched for names.
 const PAYLOAD_BYTES_MAX: usize = 16 * 1024;
 
-/// One event as it was taken in.
+/// One captured event.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub(crate) struct RecentEvent {
     /// This, `session`, `project` and `detail` are null for callers without the token.

@@ -1,4 +1,4 @@
-//! What the parts of the program last said of themselves. Health judges by it; a restart forgets it.
+//! The live state of the program's parts, from which health is judged. Not kept across restarts.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

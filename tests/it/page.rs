@@ -350,7 +350,7 @@ fn with_the_token_the_page_shows_sessions_and_who_presses_retry_sees_the_letter_
     wait_until("the list is gone", SOON, || {
         browser.value("document.getElementById('letters').checkVisibility()") == false
     });
-    assert_eq!(browser.value("document.activeElement.id"), "letters-said");
+    assert_eq!(browser.value("document.activeElement.id"), "letters-result");
 }
 
 #[test]
@@ -371,7 +371,7 @@ fn who_presses_forget_twice_forgets_a_letter_or_all_that_never_were_valid() {
     browser.press("#forget-invalid");
     wait_until("what never was an event is forgotten", SOON, || letters() == 1);
     wait_until("only the event is left", SOON, || buttons() == 2);
-    let said = || browser.value("document.getElementById('letters-said').textContent");
+    let said = || browser.value("document.getElementById('letters-result').textContent");
     assert_eq!(said(), "3 dead letters forgotten.");
     let last = stage.run(&["dead-letters", "list"]).lines()[0]["sequence"].as_u64().unwrap();
     for _ in 0..2 {
