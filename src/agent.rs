@@ -14,10 +14,12 @@ use crate::claude::line;
 use crate::claude::transcript::OtherSession;
 use crate::codex;
 use crate::codex::rollout::Rollout;
-use crate::config::Config;
+use crate::config::{Config, Environment};
 use crate::event::Cursor;
 pub use crate::session::Agent;
 use crate::transcript::{BadLine, Explained, Found, LastLine, LineReport, Source, TranscriptKind};
+
+const ALL: [Agent; 2] = [Agent::ClaudeCode, Agent::CodexCli];
 
 /// A folder that an agent's transcripts lie below.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -66,7 +68,34 @@ impl Agent {
             let relative = Path::new("folder").join(path.file_name().unwrap_or_default());
             agent.classify(&relative).is_some()
         };
-        [Agent::ClaudeCode, Agent::CodexCli].into_iter().find(is_of)
+        ALL.into_iter().find(is_of)
+    }
+
+    /// By its name in events, or the first word of that.
+    pub(crate) fn named(name: &str) -> Result<Agent, String> {
+        let is_named = |agent: &Agent| agent.as_str() == name || agent.as_str().split('-').next() == Some(name);
+        ALL.into_iter().find(is_named).ok_or_else(|| "expected claude-code or codex-cli".to_owned())
+    }
+
+    /// The file that names its hooks, in the user's own folder.
+    pub(crate) fn hooks_file(self, environment: &Environment) -> Option<PathBuf> {
+        match self {
+            Agent::ClaudeCode => environment.claude_folder().map(|folder| folder.join("settings.json")),
+            Agent::CodexCli => environment.codex_folder().map(|folder| folder.join("hooks.json")),
+        }
+    }
+
+    pub(crate) fn hook_events(self) -> &'static [&'static str] {
+        match self {
+            Agent::ClaudeCode => &claude::settings::EVENTS,
+            Agent::CodexCli => codex::HOOK_EVENTS,
+        }
+    }
+
+    /// What is left to do once its hooks are installed.
+    pub(crate) fn hooks_note(self) -> Option<&'static str> {
+        let note = "Codex runs no hook that is new or changed before you trust it: open codex and type /hooks";
+        (self == Agent::CodexCli).then_some(note)
     }
 
     /// Whether a folder that is missing is worth a word: the agent is expected to be used.

@@ -9,6 +9,19 @@
 /// The folder beside that of the sessions where those are that were put away.
 pub(crate) const ARCHIVE: &str = "archived_sessions";
 
+/// The events that are hooked: those that all versions with stable hooks know.
+pub(crate) const HOOK_EVENTS: &[&str] = &[
+    "SessionStart",
+    "UserPromptSubmit",
+    "PreToolUse",
+    "PermissionRequest",
+    "PostToolUse",
+    "SubagentStop",
+    "PreCompact",
+    "Stop",
+    "SessionEnd",
+];
+
 mod line;
 pub(crate) mod rollout;
 pub(crate) mod transcript;

@@ -388,7 +388,7 @@ fn judge_watches(folders: u64, limit: u64) -> Finding {
 
 /// Whether Claude Code's settings call this program.
 fn hooks(context: &Context) -> Finding {
-    let (file, own) = match (context.settings_file(), own_command(context)) {
+    let (file, own) = match (context.settings_file(Agent::ClaudeCode), own_command(context)) {
         (Ok(file), Ok(own)) => (file, own),
         (Err(failure), _) | (_, Err(failure)) => return Note(failure.message),
     };

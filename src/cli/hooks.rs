@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 
+use crate::agent::Agent;
 use crate::claude::settings::{self, Found, SettingsError};
 use crate::event::Timestamp;
 use crate::regular_file;
@@ -32,7 +33,7 @@ const WRITING_TIME_MAX: Duration = Duration::from_secs(1);
 /// What a file that is not there yet begins as.
 const EMPTY: &str = "{}\n";
 
-/// Install or remove Claude Code hooks
+/// Install or remove the hooks of Claude Code or the Codex CLI
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  headspace-watcher --config ~/watcher/config.yaml hooks install\n  headspace-watcher hooks show\n  headspace-watcher hooks uninstall --settings ~/project/.claude/settings.local.json"
@@ -40,9 +41,12 @@ const EMPTY: &str = "{}\n";
 pub(super) struct HooksArguments {
     #[command(subcommand)]
     action: HooksAction,
-    /// Claude Code's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude]
+    /// The agent's settings [default: settings.json in CLAUDE_CONFIG_DIR or ~/.claude; hooks.json in CODEX_HOME or ~/.codex]
     #[arg(long, global = true, value_name = "FILE")]
     settings: Option<PathBuf>,
+    /// Whose hooks: claude-code or codex-cli
+    #[arg(long, global = true, value_name = "AGENT", default_value = "claude-code", value_parser = Agent::named)]
+    agent: Agent,
 }
 
 #[derive(Subcommand)]
@@ -62,13 +66,13 @@ enum HooksAction {
 pub(super) fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exit, Failure> {
     let path = match &arguments.settings {
         Some(named) => context.environment.folder().join(named),
-        None => context.settings_file()?,
+        None => context.settings_file(arguments.agent)?,
     };
     let events = match &arguments.action {
-        HooksAction::Install { events } => events_of(events)?,
+        HooksAction::Install { events } => events_of(arguments.agent, events)?,
         _ => Vec::new(),
     };
-    let file = SettingsFile::read(path)?;
+    let file = SettingsFile::read(arguments.agent, path)?;
     match arguments.action {
         HooksAction::Install { .. } => install(context, &file, &events),
         HooksAction::Uninstall => uninstall(context, &file),
@@ -77,7 +81,7 @@ pub(super) fn hooks(context: &Context, arguments: &HooksArguments) -> Result<Exi
 }
 
 /// The usual events and those asked for.
-fn events_of(further: &[String]) -> Result<Vec<String>, Failure> {
+fn events_of(agent: Agent, further: &[String]) -> Result<Vec<String>, Failure> {
     if further.iter().any(|event| event == settings::NEVER_HOOKED) {
         let message = format!(
             "{} is never hooked: whatever runs at it must print the worktree's path, and a hook prints nothing; leave it out",
@@ -85,7 +89,7 @@ fn events_of(further: &[String]) -> Result<Vec<String>, Failure> {
         );
         return Err(Failure::new(Exit::Usage, message));
     }
-    let mut events: Vec<String> = settings::EVENTS.map(str::to_owned).to_vec();
+    let mut events: Vec<String> = agent.hook_events().iter().map(|event| (*event).to_owned()).collect();
     for event in further {
         if !events.contains(event) {
             events.push(event.clone());
@@ -105,7 +109,10 @@ fn install(context: &Context, file: &SettingsFile, events: &[String]) -> Result<
         file.check_replaceable()?;
         file.replace(&after)?;
         println!("{} hooks in {shown} call {command}", find(file, &after, &command)?.len());
-        println!("running Claude Code sessions pick this up; restart one that does not");
+        println!("running sessions pick this up; restart one that does not");
+        if let Some(note) = file.agent.hooks_note() {
+            println!("note: {note}");
+        }
     }
     for found in find(file, &after, &command)?.iter().filter(|found| found.command != command) {
         println!("note: left as it is, {found}");
@@ -155,9 +162,10 @@ fn show(context: &Context, file: &SettingsFile) -> Result<Exit, Failure> {
     let text = file.text.as_deref().unwrap_or(EMPTY);
     let found = find(file, text, &command)?;
     println!("{shown}{}", if file.text.is_some() { "" } else { " is not there yet" });
-    let further = found.iter().map(|found| found.event.as_str()).filter(|event| !settings::EVENTS.contains(event));
+    let further =
+        found.iter().map(|found| found.event.as_str()).filter(|event| !file.agent.hook_events().contains(event));
     let mut missing = Vec::new();
-    let mut events: Vec<&str> = settings::EVENTS.into_iter().chain(further).collect();
+    let mut events: Vec<&str> = file.agent.hook_events().iter().copied().chain(further).collect();
     events.dedup();
     for event in events {
         let mut calls: Vec<&str> =
@@ -188,7 +196,7 @@ fn say_what_else(context: &Context, file: &SettingsFile, text: &str) {
     }
     for name in &context.loaded.variables {
         println!(
-            "note: {name} is set here, but Claude Code may not have it when it runs a hook; put it into config.yaml"
+            "note: {name} is set here, but the agent may not have it when it runs a hook; put it into config.yaml"
         );
     }
 }
@@ -230,6 +238,7 @@ fn find(file: &SettingsFile, text: &str, own: &str) -> Result<Vec<Found>, Failur
 
 /// A settings file as it was found.
 struct SettingsFile {
+    agent: Agent,
     /// Where it really is: links are followed.
     path: PathBuf,
     is_linked: bool,
@@ -244,13 +253,13 @@ enum Origin {
 }
 
 impl SettingsFile {
-    fn read(named: PathBuf) -> Result<SettingsFile, Failure> {
+    fn read(agent: Agent, named: PathBuf) -> Result<SettingsFile, Failure> {
         let mut path = named.clone();
         for _ in 0..LINKS_MAX {
             let Ok(target) = std::fs::read_link(&path) else { break };
             path = path.parent().unwrap_or(Path::new("/")).join(target);
         }
-        let mut file = SettingsFile { is_linked: path != named, path, text: None };
+        let mut file = SettingsFile { agent, is_linked: path != named, path, text: None };
         file.text = file.current()?;
         file.check_written()?;
         Ok(file)
@@ -324,7 +333,8 @@ impl SettingsFile {
         let text = self.text.as_deref()?;
         let command = &found.first()?.command;
         // In the order in which they were added.
-        let usual = |event: &str| settings::EVENTS.iter().position(|usual| *usual == event).unwrap_or(usize::MAX);
+        let usual =
+            |event: &str| self.agent.hook_events().iter().position(|usual| *usual == event).unwrap_or(usize::MAX);
         let mut events: Vec<String> = found.iter().map(|found| found.event.clone()).collect();
         events.sort_by_key(|event| usual(event));
         // A copy from before a repair has hooks of ours already.

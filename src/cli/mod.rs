@@ -24,6 +24,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use crate::agent::Agent;
 use crate::client;
 use crate::config::{Config, Environment, Loaded};
 use crate::queue::QueueError;
@@ -82,7 +83,7 @@ enum Command {
     QueueDump(queue_dump::QueueDumpArguments),
     DeadLetters(dead_letters::DeadLettersArguments),
     Emit(emit::EmitArguments),
-    /// Take one of Claude Code's hooks: a JSON object on stdin. Prints nothing, always exits 0
+    /// Take a hook of Claude Code or the Codex CLI: a JSON object on stdin. Prints nothing, always exits 0
     #[command(
         after_help = "Example:\n  headspace-watcher --config ~/watcher/config.yaml hook < hook-input.json   # as \"hooks install\" sets it up\n\nWaits for its input for 10 s at most. Without a configuration file it keeps nothing,\nunless a watcher has run with its defaults."
     )]
@@ -189,13 +190,12 @@ impl Context {
 
     /// Claude Code's own settings, which name its hooks. An error where nothing says where they are: never a file below
     /// the current folder.
-    fn settings_file(&self) -> Result<PathBuf, Failure> {
-        let folder = self.environment.claude_folder().ok_or_else(|| {
-            let message = "could not find Claude Code's settings.json: HOME is not set to an absolute path; set it or \
-                           CLAUDE_CONFIG_DIR, or name the file with --settings FILE";
+    fn settings_file(&self, agent: Agent) -> Result<PathBuf, Failure> {
+        agent.hooks_file(&self.environment).ok_or_else(|| {
+            let message = "could not find the agent's settings: HOME is not set to an absolute path; set it or \
+                           CLAUDE_CONFIG_DIR (Codex: CODEX_HOME), or name the file with --settings FILE";
             Failure::new(Exit::Configuration, message)
-        })?;
-        Ok(folder.join("settings.json"))
+        })
     }
 
     fn start_logging(&self, progress: &ProgressBar) {

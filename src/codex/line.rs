@@ -56,7 +56,7 @@ const INJECTED: &[&str] = &[
 
 /// Where a message was found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Form {
+pub(crate) enum Form {
     /// `event_msg`/`item_completed`: paginated files.
     Item,
     /// `event_msg`/`user_message` and `agent_message`: legacy files.
@@ -128,22 +128,22 @@ pub(crate) struct SessionMeta {
     pub(crate) is_sub_agent: bool,
 }
 
-#[derive(PartialEq, Debug)]
-pub(super) struct Message {
-    pub(super) form: Form,
-    pub(super) actor: Actor,
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Message {
+    pub(crate) form: Form,
+    pub(crate) actor: Actor,
     /// `None` in legacy files: it belongs to the turn that was started last.
-    pub(super) turn_id: Option<String>,
-    /// The API's, of an agent's message.
-    pub(super) message_id: Option<String>,
+    pub(crate) turn_id: Option<String>,
+    /// The API's, of an answer; of a prompt its turn's.
+    pub(crate) message_id: Option<String>,
     /// The blocks' texts, a line break between them.
-    pub(super) text: String,
-    pub(super) has_attachment: bool,
-    pub(super) is_final: Option<bool>,
+    pub(crate) text: String,
+    pub(crate) has_attachment: bool,
+    pub(crate) is_final: Option<bool>,
     /// `None`: only the line has a time.
-    pub(super) completed_at: Option<Timestamp>,
+    pub(crate) completed_at: Option<Timestamp>,
     /// What can't be stored was replaced.
-    pub(super) is_repaired: bool,
+    pub(crate) is_repaired: bool,
 }
 
 /// Reads a line, which is one JSON object; the error says why it is none.

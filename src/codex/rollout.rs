@@ -27,8 +27,8 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::line::{self, Content, Form, Message};
-pub(crate) use super::line::{Actor, SessionMeta};
+use super::line::{self, Content, Form};
+pub(crate) use super::line::{Actor, Message, SessionMeta};
 
 /// Messages that are kept back at most. Then nothing else comes: they count.
 const KEPT_BACK_MAX: usize = 256;
@@ -83,19 +83,13 @@ pub(crate) struct Said {
     pub(crate) thread: Uuid,
     /// Of all that is said, in whichever file it stands: the same in each copy.
     pub(crate) uuid: Uuid,
-    pub(crate) actor: Actor,
-    pub(crate) text: String,
+    pub(crate) message: Message,
     pub(crate) timestamp: Option<Timestamp>,
     /// How the human said it.
     pub(crate) kind: Option<&'static str>,
     pub(crate) provenance: Option<&'static str>,
-    /// The turn of a prompt, the API's message of an answer.
-    pub(crate) message_id: Option<String>,
     pub(crate) cwd: Option<String>,
     pub(crate) model: Option<String>,
-    pub(crate) has_attachment: bool,
-    pub(crate) is_final: Option<bool>,
-    pub(crate) is_repaired: bool,
 }
 
 /// What a line led to.
@@ -103,8 +97,6 @@ pub(crate) struct Said {
 pub(crate) struct Reading {
     pub(crate) at: Option<Timestamp>,
     pub(crate) is_activity: bool,
-    /// The first line: the session that it begins.
-    pub(crate) session: Option<Box<SessionMeta>>,
     pub(crate) said: Vec<Said>,
     /// Why words on the user's side are no turn.
     pub(crate) no_turn: Option<&'static str>,
@@ -128,12 +120,7 @@ impl Rollout {
             return Ok(Reading::default());
         }
         match content {
-            Content::Session(meta) => {
-                self.begin_thread(&meta);
-                if self.threads.len() == 1 {
-                    reading.session = Some(meta);
-                }
-            }
+            Content::Session(meta) => self.begin_thread(&meta),
             _ if self.standing == Standing::SubAgent => {
                 let is_prompt = |message: &Message| message.actor == Actor::User && message.form != Form::Response;
                 reading.no_turn = match &content {
@@ -199,7 +186,7 @@ impl Rollout {
             reading.no_turn = (message.actor == Actor::User && self.form == Some(message.form)).then_some("empty");
             return;
         }
-        let is_picture = |said: &Said| said.actor == Actor::User && said.has_attachment;
+        let is_picture = |said: &Said| said.message.actor == Actor::User && said.message.has_attachment;
         match (self.form, message.form) {
             (Some(form), _) if form == message.form => {}
             (None, Form::Response) => {
@@ -242,7 +229,7 @@ impl Rollout {
         }
     }
 
-    fn said(&self, message: Message, written_at: Option<Timestamp>) -> Said {
+    fn said(&self, mut message: Message, written_at: Option<Timestamp>) -> Said {
         let is_user = message.actor == Actor::User;
         let started_at = self.turn.started_at;
         let own = self.threads.first().map_or(Uuid::nil(), |(thread, _)| *thread);
@@ -254,40 +241,39 @@ impl Rollout {
         };
         let begun = self.threads.iter().filter(|(_, began_at)| had_begun(began_at));
         let thread = begun.max_by_key(|(_, began_at)| *began_at).map_or(own, |(thread, _)| *thread);
+        if is_user {
+            message.message_id = self.turn.id.clone();
+        }
         Said {
             thread,
             uuid: Uuid::nil(),
-            actor: message.actor,
-            text: message.text,
             // The line of a copied turn has the time of the copy.
             timestamp: message.completed_at.or(if thread == own { written_at } else { started_at }),
             kind: None,
             provenance: self.provenance.filter(|_| is_user),
-            message_id: if is_user { self.turn.id.clone() } else { message.message_id },
             cwd: self.cwd.clone(),
             model: self.model.clone().filter(|_| !is_user),
-            has_attachment: message.has_attachment,
-            is_final: message.is_final,
-            is_repaired: message.is_repaired,
+            message,
         }
     }
 
     /// Gives a message its identity: it is the next one of its turn.
     fn identify(&mut self, said: &mut Said) {
-        let actor = said.actor.as_str();
-        let hash: [u8; 32] = Sha256::digest(identifying(&said.text)).into();
-        let number = if said.actor == Actor::User { &mut self.prompts } else { &mut self.answers };
+        let Message { actor, text, .. } = &said.message;
+        let (actor, name) = (*actor, actor.as_str());
+        let hash: [u8; 32] = Sha256::digest(identifying(text)).into();
+        let number = if actor == Actor::User { &mut self.prompts } else { &mut self.answers };
         let place = match &self.turn.id {
             Some(turn) => {
-                let equal = self.turn.said.entry((said.actor, hash)).or_default();
+                let equal = self.turn.said.entry((actor, hash)).or_default();
                 *equal += 1;
-                format!("{turn}/{actor}/{}", *equal - 1)
+                format!("{turn}/{name}/{}", *equal - 1)
             }
-            None => format!("{}/{actor}#{number}", self.nearest),
+            None => format!("{}/{name}#{number}", self.nearest),
         };
         *number += 1;
         said.uuid = Uuid::new_v5(&NAMESPACE, &[place.as_bytes(), b"/", &hash].concat());
-        if said.actor == Actor::User {
+        if actor == Actor::User {
             // What is typed while the agent works goes into the turn that runs.
             let is_queued = self.turn.id.is_some() && std::mem::replace(&mut self.turn.has_prompt, true);
             said.kind = Some(if is_queued { "queued" } else { "prompt" });
@@ -387,7 +373,7 @@ mod tests {
     }
 
     fn texts(lines: &[Value]) -> Vec<String> {
-        said(lines).into_iter().map(|said| format!("{} {}", said.actor.as_str(), said.text)).collect()
+        said(lines).into_iter().map(|said| format!("{} {}", said.message.actor.as_str(), said.message.text)).collect()
     }
 
     fn uuids(lines: &[Value]) -> Vec<Uuid> {
@@ -511,7 +497,7 @@ mod tests {
         let without = [&begin[..], &[picture("[Image #1] look"), answer.clone()]].concat();
         let found = said(&without);
         assert_eq!(texts(&without), ["user [Image #1] look", "agent I see."]);
-        assert!(found[0].has_attachment);
+        assert!(found[0].message.has_attachment);
         let with = [&begin[..], &[picture("[Image #1] look"), message(Form::Item, "t", ">look\n\n[Image #1]"), answer]];
         assert_eq!(texts(&with.concat()), ["user look\n\n[Image #1]", "agent I see."]);
         assert_eq!(uuids(&with.concat()), uuids(&without), "the mark stands elsewhere in each");

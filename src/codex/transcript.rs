@@ -79,11 +79,11 @@ pub(crate) fn explain(line: &[u8], rollout: &mut Rollout) -> Result<Vec<Explaine
         return Ok(vec![explained(Err(reason))]);
     }
     let turn = |said: Said| ExplainedTurn {
-        actor: said.actor.as_str(),
+        actor: said.message.actor.as_str(),
         kind: said.kind,
         provenance: said.provenance,
         uuid: Some(said.uuid.to_string()),
-        text: said.text,
+        text: said.message.text,
     };
     Ok(reading.said.into_iter().map(|said| explained(Ok(turn(said)))).collect())
 }
@@ -127,7 +127,7 @@ fn take(
 fn turn(source: &Source, said: Said, offset: u64, cursor: &Cursor, rollout: &Rollout) -> Candidate {
     let timestamp = said.timestamp.unwrap_or(source.active_max);
     let text = |text: Option<String>| text.map(Value::from);
-    let uuid = said.uuid.to_string();
+    let (uuid, message) = (said.uuid.to_string(), said.message);
     Candidate {
         id: event_id_of_turn(&uuid),
         event_type: "turn_detected".to_owned(),
@@ -137,21 +137,21 @@ fn turn(source: &Source, said: Said, offset: u64, cursor: &Cursor, rollout: &Rol
         payload: known([
             ("agent", Some(Agent::CodexCli.as_str().into())),
             ("session_uuid", Some(said.thread.to_string().into())),
-            ("actor", Some(said.actor.as_str().into())),
-            ("text", Some(said.text.into())),
+            ("actor", Some(message.actor.as_str().into())),
+            ("text", Some(message.text.into())),
             ("source", Some("polling".into())),
             ("turn_timestamp", Some(iso_8601(timestamp).into())),
             ("turn_uuid", Some(uuid.into())),
-            ("message_id", text(said.message_id)),
+            ("message_id", text(message.message_id)),
             ("kind", said.kind.map(Value::from)),
             ("provenance", said.provenance.map(Value::from)),
             ("project_path", cursor.project_path.as_deref().map(Value::from)),
             ("working_directory", text(said.cwd)),
             ("git_branch", rollout.git_branch.as_deref().map(Value::from)),
-            ("is_final", (said.actor == Actor::Agent).then(|| said.is_final.into())),
+            ("is_final", (message.actor == Actor::Agent).then(|| message.is_final.into())),
             ("model", text(said.model)),
-            ("has_attachment", said.has_attachment.then(|| true.into())),
-            ("metadata", said.is_repaired.then(|| json!({"repaired": true}))),
+            ("has_attachment", message.has_attachment.then(|| true.into())),
+            ("metadata", message.is_repaired.then(|| json!({"repaired": true}))),
         ]),
     }
 }

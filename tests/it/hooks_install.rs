@@ -465,3 +465,30 @@ fn a_file_with_a_second_name_is_not_cut_from_it() {
     std::fs::hard_link(&path, stage.folder().join("other.json")).unwrap();
     refused(&stage, &path, "uninstall", &["2 names"]);
 }
+
+#[test]
+fn codex_gets_its_own_file_and_events_and_is_to_trust_them() {
+    let stage = Stage::new();
+    let ran = run(&stage, &["install", "--agent", "codex"]);
+    assert!(ran.output().contains("type /hooks"), "{}", ran.output());
+    let path = stage.folder().join("home/.codex/hooks.json");
+    let installed: Value = serde_json::from_str(&read(&path)).unwrap();
+    let events: Vec<&String> = installed["hooks"].as_object().unwrap().keys().collect();
+    let mut expected: Vec<&str> = EVENTS.into_iter().filter(|event| *event != "Notification").collect();
+    expected.sort_unstable();
+    assert_eq!(events, expected);
+    assert!(!stage.folder().join("home/.claude").exists());
+    // What Codex hands over becomes a row with the turn's id; its session is Codex's.
+    let input = json!({"session_id": SESSION, "cwd": "/app", "hook_event_name": "SessionStart", "model": "gpt-5.5", "turn_id": "t",
+        "transcript_path": format!("/x/rollout-2026-01-03T11-00-00-{SESSION}.jsonl")});
+    stage.run_with_input(&["hook"], input.to_string());
+    stage.run_until_idle();
+    let rows = stage.database().query("SELECT payload FROM events ORDER BY event_type");
+    let rows: Vec<Value> = rows.iter().map(|row| serde_json::from_str(row[0].as_ref().unwrap()).unwrap()).collect();
+    assert_eq!((&rows[0]["turn_id"], &rows[0]["model"]), (&json!("t"), &json!("gpt-5.5")));
+    assert_eq!((&rows[1]["agent"], &rows[1]["session_uuid"]), (&json!("codex-cli"), &json!(SESSION)));
+    run(&stage, &["uninstall", "--agent", "codex-cli"]);
+    assert!(!path.exists(), "it held nothing else");
+}
+
+const SESSION: &str = "019c0000-0000-7000-8000-000000000001";

@@ -68,7 +68,7 @@ pub(crate) fn look_at(path: &Path, kind: Option<(Agent, TranscriptKind)>) -> Loo
 /// The beginning of a file, with the first line of its conversation if that is there.
 fn head_of(path: &Path, file: &File, agent: Agent) -> io::Result<Vec<u8>> {
     if is_compressed(path) {
-        return compressed::head(file.try_clone()?, HEAD_BYTES_MAX);
+        return compressed::head(file.try_clone()?, HEAD_BYTES_MAX as u64);
     }
     let mut head = vec![0; HEAD_BYTES];
     loop {

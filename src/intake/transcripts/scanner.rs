@@ -256,9 +256,9 @@ fn plain_name(path: &Path) -> &OsStr {
 }
 
 pub(crate) fn kind_of(folders: &[AgentFolder], path: &Path) -> Option<(Agent, TranscriptKind)> {
-    let below = |folder: &AgentFolder| Some((folder.agent, path.strip_prefix(&folder.path).ok()?.to_owned()));
+    let below = |folder: &AgentFolder| Some((folder.agent, path.strip_prefix(&folder.path).ok()?));
     let (agent, relative) = folders.iter().find_map(below)?;
-    Some((agent, agent.classify(&relative)?))
+    Some((agent, agent.classify(relative)?))
 }
 
 /// Whether there are any folders or transcripts in it. There are none below an unmounted file system.
