@@ -19,8 +19,6 @@ use crate::event::Cursor;
 pub use crate::session::Agent;
 use crate::transcript::{BadLine, Explained, Found, LastLine, LineReport, Source, TranscriptKind};
 
-const ALL: [Agent; 2] = [Agent::ClaudeCode, Agent::CodexCli];
-
 /// A folder that an agent's transcripts lie below.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct AgentFolder {
@@ -54,6 +52,8 @@ impl Memory {
 }
 
 impl Agent {
+    pub(crate) const ALL: [Agent; 2] = [Agent::ClaudeCode, Agent::CodexCli];
+
     /// Tells what kind of transcript lies at `relative`, a path below one of the agent's folders; `None` for anything else.
     pub fn classify(self, relative: &Path) -> Option<TranscriptKind> {
         match self {
@@ -68,13 +68,13 @@ impl Agent {
             let relative = Path::new("folder").join(path.file_name().unwrap_or_default());
             agent.classify(&relative).is_some()
         };
-        ALL.into_iter().find(is_of)
+        Agent::ALL.into_iter().find(is_of)
     }
 
     /// By its name in events, or the first word of that.
     pub(crate) fn named(name: &str) -> Result<Agent, String> {
         let is_named = |agent: &Agent| agent.as_str() == name || agent.as_str().split('-').next() == Some(name);
-        ALL.into_iter().find(is_named).ok_or_else(|| "expected claude-code or codex-cli".to_owned())
+        Agent::ALL.into_iter().find(is_named).ok_or_else(|| "expected claude-code or codex-cli".to_owned())
     }
 
     /// The file that names its hooks, in the user's own folder.

@@ -102,8 +102,12 @@ fn write_paths(context: &Context, out: &mut impl Write) -> io::Result<()> {
     if let HttpConfig { token: None, listen: Some(_), .. } = context.config().http {
         add("token", context.config().http.token_file(), "beside http.socket");
     }
-    if let Ok(settings) = context.settings_file() {
-        add("hooks", settings, "Claude Code's settings: CLAUDE_CONFIG_DIR, else ~/.claude");
+    let moved_by =
+        ["Claude Code's settings: CLAUDE_CONFIG_DIR, else ~/.claude", "Codex's hooks: CODEX_HOME, else ~/.codex"];
+    for (agent, why) in Agent::ALL.into_iter().zip(moved_by) {
+        if let Ok(settings) = context.settings_file(agent) {
+            add("hooks", settings, why);
+        }
     }
     for (subject, path) in service_files(context) {
         let why = if path.exists() { "is there" } else { "is not there" };

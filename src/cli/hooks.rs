@@ -220,16 +220,16 @@ pub(super) fn own_command(context: &Context) -> Result<String, Failure> {
     }
 }
 
-/// For `uninstall`: the settings, and how many hooks in them call this program.
-pub(super) fn installed(context: &Context) -> Result<(PathBuf, usize), Failure> {
-    let file = SettingsFile::read(context.settings_file()?)?;
+/// For `uninstall`: the settings of an agent, and how many hooks in them call this program.
+pub(super) fn installed(context: &Context, agent: Agent) -> Result<(PathBuf, usize), Failure> {
+    let file = SettingsFile::read(agent, context.settings_file(agent)?)?;
     let found = find(&file, file.text.as_deref().unwrap_or(EMPTY), &own_command(context)?)?;
     Ok((file.path, found.iter().filter(|found| found.is_own).count()))
 }
 
 /// As `hooks uninstall` does without further options.
-pub(super) fn uninstall_default(context: &Context) -> Result<Exit, Failure> {
-    uninstall(context, &SettingsFile::read(context.settings_file()?)?)
+pub(super) fn uninstall_default(context: &Context, agent: Agent) -> Result<Exit, Failure> {
+    uninstall(context, &SettingsFile::read(agent, context.settings_file(agent)?)?)
 }
 
 fn find(file: &SettingsFile, text: &str, own: &str) -> Result<Vec<Found>, Failure> {

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::agent::Agent;
 use crate::queue::{Queue, QueueError};
 use clap::Args;
 
@@ -32,7 +33,11 @@ pub(super) struct UninstallArguments {
 }
 
 pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Result<Exit, Failure> {
-    let (settings, hook_count) = hooks::installed(context)?;
+    let mut hooked = Vec::new();
+    for agent in Agent::ALL {
+        let (settings, count) = hooks::installed(context, agent)?;
+        hooked.extend((count > 0).then_some((agent, settings, count)));
+    }
     let service = service::service_files(context).into_iter().map(|(_, file)| file).next().filter(|file| file.exists());
     let postgres = private_postgres(context, arguments.private_postgres)?;
     let waiting = match inspect_queue(context.config()) {
@@ -43,8 +48,8 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
     let state = state(context);
 
     let mut items = Vec::new();
-    if hook_count > 0 {
-        items.push(format!("{hook_count} hooks in {}", settings.display()));
+    for (_, settings, count) in &hooked {
+        items.push(format!("{count} hooks in {}", settings.display()));
     }
     items.extend(service.iter().map(|file| format!("the service {}, which is stopped", file.display())));
     items.extend(state.iter().map(|path| path.display().to_string()));
@@ -66,8 +71,8 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
         return Ok(Exit::CheckFailed);
     }
 
-    if hook_count > 0 {
-        hooks::uninstall_default(context)?;
+    for (agent, ..) in hooked {
+        hooks::uninstall_default(context, agent)?;
     }
     if service.is_some() {
         service::uninstall_default(context)?;
