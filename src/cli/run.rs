@@ -40,7 +40,7 @@ pub(super) fn run(context: Context, arguments: &RunArguments) -> Result<Exit, Fa
         warn!(unused = context.loaded.unused.join(", "), "the configuration has sections or keys of another program");
     }
     for misspelt in &context.loaded.misspelt_variables {
-        warn!(variable = misspelt, "an environment variable may be misspelt");
+        warn!(hint = misspelt, "an environment variable may be misspelt");
     }
     allow_files();
     let (target, has_database) = database::of_watcher(&context)?;

@@ -52,7 +52,7 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
         items.push(format!("{count} hooks in {}", settings.display()));
     }
     items.extend(service.iter().map(|file| format!("the service {}, which is stopped", file.display())));
-    items.extend(state.iter().map(|path| path.display().to_string()));
+    items.extend(state.iter().map(|(what, _)| what.clone()));
     items.extend(postgres.iter().map(|path| format!("{} with every event in it", path.display())));
     if items.is_empty() {
         println!("nothing to do: there are no hooks, no service and no state of headspace-watcher");
@@ -79,11 +79,14 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
     }
     // Held until all is gone: no watcher starts meanwhile.
     let queue = stopped_queue(context)?;
-    for path in state.iter().chain(&postgres) {
-        remove(path).map_err(|error| {
-            Failure::new(Exit::Io, format!("could not remove {}: {error}; remove it by hand", path.display()))
-        })?;
-        println!("removed {}", path.display());
+    let postgres = postgres.map(|folder| (folder.display().to_string(), vec![folder]));
+    for (what, paths) in state.into_iter().chain(postgres) {
+        for path in paths {
+            remove(&path).map_err(|error| {
+                Failure::new(Exit::Io, format!("could not remove {}: {error}; remove it by hand", path.display()))
+            })?;
+        }
+        println!("removed {what}");
     }
     if let Some(postgres) = postgres {
         // What says where its server listens; see `database`.
@@ -99,24 +102,29 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
     Ok(Exit::Fine)
 }
 
-/// What the program has made in the folders of its state, and the socket with what is beside it.
-fn state(context: &Context) -> Vec<PathBuf> {
+/// What the program has made in the folders of its state, and the socket with what is beside it: in words, and the paths.
+fn state(context: &Context) -> Vec<(String, Vec<PathBuf>)> {
     let config = context.config();
     let entries = |folder: &Path, is_ours: fn(&str) -> bool| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
         entries.filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(is_ours)).collect()
     };
-    let mut state = entries(&config.queue.path, |name| {
+    let (queue, spool) = (&config.queue.path, &config.queue.spool_path);
+    let (socket, token) = (&config.http.socket, config.http.token_file());
+    let is_socket = |path: &&PathBuf| path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
+    let segments = entries(queue, |name| {
         matches!(name, "lock" | "HIGHEST" | "DAMAGED") || name.starts_with("segment-") || name.starts_with("damaged-")
     });
-    state.extend(entries(&config.queue.spool_path, |name| {
+    let spooled = entries(spool, |name| {
         name == ".attempt" || [".jsonl", ".jsonl.failed", ".draft"].iter().any(|end| name.ends_with(end))
-    }));
-    let socket = &config.http.socket;
-    state.extend(socket.symlink_metadata().is_ok_and(|socket| socket.file_type().is_socket()).then(|| socket.clone()));
-    state.extend(Some(config.http.token_file()).filter(|file| file.is_file()));
-    state.sort();
-    state
+    });
+    let state = [
+        (format!("the queue in {}", queue.display()), segments),
+        (format!("{} files of the spool in {}", spooled.len(), spool.display()), spooled),
+        (socket.display().to_string(), Some(socket).filter(is_socket).cloned().into_iter().collect()),
+        (token.display().to_string(), Some(token).filter(|token| token.is_file()).into_iter().collect()),
+    ];
+    state.into_iter().filter(|(_, paths)| !paths.is_empty()).collect()
 }
 
 /// The folder of the private PostgreSQL, where it is to be removed and nobody uses it.

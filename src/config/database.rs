@@ -469,32 +469,22 @@ fn password_for(file: &[u8], host: &DatabaseHost, dbname: &str, user: &str) -> O
             (vec![folder.display().to_string(), "localhost".to_owned()], port.to_string())
         }
     };
+    let fits = |field: &str, wanted: &str| field == "*" || unescape(field) == wanted;
     let password = |line: &str| {
-        let rest = names.iter().find_map(|name| after_field(line, name))?;
-        let rest = after_field(rest, &port).and_then(|rest| after_field(rest, dbname))?;
-        after_field(rest, user).map(unescape)
+        let mut is_escaped = false;
+        let mut fields = line.splitn(5, |c| {
+            let ends = c == ':' && !is_escaped;
+            is_escaped = c == '\\' && !is_escaped;
+            ends
+        });
+        let host = fields.next()?;
+        let is_ours = names.iter().any(|name| fits(host, name))
+            && [&port, dbname, user].iter().all(|wanted| fields.next().is_some_and(|field| fits(field, wanted)));
+        fields.next().filter(|_| is_ours).map(unescape)
     };
     let lines = file.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
     let mut lines = lines.map(|line| line.trim_end_matches('\r')).filter(|line| !line.starts_with('#'));
     lines.find_map(password).filter(|password| !password.is_empty())
-}
-
-/// What follows the first field of `line`, where that is `*` or `wanted`.
-fn after_field<'l>(line: &'l str, wanted: &str) -> Option<&'l str> {
-    if let Some(rest) = line.strip_prefix("*:") {
-        return Some(rest);
-    }
-    let (mut field, mut wanted) = (line.chars(), wanted.chars());
-    loop {
-        let c = match field.next()? {
-            ':' => return wanted.next().is_none().then_some(field.as_str()),
-            '\\' => field.next()?,
-            c => c,
-        };
-        if wanted.next() != Some(c) {
-            return None;
-        }
-    }
 }
 
 /// `text` with each `\` gone and what follows it kept.
