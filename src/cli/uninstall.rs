@@ -79,7 +79,8 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
     }
     // Held until all is gone: no watcher starts meanwhile.
     let queue = stopped_queue(context)?;
-    let postgres = postgres.map(|folder| (folder.display().to_string(), vec![folder]));
+    // With what says where its server listens; see `database`.
+    let postgres = postgres.map(|folder| (folder.display().to_string(), vec![folder.with_extension("url"), folder]));
     for (what, paths) in state.into_iter().chain(postgres) {
         for path in paths {
             remove(&path).map_err(|error| {
@@ -87,10 +88,6 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
             })?;
         }
         println!("removed {what}");
-    }
-    if let Some(postgres) = postgres {
-        // What says where its server listens; see `database`.
-        let _ = std::fs::remove_file(postgres.with_extension("url"));
     }
     drop(queue);
     let folders = [&context.config().queue.path, &context.config().queue.spool_path, &context.loaded.state_folder];

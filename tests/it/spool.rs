@@ -228,7 +228,7 @@ fn until_idle_takes_in_what_it_could_not_read_at_first_when_that_is_corrected_me
 #[test]
 fn without_a_watcher_status_says_how_much_waits_in_the_spool() {
     let stage = Stage::with(None);
-    for said in ["spool     1 file waits\n", "spool     2 files wait\n"] {
+    for said in ["spool     1 file to be read\n", "spool     2 files to be read\n"] {
         assert_eq!(stage.run_with_input(&["hook"], HOOK).code(), 0);
         let ran = stage.run(&["status"]);
         assert_eq!(ran.code(), 3);

@@ -312,7 +312,7 @@ fn does_not_restart_after_a_configuration_error() {
     let project = Project::new(&["exit 78", "stay 0"]);
     assert_eq!(project.start().wait().code(), Some(78));
     assert_eq!(project.runs().len(), 1);
-    assert!(messages(&project, "ERROR").concat().contains("exit code 78; not restarted"));
+    assert!(messages(&project, "ERROR").concat().contains("exit code 78; not restarting"));
 }
 
 #[test]
@@ -774,7 +774,7 @@ fn a_wrong_configuration_ends_it_with_the_watchers_own_words_before_anything_is_
     command.env_remove("DATABASE_URL").env("HEADSPACE_WATCHER_BIN", env!("CARGO_BIN_EXE_headspace-watcher"));
     assert_eq!(real.project.start_as(&mut command).wait().code(), Some(78));
     let log = real.project.read("log");
-    assert!(log.contains("queue.drain_window") && log.contains("exit code 78; not restarted"), "{log}");
+    assert!(log.contains("queue.drain_window") && log.contains("exit code 78; not restarting"), "{log}");
     assert!(!real.project.path("data/postgres").exists());
 }
 
