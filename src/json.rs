@@ -75,6 +75,28 @@ where
     deserializer.end()
 }
 
+/// The raw values of the members called `names` of the object `json`; the last one of a name wins, and null counts as absent.
+///
+/// Errors as [`members`].
+pub(crate) fn named<'a, const N: usize>(
+    json: &'a str,
+    names: [&str; N],
+) -> Result<[Option<&'a str>; N], serde_json::Error> {
+    let mut values = [None; N];
+    members(json, |key, value| {
+        let index = names.iter().position(|name| *name == key);
+        if let Some(slot) = index.and_then(|index| values.get_mut(index)) {
+            *slot = (value != "null").then_some(value);
+        }
+    })?;
+    Ok(values)
+}
+
+/// As [`named`], of the value `raw`; all absent where it is no object.
+pub(crate) fn pick<'a, const N: usize>(raw: Option<&'a str>, names: [&str; N]) -> [Option<&'a str>; N] {
+    raw.and_then(|raw| named(raw, names).ok()).unwrap_or([None; N])
+}
+
 /// Calls `visit` with the raw text of each item of the array `json`; errors where it is no array.
 pub(crate) fn items<'a, F>(json: &'a str, visit: F) -> Result<(), serde_json::Error>
 where

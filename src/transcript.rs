@@ -18,6 +18,13 @@ use crate::session::{Agent, LineTime, SessionFacts, session_registered_event_id}
 /// Bytes of a damaged line that are kept; what is longer stands in the file, at the place that the message names.
 const KEPT_BYTES_MAX: usize = 1 << 20;
 
+/// Longest working directory, branch or model that is kept: no system has longer paths (Linux's PATH_MAX), and they go into
+/// every turn.
+pub(crate) const NAME_BYTES_MAX: usize = 4096;
+
+/// Longest name or value of something unknown that is passed on.
+pub(crate) const UNKNOWN_CHARS_MAX: usize = 64;
+
 /// Where nothing has been read yet.
 pub const START: Cursor = Cursor {
     file: FileIdentity { device: 0, inode: 0 },
@@ -34,6 +41,23 @@ pub enum TranscriptKind {
     Main { session: Uuid },
     /// A sub-agent's: its lines are no turns.
     SubAgent,
+}
+
+/// Who said something.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+pub(crate) enum Actor {
+    #[default]
+    User,
+    Agent,
+}
+
+impl Actor {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Actor::User => "user",
+            Actor::Agent => "agent",
+        }
+    }
 }
 
 /// A transcript, as far as its lines need to know.
@@ -53,6 +77,11 @@ pub struct Source {
 
 /// How much later than [`Source::active_max`] a line's time may be: clocks of file systems are coarse, or another machine's.
 const CLOCK_SLACK: SignedDuration = SignedDuration::from_secs(10);
+
+/// A name or value as it is passed on where it is not known.
+pub(crate) fn shortened(value: &str) -> String {
+    value.chars().take(UNKNOWN_CHARS_MAX).collect()
+}
 
 /// What bytes without a newline at the end of a file are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

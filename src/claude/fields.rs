@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::json::{self, items, members};
+use crate::json::{self, items, named, pick};
 
 /// The names of the fields that are kept, of a line and of an attachment. The most frequent first.
 const NAMES: [&str; 34] = [
@@ -58,18 +58,6 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The members called `names` of an object; the last one of a name wins.
-fn named<'a, const N: usize>(object: &'a str, names: [&str; N]) -> Result<[Option<&'a str>; N], serde_json::Error> {
-    let mut values = [None; N];
-    members(object, |key, value| {
-        let index = names.iter().position(|name| *name == key);
-        if let Some(slot) = index.and_then(|index| values.get_mut(index)) {
-            *slot = (value != "null").then_some(value);
-        }
-    })?;
-    Ok(values)
-}
-
 /// A flag is set by `true` alone.
 pub(super) fn is_set(flag: Option<&str>) -> bool {
     flag == Some("true")
@@ -108,11 +96,6 @@ impl Mender {
     pub(super) fn filled_string(&mut self, raw: Option<&str>) -> Option<String> {
         self.string(raw).filter(|text| !text.is_empty()).map(Cow::into_owned)
     }
-}
-
-/// The members called `names` of the value `raw`; all absent where it is no object.
-pub(super) fn pick<'a, const N: usize>(raw: Option<&'a str>, names: [&str; N]) -> [Option<&'a str>; N] {
-    raw.and_then(|raw| named(raw, names).ok()).unwrap_or([None; N])
 }
 
 /// Texts of one message that are kept apart.

@@ -26,13 +26,13 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::fields::{Content, Fields, Mender, is_something, joined, pick};
+use super::fields::{Content, Fields, Mender, is_something, joined};
 pub(crate) use super::provenance::{NoTurn, Provenance, TurnKind};
 use super::provenance::{judge, trim, version};
 use crate::event::EventId;
-use crate::json;
+use crate::json::{self, pick};
 use crate::session::{Agent, event_id_of_turn, iso_8601, known};
-use crate::transcript::UNKNOWN_TYPE;
+use crate::transcript::{Actor, NAME_BYTES_MAX, UNKNOWN_TYPE, shortened};
 pub(crate) use crate::transcript::{BadLine, TranscriptKind, Unknown};
 
 /// Tells what kind of transcript lies at `relative`, a path below the projects folder; `None` for anything else.
@@ -87,7 +87,7 @@ pub(crate) struct LineMeaning {
 }
 
 impl LineMeaning {
-    /// Name of a type that this program does not know: at most [`UNKNOWN_TYPE_CHARS_MAX`] characters; [`NO_TYPE`] where there
+    /// Name of a type that this program does not know: at most [`UNKNOWN_CHARS_MAX`] characters; [`NO_TYPE`] where there
     /// is none.
     pub(crate) fn unknown_type(&self) -> Option<&str> {
         let unknown = self.unknowns.iter().find(|unknown| unknown.field == UNKNOWN_TYPE)?;
@@ -97,12 +97,6 @@ impl LineMeaning {
 
 /// Stands for the type of an object without one.
 pub(crate) const NO_TYPE: &str = "none";
-
-/// Longest `cwd` and `gitBranch`: no system has longer paths (Linux's PATH_MAX), and the path goes into every turn.
-const FOLDER_BYTES_MAX: usize = 4096;
-
-/// Longest name of an unknown type that is passed on.
-pub(crate) const UNKNOWN_TYPE_CHARS_MAX: usize = 64;
 
 /// The families of lines.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -209,22 +203,6 @@ pub(crate) struct Turn {
     pub is_repaired: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
-pub(crate) enum Actor {
-    #[default]
-    User,
-    Agent,
-}
-
-impl Actor {
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Actor::User => "user",
-            Actor::Agent => "agent",
-        }
-    }
-}
-
 /// Reads one complete line, given without its newline, of a transcript of the given kind.
 ///
 /// A line of nothing but blanks means nothing and is not bad; one of nothing but NULs is.
@@ -241,8 +219,8 @@ pub(crate) fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeanin
     let line_type = type_name.as_deref().map_or(LineType::Unknown, LineType::named);
     let is_envelope = is_envelope(&fields, line_type);
     let timestamp = mender.string(fields.get("timestamp")).and_then(|text| text.parse::<Timestamp>().ok());
-    let cwd = mender.filled_string(fields.get("cwd")).filter(|path| path.len() <= FOLDER_BYTES_MAX);
-    let git_branch = mender.filled_string(fields.get("gitBranch")).filter(|name| name.len() <= FOLDER_BYTES_MAX);
+    let cwd = mender.filled_string(fields.get("cwd")).filter(|path| path.len() <= NAME_BYTES_MAX);
+    let git_branch = mender.filled_string(fields.get("gitBranch")).filter(|name| name.len() <= NAME_BYTES_MAX);
     let session = mender.string(fields.get("sessionId")).and_then(|text| text.parse::<Uuid>().ok());
     let said_in = forked_from(&fields, &mut mender).or(session);
 
@@ -268,7 +246,7 @@ pub(crate) fn read_line(line: &[u8], kind: &TranscriptKind) -> Result<LineMeanin
         ..turn
     });
     if line_type == LineType::Unknown {
-        let value = type_name.as_deref().unwrap_or(NO_TYPE).chars().take(UNKNOWN_TYPE_CHARS_MAX).collect();
+        let value = shortened(type_name.as_deref().unwrap_or(NO_TYPE));
         unknowns.push(Unknown { field: UNKNOWN_TYPE, value, version: version(&fields, &mut mender) });
     }
     Ok(LineMeaning {

@@ -23,9 +23,9 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, joined, pick};
-use crate::json::members;
-use crate::transcript::Unknown;
+use super::fields::{Content, Fields, Mender, is_object, is_set, is_something, joined};
+use crate::json::{members, pick};
+use crate::transcript::{Unknown, shortened};
 
 /// How well it is known that a person said it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -159,10 +159,6 @@ fn is_labelled_version(version: &str) -> bool {
     numbers.iter().all(Option::is_some) && numbers.map(Option::unwrap_or_default) >= LABELLED_FROM
 }
 
-fn shortened(value: &str) -> String {
-    value.chars().take(VALUE_CHARS_MAX).collect()
-}
-
 /// Judges a `user` line, or an `attachment` line when `is_attachment`. Adds to `unknowns` what it does not know.
 pub(super) fn judge(
     fields: &Fields<'_>,
@@ -238,9 +234,6 @@ fn field_of_the_program(fields: &Fields<'_>, queued: Option<&Fields<'_>>) -> Opt
     let flag = FLAGS.into_iter().find(is_flagged);
     flag.or_else(|| VALUES.into_iter().find(|name| is_something(fields.get(name))))
 }
-
-/// Longest value of a field that a reason names.
-const VALUE_CHARS_MAX: usize = 64;
 
 /// A field's value as text; what is no string, as it stands in the file.
 fn value<'a>(raw: &'a str, mender: &mut Mender) -> Cow<'a, str> {

@@ -23,7 +23,7 @@ use crate::sink::postgres::TargetSource;
 use super::{Context, Exit, Failure, block_on, client};
 
 /// In the folder of the state.
-const PRIVATE_URL_FILE: &str = "postgres.url";
+pub(super) const PRIVATE_URL_FILE: &str = "postgres.url";
 
 /// A larger file is not read.
 const URL_BYTES_MAX: u64 = 4096;

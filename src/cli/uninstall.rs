@@ -13,6 +13,7 @@ use crate::agent::Agent;
 use crate::queue::{Queue, QueueError};
 use clap::Args;
 
+use super::database::PRIVATE_URL_FILE;
 use super::{Context, Exit, Failure, hooks, inspect_queue, service};
 
 /// How long the service that was stopped may hold the queue.
@@ -80,7 +81,8 @@ pub(super) fn uninstall(context: &Context, arguments: &UninstallArguments) -> Re
     // Held until all is gone: no watcher starts meanwhile.
     let queue = stopped_queue(context)?;
     // With what says where its server listens; see `database`.
-    let postgres = postgres.map(|folder| (folder.display().to_string(), vec![folder.with_extension("url"), folder]));
+    let postgres =
+        postgres.map(|folder| (folder.display().to_string(), vec![folder.with_file_name(PRIVATE_URL_FILE), folder]));
     for (what, paths) in state.into_iter().chain(postgres) {
         for path in paths {
             remove(&path).map_err(|error| {

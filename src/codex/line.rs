@@ -13,14 +13,8 @@ use std::borrow::Cow;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::json::{self, items, members};
-use crate::transcript::UNKNOWN_TYPE;
-
-/// Longest `cwd`, branch and model that is kept: no system has longer paths (Linux's PATH_MAX).
-const NAME_BYTES_MAX: usize = 4096;
-
-/// Longest name of something unknown that is passed on.
-const UNKNOWN_CHARS_MAX: usize = 64;
+use crate::json::{self, items, named, pick};
+use crate::transcript::{Actor, NAME_BYTES_MAX, UNKNOWN_TYPE, shortened};
 
 /// Types of lines. What an unknown one says is not read.
 const LINE_TYPES: &[&str] = &[
@@ -63,21 +57,6 @@ pub(crate) enum Form {
     Event,
     /// `response_item`/`message`: all files. It counts only where there is nothing else.
     Response,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Actor {
-    User,
-    Agent,
-}
-
-impl Actor {
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Actor::User => "user",
-            Actor::Agent => "agent",
-        }
-    }
 }
 
 /// What one line says.
@@ -148,13 +127,7 @@ pub(crate) struct Message {
 
 /// Reads a line, which is one JSON object; the error says why it is none.
 pub(super) fn read(line: &str) -> Result<Line, serde_json::Error> {
-    let [mut timestamp, mut line_type, mut payload] = [None; 3];
-    members(line, |key, value| match key {
-        "timestamp" => timestamp = Some(value),
-        "type" => line_type = Some(value),
-        "payload" => payload = Some(value),
-        _ => {}
-    })?;
+    let [timestamp, line_type, payload] = named(line, ["timestamp", "type", "payload"])?;
     let line_type = text(line_type).unwrap_or_default();
     let mut unknown = None;
     let content = match &*line_type {
@@ -168,7 +141,7 @@ pub(super) fn read(line: &str) -> Result<Line, serde_json::Error> {
         _ => Content::Other,
     };
     if !LINE_TYPES.contains(&&*line_type) {
-        unknown = Some((UNKNOWN_TYPE, known_by(if line_type.is_empty() { "none" } else { &line_type })));
+        unknown = Some((UNKNOWN_TYPE, shortened(if line_type.is_empty() { "none" } else { &line_type })));
     }
     let is_activity = matches!(&*line_type, "event_msg" | "response_item" | "session_meta");
     Ok(Line { at: time(timestamp), is_activity, content, unknown })
@@ -179,7 +152,7 @@ pub(super) fn type_of(line: &str) -> String {
     let [line_type, payload] = pick(Some(line), ["type", "payload"]);
     let [kind] = pick(payload, ["type"]);
     let types = [line_type, kind].map(text);
-    known_by(&types.iter().flatten().map(|name| &**name).collect::<Vec<_>>().join("/"))
+    shortened(&types.iter().flatten().map(|name| &**name).collect::<Vec<_>>().join("/"))
 }
 
 fn session_meta(payload: Option<&str>) -> Option<SessionMeta> {
@@ -251,7 +224,7 @@ fn item_completed(
         _ => {
             // A message of another name would be lost in silence.
             if kind.ends_with("Message") {
-                *unknown = Some(("item", known_by(&kind)));
+                *unknown = Some(("item", shortened(&kind)));
             }
             return Content::Other;
         }
@@ -354,18 +327,6 @@ impl Blocks {
     }
 }
 
-/// The members called `names` of the object `raw`; null counts as absent.
-fn pick<'a, const N: usize>(raw: Option<&'a str>, names: [&str; N]) -> [Option<&'a str>; N] {
-    let mut found = [None; N];
-    // What is no object has no members.
-    let _ = members(raw.unwrap_or("{}"), |key, value| {
-        if let Some((_, slot)) = names.iter().zip(&mut found).find(|(name, _)| **name == key) {
-            *slot = (value != "null").then_some(value);
-        }
-    });
-    found
-}
-
 fn text(raw: Option<&str>) -> Option<Cow<'_, str>> {
     Some(json::string(raw?)?.text)
 }
@@ -377,8 +338,4 @@ fn name(raw: Option<&str>) -> Option<String> {
 
 fn time(raw: Option<&str>) -> Option<Timestamp> {
     text(raw)?.parse().ok()
-}
-
-fn known_by(value: &str) -> String {
-    value.chars().take(UNKNOWN_CHARS_MAX).collect()
 }

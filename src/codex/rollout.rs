@@ -28,7 +28,8 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::line::{self, Content, Form};
-pub(crate) use super::line::{Actor, Message, SessionMeta};
+pub(crate) use super::line::{Message, SessionMeta};
+use crate::transcript::Actor;
 
 /// Messages that are kept back at most. Then nothing else comes: they count.
 const KEPT_BACK_MAX: usize = 256;

@@ -6,12 +6,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::line::type_of;
-use super::rollout::{Actor, Reading, Rollout, Said};
+use super::rollout::{Reading, Rollout, Said};
 use crate::event::{Candidate, Cursor, ForeignKeys};
 use crate::json::without_byte_order_mark;
 use crate::session::{Agent, LineTime, event_id_of_turn, iso_8601, known};
 use crate::transcript::{
-    BadLine, Explained, ExplainedTurn, Found, LineReport, SessionLine, Source, TranscriptKind, UNKNOWN_TYPE, Unknown,
+    Actor, BadLine, Explained, ExplainedTurn, Found, LineReport, SessionLine, Source, TranscriptKind, UNKNOWN_TYPE,
+    Unknown,
 };
 
 /// How a line begins. Behind a line that a crash cut off the next one stands on the same line.

@@ -390,7 +390,7 @@ mod other_lines {
         assert_eq!(read(&json!({})).unknown_type(), Some(NO_TYPE));
         assert_eq!(read(&json!({"type": 7})).unknown_type(), Some(NO_TYPE));
         let long = read(&json!({"type": "é".repeat(1000)}));
-        assert_eq!(long.unknown_type().unwrap().chars().count(), UNKNOWN_TYPE_CHARS_MAX);
+        assert_eq!(long.unknown_type().unwrap().chars().count(), crate::transcript::UNKNOWN_CHARS_MAX);
     }
 
     #[test]
